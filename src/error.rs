@@ -1,0 +1,183 @@
+//! The one error of this crate: what was found, what was expected, where, and what to do.
+//!
+//! Messages are lower case, without a full stop, names in backticks; a remedy goes into the hint.
+
+use std::path::{Path, PathBuf};
+
+/// The result of everything here that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The request itself is wrong: a recipe key, a flag, a path, a target.
+    #[error("{message}")]
+    Request {
+        /// What was found and what was expected.
+        message: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
+    /// A file or a tensor is not what it has to be.
+    #[error("{message}")]
+    Invalid {
+        /// What was found and what was expected.
+        message: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
+    /// An error inside a file or folder.
+    #[error("{}: {source}", path.display())]
+    At {
+        /// The file or folder.
+        path: PathBuf,
+        /// What went wrong there.
+        source: Box<Error>,
+    },
+    /// An error in one line of a file.
+    #[error("{}:{line}: {source}", path.display())]
+    AtLine {
+        /// The file.
+        path: PathBuf,
+        /// Its line, counted from one.
+        line: usize,
+        /// What went wrong there.
+        source: Box<Error>,
+    },
+    /// An error about one tensor.
+    #[error("tensor `{name}`: {source}")]
+    InTensor {
+        /// The tensor's name as its file has it.
+        name: String,
+        /// What went wrong with it.
+        source: Box<Error>,
+    },
+    /// Reading or writing failed.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// A safetensors file is broken.
+    #[error("not a readable safetensors file: {0}")]
+    Safetensors(#[from] safetensors::SafeTensorError),
+    /// JSON that does not parse.
+    #[error("not valid JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    /// The run was interrupted; what it has done so far is saved.
+    #[error("{message}")]
+    Interrupted {
+        /// What was saved and where.
+        message: String,
+        /// How to go on.
+        hint: Option<String>,
+    },
+}
+
+impl Error {
+    /// The request is wrong (exit status 2).
+    pub fn request(message: impl Into<String>) -> Self {
+        Self::Request { message: message.into(), hint: None }
+    }
+
+    /// A file or a tensor is wrong (exit status 1).
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), hint: None }
+    }
+
+    /// The same error with a remedy. Errors that wrap another hand it on to the innermost.
+    #[must_use]
+    pub fn with_hint(mut self, remedy: impl Into<String>) -> Self {
+        match &mut self {
+            Self::Request { hint, .. } | Self::Invalid { hint, .. } | Self::Interrupted { hint, .. } => {
+                *hint = Some(remedy.into());
+                self
+            }
+            Self::At { source, .. } | Self::AtLine { source, .. } | Self::InTensor { source, .. } => {
+                let inner = std::mem::replace(&mut **source, Self::request(""));
+                **source = inner.with_hint(remedy);
+                self
+            }
+            _ => Self::Invalid { message: self.to_string(), hint: Some(remedy.into()) },
+        }
+    }
+
+    /// What to do about it, where there is something to do.
+    #[must_use]
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::Request { hint, .. } | Self::Invalid { hint, .. } | Self::Interrupted { hint, .. } => {
+                hint.as_deref()
+            }
+            Self::At { source, .. } | Self::AtLine { source, .. } | Self::InTensor { source, .. } => {
+                source.hint()
+            }
+            Self::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                Some("free some space, or choose another output folder with `--output`")
+            }
+            Self::Io(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
+                Some("choose a folder that can be written with `--output`, or change its permissions")
+            }
+            _ => None,
+        }
+    }
+
+    /// The exit status this error stands for: 2 wrong request, 130 interrupted, 1 otherwise.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Request { .. } => 2,
+            Self::Interrupted { .. } => 130,
+            Self::At { source, .. } | Self::AtLine { source, .. } | Self::InTensor { source, .. } => {
+                source.exit_code()
+            }
+            _ => 1,
+        }
+    }
+}
+
+/// Says where an error happened.
+pub trait Context<T> {
+    /// In this file or folder.
+    fn at(self, path: impl AsRef<Path>) -> Result<T>;
+    /// In this line (counted from one) of this file.
+    fn at_line(self, path: impl AsRef<Path>, line: usize) -> Result<T>;
+    /// In this tensor.
+    fn in_tensor(self, name: &str) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> Context<T> for Result<T, E> {
+    fn at(self, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|e| Error::At { path: path.as_ref().to_path_buf(), source: Box::new(e.into()) })
+    }
+
+    fn at_line(self, path: impl AsRef<Path>, line: usize) -> Result<T> {
+        self.map_err(|e| Error::AtLine {
+            path: path.as_ref().to_path_buf(),
+            line,
+            source: Box::new(e.into()),
+        })
+    }
+
+    fn in_tensor(self, name: &str) -> Result<T> {
+        self.map_err(|e| Error::InTensor { name: name.to_string(), source: Box::new(e.into()) })
+    }
+}
+
+/// Of `candidates`, those nearest to `wanted` in spelling, nearest first, at most `most`.
+pub fn nearest<'a>(wanted: &str, candidates: impl IntoIterator<Item = &'a str>, most: usize) -> Vec<&'a str> {
+    let mut scored: Vec<(f64, &str)> = candidates
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(wanted, candidate), candidate))
+        .filter(|(score, _)| *score > 0.7)
+        .collect();
+    scored.sort_by(|x, y| y.0.total_cmp(&x.0).then_with(|| x.1.cmp(y.1)));
+    scored.dedup_by(|x, y| x.1 == y.1);
+    scored.into_iter().take(most).map(|(_, candidate)| candidate).collect()
+}

@@ -1,0 +1,3 @@
+//! The `peft` binary.
+
+fn main() {}

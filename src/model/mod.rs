@@ -1,0 +1,6 @@
+//! One decoder for all families.
+
+pub mod config;
+mod linear;
+
+pub use linear::Linear;

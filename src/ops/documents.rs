@@ -1,0 +1,78 @@
+//! The layout of a flat batch: documents end to end in one row of tokens, without padding.
+
+use std::ops::Range;
+
+/// Where each document of a flat batch begins and ends, and which one it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Documents {
+    /// `num_documents + 1` token offsets, beginning with 0.
+    offsets: Vec<usize>,
+    /// The stable number of each document in its data set; dropout masks depend on it, not on the batch.
+    ids: Vec<u64>,
+    /// The position of each document's first token: 0 in training, the length of the cache in decoding.
+    start: usize,
+}
+
+impl Documents {
+    /// Documents that begin at position 0. `offsets` has one entry more than `ids`, begins with 0 and ascends.
+    #[must_use]
+    pub fn new(offsets: Vec<usize>, ids: Vec<u64>) -> Self {
+        debug_assert_eq!(offsets.len(), ids.len() + 1);
+        debug_assert!(offsets.first() == Some(&0) && offsets.is_sorted());
+        Self { offsets, ids, start: 0 }
+    }
+
+    /// One document of `len` tokens whose first token stands at position `start`.
+    #[must_use]
+    pub fn single(len: usize, start: usize) -> Self {
+        Self { offsets: vec![0, len], ids: vec![0], start }
+    }
+
+    /// Tokens in all documents together.
+    #[must_use]
+    pub fn num_tokens(&self) -> usize {
+        self.offsets.last().copied().unwrap_or(0)
+    }
+
+    /// The position of each document's first token.
+    #[must_use]
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// The token range of each document.
+    pub fn ranges(&self) -> impl ExactSizeIterator<Item = Range<usize>> + '_ {
+        self.offsets.windows(2).map(|pair| pair[0]..pair[1])
+    }
+
+    /// For each token its document's number and its position there.
+    pub fn places(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
+        self.ranges().zip(&self.ids).flat_map(move |(range, &id)| {
+            let start = self.start;
+            (0..range.len()).map(move |i| (id, (start + i) as u32))
+        })
+    }
+
+    /// The position of each token in its document.
+    #[must_use]
+    pub fn positions(&self) -> Vec<u32> {
+        self.places().map(|(_, position)| position).collect()
+    }
+}
+
+/// What a forward pass is given beside its input.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass<'a> {
+    /// The documents of the batch.
+    pub documents: &'a Documents,
+    /// The optimizer step whose dropout masks apply; `None` switches dropout off.
+    pub dropout_step: Option<u64>,
+}
+
+impl<'a> Pass<'a> {
+    /// A pass without dropout: evaluation, generation.
+    #[must_use]
+    pub fn inference(documents: &'a Documents) -> Self {
+        Self { documents, dropout_step: None }
+    }
+}

@@ -1,0 +1,15 @@
+//! The operations that training spends its time in, each a pair of plain functions: `forward(..) -> (y, saved)`
+//! and `backward(saved, dy) -> (dx, gradients)`. This room knows candle and nothing else of ours but errors.
+//!
+//! An op picks its path by device: slices on the CPU; elsewhere the forward is `reference`, composed of candle
+//! primitives, and the backward differentiates it. Tests hold both paths and finite differences together.
+
+mod documents;
+mod glu;
+mod gradients;
+mod weight;
+
+pub use documents::{Documents, Pass};
+pub use glu::Activation;
+pub use gradients::{Gradients, Trainables};
+pub use weight::{Dropout, LowRank, Parameter, Weight};

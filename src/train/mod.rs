@@ -1,0 +1,5 @@
+//! The training loop, its optimizer, schedule and checkpoints.
+
+mod event;
+
+pub use event::{Event, Reporter, Sample, StepReport};
