@@ -76,6 +76,14 @@ impl Batch {
         self.supervised.iter().filter(|&&counted| counted).count()
     }
 
+    /// For each token that is learned, the token before it, whose hidden state predicts it, and the token itself:
+    /// `(rows, targets)`.
+    #[must_use]
+    pub fn targets(&self) -> (Vec<u32>, Vec<u32>) {
+        let learned = self.supervised.iter().enumerate().skip(1).filter(|(_, counted)| **counted);
+        learned.map(|(index, _)| (index as u32 - 1, self.tokens[index])).unzip()
+    }
+
     /// The same documents in the same order in batches of at most `token_budget` tokens, cut between documents only:
     /// a longer document is a batch of its own.
     #[must_use]
