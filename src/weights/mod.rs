@@ -15,7 +15,9 @@
 
 mod convert;
 mod folder;
+mod shards;
 mod text;
+mod write;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,7 +30,9 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result};
 use folder::{Folder, map_file as map};
+pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
+pub use write::{Staged, write_atomic};
 
 /// A tensor as its file has it, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
