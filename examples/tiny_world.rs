@@ -300,7 +300,7 @@ fn polish(text: &str) -> String {
     let mut words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
     for at in 0..words.len() {
         let vowel = |word: &String| word.starts_with(['a', 'e', 'i', 'o', 'u']);
-        if words[at] == "a" && words.get(at + 1).is_some_and(vowel) {
+        if words[at].eq_ignore_ascii_case("a") && words.get(at + 1).is_some_and(vowel) {
             words[at].push('n');
         }
         // After `?"` and `!"` the stories go on with `asked` or `called`; after `."` a sentence begins.
