@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::{Context, Result};
-use crate::weights::write::write_atomic;
+use crate::weights::write_atomic;
 
 /// The file, open for appending.
 #[derive(Debug)]
