@@ -304,10 +304,9 @@ fn polish(text: &str) -> String {
             words[at].push('n');
         }
         // After `?"` and `!"` the stories go on with `asked` or `called`; after `."` a sentence begins.
-        if at == 0 || words[at - 1].ends_with(['.', '!', '?']) || words[at - 1].ends_with(".\"") {
-            if let Some(first) = words[at].get_mut(..1) {
-                first.make_ascii_uppercase();
-            }
+        let begins = at == 0 || words[at - 1].ends_with(['.', '!', '?']) || words[at - 1].ends_with(".\"");
+        if begins && let Some(first) = words[at].get_mut(..1) {
+            first.make_ascii_uppercase();
         }
     }
     words.join(" ")
