@@ -8,6 +8,7 @@ pub mod generate;
 pub mod merge;
 pub mod model;
 pub mod ops;
+pub mod recipe;
 pub mod train;
 pub mod weights;
 
