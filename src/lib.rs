@@ -1,6 +1,7 @@
 //! Parameter-efficient fine-tuning on candle.
 
 pub mod adapter;
+pub mod cli;
 pub mod data;
 pub mod error;
 pub mod eval;

@@ -78,7 +78,6 @@ pub(super) struct Losses {
 /// `[distill]`; without a teacher its other keys do nothing.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a table")]
-#[expect(dead_code, reason = "the coefficients are typed and checked, and mean nothing without a teacher")]
 pub(super) struct Distill {
     teacher: Option<PathBuf>,
     #[serde(deserialize_with = "bounds::not_negative")]

@@ -29,6 +29,7 @@ use crate::error::{Error, Result};
 mod bounds;
 mod choice;
 mod document;
+pub mod figures;
 mod mixture;
 mod plan;
 mod typed;
