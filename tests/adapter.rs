@@ -1,4 +1,3 @@
-//! Adapters made by PEFT are read and understood as PEFT does; what cannot be is refused by name.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

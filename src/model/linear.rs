@@ -1,6 +1,9 @@
 //! A linear layer of the model: `y = x W^T + bias`, and the low-rank term beside it where an adapter put one.
 
-use crate::ops::{LowRank, Parameter, Weight};
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::ops::{Gradients, LowRank, Parameter, Pass, Weight, linear};
 
 /// A linear layer, plain data.
 #[derive(Debug, Clone)]
@@ -13,4 +16,47 @@ pub struct Linear {
     pub bias: Option<Parameter>,
     /// What an adapter adds.
     pub low_rank: Option<LowRank>,
+}
+
+impl Linear {
+    /// `[tokens, in] -> [tokens, out]`, and what the backward needs.
+    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, linear::Saved)> {
+        linear::forward(x, &self.layer(), pass)
+    }
+
+    /// `dx` when `wants_dx`.
+    pub fn backward(
+        &self,
+        saved: &linear::Saved,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        linear::backward(saved, &self.layer(), pass, dy, wants_dx, gradients)
+    }
+
+    fn layer(&self) -> linear::Layer<'_> {
+        let (bias, low_rank) = (self.bias.as_ref(), self.low_rank.as_ref());
+        linear::Layer { weight: &self.weight, bias, low_rank }
+    }
+
+    /// Whether any of its values is trained.
+    #[must_use]
+    pub fn is_trained(&self, gradients: &Gradients) -> bool {
+        self.parameters().any(|parameter| gradients.wants(parameter))
+    }
+
+    /// Weight and bias of the model and of the adapter.
+    pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
+        let Weight::Dense(weight) = &self.weight;
+        let low_rank = self.low_rank.iter().flat_map(|l| [&l.a, &l.b].into_iter().chain(&l.bias));
+        std::iter::once(weight).chain(&self.bias).chain(low_rank)
+    }
+
+    /// The model's own weight and bias, without the adapter's.
+    pub fn base_parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
+        let Weight::Dense(weight) = &mut self.weight;
+        std::iter::once(weight).chain(&mut self.bias)
+    }
 }

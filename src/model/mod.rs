@@ -1,6 +1,23 @@
-//! One decoder for all families.
+//! One decoder for all families: weights read by Hugging Face names, one forward and the backward that mirrors it.
+//!
+//! Shape legend of this room: `tokens` of a flat batch, `hidden` the residual stream, `d` a head, `width` the neurons
+//! of a feed-forward network.
 
+mod attention;
+mod block;
+mod cache;
 pub mod config;
+mod decoder;
+pub mod family;
+mod feed_forward;
 mod linear;
+mod norm;
+mod pretrained;
+mod rotary;
 
+pub use cache::Cache;
+pub use config::DecoderConfig;
+pub use decoder::{Decoder, Output, Recompute, Saved};
+pub use feed_forward::FeedForward;
 pub use linear::Linear;
+pub use pretrained::Pretrained;

@@ -1,4 +1,10 @@
-//! Gated linear unit: `activation(gate) * up`.
+//! Gated linear unit: `y = activation(gate) * up`, all `[tokens, width]`. With SiLU it is SwiGLU.
+
+use candle_core::Tensor;
+
+use super::differentiate;
+use super::kernel::{Element, Values, dispatch, for_row_pairs, for_rows, to_tensor};
+use crate::error::Result;
 
 /// The activation of a gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,4 +21,114 @@ pub enum Activation {
     Sigmoid,
     /// `x`: a bilinear unit.
     Identity,
+}
+
+/// What the backward needs.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    gate: Tensor,
+    up: Tensor,
+}
+
+/// `y`, and what the backward needs.
+pub fn forward(gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tensor, Saved)> {
+    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
+    let y = if gate.device().is_cpu() {
+        dispatch!(gate.dtype(), forward_rows(&gate, &up, activation))?
+    } else {
+        reference(&gate, &up, activation)?
+    };
+    Ok((y, Saved { gate, up }))
+}
+
+/// `(d_gate, d_up)`, with `d_up = dy activation(gate)` and `d_gate = dy up activation'(gate)`.
+pub fn backward(saved: &Saved, activation: Activation, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (gate, up, dy) = (&saved.gate, &saved.up, dy.contiguous()?);
+    if gate.device().is_cpu() {
+        return dispatch!(gate.dtype(), backward_rows(gate, up, &dy, activation));
+    }
+    let mut both = differentiate(&[gate, up], &dy, |v| reference(&v[0], &v[1], activation))?;
+    let d_up = both.remove(1);
+    Ok((both.remove(0), d_up))
+}
+
+/// The same composed of candle primitives, in f32.
+pub fn reference(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    let x = gate.to_dtype(candle_core::DType::F32)?;
+    let sigmoid = |x: &Tensor| -> Result<Tensor> { Ok((x.neg()?.exp()? + 1.0)?.recip()?) };
+    let active = match activation {
+        Activation::Silu => (&x * sigmoid(&x)?)?,
+        Activation::Gelu => x.gelu_erf()?,
+        Activation::GeluTanh => x.gelu()?,
+        Activation::Relu => x.relu()?,
+        Activation::Sigmoid => sigmoid(&x)?,
+        Activation::Identity => x,
+    };
+    Ok((active * up.to_dtype(candle_core::DType::F32)?)?.to_dtype(gate.dtype())?)
+}
+
+/// `activation(x)` and its derivative.
+#[inline(always)]
+fn value_and_slope(activation: Activation, x: f32) -> (f32, f32) {
+    match activation {
+        Activation::Silu => {
+            let s = 1.0 / (1.0 + (-x).exp());
+            (x * s, s * (1.0 + x * (1.0 - s)))
+        }
+        Activation::Gelu => {
+            let phi = 0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2));
+            let density = 0.398_942_3 * (-0.5 * x * x).exp();
+            (x * phi, phi + x * density)
+        }
+        Activation::GeluTanh => {
+            const C: f32 = 0.797_884_6;
+            let inner = C * (x + 0.044_715 * x * x * x);
+            let t = inner.tanh();
+            let slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * C * (1.0 + 0.134_145 * x * x);
+            (0.5 * x * (1.0 + t), slope)
+        }
+        // Written so that NaN passes through, which `max` would swallow.
+        Activation::Relu => (if x < 0.0 { 0.0 } else { x }, if x > 0.0 { 1.0 } else { 0.0 }),
+        Activation::Sigmoid => {
+            let s = 1.0 / (1.0 + (-x).exp());
+            (s, s * (1.0 - s))
+        }
+        Activation::Identity => (x, 1.0),
+    }
+}
+
+fn forward_rows<T: Element>(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    let (gates, ups) = (Values::<T>::of(gate)?, Values::<T>::of(up)?);
+    let width = gate.dim(1)?;
+    let mut y = vec![T::zero(); gates.len()];
+    for_rows(&mut y, width, |token, row| {
+        let (gate, up) = (&gates[token * width..][..width], &ups[token * width..][..width]);
+        for ((y, gate), up) in row.iter_mut().zip(gate).zip(up) {
+            *y = T::narrow(value_and_slope(activation, gate.widen()).0 * up.widen());
+        }
+    });
+    to_tensor(y, gate.dims())
+}
+
+fn backward_rows<T: Element>(
+    gate: &Tensor,
+    up: &Tensor,
+    dy: &Tensor,
+    activation: Activation,
+) -> Result<(Tensor, Tensor)> {
+    let (gates, ups, dys) = (Values::<T>::of(gate)?, Values::<T>::of(up)?, Values::<T>::of(dy)?);
+    let width = gate.dim(1)?;
+    let mut d_gate = vec![T::zero(); gates.len()];
+    let mut d_up = vec![T::zero(); gates.len()];
+    for_row_pairs(&mut d_gate, &mut d_up, width, |token, d_gate, d_up| {
+        let start = token * width;
+        let (gate, up, dy) = (&gates[start..][..width], &ups[start..][..width], &dys[start..][..width]);
+        for i in 0..width {
+            let (value, slope) = value_and_slope(activation, gate[i].widen());
+            let dy = dy[i].widen();
+            d_gate[i] = T::narrow(dy * up[i].widen() * slope);
+            d_up[i] = T::narrow(dy * value);
+        }
+    });
+    Ok((to_tensor(d_gate, gate.dims())?, to_tensor(d_up, gate.dims())?))
 }

@@ -3,13 +3,25 @@
 //!
 //! An op picks its path by device: slices on the CPU; elsewhere the forward is `reference`, composed of candle
 //! primitives, and the backward differentiates it. Tests hold both paths and finite differences together.
+//!
+//! Shape legend of this room: `tokens` rows of a flat batch, `d` a width, `out`/`in` of a linear layer, `rank`.
 
+pub mod attention;
+pub mod cross_entropy;
 mod documents;
-mod glu;
+pub mod dropout;
+pub mod embedding;
+pub mod glu;
 mod gradients;
+mod kernel;
+pub mod linear;
+pub mod reference;
+pub mod rms_norm;
+pub mod rotary;
 mod weight;
 
 pub use documents::{Documents, Pass};
 pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};
+pub use reference::differentiate;
 pub use weight::{Dropout, LowRank, Parameter, Weight};

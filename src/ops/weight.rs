@@ -28,6 +28,12 @@ impl Parameter {
     pub fn tensor(&self) -> &Tensor {
         &self.tensor
     }
+
+    /// Puts other values of the same shape under the same name.
+    pub fn replace(&mut self, tensor: Tensor) {
+        debug_assert_eq!(self.tensor.shape(), tensor.shape());
+        self.tensor = tensor;
+    }
 }
 
 /// The weight of a linear layer, `[out, in]`.

@@ -1,0 +1,119 @@
+//! The attention of a layer: projections, per-head norms where a family has them, rotation, attention, output.
+
+use candle_core::Tensor;
+
+use super::linear::Linear;
+use super::norm::Norm;
+use crate::error::Result;
+use crate::ops::attention::{self, Heads};
+use crate::ops::rotary::{self, Angles};
+use crate::ops::{Gradients, Pass, linear, rms_norm};
+
+#[derive(Debug, Clone)]
+pub(super) struct Attention {
+    pub(super) q: Linear,
+    pub(super) k: Linear,
+    pub(super) v: Linear,
+    pub(super) o: Linear,
+    /// Norms of each head of q and of k.
+    pub(super) qk_norm: Option<(Norm, Norm)>,
+    pub(super) heads: Heads,
+}
+
+/// What the backward needs.
+#[derive(Debug, Clone)]
+pub(super) struct Saved {
+    q: linear::Saved,
+    k: linear::Saved,
+    v: linear::Saved,
+    qk_norm: Option<(rms_norm::Saved, rms_norm::Saved)>,
+    attention: attention::Saved,
+    o: linear::Saved,
+}
+
+/// Rotated keys and values of one layer, `[past, kv_heads * head_dim]`.
+pub(super) type KeyValues = Option<(Tensor, Tensor)>;
+
+impl Attention {
+    /// `[tokens, hidden] -> [tokens, hidden]`. With a cache, keys and values are appended to it and all of it is seen.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        angles: &Angles,
+        pass: &Pass<'_>,
+        cache: Option<&mut KeyValues>,
+    ) -> Result<(Tensor, Saved)> {
+        let (mut q, q_saved) = self.q.forward(x, pass)?; // [tokens, heads * d]
+        let (mut k, k_saved) = self.k.forward(x, pass)?; // [tokens, kv_heads * d]
+        let (mut v, v_saved) = self.v.forward(x, pass)?; // [tokens, kv_heads * d]
+        let mut norms_saved = None;
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            let (new_q, q_norm_saved) = q_norm.forward(&self.per_head(&q)?)?; // [tokens * heads, d]
+            let (new_k, k_norm_saved) = k_norm.forward(&self.per_head(&k)?)?;
+            (q, k) = (new_q.reshape(q.shape())?, new_k.reshape(k.shape())?);
+            norms_saved = Some((q_norm_saved, k_norm_saved));
+        }
+        (q, k) = (rotary::forward(&q, angles)?, rotary::forward(&k, angles)?);
+        if let Some(cache) = cache {
+            if let Some((past_k, past_v)) = cache.take() {
+                (k, v) = (Tensor::cat(&[past_k, k], 0)?, Tensor::cat(&[past_v, v], 0)?);
+            }
+            *cache = Some((k.clone(), v.clone()));
+        }
+        let (mixed, attention) = attention::forward(q, k, v, &self.heads, pass.documents)?;
+        let (y, o) = self.o.forward(&mixed, pass)?; // [tokens, hidden]
+        Ok((y, Saved { q: q_saved, k: k_saved, v: v_saved, qk_norm: norms_saved, attention, o }))
+    }
+
+    /// `dx` when `wants_dx`.
+    pub(super) fn backward(
+        &self,
+        saved: &Saved,
+        angles: &Angles,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let wants_mixed = wants_dx || self.is_trained_before_output(gradients);
+        let Some(d_mixed) = self.o.backward(&saved.o, pass, dy, wants_mixed, gradients)? else {
+            return Ok(None);
+        };
+        let (dq, dk, dv) = attention::backward(&saved.attention, &self.heads, pass.documents, &d_mixed)?;
+        let (mut dq, mut dk) = (rotary::backward(&dq, angles)?, rotary::backward(&dk, angles)?);
+        if let (Some((q_norm, k_norm)), Some((q_saved, k_saved))) = (&self.qk_norm, &saved.qk_norm) {
+            let (q_shape, k_shape) = (dq.shape().clone(), dk.shape().clone());
+            dq = q_norm.backward(q_saved, &self.per_head(&dq)?, gradients)?.reshape(q_shape)?;
+            dk = k_norm.backward(k_saved, &self.per_head(&dk)?, gradients)?.reshape(k_shape)?;
+        }
+        let through_q = self.q.backward(&saved.q, pass, &dq, wants_dx, gradients)?;
+        let through_k = self.k.backward(&saved.k, pass, &dk, wants_dx, gradients)?;
+        let through_v = self.v.backward(&saved.v, pass, &dv, wants_dx, gradients)?;
+        Ok(match (through_q, through_k, through_v) {
+            (Some(q), Some(k), Some(v)) => Some(((q + k)? + v)?),
+            _ => None,
+        })
+    }
+
+    fn per_head(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.reshape(((), self.heads.head_dim))?)
+    }
+
+    fn is_trained_before_output(&self, gradients: &Gradients) -> bool {
+        let norms = self.qk_norm.iter().flat_map(|(q, k)| [&q.weight, &k.weight]);
+        [&self.q, &self.k, &self.v].iter().any(|linear| linear.is_trained(gradients))
+            || norms.into_iter().any(|weight| gradients.wants(weight))
+    }
+
+    pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {
+        self.o.is_trained(gradients) || self.is_trained_before_output(gradients)
+    }
+
+    pub(super) fn linears(&self) -> [&Linear; 4] {
+        [&self.q, &self.k, &self.v, &self.o]
+    }
+
+    pub(super) fn linears_mut(&mut self) -> [&mut Linear; 4] {
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o]
+    }
+}

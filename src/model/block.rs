@@ -1,0 +1,98 @@
+//! One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
+
+use candle_core::Tensor;
+
+use super::attention::{self, Attention, KeyValues};
+use super::feed_forward::{self, FeedForward};
+use super::linear::Linear;
+use super::norm::Norm;
+use crate::error::Result;
+use crate::ops::rotary::Angles;
+use crate::ops::{Gradients, Parameter, Pass, rms_norm};
+
+#[derive(Debug, Clone)]
+pub(super) struct Block {
+    pub(super) input_norm: Norm,
+    pub(super) attention: Attention,
+    pub(super) post_norm: Norm,
+    pub(super) feed_forward: FeedForward,
+}
+
+/// What the backward needs.
+#[derive(Debug, Clone)]
+pub(super) struct Saved {
+    input_norm: rms_norm::Saved,
+    attention: attention::Saved,
+    post_norm: rms_norm::Saved,
+    feed_forward: feed_forward::Saved,
+}
+
+impl Block {
+    /// `[tokens, hidden] -> [tokens, hidden]`, and what the backward needs.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        angles: &Angles,
+        pass: &Pass<'_>,
+        cache: Option<&mut KeyValues>,
+    ) -> Result<(Tensor, Saved)> {
+        let (normalised, input_norm) = self.input_norm.forward(x)?;
+        let (mixed, attention) = self.attention.forward(&normalised, angles, pass, cache)?;
+        let x = (x + mixed)?;
+        let (normalised, post_norm) = self.post_norm.forward(&x)?;
+        let (y, feed_forward) = self.feed_forward.forward(&normalised, pass)?;
+        Ok(((x + y)?, Saved { input_norm, attention, post_norm, feed_forward }))
+    }
+
+    /// `dx` when `wants_dx`.
+    pub(super) fn backward(
+        &self,
+        saved: &Saved,
+        angles: &Angles,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let wants_input_norm = wants_dx || gradients.wants(&self.input_norm.weight);
+        let wants_middle = wants_input_norm || self.attention.is_trained(gradients);
+        let wants_post_norm = wants_middle || gradients.wants(&self.post_norm.weight);
+        let normalised =
+            self.feed_forward.backward(&saved.feed_forward, pass, dy, wants_post_norm, gradients)?;
+        let Some(normalised) = normalised else { return Ok(None) };
+        let through = self.post_norm.backward(&saved.post_norm, &normalised, gradients)?;
+        if !wants_middle {
+            return Ok(None);
+        }
+        let dy = (dy + through)?;
+        let normalised =
+            self.attention.backward(&saved.attention, angles, pass, &dy, wants_input_norm, gradients)?;
+        let Some(normalised) = normalised else { return Ok(None) };
+        let through = self.input_norm.backward(&saved.input_norm, &normalised, gradients)?;
+        Ok(if wants_dx { Some((dy + through)?) } else { None })
+    }
+
+    pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {
+        self.attention.is_trained(gradients)
+            || self.feed_forward.linears().iter().any(|linear| linear.is_trained(gradients))
+            || [&self.input_norm, &self.post_norm].iter().any(|norm| gradients.wants(&norm.weight))
+    }
+
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.attention.linears().into_iter().chain(self.feed_forward.linears())
+    }
+
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.attention.linears_mut().into_iter().chain(self.feed_forward.linears_mut())
+    }
+
+    /// Every value of the model in this layer, without the adapter's.
+    pub(super) fn base_parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
+        let head_norms = self.attention.qk_norm.iter_mut().flat_map(|(q, k)| [&mut q.weight, &mut k.weight]);
+        let norms = [&mut self.input_norm.weight, &mut self.post_norm.weight].into_iter().chain(head_norms);
+        let [q, k, v, o] =
+            [&mut self.attention.q, &mut self.attention.k, &mut self.attention.v, &mut self.attention.o];
+        let linears = [q, k, v, o].into_iter().chain(self.feed_forward.linears_mut());
+        norms.chain(linears.flat_map(Linear::base_parameters_mut))
+    }
+}

@@ -1,0 +1,72 @@
+//! The feed-forward network of a layer: `down(activation(gate(x)) * up(x))`.
+
+use candle_core::Tensor;
+
+use super::linear::Linear;
+use crate::error::Result;
+use crate::ops::{Activation, Gradients, Pass, glu, linear};
+
+/// A gated feed-forward network.
+#[derive(Debug, Clone)]
+pub struct FeedForward {
+    /// `[width, hidden]`.
+    pub gate: Linear,
+    /// `[width, hidden]`.
+    pub up: Linear,
+    /// `[hidden, width]`.
+    pub down: Linear,
+    /// What the gate goes through.
+    pub activation: Activation,
+}
+
+/// What the backward needs.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    gate: linear::Saved,
+    up: linear::Saved,
+    unit: glu::Saved,
+    down: linear::Saved,
+}
+
+impl FeedForward {
+    /// `[tokens, hidden] -> [tokens, hidden]`, and what the backward needs.
+    pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
+        let (gate, gate_saved) = self.gate.forward(x, pass)?; // [tokens, width]
+        let (up, up_saved) = self.up.forward(x, pass)?; // [tokens, width]
+        let (inner, unit) = glu::forward(gate, up, self.activation)?; // [tokens, width]
+        let (y, down) = self.down.forward(&inner, pass)?; // [tokens, hidden]
+        Ok((y, Saved { gate: gate_saved, up: up_saved, unit, down }))
+    }
+
+    /// `dx` when `wants_dx`.
+    pub fn backward(
+        &self,
+        saved: &Saved,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let wants_inner = wants_dx || self.gate.is_trained(gradients) || self.up.is_trained(gradients);
+        let Some(d_inner) = self.down.backward(&saved.down, pass, dy, wants_inner, gradients)? else {
+            return Ok(None);
+        };
+        let (d_gate, d_up) = glu::backward(&saved.unit, self.activation, &d_inner)?;
+        let through_up = self.up.backward(&saved.up, pass, &d_up, wants_dx, gradients)?;
+        let through_gate = self.gate.backward(&saved.gate, pass, &d_gate, wants_dx, gradients)?;
+        Ok(match (through_gate, through_up) {
+            (Some(gate), Some(up)) => Some((gate + up)?),
+            _ => None,
+        })
+    }
+
+    /// Its linear layers.
+    pub fn linears(&self) -> [&Linear; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
+    /// Its linear layers.
+    pub fn linears_mut(&mut self) -> [&mut Linear; 3] {
+        [&mut self.gate, &mut self.up, &mut self.down]
+    }
+}

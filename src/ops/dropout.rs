@@ -1,0 +1,134 @@
+//! Inverted dropout whose mask is a pure function of seed, step, module, document, position and column, so that
+//! recomputation, pieces of a batch, threads and resumed runs all see the same mask.
+//!
+//! The generator is SplitMix64's finaliser over a counter: each 64-bit word decides two columns.
+
+use candle_core::Tensor;
+
+use super::kernel::{Element, Values, dispatch, for_rows, to_tensor};
+use super::{Dropout, Pass};
+use crate::error::Result;
+
+/// `x [tokens, d]` with dropped values zero and the others divided by `1 - probability`; `x` itself where nothing is
+/// dropped. Its backward is the same function of `dy`.
+pub fn apply(x: &Tensor, dropout: &Dropout, pass: &Pass<'_>) -> Result<Tensor> {
+    let Some(step) = pass.dropout_step.filter(|_| dropout.probability > 0.0) else {
+        return Ok(x.clone());
+    };
+    if x.device().is_cpu() {
+        let x = x.contiguous()?;
+        return dispatch!(x.dtype(), apply_rows(&x, dropout, step, pass));
+    }
+    let mask = mask(x.dim(1)?, dropout, step, pass)?;
+    Ok((x * mask.to_device(x.device())?.to_dtype(x.dtype())?)?)
+}
+
+/// The factors that `x [tokens, columns]` is multiplied with, f32 on the CPU.
+pub fn mask(columns: usize, dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Result<Tensor> {
+    let keys = row_keys(dropout, step, pass);
+    let mut factors = vec![0.0f32; keys.len() * columns];
+    let keep = Keep::new(dropout.probability);
+    for_rows(&mut factors, columns, |token, row| {
+        for (column, factor) in row.iter_mut().enumerate() {
+            *factor = keep.factor(keys[token], column);
+        }
+    });
+    to_tensor(factors, &[keys.len(), columns])
+}
+
+fn apply_rows<T: Element>(x: &Tensor, dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Result<Tensor> {
+    let (values, columns) = (Values::<T>::of(x)?, x.dim(1)?);
+    let keys = row_keys(dropout, step, pass);
+    let keep = Keep::new(dropout.probability);
+    let mut y = vec![T::zero(); values.len()];
+    for_rows(&mut y, columns, |token, row| {
+        let x = &values[token * columns..][..columns];
+        for (column, (y, x)) in row.iter_mut().zip(x).enumerate() {
+            *y = T::narrow(x.widen() * keep.factor(keys[token], column));
+        }
+    });
+    to_tensor(y, x.dims())
+}
+
+struct Keep {
+    threshold: u32,
+    factor: f32,
+}
+
+impl Keep {
+    fn new(probability: f64) -> Self {
+        let threshold = (probability * 4_294_967_296.0).min(4_294_967_295.0) as u32;
+        Self { threshold, factor: (1.0 / (1.0 - probability)) as f32 }
+    }
+
+    #[inline(always)]
+    fn factor(&self, key: u64, column: usize) -> f32 {
+        let word = mix(key.wrapping_add((column as u64 / 2 + 1).wrapping_mul(GOLDEN)));
+        let bits = (word >> (32 * (column as u64 & 1))) as u32;
+        if bits < self.threshold { 0.0 } else { self.factor }
+    }
+}
+
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// SplitMix64's finaliser.
+#[inline(always)]
+fn mix(mut word: u64) -> u64 {
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
+fn row_keys(dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Vec<u64> {
+    let chain = |key: u64, next: u64| mix(key.wrapping_add(GOLDEN) ^ mix(next.wrapping_add(GOLDEN)));
+    let run = chain(chain(mix(dropout.seed), dropout.module), step);
+    pass.documents
+        .places()
+        .map(|(document, position)| chain(chain(run, document), u64::from(position)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ops::Documents;
+
+    const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 7, module: 3 };
+
+    fn rows(documents: &Documents) -> Vec<Vec<f32>> {
+        let pass = Pass { documents, dropout_step: Some(5) };
+        mask(64, &DROPOUT, 5, &pass).unwrap().to_vec2().unwrap()
+    }
+
+    #[test]
+    fn a_document_has_its_mask_wherever_it_stands() {
+        let together = rows(&Documents::new(vec![0, 3, 8], vec![11, 22]));
+        let alone = rows(&Documents::new(vec![0, 5], vec![22]));
+        assert_eq!(together[3..], alone[..]);
+        assert_ne!(together[0], together[3]);
+    }
+
+    #[test]
+    fn the_share_dropped_is_the_probability_and_the_mean_stays() {
+        let documents = Documents::new(vec![0, 1000], vec![1]);
+        let factors: Vec<f32> = rows(&documents).concat();
+        let dropped = factors.iter().filter(|f| **f == 0.0).count() as f64 / factors.len() as f64;
+        assert!((dropped - 0.25).abs() < 0.01, "{dropped}");
+        let mean = factors.iter().sum::<f32>() / factors.len() as f32;
+        assert!((mean - 1.0).abs() < 0.015, "{mean}");
+    }
+
+    #[test]
+    fn applying_is_multiplying_with_the_mask_and_no_step_is_no_dropout() {
+        let documents = Documents::new(vec![0, 4], vec![9]);
+        let x = Tensor::rand(-1f32, 1.0, (4, 10), &Device::Cpu).unwrap();
+        let pass = Pass { documents: &documents, dropout_step: Some(2) };
+        let expected = (&x * mask(10, &DROPOUT, 2, &pass).unwrap()).unwrap();
+        let found = apply(&x, &DROPOUT, &pass).unwrap();
+        assert_eq!(found.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
+        let same = apply(&x, &DROPOUT, &Pass::inference(&documents)).unwrap();
+        assert_eq!(same.to_vec2::<f32>().unwrap(), x.to_vec2::<f32>().unwrap());
+    }
+}

@@ -1,0 +1,95 @@
+//! Tensor values as slices, and the types that ops compute in.
+
+use std::marker::PhantomData;
+use std::ops::{Deref, Range};
+
+use candle_core::{Device, Storage, StorageRef, Tensor, WithDType};
+use half::bf16;
+
+use crate::error::{Error, Result};
+
+/// A type that activations are held in. Arithmetic inside an op is in f32.
+pub(crate) trait Element: WithDType + Copy + Send + Sync {
+    fn widen(self) -> f32;
+    fn narrow(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    /// Rounds to nearest even; written without branches on the value so that loops over it vectorise.
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        let bits = value.to_bits();
+        let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        // A NaN whose payload sits in the low half must not round to infinity.
+        let nan = (bits >> 16) | 0x40;
+        Self::from_bits(if value.is_nan() { nan } else { rounded } as u16)
+    }
+}
+
+/// The values of a contiguous tensor on the CPU, borrowed.
+pub(crate) struct Values<'a, T> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+    element: PhantomData<T>,
+}
+
+impl<'a, T: Element> Values<'a, T> {
+    /// Fails when `tensor` is not contiguous, not on the CPU or not of type `T`.
+    pub(crate) fn of(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            return Err(Error::invalid(format!("tensor of shape {:?} is not contiguous", tensor.dims())));
+        };
+        match &*storage {
+            Storage::Cpu(values) => values.as_slice::<T>()?,
+            _ => return Err(Error::invalid("tensor is not on the CPU")),
+        };
+        Ok(Self { storage, range: start..end, element: PhantomData })
+    }
+}
+
+impl<T: Element> Deref for Values<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        let Storage::Cpu(values) = &*self.storage else { return &[] };
+        // `of` has checked type and place of the storage, and nothing changes them while it is borrowed.
+        values.as_slice::<T>().map_or(&[], |all| &all[self.range.clone()])
+    }
+}
+
+/// A tensor on the CPU that owns `values`.
+pub(crate) fn to_tensor<T: Element>(values: Vec<T>, shape: &[usize]) -> Result<Tensor> {
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+}
+
+/// Calls `$function::<T>($arguments)` with the element type of `$dtype`.
+macro_rules! dispatch {
+    ($dtype:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
+        match $dtype {
+            candle_core::DType::F32 => $function::<f32>($($argument),*),
+            candle_core::DType::BF16 => $function::<half::bf16>($($argument),*),
+            other => Err($crate::error::Error::invalid(format!(
+                "values of type {other:?} are not computed with; expected F32 or BF16"
+            ))),
+        }
+    };
+}
+pub(crate) use dispatch;

@@ -1,0 +1,9 @@
+//! What lies below the ops on the CPU: values of a tensor as a slice, element types, rows over threads, products.
+
+mod element;
+mod product;
+mod rows;
+
+pub(super) use element::{Element, Values, dispatch, to_tensor};
+pub(super) use product::{Matrix, product};
+pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows};

@@ -1,0 +1,87 @@
+//! Rows over threads. Chunks have a fixed size and partial sums are added in their order, so results do not depend on
+//! the number of threads.
+
+use rayon::prelude::*;
+
+/// Rows per task: enough work to be worth a task, and the unit in which reductions are split.
+const ROWS: usize = 64;
+
+/// Calls `f(index, row)` for every row of `width` values in `out`, on all threads.
+pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    if width == 0 {
+        return;
+    }
+    out.par_chunks_mut(width * ROWS).enumerate().for_each(|(chunk, rows)| {
+        for (i, row) in rows.chunks_mut(width).enumerate() {
+            f(chunk * ROWS + i, row);
+        }
+    });
+}
+
+/// As [`for_rows`] for two buffers of the same shape.
+pub(crate) fn for_row_pairs<T: Send>(
+    first: &mut [T],
+    second: &mut [T],
+    width: usize,
+    f: impl Fn(usize, &mut [T], &mut [T]) + Sync,
+) {
+    if width == 0 {
+        return;
+    }
+    let pairs = first.par_chunks_mut(width * ROWS).zip(second.par_chunks_mut(width * ROWS));
+    pairs.enumerate().for_each(|(chunk, (first, second))| {
+        for (i, (a, b)) in first.chunks_mut(width).zip(second.chunks_mut(width)).enumerate() {
+            f(chunk * ROWS + i, a, b);
+        }
+    });
+}
+
+/// The sum over rows of what `f(index, sum)` adds into `sum` (`width` values): chunk by chunk, then in order.
+pub(crate) fn chunked_sum(rows: usize, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let partial: Vec<Vec<f32>> = (0..rows.div_ceil(ROWS))
+        .into_par_iter()
+        .map(|chunk| {
+            let mut sum = vec![0.0; width];
+            for row in chunk * ROWS..rows.min((chunk + 1) * ROWS) {
+                f(row, &mut sum);
+            }
+            sum
+        })
+        .collect();
+    let mut total = vec![0.0; width];
+    for sum in partial {
+        for (all, part) in total.iter_mut().zip(sum) {
+            *all += part;
+        }
+    }
+    total
+}
+
+/// A buffer that several tasks write to, each its own part.
+#[derive(Clone, Copy)]
+pub(crate) struct Disjoint<T> {
+    start: *mut T,
+    len: usize,
+}
+
+// SAFETY: a `Disjoint` hands out parts only through `part`, whose caller promises that no two overlap.
+unsafe impl<T: Send> Send for Disjoint<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Disjoint<T> {}
+
+impl<T> Disjoint<T> {
+    pub(crate) fn new(values: &mut [T]) -> Self {
+        Self { start: values.as_mut_ptr(), len: values.len() }
+    }
+
+    /// `len` values from `start` on.
+    ///
+    /// # Safety
+    /// The buffer is still alive, and no other part in use at the same time overlaps this one.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
+    pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start + len <= self.len, "part {start}+{len} of a buffer of {}", self.len);
+        // SAFETY: in bounds by the assertion; alive and not overlapping by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}

@@ -1,0 +1,143 @@
+//! Linear layer with a low-rank term beside the weight:
+//! `y = x W^T + bias + scale * (dropout(x) A^T B^T + low_rank_bias)`.
+//!
+//! `x` is `[tokens, in]`, `W [out, in]`, `A [rank, in]`, `B [out, rank]`, `y [tokens, out]`. `A` and `B` are held in f32
+//! and rounded to the type of `x` for the products; gradients are computed in f32.
+
+use candle_core::{DType, Tensor};
+
+use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout};
+use crate::error::Result;
+
+/// What a linear layer computes with.
+#[derive(Debug, Clone, Copy)]
+pub struct Layer<'a> {
+    /// `[out, in]`.
+    pub weight: &'a Weight,
+    /// `[out]`.
+    pub bias: Option<&'a Parameter>,
+    /// The term beside the weight.
+    pub low_rank: Option<&'a LowRank>,
+}
+
+/// What the backward needs.
+#[derive(Debug, Clone)]
+pub struct Saved {
+    x: Tensor,
+    /// `dropout(x) A^T`, `[tokens, rank]`.
+    inner: Option<Tensor>,
+}
+
+/// `y`, and what the backward needs.
+pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
+    let Weight::Dense(weight) = layer.weight;
+    let mut y = x.matmul(&weight.tensor().t()?)?;
+    if let Some(bias) = layer.bias {
+        y = y.broadcast_add(bias.tensor())?;
+    }
+    let mut inner = None;
+    if let Some(low_rank) = layer.low_rank {
+        let (delta, u) = low_rank_forward(x, low_rank, pass)?;
+        y = (y + delta)?;
+        inner = Some(u);
+    }
+    Ok((y, Saved { x: x.clone(), inner }))
+}
+
+/// `dx` when `wants_dx`; the gradients of weight, bias, `A` and `B` go to `gradients` where wanted.
+///
+/// With `u = dropout(x) A^T` and `du = scale dy B`: `dB = scale dy^T u`, `dA = du^T dropout(x)`,
+/// `dW = dy^T x` and `dx = dy W + dropout(du A)`.
+pub fn backward(
+    saved: &Saved,
+    layer: &Layer<'_>,
+    pass: &Pass<'_>,
+    dy: &Tensor,
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<Option<Tensor>> {
+    let Weight::Dense(weight) = layer.weight;
+    if gradients.wants(weight) {
+        gradients.add(weight, &transposed_product(dy, &saved.x)?)?;
+    }
+    if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
+        gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
+    }
+    let mut dx = if wants_dx { Some(dy.matmul(weight.tensor())?) } else { None };
+    if let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) {
+        let delta = low_rank_backward(&saved.x, inner, low_rank, pass, dy, wants_dx, gradients)?;
+        dx = match (dx, delta) {
+            (Some(dx), Some(delta)) => Some((dx + delta)?),
+            (dx, _) => dx,
+        };
+    }
+    Ok(dx)
+}
+
+/// The low-rank term alone, and `u = dropout(x) A^T`.
+pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<(Tensor, Tensor)> {
+    let a = low_rank.a.tensor().to_dtype(x.dtype())?;
+    let b = low_rank.b.tensor().to_dtype(x.dtype())?;
+    let inner = dropout::apply(x, &low_rank.dropout, pass)?.matmul(&a.t()?)?; // [tokens, rank]
+    let mut delta = inner.matmul(&b.t()?)?; // [tokens, out]
+    if let Some(bias) = &low_rank.bias {
+        delta = delta.broadcast_add(&bias.tensor().to_dtype(x.dtype())?)?;
+    }
+    Ok(((delta * low_rank.scale)?, inner))
+}
+
+fn low_rank_backward(
+    x: &Tensor,
+    inner: &Tensor,
+    low_rank: &LowRank,
+    pass: &Pass<'_>,
+    dy: &Tensor,
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<Option<Tensor>> {
+    let (a, b) = (&low_rank.a, &low_rank.b);
+    let wants_a = gradients.wants(a);
+    if gradients.wants(b) {
+        gradients.add(b, &(transposed_product(dy, inner)? * low_rank.scale)?)?;
+    }
+    if let Some(bias) = low_rank.bias.as_ref().filter(|bias| gradients.wants(bias)) {
+        gradients.add(bias, &(dy.to_dtype(DType::F32)?.sum(0)? * low_rank.scale)?)?;
+    }
+    if !wants_a && !wants_dx {
+        return Ok(None);
+    }
+    let d_inner = (dy.matmul(&b.tensor().to_dtype(dy.dtype())?)? * low_rank.scale)?; // [tokens, rank]
+    if wants_a {
+        let dropped = dropout::apply(x, &low_rank.dropout, pass)?;
+        gradients.add(a, &transposed_product(&d_inner, &dropped)?)?;
+    }
+    if !wants_dx {
+        return Ok(None);
+    }
+    let dx = d_inner.matmul(&a.tensor().to_dtype(dy.dtype())?)?; // [tokens, in]
+    Ok(Some(dropout::apply(&dx, &low_rank.dropout, pass)?))
+}
+
+/// `a^T b` in f32, for gradients.
+fn transposed_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    Ok(a.to_dtype(DType::F32)?.t()?.matmul(&b.to_dtype(DType::F32)?)?)
+}
+
+/// The same composed of candle primitives; `mask` holds the dropout factors, `[tokens, in]`.
+pub fn reference(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    low_rank: Option<(&Tensor, &Tensor, f64)>,
+    mask: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mut y = x.matmul(&weight.t()?)?;
+    if let Some(bias) = bias {
+        y = y.broadcast_add(bias)?;
+    }
+    if let Some((a, b, scale)) = low_rank {
+        let dropped = mask.map_or_else(|| Ok(x.clone()), |mask| x * mask)?;
+        y = (y + (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?)?;
+    }
+    Ok(y)
+}

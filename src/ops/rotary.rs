@@ -1,0 +1,74 @@
+//! Rotary position embedding, the half-split form of Hugging Face: column `i` of a head is rotated with column
+//! `i + d/2` by the angle `position * frequency[i]`.
+//!
+//! `x` is `[tokens, heads * d]`; `cos` and `sin` are `[tokens, d/2]` in f32, one row per token.
+
+use candle_core::{DType, Tensor};
+
+use super::kernel::{Element, Values, dispatch, for_rows, to_tensor};
+use crate::error::Result;
+
+/// The angles of a batch.
+#[derive(Debug, Clone)]
+pub struct Angles {
+    /// `[tokens, d/2]`, f32.
+    pub cos: Tensor,
+    /// `[tokens, d/2]`, f32.
+    pub sin: Tensor,
+}
+
+/// Every head of `x` rotated. Nothing is saved: the backward needs the angles only.
+pub fn forward(x: &Tensor, angles: &Angles) -> Result<Tensor> {
+    rotate(x, angles, 1.0)
+}
+
+/// A rotation's transpose is the rotation back: `dx` is `dy` rotated by the negative angles.
+pub fn backward(dy: &Tensor, angles: &Angles) -> Result<Tensor> {
+    rotate(dy, angles, -1.0)
+}
+
+fn rotate(x: &Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    if x.device().is_cpu() {
+        dispatch!(x.dtype(), rotate_rows(&x, angles, direction))
+    } else {
+        let sin = (&angles.sin * f64::from(direction))?;
+        reference(&x, &Angles { cos: angles.cos.clone(), sin })
+    }
+}
+
+/// The same composed of candle primitives, in f32.
+pub fn reference(x: &Tensor, angles: &Angles) -> Result<Tensor> {
+    let (tokens, half) = angles.cos.dims2()?;
+    let heads = x.dim(1)? / (2 * half);
+    let wide = x.to_dtype(DType::F32)?.reshape((tokens, heads, 2, half))?;
+    let (low, high) = (wide.narrow(2, 0, 1)?, wide.narrow(2, 1, 1)?);
+    let cos = angles.cos.reshape((tokens, 1, 1, half))?;
+    let sin = angles.sin.reshape((tokens, 1, 1, half))?;
+    let new_low = (low.broadcast_mul(&cos)? - high.broadcast_mul(&sin)?)?;
+    let new_high = (high.broadcast_mul(&cos)? + low.broadcast_mul(&sin)?)?;
+    Ok(Tensor::cat(&[new_low, new_high], 2)?.reshape((tokens, ()))?.to_dtype(x.dtype())?)
+}
+
+fn rotate_rows<T: Element>(x: &Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
+    let (tokens, half) = angles.cos.dims2()?;
+    let values = Values::<T>::of(x)?;
+    let (cos, sin) = (Values::<f32>::of(&angles.cos)?, Values::<f32>::of(&angles.sin)?);
+    let width = x.dim(1)?;
+    debug_assert_eq!(values.len(), tokens * width);
+    let mut y = vec![T::zero(); values.len()];
+    for_rows(&mut y, width, |token, row| {
+        let x = &values[token * width..][..width];
+        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
+        for (head, x) in row.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+            let (new_low, new_high) = head.split_at_mut(half);
+            let (low, high) = x.split_at(half);
+            for i in 0..half {
+                let (a, b, s) = (low[i].widen(), high[i].widen(), direction * sin[i]);
+                new_low[i] = T::narrow(a * cos[i] - b * s);
+                new_high[i] = T::narrow(b * cos[i] + a * s);
+            }
+        }
+    });
+    to_tensor(y, x.dims())
+}
