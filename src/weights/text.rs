@@ -1,6 +1,6 @@
 //! What belongs to the text side of a model: tokenizer, chat template, special tokens.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -86,6 +86,31 @@ impl TextFiles {
         }
         self
     }
+}
+
+/// The files of a folder that a copy of the model with other weights needs unchanged, sorted.
+pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
+    const EXACT: [&str; 7] = [
+        "generation_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+    ];
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).at(folder)? {
+        let path = entry.at(folder)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let text =
+            name.starts_with("tokenizer") || name.starts_with("chat_template") || name.ends_with(".jinja");
+        if path.is_file() && (text || EXACT.contains(&&*name)) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 /// A special token: a string, or a table with its `content`.
