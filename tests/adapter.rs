@@ -329,7 +329,7 @@ fn what_peft_lets_pass_is_refused() {
                 let tensor = Tensor::zeros(8, DType::F32, &Device::Cpu).unwrap();
                 tensors.insert("base_model.model.model.embed_tokens.weight".to_string(), tensor);
             },
-            "`base_model.model.model.embed_tokens.weight` is a whole tensor of the model",
+            "`model.embed_tokens.weight` is a whole tensor of the model; trained embeddings are not supported",
         ),
         (
             |_, tensors| {
@@ -357,7 +357,7 @@ fn what_peft_lets_pass_is_refused() {
             },
             "is of type I64, expected F32, BF16 or F16",
         ),
-        (|_, tensors| tensors.clear(), "has no tensors"),
+        (|_, tensors| tensors.clear(), "has no tensors of an adapter"),
     ];
     for (change, message) in cases {
         let error = changed(change).unwrap_err().to_string();
