@@ -88,8 +88,8 @@ impl TextFiles {
     }
 }
 
-/// The files of a folder that a copy of the model with other weights needs unchanged, sorted.
-pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
+/// Whether a file belongs to a copy of the model with other weights: tokenizer, templates, generation settings.
+pub(super) fn is_companion(name: &str) -> bool {
     const EXACT: [&str; 7] = [
         "generation_config.json",
         "special_tokens_map.json",
@@ -99,13 +99,18 @@ pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
         "merges.txt",
         "spiece.model",
     ];
+    name.starts_with("tokenizer")
+        || name.starts_with("chat_template")
+        || name.ends_with(".jinja")
+        || EXACT.contains(&name)
+}
+
+/// Those files of a folder, sorted.
+pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).at(folder)? {
         let path = entry.at(folder)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let text =
-            name.starts_with("tokenizer") || name.starts_with("chat_template") || name.ends_with(".jinja");
-        if path.is_file() && (text || EXACT.contains(&&*name)) {
+        if path.is_file() && path.file_name().and_then(|name| name.to_str()).is_some_and(is_companion) {
             files.push(path);
         }
     }
