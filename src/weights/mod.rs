@@ -235,6 +235,18 @@ impl Checkpoint {
         }
     }
 
+    /// Puts these files into another folder, byte for byte; those of a GGUF file are made from its metadata.
+    pub fn copy_companions(&self, target: &Path) -> Result<()> {
+        if self.is_gguf() {
+            return self.text()?.write(target);
+        }
+        for file in self.companions()? {
+            let copy = target.join(file.file_name().unwrap_or_default());
+            std::fs::copy(&file, &copy).at(&copy)?;
+        }
+        Ok(())
+    }
+
     /// Every tensor, by its name in the file.
     #[must_use]
     pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {

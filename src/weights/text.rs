@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use crate::error::{Context, Error, Result};
@@ -69,6 +69,25 @@ impl TextFiles {
             tokenizer,
         }
         .settled())
+    }
+
+    /// Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join("tokenizer.json");
+        let text =
+            self.tokenizer.to_string(false).map_err(|error| Error::invalid(error.to_string())).at(&path)?;
+        std::fs::write(&path, text).at(&path)?;
+        let settings = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": false,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "unk_token": self.unk_token,
+            "chat_template": self.chat_template,
+        });
+        let path = folder.join("tokenizer_config.json");
+        std::fs::write(&path, serde_json::to_string_pretty(&settings)? + "\n").at(&path)
     }
 
     /// Sorts the ending tokens and asks the tokenizer what it does with the beginning.
