@@ -236,7 +236,7 @@ impl Checkpoint {
     }
 
     /// Puts these files into another folder, byte for byte; those of a GGUF file are made from its metadata.
-    pub fn copy_companions(&self, target: &Path) -> Result<()> {
+    pub fn write_companions(&self, target: &Path) -> Result<()> {
         if self.is_gguf() {
             return self.text()?.write(target);
         }
