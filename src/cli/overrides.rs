@@ -44,7 +44,8 @@ fn value(text: &str) -> Result<DeValue<'_>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::{Length, Plan, Recipe, Targets, Trained};
+    use crate::adapter::Targets;
+    use crate::recipe::{Length, Plan, Recipe, Trained};
 
     const RECIPE: &str = r#"
         task = "finetune"
@@ -88,8 +89,8 @@ mod tests {
         assert!(!plan.data.pack);
         assert_eq!(plan.output.to_str(), Some("runs/a=b"));
         let Trained::Adapter(adapter) = plan.trained else { panic!("the recipe has an adapter") };
-        assert_eq!(adapter.rank, 8);
-        assert_eq!(adapter.targets, Targets::Names(vec!["q_proj".into(), "v_proj".into()]));
+        assert_eq!(adapter.config.rank, 8);
+        assert_eq!(adapter.config.targets, Targets::names(["q_proj", "v_proj"]));
     }
 
     #[test]

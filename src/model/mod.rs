@@ -8,9 +8,11 @@ mod block;
 mod cache;
 pub mod config;
 mod decoder;
+pub mod family;
 mod feed_forward;
 mod linear;
 mod norm;
+mod pretrained;
 mod rotary;
 
 pub use cache::Cache;
@@ -18,3 +20,4 @@ pub use config::DecoderConfig;
 pub use decoder::{Decoder, Output, Recompute, Saved};
 pub use feed_forward::FeedForward;
 pub use linear::Linear;
+pub use pretrained::Pretrained;

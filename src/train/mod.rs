@@ -1,5 +1,19 @@
-//! The training loop, its optimizer, schedule and checkpoints.
+//! The training loop, its optimizer, schedule and checkpoints. It says what happens as [`Event`]s and never prints.
 
+mod arrival;
+mod checkpoint;
 mod event;
+mod memory;
+mod metrics;
+mod optimizer;
+mod run;
+mod schedule;
+mod step;
 
+pub use checkpoint::{Artifact, Best, TrainerState};
 pub use event::{Event, Reporter, Sample, StepReport};
+pub use memory::peak_rss_bytes;
+pub use optimizer::{AdamW, AdamWConfig};
+pub use run::{Job, Settings, Summary, run};
+pub use schedule::Schedule;
+pub use step::{StepGradients, step_gradients};

@@ -1,2 +1,248 @@
 //! Weights on disk: Hugging Face folders, GGUF files and Hub ids, read lazily, written atomically. Knows no model:
 //! names and shapes are what the file says.
+//!
+//! ```no_run
+//! use candle_core::{DType, Device};
+//! use peft::weights::Checkpoint;
+//!
+//! let checkpoint = Checkpoint::open("path/to/model")?; // or `model.gguf`, or `org/name@revision`
+//! for info in checkpoint.tensors().values() {
+//!     let values = checkpoint.read(&info.name, DType::F32, &Device::Cpu)?;
+//!     assert_eq!(values.dims(), info.shape);
+//! }
+//! # Ok::<(), peft::Error>(())
+//! ```
+
+mod convert;
+mod folder;
+mod shards;
+mod text;
+mod write;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+use serde_json::Value;
+
+use crate::error::{Context, Error, Result};
+use folder::{Folder, map_file as map};
+pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
+pub use text::TextFiles;
+pub use write::{Staged, write_atomic};
+
+/// A tensor as its file has it, without its values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// The name in the file.
+    pub name: String,
+    /// The shape, rows first.
+    pub shape: Vec<usize>,
+    /// How the values are stored.
+    pub dtype: StoredType,
+}
+
+impl TensorInfo {
+    /// How many values there are.
+    #[must_use]
+    pub fn num_values(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// How many bytes the values take in the file.
+    #[must_use]
+    pub fn size_in_bytes(&self) -> usize {
+        match self.dtype {
+            StoredType::Float(dtype) => self.num_values() * dtype.size_in_bytes(),
+            StoredType::Quantized(dtype) => self.num_values() / dtype.block_size() * dtype.type_size(),
+            StoredType::Other(dtype) => self.num_values() * dtype.bitsize() / 8,
+        }
+    }
+}
+
+/// How values are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoredType {
+    /// f32, f16 or bf16: what can be read as it is.
+    Float(DType),
+    /// One of ggml's block formats.
+    Quantized(GgmlDType),
+    /// What a safetensors file may hold besides: copied, never read.
+    Other(safetensors::Dtype),
+}
+
+impl StoredType {
+    /// The type in a safetensors file; quantized values have none.
+    #[must_use]
+    pub fn safetensors(self) -> Option<safetensors::Dtype> {
+        match self {
+            Self::Float(DType::F32) => Some(safetensors::Dtype::F32),
+            Self::Float(DType::F16) => Some(safetensors::Dtype::F16),
+            Self::Float(DType::BF16) => Some(safetensors::Dtype::BF16),
+            Self::Other(dtype) => Some(dtype),
+            Self::Float(_) | Self::Quantized(_) => None,
+        }
+    }
+}
+
+impl From<safetensors::Dtype> for StoredType {
+    fn from(dtype: safetensors::Dtype) -> Self {
+        match dtype {
+            safetensors::Dtype::F32 => Self::Float(DType::F32),
+            safetensors::Dtype::F16 => Self::Float(DType::F16),
+            safetensors::Dtype::BF16 => Self::Float(DType::BF16),
+            other => Self::Other(other),
+        }
+    }
+}
+
+impl fmt::Display for StoredType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Float(dtype) => f.write_str(dtype.as_str()),
+            Self::Quantized(dtype) => f.write_str(&format!("{dtype:?}").to_lowercase()),
+            Self::Other(dtype) => f.write_str(&dtype.to_string().to_lowercase()),
+        }
+    }
+}
+
+/// An open checkpoint: names, shapes and types are known, values are read when asked for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    source: String,
+    store: Store,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+#[derive(Debug)]
+enum Store {
+    Folder(Folder),
+}
+
+impl Checkpoint {
+    /// Opens a folder, a `.gguf` file or a Hub id (`org/name[@revision]`). Reads no values.
+    pub fn open(source: &str) -> Result<Self> {
+        let path = Path::new(source);
+        let (store, tensors) = if path.is_dir() {
+            let (folder, tensors) = Folder::open(path)?;
+            (Store::Folder(folder), tensors)
+        } else {
+            return Err(Error::request(format!("`{source}` is neither a folder nor a .gguf file")));
+        };
+        Ok(Self { source: source.to_string(), store, tensors })
+    }
+
+    /// What it was opened from, as it was written.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.source
+    }
+
+    /// Every tensor, by its name in the file.
+    #[must_use]
+    pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
+    }
+
+    /// The values of a tensor in the wanted type. NaN and infinity are errors.
+    pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let info = self.info(name)?;
+        let bytes = self.bytes(name)?;
+        let tensor = match info.dtype {
+            StoredType::Float(stored) => convert::from_floats(bytes, stored, &info.shape, dtype, device),
+            other => Err(Error::invalid(format!("is stored as {other}; weights are f32, f16 or bf16"))),
+        };
+        self.release(name);
+        tensor.in_tensor(name).at(self.file_of(name))
+    }
+
+    /// The bytes of a tensor as they are stored. Pages stay in memory until [`Self::release`].
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let bytes = match &self.store {
+            Store::Folder(folder) => folder.bytes(name),
+        };
+        bytes.ok_or_else(|| self.no_tensor(name))
+    }
+
+    /// Gives back the memory that reading a tensor took; reading it again is allowed.
+    pub fn release(&self, name: &str) {
+        match &self.store {
+            Store::Folder(folder) => folder.release(name),
+        }
+    }
+
+    /// Shape and type of a tensor.
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).ok_or_else(|| self.no_tensor(name))
+    }
+
+    /// Bytes of the largest tensor in the file.
+    #[must_use]
+    pub fn largest_tensor(&self) -> usize {
+        self.tensors.values().map(TensorInfo::size_in_bytes).max().unwrap_or(0)
+    }
+
+    /// The folder, unless it is a GGUF file.
+    #[must_use]
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.store {
+            Store::Folder(folder) => Some(&folder.path),
+        }
+    }
+
+    /// Whether it is a GGUF file.
+    #[must_use]
+    pub fn is_gguf(&self) -> bool {
+        self.folder().is_none()
+    }
+
+    /// The folder's `config.json`.
+    pub fn config_json(&self) -> Result<Value> {
+        match &self.store {
+            Store::Folder(folder) => read_json(&folder.path.join("config.json")),
+        }
+    }
+
+    /// Tokenizer, chat template and special tokens.
+    pub fn text(&self) -> Result<TextFiles> {
+        match &self.store {
+            Store::Folder(folder) => TextFiles::from_folder(&folder.path, &self.config_json()?),
+        }
+    }
+
+    fn file_of(&self, name: &str) -> PathBuf {
+        match &self.store {
+            Store::Folder(folder) => folder.file_of(name).unwrap_or(&folder.path).to_path_buf(),
+        }
+    }
+
+    fn no_tensor(&self, name: &str) -> Error {
+        Error::invalid(format!("`{}` has no tensor `{name}`", self.source))
+    }
+}
+
+/// Reads a JSON file.
+fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read(path).at(path)?;
+    serde_json::from_slice(&text).at(path)
+}
+
+/// Reads a JSON file, or gives null where there is none.
+fn read_json_if_there(path: &Path) -> Result<Value> {
+    if path.is_file() { read_json(path) } else { Ok(Value::Null) }
+}
+
+/// Drops the pages of a mapped range, so that what was read and converted is not in memory twice.
+fn release(map: &Mmap, start: usize, end: usize) {
+    #[cfg(unix)]
+    if end > start {
+        // SAFETY: the map is a read-only view of a file; dropped pages are read from the file again when touched.
+        // An error leaves the pages where they are, which is correct too.
+        let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+    }
+    #[cfg(not(unix))]
+    let _ = (map, start, end);
+}

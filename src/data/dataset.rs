@@ -1,0 +1,262 @@
+//! Sources to a data set: tokenised on all cores, cut to length, counted, split.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use rayon::prelude::*;
+
+use super::TrainOn;
+use super::batch::{Row, fingerprint};
+use super::mix::{self, Part};
+use super::sampler::all_rows;
+use super::source::{self, Format, Record, Source};
+use super::text::Text;
+use super::tokens::{Tokens, tokenise};
+use crate::error::{Context, Error, Result};
+
+/// What becomes of the documents.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Preparation {
+    /// Documents are cut to this many tokens.
+    pub max_length: usize,
+    /// Which tokens are learned.
+    pub train_on: TrainOn,
+    /// The share of the training documents that is held out where there is no other data to evaluate on.
+    pub eval_share: f64,
+    /// Decides what is held out.
+    pub seed: u64,
+}
+
+/// All documents of a run, ready to be put into batches.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dataset {
+    /// What is trained on, by source.
+    pub train: Vec<Part>,
+    /// What is evaluated on.
+    pub eval: Vec<Row>,
+    /// What the training sources held, before anything was held out.
+    pub train_counts: Vec<Counts>,
+    /// What the evaluation sources held; empty where documents were held out.
+    pub eval_counts: Vec<Counts>,
+    /// What to tell the user.
+    pub warnings: Vec<Warning>,
+}
+
+/// What a source held.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Counts {
+    /// The file.
+    pub path: PathBuf,
+    /// The format, as given or as told from the first record.
+    pub format: Format,
+    /// Records in the file.
+    pub records: usize,
+    /// Documents kept.
+    pub rows: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Those of their tokens that are learned.
+    pub supervised: usize,
+    /// Documents that were longer than the maximum, dropped ones included.
+    pub truncated: usize,
+    /// Documents dropped because truncation left no token to learn.
+    pub dropped_by_truncation: usize,
+    /// Documents dropped because they never had a token to learn.
+    pub dropped_without_labels: usize,
+    /// The line of the first dropped document.
+    pub first_dropped: Option<usize>,
+    /// The lengths of all documents before truncation.
+    pub lengths: Lengths,
+}
+
+/// How long documents are, in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Lengths {
+    /// Half of them have at most so many.
+    pub p50: usize,
+    /// 95 of 100 have at most so many.
+    pub p95: usize,
+    /// The longest.
+    pub max: usize,
+}
+
+/// Something odd about the data that is not an error.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Warning {
+    /// The model would not learn to stop.
+    EosNeverSupervised,
+    /// There is one distinct document only, so none was held out.
+    NothingToHoldOut,
+    /// So many of the documents to evaluate on are also trained on.
+    EvalInTrain(usize),
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EosNeverSupervised => f.write_str(
+                "no document has an end-of-sequence token to learn, so the model will not learn to stop",
+            ),
+            Self::NothingToHoldOut => {
+                f.write_str("there is only one distinct document, so none was held out for evaluation")
+            }
+            Self::EvalInTrain(1) => f.write_str("1 document to evaluate on is also trained on"),
+            Self::EvalInTrain(count) => write!(f, "{count} documents to evaluate on are also trained on"),
+        }
+    }
+}
+
+impl Dataset {
+    /// Reads and tokenises all sources. Without `eval` sources a share of the training documents is held out.
+    pub fn load(train: &[Source], eval: &[Source], text: &Text, preparation: &Preparation) -> Result<Self> {
+        let mut parts = Vec::new();
+        let mut train_counts = Vec::new();
+        let mut first = 0;
+        for source in train {
+            let weight = mix::check_weight(source.weight)?;
+            let (rows, counts) = load(source, text, preparation.max_length, preparation.train_on, first)?;
+            first += counts.records as u64;
+            parts.push(Part { rows, weight });
+            train_counts.push(counts);
+        }
+        if parts.is_empty() {
+            return Err(
+                Error::request("there is no data to train on").with_hint("name a file in `data.train`")
+            );
+        }
+
+        let mut warnings = Vec::new();
+        let mut eval_rows = Vec::new();
+        let mut eval_counts = Vec::new();
+        for source in eval {
+            let (rows, counts) = load(source, text, preparation.max_length, preparation.train_on, first)?;
+            first += counts.records as u64;
+            eval_rows.extend(rows);
+            eval_counts.push(counts);
+        }
+        if eval.is_empty() && preparation.eval_share > 0.0 {
+            eval_rows = mix::hold_out(&mut parts, preparation.eval_share, preparation.seed);
+            if eval_rows.is_empty() {
+                warnings.push(Warning::NothingToHoldOut);
+            }
+        } else {
+            let trained: std::collections::HashSet<[u8; 32]> = all_rows(&parts).map(Row::digest).collect();
+            let both = eval_rows.iter().filter(|row| trained.contains(&row.digest())).count();
+            if both > 0 {
+                warnings.push(Warning::EvalInTrain(both));
+            }
+        }
+        let ends = |row: &Row| {
+            row.tokens
+                .iter()
+                .zip(&row.supervised)
+                .any(|(token, &counted)| counted && text.eos_ids().contains(token))
+        };
+        if !all_rows(&parts).any(ends) {
+            warnings.push(Warning::EosNeverSupervised);
+        }
+        Ok(Self { train: parts, eval: eval_rows, train_counts, eval_counts, warnings })
+    }
+
+    /// SHA-256 over the tokens and labels of everything trained and evaluated on.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        fingerprint(all_rows(&self.train).chain(&self.eval))
+    }
+}
+
+/// The documents of one source, numbered from `first`, and what was counted on the way.
+pub fn load(
+    source: &Source,
+    text: &Text,
+    max_length: usize,
+    train_on: TrainOn,
+    first: u64,
+) -> Result<(Vec<Row>, Counts)> {
+    let path = &source.path;
+    let (records, format) = source::read(path, source.format)?;
+    let tokenised: Vec<Result<Tokens>> =
+        records.par_iter().map(|record| tokenise(&record.conversation, text, train_on)).collect();
+
+    let mut counts = Counts {
+        path: path.clone(),
+        format,
+        records: records.len(),
+        rows: 0,
+        tokens: 0,
+        supervised: 0,
+        truncated: 0,
+        dropped_by_truncation: 0,
+        dropped_without_labels: 0,
+        first_dropped: None,
+        lengths: Lengths::default(),
+    };
+    let mut lengths = Vec::with_capacity(records.len());
+    let mut rows = Vec::with_capacity(records.len());
+    for ((Record { line, .. }, tokenised), document) in records.iter().zip(tokenised).zip(first..) {
+        let Tokens { mut tokens, mut supervised } = tokenised.at_line(path, *line)?;
+        lengths.push(tokens.len());
+        let learnable = supervised.contains(&true);
+        counts.truncated += usize::from(tokens.len() > max_length);
+        tokens.truncate(max_length);
+        supervised.truncate(max_length);
+        if !supervised.contains(&true) {
+            counts.dropped_by_truncation += usize::from(learnable);
+            counts.dropped_without_labels += usize::from(!learnable);
+            counts.first_dropped.get_or_insert(*line);
+            continue;
+        }
+        let row = Row { tokens, supervised, document };
+        counts.tokens += row.tokens.len();
+        counts.supervised += row.num_supervised();
+        rows.push(row);
+    }
+    counts.rows = rows.len();
+    counts.lengths = Lengths::of(lengths);
+    if rows.is_empty() {
+        return Err(nothing_left(&counts, max_length)).at(path);
+    }
+    Ok((rows, counts))
+}
+
+impl Lengths {
+    fn of(mut lengths: Vec<usize>) -> Self {
+        lengths.sort_unstable();
+        let at = |share: usize| {
+            lengths.get((lengths.len() * share).div_ceil(100).max(1) - 1).copied().unwrap_or(0)
+        };
+        Self { p50: at(50), p95: at(95), max: at(100) }
+    }
+}
+
+fn nothing_left(counts: &Counts, max_length: usize) -> Error {
+    let Counts { records, dropped_by_truncation, lengths, .. } = counts;
+    if *dropped_by_truncation == 0 {
+        return Error::invalid(format!("none of the {records} documents has a token to learn"));
+    }
+    Error::invalid(format!(
+        "none of the {records} documents has a token to learn within `max_length` = {max_length} tokens: \
+         {dropped_by_truncation} have their first one later"
+    ))
+    .with_hint(format!(
+        "raise `data.max_length`: the longest document has {} tokens, 95 of 100 have at most {}",
+        lengths.max, lengths.p95
+    ))
+}
+
+/// A row as text, in runs of tokens that are learned or not: what `peft check` shows of the first sample.
+pub fn preview(row: &Row, text: &Text) -> Result<Vec<(String, bool)>> {
+    let mut segments: Vec<(String, bool)> = Vec::new();
+    let mut add = |piece: String, counted: bool| match segments.last_mut() {
+        Some((said, same)) if *same == counted => said.push_str(&piece),
+        _ if piece.is_empty() => {}
+        _ => segments.push((piece, counted)),
+    };
+    let mut stream = text.decode_stream(false);
+    for (&token, &counted) in row.tokens.iter().zip(&row.supervised) {
+        add(stream.push(token)?, counted);
+    }
+    add(stream.finish()?, row.supervised.last().copied().unwrap_or(false));
+    Ok(segments)
+}

@@ -1,0 +1,262 @@
+//! What the families share in reading a `config.json`: typed fields, and errors that name the field, what it has to be
+//! and what was found.
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result, nearest};
+use crate::model::config::{
+    Activation, AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, RotaryConfig, RotaryScaling,
+};
+
+/// The fields of a `config.json`.
+pub(super) struct Fields<'a> {
+    map: &'a Map<String, Value>,
+    model_type: &'a str,
+}
+
+/// The defaults that differ from family to family: what its configuration class has where a file says nothing.
+pub(super) struct Defaults {
+    /// `None`: as many as query heads.
+    pub(super) num_kv_heads: Option<usize>,
+    /// `None`: the hidden size divided by the heads.
+    pub(super) head_dim: Option<usize>,
+    pub(super) max_position_embeddings: usize,
+}
+
+impl<'a> Fields<'a> {
+    pub(super) fn new(config: &'a Value, model_type: &'a str) -> Result<Self> {
+        let map = config
+            .as_object()
+            .ok_or_else(|| Error::invalid(format!("expected a JSON object, found {}", shorten(config))))?;
+        Ok(Self { map, model_type })
+    }
+
+    /// The field, unless it is absent or null.
+    pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
+        self.map.get(name).filter(|value| !value.is_null())
+    }
+
+    /// Whether the file has the field at all, be it null.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.map.contains_key(name)
+    }
+
+    /// A positive integer that has to be there.
+    pub(super) fn count(&self, name: &str) -> Result<usize> {
+        self.optional_count(name)?.ok_or_else(|| {
+            Error::invalid(format!("`{name}` is missing; a `{}` model needs it", self.model_type))
+        })
+    }
+
+    /// A positive integer, where the file has one.
+    pub(super) fn optional_count(&self, name: &str) -> Result<Option<usize>> {
+        let Some(value) = self.get(name) else { return Ok(None) };
+        match value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0) {
+            Some(n) => Ok(Some(n)),
+            None => Err(wrong(name, "a positive integer", value)),
+        }
+    }
+
+    /// An integer that may be zero.
+    pub(super) fn index(&self, name: &str, default: usize) -> Result<usize> {
+        let Some(value) = self.get(name) else { return Ok(default) };
+        value
+            .as_u64()
+            .and_then(|n| usize::try_from(n).ok())
+            .ok_or_else(|| wrong(name, "an integer of at least zero", value))
+    }
+
+    /// A flag.
+    pub(super) fn flag(&self, name: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.get(name) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| wrong(name, "true or false", value))
+    }
+
+    /// The decoder without anything that only some families have: full attention, no biases, no head norms.
+    pub(super) fn decoder(&self, defaults: &Defaults) -> Result<DecoderConfig> {
+        self.refuse_unknown_mathematics()?;
+        let hidden_size = self.count("hidden_size")?;
+        let num_heads = self.count("num_attention_heads")?;
+        // null means as many as query heads, a field left out means the class's default.
+        let absent = if self.has("num_key_value_heads") { None } else { defaults.num_kv_heads };
+        let num_kv_heads = self.optional_count("num_key_value_heads")?.or(absent).unwrap_or(num_heads);
+        if num_heads % num_kv_heads != 0 {
+            return Err(Error::invalid(format!(
+                "`num_key_value_heads` must divide `num_attention_heads`, found {num_kv_heads} and {num_heads}"
+            )));
+        }
+        let head_dim = match self.optional_count("head_dim")?.or(defaults.head_dim) {
+            Some(head_dim) => head_dim,
+            None if hidden_size % num_heads == 0 => hidden_size / num_heads,
+            None => {
+                return Err(Error::invalid(format!(
+                    "`hidden_size` must be a multiple of `num_attention_heads`, found {hidden_size} and {num_heads}"
+                )));
+            }
+        };
+        if head_dim % 2 != 0 {
+            return Err(Error::invalid(format!(
+                "a head must have an even width for rotary embedding, found {head_dim}"
+            )));
+        }
+        let max_position_embeddings =
+            self.optional_count("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let layer = LayerConfig {
+            attention: AttentionConfig {
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                window: None,
+                qkv_bias: false,
+                output_bias: false,
+                qk_norm: false,
+            },
+            feed_forward: FeedForwardConfig::Dense {
+                width: self.count("intermediate_size")?,
+                bias: false,
+                activation: self.activation()?,
+            },
+        };
+        Ok(DecoderConfig {
+            vocab_size: self.count("vocab_size")?,
+            hidden_size,
+            layers: vec![layer; self.count("num_hidden_layers")?],
+            norm_eps: number(self.get("rms_norm_eps"), "rms_norm_eps")?.unwrap_or(1e-6),
+            rotary: self.rotary(max_position_embeddings)?,
+            tie_word_embeddings: self.flag("tie_word_embeddings", false)?,
+            max_position_embeddings,
+        })
+    }
+
+    /// Attention windows as the Qwen families write them: `layer_types` decides where it is present, otherwise layers
+    /// from `max_window_layers` on; nothing slides unless `use_sliding_window` says so.
+    pub(super) fn windows(&self, num_layers: usize) -> Result<Vec<Option<usize>>> {
+        let window = if self.flag("use_sliding_window", false)? {
+            Some(self.optional_count("sliding_window")?.unwrap_or(4096))
+        } else {
+            None
+        };
+        let Some(types) = self.get("layer_types") else {
+            let first = self.index("max_window_layers", 28)?;
+            return Ok((0..num_layers).map(|layer| window.filter(|_| layer >= first)).collect());
+        };
+        let list = types.as_array().filter(|list| list.len() == num_layers).ok_or_else(|| {
+            wrong("layer_types", &format!("a list of {num_layers} entries, one per layer"), types)
+        })?;
+        list.iter()
+            .map(|kind| match kind.as_str() {
+                Some("full_attention") => Ok(None),
+                Some("sliding_attention") if window.is_some() => Ok(window),
+                Some("sliding_attention") => Err(Error::invalid(
+                    "`layer_types` has `sliding_attention`, but `use_sliding_window` and `sliding_window` give no window",
+                )),
+                _ => Err(wrong("layer_types", "`full_attention` or `sliding_attention` per layer", kind)),
+            })
+            .collect()
+    }
+
+    fn activation(&self) -> Result<Activation> {
+        const KNOWN: [&str; 6] = ["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"];
+        let Some(value) = self.get("hidden_act") else { return Ok(Activation::Silu) };
+        match value.as_str() {
+            Some("silu" | "swish") => Ok(Activation::Silu),
+            Some("gelu") => Ok(Activation::Gelu),
+            Some("gelu_new" | "gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
+            Some("relu") => Ok(Activation::Relu),
+            _ => Err(unsupported("hidden_act", value, &KNOWN)),
+        }
+    }
+
+    /// `rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling` as it did before.
+    fn rotary(&self, max_position_embeddings: usize) -> Result<RotaryConfig> {
+        const KNOWN: [&str; 3] = ["default", "linear", "llama3"];
+        let (field, value) = match self.get("rope_parameters") {
+            Some(value) => ("rope_parameters", Some(value)),
+            None => ("rope_scaling", self.get("rope_scaling")),
+        };
+        let empty = Map::new();
+        let scaling = match value {
+            None => &empty,
+            Some(Value::Object(map)) => map,
+            Some(other) => return Err(wrong(field, "a table", other)),
+        };
+        let entry = |name: &str| scaling.get(name).filter(|value| !value.is_null());
+        let required = |name: &str| {
+            number(entry(name), &format!("{field}.{name}"))?
+                .ok_or_else(|| Error::invalid(format!("`{field}.{name}` is missing")))
+        };
+        if let Some(nested) = scaling.values().find(|value| value.is_object()) {
+            return Err(wrong(field, "one set of values for all layers", nested));
+        }
+        for value in [entry("partial_rotary_factor"), self.get("partial_rotary_factor")].into_iter().flatten()
+        {
+            if value.as_f64() != Some(1.0) {
+                return Err(wrong("partial_rotary_factor", "1, the only value supported", value));
+            }
+        }
+        let theta = match number(entry("rope_theta"), "rope_theta")? {
+            Some(theta) => theta,
+            None => number(self.get("rope_theta"), "rope_theta")?.unwrap_or(10_000.0),
+        };
+        let scaling = match entry("rope_type").or_else(|| entry("type")) {
+            None => RotaryScaling::None,
+            Some(kind) => match kind.as_str() {
+                Some("default") => RotaryScaling::None,
+                Some("linear") => RotaryScaling::Linear { factor: required("factor")? },
+                Some("llama3") => {
+                    let original = match self.get("original_max_position_embeddings") {
+                        Some(value) => number(Some(value), "original_max_position_embeddings")?,
+                        None => number(entry("original_max_position_embeddings"), field)?,
+                    };
+                    RotaryScaling::Llama3 {
+                        factor: required("factor")?,
+                        low_freq_factor: required("low_freq_factor")?,
+                        high_freq_factor: required("high_freq_factor")?,
+                        original_length: original.unwrap_or(max_position_embeddings as f64),
+                    }
+                }
+                _ => return Err(unsupported(&format!("{field}.rope_type"), kind, &KNOWN)),
+            },
+        };
+        Ok(RotaryConfig { theta, scaling })
+    }
+
+    /// Fields that change what the layers compute, in ways that this crate has no code for.
+    fn refuse_unknown_mathematics(&self) -> Result<()> {
+        if let Some(value) = self.get("quantization_config") {
+            let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("of an unknown kind");
+            return Err(Error::invalid(format!("`quantization_config` ({method}) is not supported"))
+                .with_hint("give the model's unquantized weights, or a .gguf file"));
+        }
+        Ok(())
+    }
+}
+
+/// A positive number, where there is one.
+fn number(value: Option<&Value>, name: &str) -> Result<Option<f64>> {
+    let Some(value) = value else { return Ok(None) };
+    match value.as_f64().filter(|number| *number > 0.0 && number.is_finite()) {
+        Some(number) => Ok(Some(number)),
+        None => Err(wrong(name, "a positive number", value)),
+    }
+}
+
+fn wrong(name: &str, expected: &str, found: &Value) -> Error {
+    Error::invalid(format!("`{name}` must be {expected}, found `{}`", shorten(found)))
+}
+
+/// The value is not one of those that there is code for.
+pub(super) fn unsupported(name: &str, found: &Value, known: &[&str]) -> Error {
+    let list = known.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let text = found.as_str().map_or_else(|| shorten(found), str::to_string);
+    let error = Error::invalid(format!("`{name}` is `{text}`, which is not supported; supported are {list}"));
+    match nearest(&text, known.iter().copied(), 1).first() {
+        Some(near) if found.is_string() => error.with_hint(format!("nearest is `{near}`")),
+        _ => error,
+    }
+}
+
+fn shorten(value: &Value) -> String {
+    let text = value.to_string();
+    if text.chars().count() <= 80 { text } else { text.chars().take(77).chain("...".chars()).collect() }
+}

@@ -1,0 +1,33 @@
+//! Families: `config.json` to [`DecoderConfig`], one file each. Nothing else in this crate names a vendor.
+
+mod fields;
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::model::config::DecoderConfig;
+use fields::{Fields, unsupported};
+
+/// The values of `model_type` that there is a reader for.
+pub const SUPPORTED: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+
+/// Reads a `config.json`; the only place that looks at `model_type`.
+pub fn read(config: &Value) -> Result<DecoderConfig> {
+    let Some(model_type) = config.get("model_type") else {
+        return Err(Error::invalid("`model_type` is missing")
+            .with_hint("give the folder of a causal language model as transformers saves it"));
+    };
+    let name = model_type.as_str().unwrap_or_default();
+    let fields = Fields::new(config, name)?;
+    match name {
+        "llama" => llama::read(&fields),
+        "mistral" => mistral::read(&fields),
+        "qwen2" => qwen2::read(&fields),
+        "qwen3" => qwen3::read(&fields),
+        _ => Err(unsupported("model_type", model_type, &SUPPORTED)),
+    }
+}

@@ -1,0 +1,119 @@
+//! Checkpoints: what is trained, the optimizer's state and where the run stands, written whole or not at all.
+//!
+//! `checkpoint-N/` holds the adapter (or the model), `optimizer.safetensors` and `trainer_state.json`. Data order,
+//! schedule and dropout are pure functions of the step, so the step is all that has to be remembered of them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use super::optimizer::AdamW;
+use crate::error::{Context, Error, Result};
+use crate::weights::{Staged, write_safetensors};
+
+/// What a run trains, on disk.
+pub trait Artifact {
+    /// Writes it into an existing folder.
+    fn write(&self, folder: &Path) -> Result<()>;
+    /// Takes the values that [`Artifact::write`] wrote.
+    fn restore(&self, folder: &Path) -> Result<()>;
+}
+
+/// Where a run stands.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Updates made.
+    pub step: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Of these, the tokens that carried a label.
+    pub supervised_tokens: u64,
+    /// The loss on the evaluation data before the first step.
+    pub first_eval_loss: Option<f64>,
+    /// The evaluation with the lowest loss.
+    pub best: Option<Best>,
+    /// What must not change when the run goes on: a digest of data and settings.
+    pub fingerprint: String,
+}
+
+/// The best evaluation of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// After so many updates.
+    pub step: u64,
+    /// Mean loss per labelled token.
+    pub eval_loss: f64,
+}
+
+const PREFIX: &str = "checkpoint-";
+
+/// The checkpoints in a run folder with their steps, oldest first.
+pub(super) fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    if !output.is_dir() {
+        return Ok(found);
+    }
+    for entry in std::fs::read_dir(output).at(output)? {
+        let entry = entry.at(output)?;
+        let name = entry.file_name();
+        let step = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|n| n.parse().ok());
+        if let Some(step) = step {
+            found.push((step, entry.path()));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Writes a checkpoint and removes all but the last `keep`.
+pub(super) fn save(
+    output: &Path,
+    artifact: &dyn Artifact,
+    optimizer: &AdamW,
+    state: &TrainerState,
+    keep: usize,
+) -> Result<PathBuf> {
+    let path = output.join(format!("{PREFIX}{}", state.step));
+    replace_folder(&path, |folder| {
+        artifact.write(folder)?;
+        write_safetensors(folder.join("optimizer.safetensors"), &optimizer.tensors()?, &BTreeMap::new())?;
+        let file = folder.join("trainer_state.json");
+        std::fs::write(&file, serde_json::to_vec_pretty(state)?).at(&file)
+    })?;
+    let all = list(output)?;
+    for (_, old) in &all[..all.len().saturating_sub(keep.max(1))] {
+        std::fs::remove_dir_all(old).at(old)?;
+    }
+    Ok(path)
+}
+
+/// Restores what is trained and the optimizer from the checkpoint at `path`, and gives the run's state.
+pub(super) fn restore(
+    path: &Path,
+    artifact: &dyn Artifact,
+    optimizer: &mut AdamW,
+    fingerprint: &str,
+) -> Result<TrainerState> {
+    let file = path.join("trainer_state.json");
+    let state: TrainerState = serde_json::from_slice(&std::fs::read(&file).at(&file)?).at(&file)?;
+    if state.fingerprint != fingerprint {
+        return Err(Error::request("the run was started with other data or other settings").with_hint(
+            "resume with the recipe and the files it was started with, or start anew with another `--output`",
+        ))
+        .at(path);
+    }
+    artifact.restore(path)?;
+    let file = path.join("optimizer.safetensors");
+    let tensors = candle_core::safetensors::load(&file, &Device::Cpu).at(&file)?;
+    optimizer.restore(state.step, tensors.into_iter().collect()).at(&file)?;
+    Ok(state)
+}
+
+/// Writes a folder beside `path` and puts it in its place when it is whole.
+pub(super) fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let staged = Staged::replacing(path)?;
+    write(staged.path())?;
+    staged.commit()
+}

@@ -1,0 +1,22 @@
+//! What the process has used of the machine's memory.
+
+/// The highest resident memory of this process so far, in bytes; 0 where the system does not tell.
+#[must_use]
+pub fn peak_rss_bytes() -> u64 {
+    #[cfg(unix)]
+    {
+        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+        // SAFETY: `usage` is a valid place for one `rusage`, which the call fills in and any bytes of which are valid.
+        let usage = unsafe {
+            if libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) != 0 {
+                return 0;
+            }
+            usage.assume_init()
+        };
+        // Linux counts in KiB, macOS in bytes.
+        let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
+        u64::try_from(usage.ru_maxrss).unwrap_or(0) * unit
+    }
+    #[cfg(not(unix))]
+    0
+}

@@ -1,0 +1,190 @@
+//! AdamW (Loshchilov and Hutter, 2019) with a state of its own, in f32, in the order of torch's arithmetic.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use crate::error::{Context, Error, Result};
+use crate::ops::{Gradients, Trainables};
+
+/// What AdamW is set to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of their squares.
+    pub beta2: f64,
+    /// Added to the root of the second mean.
+    pub eps: f64,
+    /// Share of a value that a step takes off, times the learning rate.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+    }
+}
+
+/// The optimizer and its state.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    step: u64,
+    state: BTreeMap<Arc<str>, Moments>,
+}
+
+#[derive(Debug)]
+struct Moments {
+    first: Vec<f32>,
+    second: Vec<f32>,
+    /// The value in f32, where the model computes with a rounded one.
+    master: Option<Vec<f32>>,
+}
+
+impl AdamW {
+    /// A fresh state for `trainables`.
+    pub fn new(config: AdamWConfig, trainables: &Trainables) -> Result<Self> {
+        let state = trainables
+            .iter()
+            .map(|(name, variable)| {
+                let len = variable.elem_count();
+                let master = if variable.dtype() == DType::F32 { None } else { Some(values(variable)?) };
+                Ok((Arc::clone(name), Moments { first: vec![0.0; len], second: vec![0.0; len], master }))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { config, step: 0, state })
+    }
+
+    /// Updates made so far.
+    #[must_use]
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// One update of every trainable whose gradient has arrived, the gradients times `scale`.
+    pub fn update(
+        &mut self,
+        trainables: &Trainables,
+        gradients: &Gradients,
+        scale: f64,
+        learning_rate: f64,
+    ) -> Result<()> {
+        self.step += 1;
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
+        let exponent = self.step as i32;
+        let rule = Rule {
+            scale: scale as f32,
+            keep: (1.0 - learning_rate * weight_decay) as f32,
+            beta1_rest: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            beta2_rest: (1.0 - beta2) as f32,
+            eps: eps as f32,
+            step_size: (learning_rate / (1.0 - beta1.powi(exponent))) as f32,
+            root: (1.0 - beta2.powi(exponent)).sqrt() as f32,
+        };
+        for (name, gradient) in gradients.iter() {
+            let (Some(gradient), Some(variable)) = (gradient, trainables.get(name)) else { continue };
+            let Some(moments) = self.state.get_mut(name) else { continue };
+            let gradient = values(gradient).in_tensor(name)?;
+            let mut value = match moments.master.take() {
+                Some(master) => master,
+                None => values(variable)?,
+            };
+            rule.apply(&mut value, &gradient, moments);
+            let updated = Tensor::from_slice(&value, variable.shape(), &Device::Cpu)?;
+            variable.set(&updated.to_dtype(variable.dtype())?.to_device(variable.device())?)?;
+            if variable.dtype() != DType::F32 {
+                moments.master = Some(value);
+            }
+        }
+        Ok(())
+    }
+
+    /// The state as tensors: `<name>.exp_avg`, `<name>.exp_avg_sq`, and `<name>.master` where there is one.
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = BTreeMap::new();
+        for (name, moments) in &self.state {
+            let Moments { first, second, master } = moments;
+            let named = [("exp_avg", Some(first)), ("exp_avg_sq", Some(second)), ("master", master.as_ref())];
+            for (kind, values) in named {
+                if let Some(values) = values {
+                    let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
+                    tensors.insert(format!("{name}.{kind}"), tensor);
+                }
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Takes up the state of `step` updates that [`AdamW::tensors`] gave.
+    pub fn restore(&mut self, step: u64, mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
+        for (name, moments) in &mut self.state {
+            let mut take = |kind: &str, len: usize| -> Result<Vec<f32>> {
+                let name = format!("{name}.{kind}");
+                let tensor = tensors
+                    .remove(&name)
+                    .ok_or_else(|| Error::invalid("is missing from the optimizer's state"))
+                    .in_tensor(&name)?;
+                let found = values(&tensor)?;
+                if found.len() == len {
+                    return Ok(found);
+                }
+                let found = found.len();
+                Err(Error::invalid(format!("has {found} values, expected {len}"))).in_tensor(&name)
+            };
+            let len = moments.first.len();
+            moments.first = take("exp_avg", len)?;
+            moments.second = take("exp_avg_sq", len)?;
+            if moments.master.is_some() {
+                moments.master = Some(take("master", len)?);
+            }
+        }
+        if let Some(name) = tensors.keys().next() {
+            return Err(Error::invalid("the optimizer's state has a tensor that is not trained now"))
+                .in_tensor(name);
+        }
+        self.step = step;
+        Ok(())
+    }
+}
+
+fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    let flat = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?;
+    Ok(flat.to_vec1()?)
+}
+
+struct Rule {
+    scale: f32,
+    keep: f32,
+    beta1_rest: f32,
+    beta2: f32,
+    beta2_rest: f32,
+    eps: f32,
+    step_size: f32,
+    root: f32,
+}
+
+/// Values per task.
+const CHUNK: usize = 1 << 14;
+
+impl Rule {
+    fn apply(&self, value: &mut [f32], gradient: &[f32], moments: &mut Moments) {
+        let chunks = value
+            .par_chunks_mut(CHUNK)
+            .zip(gradient.par_chunks(CHUNK))
+            .zip(moments.first.par_chunks_mut(CHUNK))
+            .zip(moments.second.par_chunks_mut(CHUNK));
+        chunks.for_each(|(((value, gradient), first), second)| {
+            for i in 0..value.len() {
+                let g = gradient[i] * self.scale;
+                first[i] += (g - first[i]) * self.beta1_rest;
+                second[i] = second[i] * self.beta2 + self.beta2_rest * g * g;
+                let denominator = second[i].sqrt() / self.root + self.eps;
+                value[i] = value[i] * self.keep - self.step_size * first[i] / denominator;
+            }
+        });
+    }
+}

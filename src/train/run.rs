@@ -1,0 +1,219 @@
+//! The training loop.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::arrival::Arrival;
+use super::checkpoint::{self, Artifact, Best, TrainerState};
+use super::event::{Event, Reporter, StepReport};
+use super::memory::peak_rss_bytes;
+use super::metrics::Metrics;
+use super::optimizer::{AdamW, AdamWConfig};
+use super::schedule::Schedule;
+use super::step::step_gradients;
+use crate::data::{Batch, Sampler};
+use crate::error::{Error, Result};
+use crate::eval::evaluate;
+use crate::model::{Decoder, Recompute};
+use crate::ops::Trainables;
+
+/// How a run trains.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Updates in all.
+    pub steps: u64,
+    /// Batches per update.
+    pub accumulate: u64,
+    /// The highest learning rate.
+    pub learning_rate: f64,
+    /// How it changes.
+    pub schedule: Schedule,
+    /// Updates of the warmup.
+    pub warmup: u64,
+    /// The optimizer.
+    pub optimizer: AdamWConfig,
+    /// Gradients are scaled down to this norm; 0 leaves them.
+    pub max_grad_norm: f64,
+    /// Evaluate after every so many updates; 0: only before and after.
+    pub eval_every: u64,
+    /// Save a checkpoint after every so many updates; 0: none.
+    pub save_every: u64,
+    /// Checkpoints kept.
+    pub keep: usize,
+    /// What the forward keeps for the backward.
+    pub recompute: Recompute,
+    /// The most tokens of a batch that are computed at once; batches are cut between documents.
+    pub piece_tokens: usize,
+}
+
+/// Everything a run needs.
+pub struct Job<'a> {
+    /// The model, with the trainables in it.
+    pub model: &'a Decoder,
+    /// What is trained.
+    pub trainables: &'a Trainables,
+    /// The same on disk.
+    pub artifact: &'a dyn Artifact,
+    /// Batches to train on.
+    pub train: Sampler<'a>,
+    /// Batches to evaluate on; may be empty.
+    pub eval: &'a [Batch],
+    /// The run folder; exists.
+    pub output: &'a Path,
+    /// A digest of data and settings: a resumed run must have the same.
+    pub fingerprint: String,
+    /// Whether to go on from the last checkpoint in `output`.
+    pub resume: bool,
+    /// Set from outside to stop after the current step.
+    pub interrupt: &'a AtomicBool,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// Where it stands.
+    pub state: TrainerState,
+    /// The loss on the evaluation data after the last step.
+    pub last_eval_loss: Option<f64>,
+    /// Seconds spent.
+    pub seconds: f64,
+}
+
+/// Trains until `settings.steps` updates are made, or until interrupted; then a checkpoint is saved first.
+pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -> Result<Summary> {
+    let begin = Instant::now();
+    let mut optimizer = AdamW::new(settings.optimizer, job.trainables)?;
+    let mut state = TrainerState { fingerprint: job.fingerprint.clone(), ..TrainerState::default() };
+    if job.resume {
+        if let Some((_, path)) = checkpoint::list(job.output)?.pop() {
+            state = checkpoint::restore(&path, job.artifact, &mut optimizer, &job.fingerprint)?;
+        }
+    }
+    let mut metrics = Metrics::open(job.output, state.step)?;
+    reporter.report(&Event::Start { step: state.step, steps: settings.steps });
+    let mut last_eval_loss = None;
+    if state.step == 0 {
+        last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
+        state.first_eval_loss = last_eval_loss;
+    }
+    let mut arrival = Arrival::of(job.trainables);
+    let mut saved_at = state.step;
+    while state.step < settings.steps {
+        if job.interrupt.load(Ordering::Relaxed) {
+            return Err(interrupted(&job, &optimizer, &state, settings, saved_at, reporter)?);
+        }
+        let report = update(&mut job, &mut optimizer, &mut state, &mut arrival, settings)?;
+        metrics.append(&report)?;
+        reporter.report(&Event::Step(report));
+        let last = state.step == settings.steps;
+        if last || is_due(state.step, settings.eval_every) {
+            last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
+        }
+        if is_due(state.step, settings.save_every) || (last && settings.save_every > 0) {
+            let path = checkpoint::save(job.output, job.artifact, &optimizer, &state, settings.keep)?;
+            saved_at = state.step;
+            reporter.report(&Event::Checkpoint { step: state.step, path });
+        }
+    }
+    Ok(Summary { state, last_eval_loss, seconds: begin.elapsed().as_secs_f64() })
+}
+
+fn is_due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// One update, and what is to be said of it.
+fn update(
+    job: &mut Job<'_>,
+    optimizer: &mut AdamW,
+    state: &mut TrainerState,
+    arrival: &mut Arrival,
+    settings: &Settings,
+) -> Result<StepReport> {
+    let begin = Instant::now();
+    let first = state.step * settings.accumulate;
+    let batches: Vec<Batch> = (first..first + settings.accumulate)
+        .flat_map(|index| job.train.batch(index).pieces(settings.piece_tokens))
+        .collect();
+    let step = step_gradients(job.model, job.trainables, &batches, Some(state.step), settings.recompute)?;
+    let number = state.step + 1;
+    if !step.loss.is_finite() || !step.norm.is_finite() {
+        let what = if step.loss.is_finite() { "gradient norm" } else { "loss" };
+        let value = if step.loss.is_finite() { step.norm } else { step.loss };
+        return Err(Error::invalid(format!("the {what} of step {number} is {value}; nothing of it is saved"))
+            .with_hint("lower `train.learning_rate`, or look at the data of this step; `--resume` goes on from the last checkpoint"));
+    }
+    if !arrival.is_done() {
+        arrival.check(job.trainables, &step.gradients)?;
+    }
+    let learning_rate =
+        settings.learning_rate * settings.schedule.factor(state.step, settings.steps, settings.warmup);
+    let clip = if settings.max_grad_norm > 0.0 {
+        (settings.max_grad_norm / (step.norm + 1e-6)).min(1.0)
+    } else {
+        1.0
+    };
+    optimizer.update(job.trainables, &step.gradients, clip, learning_rate)?;
+    let tokens = batches.iter().map(|batch| batch.tokens.len() as u64).sum();
+    let supervised_tokens = batches.iter().map(|batch| batch.num_supervised() as u64).sum();
+    state.step = number;
+    state.tokens += tokens;
+    state.supervised_tokens += supervised_tokens;
+    let next = number * settings.accumulate;
+    let (epoch, within) = job.train.place(next);
+    Ok(StepReport {
+        step: number,
+        steps: settings.steps,
+        epoch: epoch as f64 + within as f64 / job.train.batches_in(epoch) as f64,
+        loss: step.loss,
+        learning_rate,
+        grad_norm: step.norm,
+        tokens,
+        supervised_tokens,
+        tokens_per_second: tokens as f64 / begin.elapsed().as_secs_f64(),
+        peak_rss_bytes: peak_rss_bytes(),
+    })
+}
+
+fn evaluation(
+    job: &Job<'_>,
+    state: &mut TrainerState,
+    metrics: &mut Metrics,
+    reporter: &mut dyn Reporter,
+) -> Result<Option<f64>> {
+    if job.eval.is_empty() {
+        return Ok(None);
+    }
+    let eval_loss = evaluate(job.model, job.eval)?.nll();
+    let best = state.best.is_none_or(|best| eval_loss < best.eval_loss);
+    if best {
+        // The model before the first step is what the user has already.
+        if state.step > 0 {
+            checkpoint::replace_folder(&job.output.join("best"), |folder| job.artifact.write(folder))?;
+        }
+        state.best = Some(Best { step: state.step, eval_loss });
+    }
+    metrics.append(&json!({ "step": state.step, "eval_loss": eval_loss }))?;
+    reporter.report(&Event::Evaluation { step: state.step, eval_loss, best });
+    Ok(Some(eval_loss))
+}
+
+fn interrupted(
+    job: &Job<'_>,
+    optimizer: &AdamW,
+    state: &TrainerState,
+    settings: &Settings,
+    saved_at: u64,
+    reporter: &mut dyn Reporter,
+) -> Result<Error> {
+    if state.step > saved_at {
+        let path = checkpoint::save(job.output, job.artifact, optimizer, state, settings.keep)?;
+        reporter.report(&Event::Checkpoint { step: state.step, path });
+    }
+    let (step, steps) = (state.step, settings.steps);
+    let message = format!("interrupted after step {step} of {steps}; all of it is saved");
+    Ok(Error::Interrupted { message, hint: Some("go on with the same command and `--resume`".to_string()) })
+}

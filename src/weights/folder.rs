@@ -1,0 +1,192 @@
+//! A Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its shards, mapped into memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::{Metadata, SafeTensors};
+use serde_json::Value;
+
+use super::{StoredType, TensorInfo};
+use crate::error::{Context, Error, Result};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The mapped files of a folder and where in them each tensor is.
+#[derive(Debug)]
+pub(super) struct Folder {
+    pub(super) path: PathBuf,
+    shards: Vec<Shard>,
+    places: BTreeMap<String, Place>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    shard: usize,
+    start: usize,
+    end: usize,
+}
+
+impl Folder {
+    pub(super) fn open(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
+        let mut folder = Self { path: path.to_path_buf(), shards: Vec::new(), places: BTreeMap::new() };
+        let mut tensors = BTreeMap::new();
+        if path.join(SINGLE).is_file() {
+            folder.add_shard(SINGLE, &mut tensors)?;
+        } else if path.join(INDEX).is_file() {
+            let promised = read_index(&path.join(INDEX))?;
+            for shard in promised.values().collect::<BTreeSet<_>>() {
+                folder.add_shard(shard, &mut tensors)?;
+            }
+            folder.check_promised(&promised).at(path.join(INDEX))?;
+        } else {
+            return Err(no_weights(path)).at(path);
+        }
+        Ok((folder, tensors))
+    }
+
+    /// The bytes of a tensor as they are stored.
+    pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let place = self.places.get(name)?;
+        Some(&self.shards[place.shard].map[place.start..place.end])
+    }
+
+    /// The file that holds a tensor.
+    pub(super) fn file_of(&self, name: &str) -> Option<&Path> {
+        Some(&self.shards[self.places.get(name)?.shard].path)
+    }
+
+    /// Lets go of the pages that reading a tensor brought in.
+    pub(super) fn release(&self, name: &str) {
+        if let Some(place) = self.places.get(name) {
+            super::release(&self.shards[place.shard].map, place.start, place.end);
+        }
+    }
+
+    fn add_shard(&mut self, name: &str, tensors: &mut BTreeMap<String, TensorInfo>) -> Result<()> {
+        let path = self.path.join(name);
+        let map = super::map(&path)?;
+        let (header, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|error| explain(error, &map)).at(&path)?;
+        let data = 8 + header;
+        let shard = self.shards.len();
+        for (tensor, info) in metadata.tensors() {
+            let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
+            if let Some(earlier) = self.places.insert(tensor.clone(), Place { shard, start, end }) {
+                return Err(Error::invalid(format!(
+                    "tensor `{tensor}` is also in `{}`; one of the two files does not belong here",
+                    self.shards[earlier.shard].path.display()
+                )))
+                .at(&path);
+            }
+            let info = TensorInfo {
+                name: tensor.clone(),
+                shape: info.shape.clone(),
+                dtype: StoredType::from(info.dtype),
+            };
+            tensors.insert(tensor, info);
+        }
+        self.shards.push(Shard { path, map });
+        Ok(())
+    }
+
+    fn check_promised(&self, promised: &BTreeMap<String, String>) -> Result<()> {
+        let mut absent = promised.iter().filter(|(name, _)| !self.places.contains_key(*name));
+        let Some((name, shard)) = absent.next() else { return Ok(()) };
+        let more = match absent.count() {
+            0 => String::new(),
+            count => format!(" (and {count} more like it)"),
+        };
+        Err(Error::invalid(format!("tensor `{name}` should be in `{shard}`, but is not there{more}"))
+            .with_hint("the index and the shards are of different models, or a shard is incomplete; fetch them again"))
+    }
+}
+
+/// Tensor names and the shards they are in.
+fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
+    let index: Value = super::read_json(path)?;
+    let map = index
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .filter(|map| !map.is_empty())
+        .ok_or_else(|| Error::invalid("`weight_map` must be a table of tensor names and file names"))
+        .at(path)?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut promised = BTreeMap::new();
+    for (name, shard) in map {
+        let shard = shard.as_str().unwrap_or_default();
+        if Path::new(shard).file_name().is_none_or(|file| file != shard) {
+            return Err(Error::invalid(format!(
+                "`weight_map` names `{shard}`, expected a file in the same folder"
+            )))
+            .at(path);
+        }
+        if !folder.join(shard).is_file() {
+            return Err(Error::invalid(format!("shard `{shard}`, which holds tensor `{name}`, is missing"))
+                .with_hint("copy or fetch all files of the model"))
+            .at(path);
+        }
+        promised.insert(name.clone(), shard.to_string());
+    }
+    Ok(promised)
+}
+
+/// Says how many bytes are missing where that is what is wrong.
+fn explain(error: safetensors::SafeTensorError, map: &[u8]) -> Error {
+    let promised = || {
+        let length = u64::from_le_bytes(map.get(..8)?.try_into().ok()?);
+        let end = usize::try_from(length).ok()?.checked_add(8)?;
+        let metadata: Metadata = serde_json::from_slice(map.get(8..end)?).ok()?;
+        end.checked_add(metadata.data_len())
+    };
+    match promised() {
+        Some(expected) if expected != map.len() => {
+            Error::invalid(format!("the file has {} bytes, its header promises {expected}", map.len()))
+                .with_hint("a download or copy was cut short; fetch the file again")
+        }
+        _ => Error::from(error),
+    }
+}
+
+/// Why a folder has no weights to read, as far as its files tell.
+fn no_weights(path: &Path) -> Error {
+    let names: Vec<String> = std::fs::read_dir(path)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    let any = |test: &dyn Fn(&str) -> bool| names.iter().any(|name| test(name));
+    let missing = format!("holds neither `{SINGLE}` nor `{INDEX}`");
+    if any(&|name| name == "adapter_config.json") {
+        return Error::request(format!("{missing}; it is an adapter")).with_hint(
+            "give the model the adapter was trained on with `--model`, and this folder with `--adapter`",
+        );
+    }
+    if any(&|name| name.ends_with(".gguf")) {
+        return Error::request(format!("{missing}, but a .gguf file"))
+            .with_hint("give the path of the .gguf file itself");
+    }
+    if any(&|name| [".bin", ".pt", ".pth"].iter().any(|ending| name.ends_with(ending))) {
+        return Error::request(format!(
+            "{missing}, only pickled weights, which can run code when they are read"
+        ))
+        .with_hint("save the model with transformers as safetensors, or take a revision that has them");
+    }
+    Error::request(missing).with_hint("give the folder of a model as transformers saves it")
+}
+
+/// Maps a file.
+pub(super) fn map_file(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).at(path)?;
+    // SAFETY: the map is read-only. Another process that cuts the file while it is mapped could end this one with a
+    // bus error; every program that maps weights takes that risk, and files here are replaced by renaming.
+    unsafe { Mmap::map(&file) }.at(path)
+}

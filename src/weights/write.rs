@@ -1,0 +1,169 @@
+//! Writing so that a reader sees all of it or nothing: everything goes to a temporary sibling, is synced, and is renamed.
+//!
+//! ```no_run
+//! use peft::weights::{Staged, write_atomic};
+//!
+//! let staged = Staged::folder("runs/first")?;
+//! std::fs::write(staged.path().join("config.json"), "{}")?;
+//! staged.commit()?; // before this line there is no `runs/first`; an error or a drop leaves nothing behind
+//! write_atomic("runs/first/notes.json", b"{}")?;
+//! # Ok::<(), peft::Error>(())
+//! ```
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use tempfile::{NamedTempFile, TempDir};
+
+use crate::error::{Context, Error, Result};
+
+/// A folder that is being written beside the place it will have.
+#[derive(Debug)]
+pub struct Staged {
+    target: PathBuf,
+    temporary: TempDir,
+    replace: bool,
+}
+
+impl Staged {
+    /// A folder to be. Refuses a target that exists and holds something.
+    pub fn folder(target: impl AsRef<Path>) -> Result<Self> {
+        Self::new(target.as_ref(), false)
+    }
+
+    /// A folder to be, which takes the place of what is there.
+    pub fn replacing(target: impl AsRef<Path>) -> Result<Self> {
+        Self::new(target.as_ref(), true)
+    }
+
+    fn new(target: &Path, replace: bool) -> Result<Self> {
+        if !replace {
+            refuse_occupied(target)?;
+        }
+        let parent = parent(target)?;
+        fs::create_dir_all(parent).at(parent)?;
+        let temporary = named(target, &mut |builder| shared(builder, 0o777).tempdir_in(parent))?;
+        Ok(Self { target: target.to_path_buf(), temporary, replace })
+    }
+
+    /// Where to write until [`Self::commit`].
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.temporary.path()
+    }
+
+    /// Where the folder will be.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Syncs what was written and gives it its name.
+    pub fn commit(self) -> Result<()> {
+        sync_all(self.path())?;
+        let parent = parent(&self.target)?;
+        if !self.replace {
+            refuse_occupied(&self.target)?;
+        }
+        // A rename takes the place of an empty folder, but not of a full one.
+        let previous = if self.replace && self.target.exists() {
+            let aside = named(&self.target, &mut |builder| builder.tempdir_in(parent))?;
+            fs::rename(&self.target, aside.path().join("previous")).at(&self.target)?;
+            Some(aside)
+        } else {
+            None
+        };
+        if let Err(error) = fs::rename(self.temporary.path(), &self.target) {
+            if let Some(aside) = &previous {
+                fs::rename(aside.path().join("previous"), &self.target).at(&self.target)?;
+            }
+            return Err(error).at(&self.target);
+        }
+        // The folder has its name, so there is nothing temporary left to remove.
+        let _ = self.temporary.keep();
+        sync_folder(parent)
+    }
+}
+
+/// Writes a file whole or not at all; folders above it are made.
+pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
+    let path = path.as_ref();
+    replace_file(path, |file| Ok(file.write_all(bytes)?))
+}
+
+/// Writes a file through `write`, which gets it empty, whole or not at all.
+pub(super) fn replace_file(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let folder = parent(path)?;
+    fs::create_dir_all(folder).at(folder)?;
+    let mut file: NamedTempFile = named(path, &mut |builder| shared(builder, 0o666).tempfile_in(folder))?;
+    write(file.as_file_mut()).at(path)?;
+    file.as_file().sync_all().at(path)?;
+    file.persist(path).map_err(|error| error.error).at(path)?;
+    sync_folder(folder)
+}
+
+/// Makes something temporary whose name tells what it was to become.
+fn named<T>(
+    target: &Path,
+    make: &mut dyn FnMut(&mut tempfile::Builder<'_, '_>) -> std::io::Result<T>,
+) -> Result<T> {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    let prefix = format!(".{name}.");
+    make(tempfile::Builder::new().prefix(&prefix).suffix(".partial")).at(target)
+}
+
+/// Gives what other programs would, before the process's mask; temporary files are private otherwise.
+fn shared<'a, 'b, 'c>(
+    builder: &'a mut tempfile::Builder<'b, 'c>,
+    mode: u32,
+) -> &'a mut tempfile::Builder<'b, 'c> {
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
+    #[cfg(not(unix))]
+    let _ = mode;
+    builder
+}
+
+fn refuse_occupied(target: &Path) -> Result<()> {
+    match fs::read_dir(target).map(Iterator::count) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err(Error::request(format!("`{}` exists and is not empty", target.display()))
+            .with_hint("choose another folder with `--output`, or remove this one")),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(_) if target.exists() => {
+            Err(Error::request(format!("`{}` exists and is not a folder", target.display()))
+                .with_hint("choose another folder with `--output`"))
+        }
+        Err(error) => Err(error).at(target),
+    }
+}
+
+/// The folder something is in; `.` for a bare name.
+fn parent(path: &Path) -> Result<&Path> {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Ok(Path::new(".")),
+        Some(parent) => Ok(parent),
+        None => Err(Error::request(format!("`{}` cannot be written to", path.display()))),
+    }
+}
+
+fn sync_all(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).at(folder)? {
+        let path = entry.at(folder)?.path();
+        if path.is_dir() {
+            sync_all(&path)?;
+        } else {
+            File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
+        }
+    }
+    sync_folder(folder)
+}
+
+/// Makes names durable; only Unix can open a folder to sync it.
+fn sync_folder(folder: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(folder).and_then(|folder| folder.sync_all()).at(folder)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,292 @@
+//! Each op's forward and backward against its reference, which candle's autograd differentiates, and against finite
+//! differences along a random direction.
+
+use candle_core::{DType, Device, Tensor, Var};
+use peft::ops::attention::{self, Heads};
+use peft::ops::rotary::{self, Angles};
+use peft::ops::{
+    Activation, Documents, Dropout, Gradients, LowRank, Parameter, Pass, Trainables, Weight, cross_entropy,
+    differentiate, dropout, embedding, glu, linear, rms_norm,
+};
+
+const CPU: Device = Device::Cpu;
+
+/// Seeded, so that a failure can be seen again.
+fn random(shape: &[usize], seed: u64) -> Tensor {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect();
+    Tensor::from_vec(values, shape, &CPU).unwrap()
+}
+
+fn distance(found: &Tensor, expected: &Tensor) -> f32 {
+    assert_eq!(found.dims(), expected.dims());
+    let flat = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (found, expected) = (flat(found), flat(expected));
+    let scale = expected.iter().fold(1e-3f32, |most, x| most.max(x.abs()));
+    found.iter().zip(&expected).map(|(x, y)| (x - y).abs() / scale).fold(0.0, |most, x| {
+        assert!(!x.is_nan());
+        most.max(x)
+    })
+}
+
+#[track_caller]
+fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
+    let distance = distance(found, expected);
+    assert!(distance <= tolerance, "{what}: {distance} from the expected, {tolerance} allowed");
+}
+
+fn parameter(name: &str, tensor: &Tensor, trainables: &mut Trainables) -> Parameter {
+    let variable = Var::from_tensor(tensor).unwrap();
+    let parameter = Parameter::new(name, variable.as_tensor().clone());
+    trainables.insert(name.into(), variable);
+    parameter
+}
+
+fn dot(x: &Tensor, y: &Tensor) -> f64 {
+    let product = (x.to_dtype(DType::F64).unwrap() * y.to_dtype(DType::F64).unwrap()).unwrap();
+    product.sum_all().unwrap().to_scalar::<f64>().unwrap()
+}
+
+/// The change of `<f(x), dy>` along `direction` equals `<dx, direction>`.
+#[track_caller]
+fn assert_slope(what: &str, x: &Tensor, dx: &Tensor, dy: &Tensor, f: impl Fn(&Tensor) -> Tensor) {
+    let direction = random(x.dims(), 99);
+    let step = 1e-2;
+    let at = |h: f64| dot(&f(&(x + (&direction * h).unwrap()).unwrap()), dy);
+    let found = (at(step) - at(-step)) / (2.0 * step);
+    let expected = dot(dx, &direction);
+    let scale = expected.abs().max(dot(dy, dy).sqrt());
+    assert!((found - expected).abs() <= 5e-3 * scale, "{what}: slope {found}, gradient says {expected}");
+}
+
+#[test]
+fn rms_norm_agrees() {
+    for (rows, d) in [(1, 1), (3, 7), (130, 64), (5, 33)] {
+        let (x, w, dy) = (random(&[rows, d], 1), random(&[d], 2), random(&[rows, d], 3));
+        let mut trainables = Trainables::new();
+        let weight = parameter("w", &w, &mut trainables);
+        let mut gradients = Gradients::of(&trainables);
+        let (y, saved) = rms_norm::forward(&x, &weight, 1e-5).unwrap();
+        assert_close("y", &y, &rms_norm::reference(&x, &w, 1e-5).unwrap(), 1e-5);
+        let dx = rms_norm::backward(&saved, &weight, 1e-5, &dy, &mut gradients).unwrap();
+        let expected = differentiate(&[&x, &w], &dy, |v| rms_norm::reference(&v[0], &v[1], 1e-5)).unwrap();
+        assert_close("dx", &dx, &expected[0], 1e-4);
+        assert_close("dw", gradients.of_name("w").unwrap(), &expected[1], 1e-4);
+        if d > 1 {
+            assert_slope("dx", &x, &dx, &dy, |x| rms_norm::forward(x, &weight, 1e-5).unwrap().0);
+        }
+    }
+}
+
+#[test]
+fn rotary_agrees_and_turns_back() {
+    let (tokens, heads, d) = (67, 3, 10);
+    let x = random(&[tokens, heads * d], 4);
+    let angle = random(&[tokens, d / 2], 5);
+    let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap() };
+    let y = rotary::forward(&x, &angles).unwrap();
+    assert_close("y", &y, &rotary::reference(&x, &angles).unwrap(), 1e-6);
+    assert_close("back", &rotary::backward(&y, &angles).unwrap(), &x, 1e-6);
+    let dy = random(&[tokens, heads * d], 6);
+    let expected = differentiate(&[&x], &dy, |v| rotary::reference(&v[0], &angles)).unwrap();
+    assert_close("dx", &rotary::backward(&dy, &angles).unwrap(), &expected[0], 1e-5);
+}
+
+#[test]
+fn gated_units_agree() {
+    use Activation::{Gelu, GeluTanh, Identity, Relu, Sigmoid, Silu};
+    for activation in [Silu, Gelu, GeluTanh, Relu, Sigmoid, Identity] {
+        for shape in [[1, 1], [70, 19]] {
+            let (gate, up, dy) = (random(&shape, 7), random(&shape, 8), random(&shape, 9));
+            let (y, saved) = glu::forward(gate.clone(), up.clone(), activation).unwrap();
+            assert_close("y", &y, &glu::reference(&gate, &up, activation).unwrap(), 1e-5);
+            let (d_gate, d_up) = glu::backward(&saved, activation, &dy).unwrap();
+            let reference = |v: &[Tensor]| glu::reference(&v[0], &v[1], activation);
+            let expected = differentiate(&[&gate, &up], &dy, reference).unwrap();
+            // candle's derivative of the tanh form is good to about 1e-4.
+            assert_close("d_gate", &d_gate, &expected[0], 1e-3);
+            assert_close("d_up", &d_up, &expected[1], 1e-4);
+            if !matches!(activation, Relu) {
+                let forward = |g: &Tensor| glu::forward(g.clone(), up.clone(), activation).unwrap().0;
+                assert_slope("d_gate", &gate, &d_gate, &dy, forward);
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_with_low_rank_and_dropout_agrees() {
+    for (tokens, input, output, rank) in [(1, 1, 1, 1), (9, 33, 17, 5), (70, 64, 48, 16)] {
+        for probability in [0.0, 0.3] {
+            let documents = Documents::new(vec![0, tokens], vec![3]);
+            let pass = Pass { documents: &documents, dropout_step: Some(4) };
+            let dropout = Dropout { probability, seed: 1, module: 2 };
+            let mut trainables = Trainables::new();
+            let x = random(&[tokens, input], 10);
+            let w = parameter("w", &random(&[output, input], 11), &mut trainables);
+            let bias = parameter("bias", &random(&[output], 12), &mut trainables);
+            let low_rank = LowRank {
+                a: parameter("a", &random(&[rank, input], 13), &mut trainables),
+                b: parameter("b", &random(&[output, rank], 14), &mut trainables),
+                bias: None,
+                scale: 1.7,
+                dropout,
+            };
+            let weight = Weight::Dense(w.clone());
+            let layer = linear::Layer { weight: &weight, bias: Some(&bias), low_rank: Some(&low_rank) };
+            let dy = random(&[tokens, output], 15);
+            let mut gradients = Gradients::of(&trainables);
+            let (y, saved) = linear::forward(&x, &layer, &pass).unwrap();
+            let dx = linear::backward(&saved, &layer, &pass, &dy, true, &mut gradients).unwrap().unwrap();
+
+            let mask = dropout::mask(input, &dropout, 4, &pass).unwrap();
+            let inputs = [&x, w.tensor(), bias.tensor(), low_rank.a.tensor(), low_rank.b.tensor()];
+            let reference = |v: &[Tensor]| {
+                linear::reference(&v[0], &v[1], Some(&v[2]), Some((&v[3], &v[4], 1.7)), Some(&mask))
+            };
+            let tensors: Vec<Tensor> = inputs.iter().map(|t| (*t).clone()).collect();
+            assert_close("y", &y, &reference(&tensors).unwrap(), 1e-5);
+            let expected = differentiate(&inputs, &dy, reference).unwrap();
+            assert_close("dx", &dx, &expected[0], 1e-4);
+            for (name, expected) in ["w", "bias", "a", "b"].iter().zip(&expected[1..]) {
+                assert_close(name, gradients.of_name(name).unwrap(), expected, 1e-4);
+            }
+            assert_slope("dx", &x, &dx, &dy, |x| linear::forward(x, &layer, &pass).unwrap().0);
+        }
+    }
+}
+
+#[test]
+fn a_gradient_that_is_not_wanted_is_not_computed() {
+    let documents = Documents::new(vec![0, 2], vec![0]);
+    let pass = Pass::inference(&documents);
+    let weight = Weight::Dense(Parameter::new("w", random(&[3, 4], 1)));
+    let layer = linear::Layer { weight: &weight, bias: None, low_rank: None };
+    let mut gradients = Gradients::of(&Trainables::new());
+    let (y, saved) = linear::forward(&random(&[2, 4], 2), &layer, &pass).unwrap();
+    assert!(linear::backward(&saved, &layer, &pass, &y, false, &mut gradients).unwrap().is_none());
+    assert_eq!(gradients.iter().count(), 0);
+}
+
+fn attention_agrees(heads: Heads, offsets: Vec<usize>) {
+    let tokens = *offsets.last().unwrap();
+    let ids = (0..offsets.len() as u64 - 1).collect();
+    let documents = Documents::new(offsets, ids);
+    let (h, kv, d) = (heads.num_heads, heads.num_kv_heads, heads.head_dim);
+    let (q, k, v) =
+        (random(&[tokens, h * d], 20), random(&[tokens, kv * d], 21), random(&[tokens, kv * d], 22));
+    let d_o = random(&[tokens, h * d], 23);
+    let (o, saved) = attention::forward(q.clone(), k.clone(), v.clone(), &heads, &documents).unwrap();
+    assert_close("o", &o, &attention::reference(&q, &k, &v, &heads, &documents).unwrap(), 1e-5);
+    let (dq, dk, dv) = attention::backward(&saved, &heads, &documents, &d_o).unwrap();
+    let reference = |x: &[Tensor]| attention::reference(&x[0], &x[1], &x[2], &heads, &documents);
+    let expected = differentiate(&[&q, &k, &v], &d_o, reference).unwrap();
+    assert_close("dq", &dq, &expected[0], 1e-4);
+    assert_close("dk", &dk, &expected[1], 1e-4);
+    assert_close("dv", &dv, &expected[2], 1e-4);
+    assert_slope("dk", &k, &dk, &d_o, |k| {
+        attention::forward(q.clone(), k.clone(), v.clone(), &heads, &documents).unwrap().0
+    });
+}
+
+#[test]
+fn attention_agrees_within_documents() {
+    let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 8, window: None, scale: 0.35 };
+    attention_agrees(heads, vec![0, 1]);
+    attention_agrees(heads, vec![0, 5, 6, 75, 205]);
+    attention_agrees(Heads { num_kv_heads: 1, num_heads: 1, head_dim: 3, ..heads }, vec![0, 63, 127]);
+    attention_agrees(Heads { window: Some(4), ..heads }, vec![0, 3, 80]);
+    attention_agrees(Heads { window: Some(70), num_kv_heads: 4, ..heads }, vec![0, 150]);
+}
+
+#[test]
+fn attention_with_a_cache_continues_a_document() {
+    for window in [None, Some(5)] {
+        let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim: 4, window, scale: 0.5 };
+        let (q, k, v) = (random(&[90, 8], 30), random(&[90, 4], 31), random(&[90, 4], 32));
+        let all = Documents::single(90, 0);
+        let whole = attention::forward(q.clone(), k.clone(), v.clone(), &heads, &all).unwrap().0;
+        let late = q.narrow(0, 80, 10).unwrap();
+        let part = attention::forward(late, k, v, &heads, &Documents::single(10, 80)).unwrap().0;
+        assert_close("o", &part, &whole.narrow(0, 80, 10).unwrap(), 1e-6);
+    }
+}
+
+#[test]
+fn cross_entropy_agrees() {
+    for (rows, d, vocab) in [(1, 3, 2), (40, 16, 50)] {
+        let (hidden, weight) = (random(&[rows, d], 40), random(&[vocab, d], 41));
+        let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % vocab as u32).collect();
+        let mut trainables = Trainables::new();
+        let head = parameter("head", &weight, &mut trainables);
+        let mut gradients = Gradients::of(&trainables);
+        let (nll, saved) = cross_entropy::forward(&hidden, &head, &targets, 0.25, &mut gradients).unwrap();
+        assert_eq!(nll, cross_entropy::evaluate(&hidden, &head, &targets).unwrap());
+        let nll = Tensor::new(nll, &CPU).unwrap();
+        assert_close("nll", &nll, &cross_entropy::reference(&hidden, &weight, &targets).unwrap(), 1e-6);
+        let dy = (Tensor::ones(rows, DType::F32, &CPU).unwrap() * 0.25).unwrap();
+        let reference = |v: &[Tensor]| cross_entropy::reference(&v[0], &v[1], &targets);
+        let expected = differentiate(&[&hidden, &weight], &dy, reference).unwrap();
+        assert_close("d_hidden", &cross_entropy::backward(saved), &expected[0], 1e-5);
+        assert_close("d_weight", gradients.of_name("head").unwrap(), &expected[1], 1e-5);
+    }
+}
+
+#[test]
+fn embedding_adds_up_rows_that_are_looked_up_twice() {
+    let mut trainables = Trainables::new();
+    let weight = parameter("e", &random(&[6, 4], 50), &mut trainables);
+    let mut gradients = Gradients::of(&trainables);
+    let ids = Tensor::new(&[2u32, 0, 2, 5], &CPU).unwrap();
+    let dy = random(&[4, 4], 51);
+    embedding::backward(&ids, &weight, &dy, &mut gradients).unwrap();
+    let expected =
+        differentiate(&[weight.tensor()], &dy, |v| Ok(v[0].index_select(&ids, 0).unwrap())).unwrap();
+    assert_close("de", gradients.of_name("e").unwrap(), &expected[0], 1e-6);
+}
+
+#[test]
+fn nan_and_infinity_pass_through() {
+    let mut x = random(&[2, 8], 60).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    x[3] = f32::NAN;
+    let x = Tensor::from_vec(x, (2, 8), &CPU).unwrap();
+    let poisoned = |t: &Tensor| t.narrow(0, 0, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let weight = Parameter::new("w", random(&[8], 61));
+    assert!(poisoned(&rms_norm::forward(&x, &weight, 1e-5).unwrap().0).iter().any(|v| v.is_nan()));
+    for activation in [Activation::Silu, Activation::Relu, Activation::Gelu, Activation::GeluTanh] {
+        let y = glu::forward(x.clone(), random(&[2, 8], 62), activation).unwrap().0;
+        assert!(poisoned(&y)[3].is_nan(), "{activation:?}");
+    }
+    let heads = Heads { num_heads: 2, num_kv_heads: 2, head_dim: 4, window: None, scale: 0.5 };
+    let documents = Documents::new(vec![0, 2], vec![0]);
+    let o = attention::forward(x.clone(), x.clone(), x.clone(), &heads, &documents).unwrap().0;
+    assert!(poisoned(&o)[0].is_nan());
+    let nll = cross_entropy::evaluate(&x, &Parameter::new("h", random(&[5, 8], 63)), &[1, 2]).unwrap();
+    assert!(nll[0].is_nan() && nll[1].is_finite());
+}
+
+#[test]
+fn bf16_follows_f32() {
+    let to = |t: &Tensor| t.to_dtype(DType::BF16).unwrap();
+    let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 8, window: None, scale: 0.35 };
+    let documents = Documents::new(vec![0, 30, 90], vec![0, 1]);
+    let (q, k, v) = (random(&[90, 32], 70), random(&[90, 16], 71), random(&[90, 16], 72));
+    let wide = attention::forward(q.clone(), k.clone(), v.clone(), &heads, &documents).unwrap();
+    let narrow = attention::forward(to(&q), to(&k), to(&v), &heads, &documents).unwrap();
+    assert_close("o", &narrow.0, &wide.0, 1e-2);
+    let d_o = random(&[90, 32], 73);
+    let (dq, ..) = attention::backward(&wide.1, &heads, &documents, &d_o).unwrap();
+    let (narrow_dq, ..) = attention::backward(&narrow.1, &heads, &documents, &to(&d_o)).unwrap();
+    assert_close("dq", &narrow_dq, &dq, 3e-2);
+    let weight = random(&[32], 74);
+    let norm =
+        |x: &Tensor, w: &Tensor| rms_norm::forward(x, &Parameter::new("w", w.clone()), 1e-5).unwrap().0;
+    assert_close("norm", &norm(&to(&q), &to(&weight)), &norm(&q, &weight), 1e-2);
+}
