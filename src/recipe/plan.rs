@@ -39,7 +39,7 @@ pub struct ModelPlan {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
     /// An adapter beside frozen weights.
-    Adapter(AdapterPlan),
+    Adapter(Box<AdapterPlan>),
     /// All weights.
     Full,
 }
@@ -139,7 +139,7 @@ impl Plan {
                 dtype: recipe.model.dtype.unwrap_or_default(),
             },
             trained: match &recipe.adapter {
-                Some(adapter) => Trained::Adapter(AdapterPlan::of(adapter, seed)),
+                Some(adapter) => Trained::Adapter(Box::new(AdapterPlan::of(adapter, seed))),
                 None => Trained::Full,
             },
             data: DataPlan::of(&recipe.data),
@@ -237,7 +237,7 @@ impl From<&Plan> for Recipe {
             output: Some(output.clone()),
             model: ModelRecipe { source: model.source.clone(), dtype: Some(model.dtype) },
             adapter: match trained {
-                Trained::Adapter(adapter) => Some(AdapterRecipe::from(adapter)),
+                Trained::Adapter(adapter) => Some(AdapterRecipe::from(&**adapter)),
                 Trained::Full => None,
             },
             data: DataRecipe {
