@@ -14,6 +14,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
@@ -21,7 +22,7 @@ use serde_json::Value;
 use super::config::DecoderConfig;
 use super::family;
 use crate::error::{Context, Error, Result};
-use crate::weights::{Checkpoint, StoredType, TensorInfo, TextFiles};
+use crate::weights::{Checkpoint, StoredType, TensorInfo, TextFiles, write_atomic};
 
 /// A pretrained model, opened but not loaded.
 #[derive(Debug)]
@@ -88,6 +89,27 @@ impl Pretrained {
     /// Tokenizer, chat template and special tokens.
     pub fn text(&self) -> Result<TextFiles> {
         self.checkpoint.text()
+    }
+
+    /// Puts tokenizer, chat template and generation settings into a folder that gets other weights of this model.
+    pub fn write_companions(&self, folder: &Path) -> Result<()> {
+        self.checkpoint.write_companions(folder)
+    }
+
+    /// Writes the `config.json` for weights of another type.
+    pub fn write_config(&self, folder: &Path, dtype: DType) -> Result<()> {
+        let mut config = self.config_json.clone();
+        let name = match dtype {
+            DType::F32 => "float32",
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            other => return Err(Error::request(format!("weights cannot be stored as {}", other.as_str()))),
+        };
+        // transformers 5 writes `dtype`; both read `torch_dtype`.
+        let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+        config[key] = Value::from(name);
+        let text = serde_json::to_string_pretty(&config)? + "\n";
+        write_atomic(folder.join("config.json"), text.as_bytes())
     }
 
     /// The names of all tensors on disk, sorted; those that Hugging Face has no name for keep the file's.

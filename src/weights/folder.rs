@@ -10,8 +10,8 @@ use serde_json::Value;
 use super::{StoredType, TensorInfo};
 use crate::error::{Context, Error, Result};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// The mapped files of a folder and where in them each tensor is.
 #[derive(Debug)]

@@ -17,6 +17,7 @@ mod convert;
 mod folder;
 mod gguf;
 mod gguf_text;
+mod hub;
 mod shards;
 mod text;
 mod write;
@@ -35,6 +36,8 @@ use crate::error::{Context, Error, Result, nearest};
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::GgufMetadata;
+use hub::HubId;
+pub use hub::{HubSettings, OnProgress};
 pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
 pub use write::{Staged, write_atomic};
@@ -128,18 +131,41 @@ enum Store {
     Gguf(Gguf),
 }
 
+impl Store {
+    fn folder(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
+        let (folder, tensors) = Folder::open(path)?;
+        Ok((Self::Folder(folder), tensors))
+    }
+}
+
 impl Checkpoint {
     /// Opens a folder, a `.gguf` file or a Hub id (`org/name[@revision]`). Reads no values.
     pub fn open(source: &str) -> Result<Self> {
+        Self::open_with(source, &HubSettings::from_env())
+    }
+
+    /// The same with settings of one's own. The Hub is only asked where no such path exists.
+    pub fn open_with(source: &str, settings: &HubSettings) -> Result<Self> {
         let path = Path::new(source);
         let (store, tensors) = if path.is_dir() {
-            let (folder, tensors) = Folder::open(path)?;
-            (Store::Folder(folder), tensors)
+            Store::folder(path)?
         } else if path.is_file() {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
         } else {
-            return Err(Error::request(format!("`{source}` is neither a folder nor a .gguf file")));
+            let message = format!("`{source}` is neither a folder nor a .gguf file");
+            let Some(id) = HubId::parse(source) else {
+                return Err(Error::request(message).with_hint("a model on the Hub is written `org/name`"));
+            };
+            let fetched = hub::fetch(&id, settings).map_err(|error| {
+                let both =
+                    Error::request(format!("{message}, nor could it be fetched from the Hub: {error}"));
+                match error.hint() {
+                    Some(hint) => both.with_hint(hint),
+                    None => both,
+                }
+            })?;
+            Store::folder(&fetched)?
         };
         Ok(Self { source: source.to_string(), store, tensors })
     }
@@ -207,6 +233,18 @@ impl Checkpoint {
             Store::Folder(folder) => text::companions(&folder.path),
             Store::Gguf(_) => Ok(Vec::new()),
         }
+    }
+
+    /// Puts these files into another folder, byte for byte; those of a GGUF file are made from its metadata.
+    pub fn write_companions(&self, target: &Path) -> Result<()> {
+        if self.is_gguf() {
+            return self.text()?.write(target);
+        }
+        for file in self.companions()? {
+            let copy = target.join(file.file_name().unwrap_or_default());
+            std::fs::copy(&file, &copy).at(&copy)?;
+        }
+        Ok(())
     }
 
     /// Every tensor, by its name in the file.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use crate::error::{Context, Error, Result};
@@ -71,6 +71,25 @@ impl TextFiles {
         .settled())
     }
 
+    /// Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join("tokenizer.json");
+        let text =
+            self.tokenizer.to_string(false).map_err(|error| Error::invalid(error.to_string())).at(&path)?;
+        std::fs::write(&path, text).at(&path)?;
+        let settings = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": false,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "unk_token": self.unk_token,
+            "chat_template": self.chat_template,
+        });
+        let path = folder.join("tokenizer_config.json");
+        std::fs::write(&path, serde_json::to_string_pretty(&settings)? + "\n").at(&path)
+    }
+
     /// Sorts the ending tokens and asks the tokenizer what it does with the beginning.
     pub(super) fn settled(mut self) -> Self {
         self.eos_token_ids.sort_unstable();
@@ -88,8 +107,8 @@ impl TextFiles {
     }
 }
 
-/// The files of a folder that a copy of the model with other weights needs unchanged, sorted.
-pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
+/// Whether a file belongs to a copy of the model with other weights: tokenizer, templates, generation settings.
+pub(super) fn is_companion(name: &str) -> bool {
     const EXACT: [&str; 7] = [
         "generation_config.json",
         "special_tokens_map.json",
@@ -99,13 +118,18 @@ pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
         "merges.txt",
         "spiece.model",
     ];
+    name.starts_with("tokenizer")
+        || name.starts_with("chat_template")
+        || name.ends_with(".jinja")
+        || EXACT.contains(&name)
+}
+
+/// Those files of a folder, sorted.
+pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).at(folder)? {
         let path = entry.at(folder)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let text =
-            name.starts_with("tokenizer") || name.starts_with("chat_template") || name.ends_with(".jinja");
-        if path.is_file() && (text || EXACT.contains(&&*name)) {
+        if path.is_file() && path.file_name().and_then(|name| name.to_str()).is_some_and(is_companion) {
             files.push(path);
         }
     }
