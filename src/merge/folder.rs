@@ -5,8 +5,7 @@ use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::plan::MergePlan;
 use crate::error::{Context, Error, Result};
@@ -113,70 +112,18 @@ impl<'m> Sink<'m> {
 
 /// Writes all that is not weights: configuration, tokenizer, templates, generation settings.
 pub(super) fn write_companions(model: &Pretrained, plan: &MergePlan<'_>, folder: &Path) -> Result<()> {
-    for file in model.checkpoint().companions()? {
-        copy(&file, &folder.join(file.file_name().unwrap_or_default()))?;
+    model.write_companions(folder)?;
+    let path = folder.join("config.json");
+    if let Some(base) = model.checkpoint().folder().filter(|_| plan.keeps_layout(model)) {
+        return copy(&base.join("config.json"), &path);
     }
-    let config = folder.join("config.json");
-    match model.checkpoint().folder() {
-        Some(base) if plan.keeps_layout(model) => copy(&base.join("config.json"), &config),
-        Some(_) => write_json(&config, &changed_config(model, plan)),
-        None => {
-            write_json(&config, &changed_config(model, plan))?;
-            write_text(model, folder)
-        }
+    model.write_config(folder, plan.main_dtype())?;
+    if plan.untied {
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).at(&path)?).at(&path)?;
+        config["tie_word_embeddings"] = Value::from(false);
+        write_atomic(&path, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
     }
-}
-
-/// The configuration with the type that most values have now, and with a head of its own if it got one.
-fn changed_config(model: &Pretrained, plan: &MergePlan<'_>) -> Value {
-    let mut config = model.config_json().clone();
-    let mut sizes: BTreeMap<&str, usize> = BTreeMap::new();
-    for output in plan.tensors.values() {
-        if let Some(dtype) = output.dtype {
-            *sizes.entry(name_of(dtype)).or_default() += output.shape.iter().product::<usize>();
-        }
-    }
-    let most = sizes.into_iter().max_by_key(|(_, size)| *size).map(|(name, _)| name);
-    if let (Some(name), Some(map)) = (most, config.as_object_mut()) {
-        // transformers 5 calls it `dtype`.
-        let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-        map.insert(key.to_string(), json!(name));
-        if plan.untied {
-            map.insert("tie_word_embeddings".to_string(), json!(false));
-        }
-    }
-    config
-}
-
-/// The text side of a GGUF file, as the files that Hugging Face tools read.
-fn write_text(model: &Pretrained, folder: &Path) -> Result<()> {
-    let text = model.text()?;
-    let path = folder.join("tokenizer.json");
-    text.tokenizer
-        .save(&path, true)
-        .map_err(|error| Error::invalid(format!("the tokenizer cannot be saved: {error}")))
-        .at(&path)?;
-    let settings = json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config().max_position_embeddings,
-        "add_bos_token": text.add_bos_token,
-        "bos_token": text.bos_token,
-        "eos_token": text.eos_token,
-        "pad_token": text.pad_token,
-        "unk_token": text.unk_token,
-        "chat_template": text.chat_template,
-    });
-    let mut settings = settings;
-    if let Some(map) = settings.as_object_mut() {
-        map.retain(|_, value| !value.is_null());
-    }
-    write_json(&folder.join("tokenizer_config.json"), &settings)?;
-    let bos = text.bos_token.as_deref().and_then(|token| text.tokenizer.token_to_id(token));
-    let mut generation = json!({ "eos_token_id": text.eos_token_ids });
-    if let (Some(map), Some(bos)) = (generation.as_object_mut(), bos) {
-        map.insert("bos_token_id".to_string(), json!(bos));
-    }
-    write_json(&folder.join("generation_config.json"), &generation)
+    Ok(())
 }
 
 fn place<'m>(model: &'m Pretrained, name: &str) -> Result<(&'m Path, std::ops::Range<usize>)> {
@@ -191,16 +138,4 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut file = File::create(to).at(to)?;
     std::io::copy(&mut File::open(from).at(from)?, &mut file).at(to)?;
     Ok(())
-}
-
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    write_atomic(path, (serde_json::to_string_pretty(value)? + "\n").as_bytes())
-}
-
-fn name_of(dtype: DType) -> &'static str {
-    match dtype {
-        DType::BF16 => "bfloat16",
-        DType::F16 => "float16",
-        _ => "float32",
-    }
 }

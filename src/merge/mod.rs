@@ -18,6 +18,7 @@ mod fold;
 mod folder;
 mod plan;
 mod receipt;
+mod values;
 
 pub use fold::merge;
 pub use receipt::{AdapterReceipt, Receipt, TensorReceipt};

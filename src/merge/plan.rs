@@ -131,6 +131,16 @@ impl<'a> MergePlan<'a> {
         !self.untied && !model.checkpoint().is_gguf() && self.tensors.values().all(Output::is_copied)
     }
 
+    /// The type that most values are written in.
+    pub(super) fn main_dtype(&self) -> DType {
+        let values_in = |dtype: DType| -> usize {
+            let tensors = self.tensors.values().filter(|output| output.dtype == Some(dtype));
+            tensors.map(|output| output.shape.iter().product::<usize>()).sum()
+        };
+        let dtypes = [DType::F32, DType::F16, DType::BF16];
+        dtypes.into_iter().max_by_key(|dtype| values_in(*dtype)).unwrap_or(DType::F32)
+    }
+
     fn of(&mut self, name: &str) -> Result<&mut Output<'a>> {
         self.tensors.get_mut(name).ok_or_else(|| Error::invalid(format!("the model has no tensor `{name}`")))
     }
