@@ -11,7 +11,7 @@ use peft::adapter::{Init, LoraConfig, Targets, attach, resolve};
 use peft::merge::{RECEIPT_FILE, Receipt, merge};
 use peft::model::{Decoder, Pretrained};
 use proptest::prelude::*;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::fixture::{Fixture, MODELS, difference, logits, values};
 
@@ -192,9 +192,8 @@ fn everything_else_is_the_base_byte_for_byte() {
                 );
             }
         }
-        let written: Value =
-            serde_json::from_str(&std::fs::read_to_string(output.join(RECEIPT_FILE)).unwrap()).unwrap();
-        assert_eq!(written, serde_json::to_value(&receipt).unwrap());
+        let written = std::fs::read_to_string(output.join(RECEIPT_FILE)).unwrap();
+        assert_eq!(written, serde_json::to_string_pretty(&receipt).unwrap() + "\n");
         for tensor in &receipt.tensors {
             assert!(tensor.changed > tensor.values / 2, "{}", tensor.name);
             assert!((tensor.kept - 1.0).abs() < 0.01 && tensor.lost < 0.05, "{tensor:?}");
@@ -321,7 +320,7 @@ fn refused(model: &Pretrained, adapters: &[Adapter], dtype: Option<DType>) -> Er
 fn a_delta_that_vanishes_is_an_error() {
     let base = Fixture::open("llama3").pretrained();
     let adapter =
-        random(&base, LoraConfig { targets: Targets::names(["q_proj"]), ..LoraConfig::default() }, 1e-6);
+        random(&base, LoraConfig { targets: Targets::names(["q_proj"]), ..LoraConfig::default() }, 3e-5);
     let error = refused(&base, std::slice::from_ref(&adapter), None);
     assert!(
         error.to_string().starts_with("tensor `model.layers.0.self_attn.q_proj.weight`: the delta, at most"),

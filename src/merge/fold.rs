@@ -117,12 +117,15 @@ fn folded(model: &Pretrained, output: &Output<'_>) -> Result<(Vec<u8>, Totals)> 
     }
     let zero = totals.delta == 0.0;
     if totals.changed == 0 && !zero {
-        return Err(Error::invalid(format!(
+        let error = Error::invalid(format!(
             "the delta, at most {:e}, vanishes in {}: no value of the tensor changes",
             totals.largest,
             dtype.as_str()
-        ))
-        .with_hint("write the merged model with `--dtype f32`"));
+        ));
+        return Err(match dtype {
+            DType::F32 => error,
+            _ => error.with_hint("write the merged model with `--dtype f32`"),
+        });
     }
     Ok((bytes, totals))
 }

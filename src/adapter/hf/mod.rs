@@ -5,6 +5,7 @@
 
 mod card;
 mod config;
+mod fields;
 mod tensors;
 
 use std::collections::BTreeMap;
