@@ -379,6 +379,8 @@ fn a_path_that_is_not_there_is_told_in_both_readings() {
          at `main` is not in the cache, and HF_HUB_OFFLINE is set\nhint: unset HF_HUB_OFFLINE to fetch it, or give a \
          local folder"
     );
+    let error = open(&fixture("llama/model.safetensors")).unwrap_err();
+    assert!(error.hint().unwrap().starts_with("give the folder it is in"), "{error}");
     let error = Checkpoint::open_with("/absent/folder/of/mine", &settings).unwrap_err();
     assert_eq!(error.hint(), Some("a model on the Hub is written `org/name`"));
     assert_eq!(error.exit_code(), 2);
@@ -999,6 +1001,9 @@ mod gguf {
         assert!(error.contains("9 tensors are missing: `blk.2."), "{error}");
         let error = fails(&|m| drop(m.insert("general.alignment".into(), Entry::U32(0))));
         assert!(error.contains("impossible alignment"), "{error}");
+
+        let error = fails(&|m| drop(m.insert("split.count".into(), Entry::U16(3))));
+        assert!(error.contains("is one of 3 parts of a model"), "{error}");
 
         let (metadata, tensors) = converted("llama", "llama");
         write(&path, &metadata, &tensors);
