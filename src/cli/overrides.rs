@@ -44,7 +44,8 @@ fn value(text: &str) -> Result<DeValue<'_>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recipe::{Length, Plan, Recipe, Targets, Trained};
+    use crate::adapter::Targets;
+    use crate::recipe::{Length, Plan, Recipe, Trained};
 
     const RECIPE: &str = r#"
         task = "finetune"
@@ -88,8 +89,8 @@ mod tests {
         assert!(!plan.data.pack);
         assert_eq!(plan.output.to_str(), Some("runs/a=b"));
         let Trained::Adapter(adapter) = plan.trained else { panic!("the recipe has an adapter") };
-        assert_eq!(adapter.rank, 8);
-        assert_eq!(adapter.targets, Targets::Names(vec!["q_proj".into(), "v_proj".into()]));
+        assert_eq!(adapter.config.rank, 8);
+        assert_eq!(adapter.config.targets, Targets::names(["q_proj", "v_proj"]));
     }
 
     #[test]
@@ -107,14 +108,23 @@ mod tests {
 
     #[test]
     fn errors_name_the_flag() {
-        insta::assert_snapshot!(error("train.learnign_rate=1"), @"");
-        insta::assert_snapshot!(error("train.steps=many"), @"");
-        insta::assert_snapshot!(error("train.steps"), @"");
-        insta::assert_snapshot!(error("train..steps=1"), @"");
-        insta::assert_snapshot!(error("train.steps="), @"");
-        insta::assert_snapshot!(error("adapter.targets=[\"q_proj\""), @"");
-        insta::assert_snapshot!(error("model.source.name=x"), @"");
-        insta::assert_snapshot!(error("seed=99999999999999999999"), @"");
-        insta::assert_snapshot!(error("data.train=[{ path = \"a\", weigth = 2 }]"), @"");
+        insta::assert_snapshot!(error("train.learnign_rate=1"), @"
+        `--set train.learnign_rate=1`: unknown key `train.learnign_rate`
+        hint: did you mean `learning_rate`?
+        ");
+        insta::assert_snapshot!(error("train.steps=many"), @r#"`--set train.steps=many`: `train.steps`: expected a whole number, found the string "many""#);
+        insta::assert_snapshot!(error("train.steps"), @"
+        `--set train.steps`: expected a key and a value
+        hint: write it as `--set train.steps=100`
+        ");
+        insta::assert_snapshot!(error("train..steps=1"), @"`--set train..steps=1`: expected a key such as `train.steps`, found `train..steps`");
+        insta::assert_snapshot!(error("train.steps="), @"`--set train.steps=`: the value is missing");
+        insta::assert_snapshot!(error("adapter.targets=[\"q_proj\""), @r#"`--set adapter.targets=["q_proj"`: not a TOML value: unclosed array, expected `]`"#);
+        insta::assert_snapshot!(error("model.source.name=x"), @r#"`--set model.source.name=x`: `model.source` is the string "model", so it has no key `name`"#);
+        insta::assert_snapshot!(error("seed=99999999999999999999"), @"`--set seed=99999999999999999999`: `99999999999999999999` is too large: whole numbers end at 9223372036854775807");
+        insta::assert_snapshot!(error("data.train=[{ path = \"a\", weigth = 2 }]"), @r#"
+        `--set data.train=[{ path = "a", weigth = 2 }]`: unknown key `data.train.weigth`
+        hint: did you mean `weight`?
+        "#);
     }
 }

@@ -272,7 +272,19 @@ mod tests {
     fn lines_tell_a_short_run_step_by_step() {
         let mut lines = Lines::new(Vec::new(), false);
         told(|event| lines.report(event), &story());
-        insta::assert_snapshot!(String::from_utf8(lines.out).unwrap(), @"");
+        insta::assert_snapshot!(String::from_utf8(lines.out).unwrap(), @"
+        trainable params: 10 || all params: 100 || trainable%: 10.0000
+        before training, asked: Who?
+        before training, answered: I
+            do not know.
+        step 1/2  loss 12.3456  lr 1.90e-4  norm 0.912  1,234 tokens/s  peak 1.8 GiB  0s left
+        warning: 3 records have no labels and are left out
+        step 1  eval loss 2.0000  perplexity 7.39  best so far
+        step 2/2  loss 12.3456  lr 1.90e-4  norm 0.912  1,234 tokens/s  peak 1.8 GiB  0s left
+        step 2  eval loss 2.1000  perplexity 8.17
+        saved runs/quickstart/checkpoint-2
+        done in 1m01s: runs/quickstart
+        ");
     }
 
     #[test]

@@ -45,7 +45,9 @@ impl<'a> Session<'a> {
     ) -> Result<()> {
         let most = self.model.config().max_position_embeddings;
         if prompt.is_empty() {
-            return Err(Error::request("the prompt has no tokens").with_hint("write something with `--prompt`"));
+            return Err(
+                Error::request("the prompt has no tokens").with_hint("write something with `--prompt`")
+            );
         }
         if prompt.len() >= most {
             let len = prompt.len();

@@ -84,9 +84,8 @@ fn most_probable(logits: &[f32]) -> u32 {
 /// What is left after top-k and top-p, most probable first, with probabilities that do not add up to one.
 fn candidates(logits: &[f32], sampling: &Sampling) -> Vec<(u32, f64)> {
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_logit = |x: &u32, y: &u32| {
-        logits[*y as usize].total_cmp(&logits[*x as usize]).then_with(|| x.cmp(y))
-    };
+    let by_logit =
+        |x: &u32, y: &u32| logits[*y as usize].total_cmp(&logits[*x as usize]).then_with(|| x.cmp(y));
     let most = sampling.top_k.unwrap_or(order.len()).clamp(1, order.len());
     if most < order.len() {
         order.select_nth_unstable_by(most - 1, by_logit);

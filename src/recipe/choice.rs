@@ -3,8 +3,11 @@
 use std::fmt::{self, Display};
 use std::str::FromStr;
 
-use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
+use candle_core::DType;
+use serde::de::{self, Deserialize, Deserializer};
 use serde::{Serialize, Serializer};
+
+use crate::model::Pretrained;
 
 /// What a recipe is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -29,7 +32,19 @@ pub enum DtypeChoice {
     Bf16,
 }
 
-/// How a recipe trains: so far there is one method.
+impl DtypeChoice {
+    /// The type that products with the weights of `base` are computed in.
+    #[must_use]
+    pub fn of(self, base: &Pretrained) -> DType {
+        match self {
+            Self::Auto => base.compute_dtype(),
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// The kind of an adapter: so far there is one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
@@ -38,44 +53,10 @@ pub enum Method {
     Lora,
 }
 
-/// How a fresh adapter begins; `B` is zero in all of them but `nju`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum InitName {
-    /// As Hugging Face PEFT begins.
-    #[default]
-    Peft,
-    /// Kaiming, uniform.
-    KaimingUniform,
-    /// Kaiming, normal.
-    KaimingNormal,
-    /// Xavier, uniform.
-    XavierUniform,
-    /// Xavier, normal.
-    XavierNormal,
-    /// Normal with a deviation of one over the rank.
-    Gaussian,
-    /// Both factors drawn.
-    Nju,
-}
-
-/// The course of the learning rate after its warm-up.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Schedule {
-    /// It stays.
-    Constant,
-    /// A straight line down to 0.
-    Linear,
-    /// Half a cosine down to 0.
-    #[default]
-    Cosine,
-}
-
 /// Which activations are computed again in the backward pass instead of being kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Recompute {
+pub enum RecomputeChoice {
     /// What the memory allows.
     #[default]
     Auto,
@@ -83,71 +64,6 @@ pub enum Recompute {
     None,
     /// Each block keeps its input and nothing else.
     Block,
-}
-
-/// Which linear layers get an adapter.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Targets {
-    /// Layers whose path is, or ends in a dot and, one of these names.
-    Names(Vec<String>),
-    /// Layers whose whole path matches this regular expression.
-    Pattern(String),
-    /// Every linear layer but the head.
-    AllLinear,
-}
-
-impl Default for Targets {
-    /// The feed-forward layers, where most of a model's weights are.
-    fn default() -> Self {
-        Self::Names(["gate_proj", "up_proj", "down_proj"].map(str::to_string).to_vec())
-    }
-}
-
-impl Serialize for Targets {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Names(names) => names.serialize(serializer),
-            Self::Pattern(pattern) => pattern.serialize(serializer),
-            Self::AllLinear => "all-linear".serialize(serializer),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Targets {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct TargetsVisitor;
-
-        impl<'de> Visitor<'de> for TargetsVisitor {
-            type Value = Targets;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list of names, a regular expression in a string, or \"all-linear\"")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Targets, E> {
-                match text {
-                    "" => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
-                    "all-linear" => Ok(Targets::AllLinear),
-                    _ => Ok(Targets::Pattern(text.to_string())),
-                }
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut names: A) -> Result<Targets, A::Error> {
-                let mut targets = Vec::new();
-                while let Some(name) = names.next_element::<String>()? {
-                    targets.push(name);
-                }
-                if targets.is_empty() {
-                    return Err(de::Error::custom(
-                        "the list of targets is empty, so nothing would be trained",
-                    ));
-                }
-                Ok(Targets::Names(targets))
-            }
-        }
-
-        deserializer.deserialize_any(TargetsVisitor)
-    }
 }
 
 /// An amount of memory: `4GiB` in a recipe.

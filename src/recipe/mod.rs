@@ -23,22 +23,34 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::{Init, Targets};
 use crate::data::{Format, TrainOn};
 use crate::error::{Error, Result};
+use crate::train::Schedule;
 
+mod artifact;
 mod bounds;
+mod check;
 mod choice;
+mod describe;
 mod document;
 pub mod figures;
+mod finetune;
+mod loaded;
 mod mixture;
 mod plan;
+mod prepared;
 mod typed;
 
-pub use choice::{Bytes, DtypeChoice, InitName, Method, Recompute, Schedule, Targets, Task};
+pub use check::{Report, Segment, Target, check};
+pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
 pub use document::Document;
+pub use finetune::finetune;
+pub use loaded::Loaded;
 pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, TrainPlan, Trained,
 };
+pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
 
 use mixture::{Distill, Losses, RouterTraining, Routing};
 
@@ -90,7 +102,7 @@ pub struct AdapterRecipe {
     #[serde(deserialize_with = "bounds::count::<_, 0>")]
     pub rank: Option<usize>,
     /// The numerator of the scale.
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::positive")]
     pub alpha: Option<f64>,
     /// Share of the inputs dropped in training.
     #[serde(deserialize_with = "bounds::below_one")]
@@ -98,7 +110,7 @@ pub struct AdapterRecipe {
     /// The layers that get one.
     pub targets: Option<Targets>,
     /// How the factors begin.
-    pub init: Option<InitName>,
+    pub init: Option<Init>,
     /// Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
     pub rslora: Option<bool>,
     /// Seed of the factors.
@@ -186,7 +198,7 @@ pub struct TrainRecipe {
     #[serde(deserialize_with = "bounds::count::<_, 1>")]
     pub keep: Option<usize>,
     /// What is recomputed in the backward pass.
-    pub checkpoint: Option<Recompute>,
+    pub checkpoint: Option<RecomputeChoice>,
     /// The memory that recomputation and pieces are chosen for.
     pub memory_budget: Option<Bytes>,
     #[serde(skip_serializing)]
@@ -239,11 +251,11 @@ impl Recipe {
             let hint = "add an `[adapter]` table, or set `train.full = true` to train all weights";
             return Some(("adapter", error.with_hint(hint)));
         }
-        if let Some(AdapterRecipe { alpha: Some(0.0), rank, .. }) = adapter
-            && rank != &Some(0)
+        if let Some(AdapterRecipe { targets: Some(Targets::Names(names)), .. }) = adapter
+            && names.is_empty()
         {
-            let error = Error::request("`adapter.alpha` is 0, so the adapter would change nothing");
-            return Some(("adapter.alpha", error.with_hint("leave it out to make it equal to the rank")));
+            let error = Error::request("`adapter.targets` is empty, so nothing would be trained");
+            return Some(("adapter.targets", error.with_hint("\"all-linear\" takes every linear layer")));
         }
         for (key, sources) in [("data.train", Some(&data.train)), ("data.eval", data.eval.as_ref())] {
             if sources.is_some_and(Vec::is_empty) {

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use super::choice::{Bytes, DtypeChoice, InitName, Method, Recompute, Schedule, Targets, Task};
+use super::choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
 use super::{AdapterRecipe, DataRecipe, ModelRecipe, Recipe, SourceRecipe, TrainRecipe};
+use crate::adapter::{LoraConfig, Targets};
 use crate::data::{Source, TrainOn};
 use crate::error::{Error, Result};
+use crate::train::Schedule;
 
 /// A fine-tuning run before it opens anything. Nothing in it means "the default".
 #[derive(Debug, Clone, PartialEq)]
@@ -37,7 +39,7 @@ pub struct ModelPlan {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Trained {
     /// An adapter beside frozen weights.
-    Adapter(AdapterPlan),
+    Adapter(Box<AdapterPlan>),
     /// All weights.
     Full,
 }
@@ -45,25 +47,9 @@ pub enum Trained {
 /// The adapter to train.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterPlan {
-    /// The kind of adapter.
-    pub method: Method,
-    /// Columns of the low-rank factors; 0: no adapter.
-    pub rank: usize,
-    /// The numerator of the scale.
-    pub alpha: f64,
-    /// Share of the inputs dropped in training.
-    pub dropout: f64,
-    /// The layers that get one.
-    pub targets: Targets,
-    /// How the factors begin.
-    pub init: InitName,
-    /// Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
-    pub rslora: bool,
-    /// Seed of the factors.
-    pub seed: u64,
-    /// Seed of the dropout masks.
-    pub dropout_seed: u64,
-    /// The adapter to go on training, whose rank, alpha and targets have to be those above; `None`: a fresh one.
+    /// Its rank, scale, targets and first values; alpha is always said.
+    pub config: LoraConfig,
+    /// The adapter to go on training, whose rank, scale and targets have to be those of `config`; `None`: a fresh one.
     pub from: Option<PathBuf>,
 }
 
@@ -117,7 +103,7 @@ pub struct TrainPlan {
     /// Checkpoints that are kept, the newest.
     pub keep: usize,
     /// What is recomputed in the backward pass.
-    pub checkpoint: Recompute,
+    pub checkpoint: RecomputeChoice,
     /// The memory that recomputation and pieces are chosen for.
     pub memory_budget: MemoryBudget,
 }
@@ -153,7 +139,7 @@ impl Plan {
                 dtype: recipe.model.dtype.unwrap_or_default(),
             },
             trained: match &recipe.adapter {
-                Some(adapter) => Trained::Adapter(AdapterPlan::of(adapter, seed)),
+                Some(adapter) => Trained::Adapter(Box::new(AdapterPlan::of(adapter, seed))),
                 None => Trained::Full,
             },
             data: DataPlan::of(&recipe.data),
@@ -169,22 +155,26 @@ impl Plan {
 }
 
 impl AdapterPlan {
-    fn of(recipe: &AdapterRecipe, run_seed: u64) -> Self {
+    pub(super) fn of(recipe: &AdapterRecipe, run_seed: u64) -> Self {
         let rank = recipe.rank.unwrap_or(16);
         let seed = recipe.seed.unwrap_or(run_seed);
-        Self {
-            method: recipe.method.unwrap_or_default(),
+        let config = LoraConfig {
             rank,
-            alpha: recipe.alpha.unwrap_or(rank as f64),
+            alpha: Some(recipe.alpha.unwrap_or(rank.max(1) as f64)),
             dropout: recipe.dropout.unwrap_or(0.0),
-            targets: recipe.targets.clone().unwrap_or_default(),
+            // The feed-forward layers, where most of a model's weights are.
+            targets: recipe
+                .targets
+                .clone()
+                .unwrap_or_else(|| Targets::names(["gate_proj", "up_proj", "down_proj"])),
             init: recipe.init.unwrap_or_default(),
             rslora: recipe.rslora.unwrap_or(false),
             seed,
             // Within the whole numbers of TOML, where the next seed of the last is the first.
             dropout_seed: recipe.dropout_seed.unwrap_or((seed + 1) & i64::MAX as u64),
-            from: recipe.from.clone(),
-        }
+            ..LoraConfig::default()
+        };
+        Self { config, from: recipe.from.clone() }
     }
 }
 
@@ -247,7 +237,7 @@ impl From<&Plan> for Recipe {
             output: Some(output.clone()),
             model: ModelRecipe { source: model.source.clone(), dtype: Some(model.dtype) },
             adapter: match trained {
-                Trained::Adapter(adapter) => Some(AdapterRecipe::from(adapter)),
+                Trained::Adapter(adapter) => Some(AdapterRecipe::from(&**adapter)),
                 Trained::Full => None,
             },
             data: DataRecipe {
@@ -274,16 +264,17 @@ impl From<&Plan> for Recipe {
 
 impl From<&AdapterPlan> for AdapterRecipe {
     fn from(plan: &AdapterPlan) -> Self {
+        let LoraConfig { rank, dropout, targets, init, rslora, seed, dropout_seed, .. } = &plan.config;
         Self {
-            method: Some(plan.method),
-            rank: Some(plan.rank),
-            alpha: Some(plan.alpha),
-            dropout: Some(plan.dropout),
-            targets: Some(plan.targets.clone()),
-            init: Some(plan.init),
-            rslora: Some(plan.rslora),
-            seed: Some(plan.seed),
-            dropout_seed: Some(plan.dropout_seed),
+            method: Some(Method::Lora),
+            rank: Some(*rank),
+            alpha: Some(plan.config.alpha()),
+            dropout: Some(*dropout),
+            targets: Some(targets.clone()),
+            init: Some(*init),
+            rslora: Some(*rslora),
+            seed: Some(*seed),
+            dropout_seed: Some(*dropout_seed),
             from: plan.from.clone(),
         }
     }

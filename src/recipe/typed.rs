@@ -68,6 +68,7 @@ impl Fault {
         let (message, hint) = match self.kind {
             FaultKind::UnknownKey(known) => {
                 let hint = keys.last().and_then(|wanted| did_you_mean(wanted, known));
+                let hint = hint.or_else(|| Some(format!("expected {}", one_of(known))));
                 (format!("unknown key `{key}`"), hint)
             }
             FaultKind::MissingKey(missing) => {
@@ -198,9 +199,14 @@ impl<'de> Deserializer<'de> for &'de Node {
         }
     }
 
+    /// Not even looked at, so that what is skipped is judged by whoever reads it.
+    fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
+        visitor.visit_unit()
+    }
+
     serde::forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct
-        seq tuple tuple_struct map struct identifier ignored_any
+        seq tuple tuple_struct map struct identifier
     }
 }
 

@@ -23,14 +23,12 @@ impl Metrics {
         let path = output.join("metrics.jsonl");
         if path.exists() {
             let earlier = std::fs::read_to_string(&path).at(&path)?;
-            let kept: String = earlier.lines().filter(|line| is_until(line, step)).fold(
-                String::new(),
-                |mut kept, line| {
+            let kept: String =
+                earlier.lines().filter(|line| is_until(line, step)).fold(String::new(), |mut kept, line| {
                     kept.push_str(line);
                     kept.push('\n');
                     kept
-                },
-            );
+                });
             write_atomic(&path, kept.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(&path).at(&path)?;

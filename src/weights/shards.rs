@@ -32,7 +32,7 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// Of a tensor as it is.
+    /// What `tensor` is stored as under `name`.
     pub fn of(name: &str, tensor: &Tensor) -> Result<Self> {
         let dtype = safetensors_dtype(tensor.dtype())
             .ok_or_else(|| Error::invalid(format!("{} cannot be stored", tensor.dtype().as_str())))
