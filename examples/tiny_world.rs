@@ -300,14 +300,13 @@ fn polish(text: &str) -> String {
     let mut words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
     for at in 0..words.len() {
         let vowel = |word: &String| word.starts_with(['a', 'e', 'i', 'o', 'u']);
-        if words[at] == "a" && words.get(at + 1).is_some_and(vowel) {
+        if words[at].eq_ignore_ascii_case("a") && words.get(at + 1).is_some_and(vowel) {
             words[at].push('n');
         }
         // After `?"` and `!"` the stories go on with `asked` or `called`; after `."` a sentence begins.
-        if at == 0 || words[at - 1].ends_with(['.', '!', '?']) || words[at - 1].ends_with(".\"") {
-            if let Some(first) = words[at].get_mut(..1) {
-                first.make_ascii_uppercase();
-            }
+        let begins = at == 0 || words[at - 1].ends_with(['.', '!', '?']) || words[at - 1].ends_with(".\"");
+        if begins && let Some(first) = words[at].get_mut(..1) {
+            first.make_ascii_uppercase();
         }
     }
     words.join(" ")

@@ -33,7 +33,7 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
         /// What went wrong there.
-        source: Box<Error>,
+        source: Box<Self>,
     },
     /// An error in one line of a file.
     #[error("{}:{line}: {source}", path.display())]
@@ -43,7 +43,7 @@ pub enum Error {
         /// Its line, counted from one.
         line: usize,
         /// What went wrong there.
-        source: Box<Error>,
+        source: Box<Self>,
     },
     /// An error about one tensor.
     #[error("tensor `{name}`: {source}")]
@@ -51,7 +51,7 @@ pub enum Error {
         /// The tensor's name as its file has it.
         name: String,
         /// What went wrong with it.
-        source: Box<Error>,
+        source: Box<Self>,
     },
     /// Reading or writing failed.
     #[error(transparent)]

@@ -1,6 +1,7 @@
 //! Parameter-efficient fine-tuning on candle.
 
 pub mod adapter;
+pub mod cli;
 pub mod data;
 pub mod error;
 pub mod eval;
@@ -8,6 +9,7 @@ pub mod generate;
 pub mod merge;
 pub mod model;
 pub mod ops;
+pub mod recipe;
 pub mod train;
 pub mod weights;
 

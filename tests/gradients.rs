@@ -76,8 +76,7 @@ fn rms_norm_agrees() {
         let (y, saved) = rms_norm::forward(&x, &weight, 1e-5).unwrap();
         assert_close("y", &y, &rms_norm::reference(&x, &w, 1e-5).unwrap(), 1e-5);
         let dx = rms_norm::backward(&saved, &weight, 1e-5, &dy, &mut gradients).unwrap();
-        let expected =
-            differentiate(&[&x, &w], &dy, |v| rms_norm::reference(&v[0], &v[1], 1e-5)).unwrap();
+        let expected = differentiate(&[&x, &w], &dy, |v| rms_norm::reference(&v[0], &v[1], 1e-5)).unwrap();
         assert_close("dx", &dx, &expected[0], 1e-4);
         assert_close("dw", gradients.of_name("w").unwrap(), &expected[1], 1e-4);
         if d > 1 {
@@ -287,6 +286,7 @@ fn bf16_follows_f32() {
     let (narrow_dq, ..) = attention::backward(&narrow.1, &heads, &documents, &to(&d_o)).unwrap();
     assert_close("dq", &narrow_dq, &dq, 3e-2);
     let weight = random(&[32], 74);
-    let norm = |x: &Tensor, w: &Tensor| rms_norm::forward(x, &Parameter::new("w", w.clone()), 1e-5).unwrap().0;
+    let norm =
+        |x: &Tensor, w: &Tensor| rms_norm::forward(x, &Parameter::new("w", w.clone()), 1e-5).unwrap().0;
     assert_close("norm", &norm(&to(&q), &to(&weight)), &norm(&q, &weight), 1e-2);
 }

@@ -11,6 +11,7 @@ use super::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConf
 use super::feed_forward::FeedForward;
 use super::linear::Linear;
 use super::norm::Norm;
+use super::pretrained::Pretrained;
 use super::rotary::Rotary;
 use crate::error::{Error, Result};
 use crate::ops::attention::Heads;
@@ -64,6 +65,12 @@ enum Kept {
 }
 
 impl Decoder {
+    /// The decoder of a checkpoint, computing in `dtype`. Its tensors are read one by one.
+    pub fn open(pretrained: &Pretrained, dtype: DType, device: &Device) -> Result<Self> {
+        pretrained.check()?;
+        Self::load(pretrained.config(), device, |name| pretrained.read(name, dtype, device))
+    }
+
     /// A decoder whose tensors come from `read(name)`, each in the type that products are computed in.
     pub fn load(
         config: &DecoderConfig,

@@ -1,5 +1,20 @@
 //! A pretrained model on disk: its checkpoint, its configuration, and its tensors under the names Hugging Face gives
 //! them, whatever the file calls them.
+//!
+//! ```no_run
+//! use candle_core::Device;
+//! use peft::model::Pretrained;
+//!
+//! let pretrained = Pretrained::open("path/to/model")?;
+//! pretrained.check()?; // names and shapes; no values so far
+//! let dtype = pretrained.compute_dtype();
+//! let norm = pretrained.read("model.norm.weight", dtype, &Device::Cpu)?; // [hidden]
+//! assert_eq!(norm.dims(), [pretrained.config().hidden_size]);
+//! # Ok::<(), peft::Error>(())
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
@@ -7,7 +22,7 @@ use serde_json::Value;
 use super::config::DecoderConfig;
 use super::family;
 use crate::error::{Context, Error, Result};
-use crate::weights::{Checkpoint, StoredType, TextFiles};
+use crate::weights::{Checkpoint, StoredType, TensorInfo, TextFiles, write_atomic};
 
 /// A pretrained model, opened but not loaded.
 #[derive(Debug)]
@@ -15,6 +30,9 @@ pub struct Pretrained {
     checkpoint: Checkpoint,
     config: DecoderConfig,
     config_json: Value,
+    /// Hugging Face's name of each tensor, and the file's.
+    names: BTreeMap<String, String>,
+    interleaved: bool,
 }
 
 impl Pretrained {
@@ -25,9 +43,23 @@ impl Pretrained {
 
     /// The model in an open checkpoint.
     pub fn new(checkpoint: Checkpoint) -> Result<Self> {
-        let config_json = checkpoint.config_json()?;
-        let config = family::read(&config_json).at(checkpoint.name())?;
-        Ok(Self { checkpoint, config, config_json })
+        let path = checkpoint.path().to_path_buf();
+        let gguf = checkpoint.gguf_metadata();
+        let config_json = match gguf {
+            Some(metadata) => family::gguf::config(&checkpoint, metadata).at(&path)?,
+            None => checkpoint.config_json()?,
+        };
+        let config_path = if gguf.is_some() { path } else { path.join("config.json") };
+        let config = family::read(&config_json).at(config_path)?;
+        let interleaved = gguf.is_some_and(family::gguf::is_interleaved);
+        let stored = checkpoint.tensors().keys();
+        let names = stored
+            .map(|name| {
+                let hf = gguf.and_then(|_| family::gguf::from_gguf(name));
+                (hf.unwrap_or_else(|| name.clone()), name.clone())
+            })
+            .collect();
+        Ok(Self { checkpoint, config, config_json, names, interleaved })
     }
 
     /// What it was opened from.
@@ -42,13 +74,13 @@ impl Pretrained {
         &self.config
     }
 
-    /// The `config.json` a copy of this model needs.
+    /// The `config.json` that a copy of this model needs; for a GGUF file the one its metadata amounts to.
     #[must_use]
     pub fn config_json(&self) -> &Value {
         &self.config_json
     }
 
-    /// The files.
+    /// The files, with their own names of the tensors.
     #[must_use]
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
@@ -59,46 +91,136 @@ impl Pretrained {
         self.checkpoint.text()
     }
 
-    /// The names of all tensors on disk, sorted.
-    #[must_use]
-    pub fn names(&self) -> Vec<&str> {
-        self.checkpoint.tensors().keys().map(String::as_str).collect()
+    /// Puts tokenizer, chat template and generation settings into a folder that gets other weights of this model.
+    pub fn write_companions(&self, folder: &Path) -> Result<()> {
+        self.checkpoint.write_companions(folder)
+    }
+
+    /// Writes the `config.json` for weights of another type.
+    pub fn write_config(&self, folder: &Path, dtype: DType) -> Result<()> {
+        let mut config = self.config_json.clone();
+        let name = match dtype {
+            DType::F32 => "float32",
+            DType::F16 => "float16",
+            DType::BF16 => "bfloat16",
+            other => return Err(Error::request(format!("weights cannot be stored as {}", other.as_str()))),
+        };
+        // transformers 5 writes `dtype`; both read `torch_dtype`.
+        let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+        config[key] = Value::from(name);
+        let text = serde_json::to_string_pretty(&config)? + "\n";
+        write_atomic(folder.join("config.json"), text.as_bytes())
+    }
+
+    /// The names of all tensors on disk, sorted; those that Hugging Face has no name for keep the file's.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.keys().map(String::as_str)
+    }
+
+    /// Shape and type of a tensor on disk.
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.checkpoint.info(&self.stored_name(name))
     }
 
     /// How a tensor is stored.
     pub fn stored_dtype(&self, name: &str) -> Result<StoredType> {
-        Ok(self.checkpoint.info(name)?.dtype)
+        Ok(self.info(name)?.dtype)
     }
 
-    /// The values of a tensor. NaN and infinity are errors.
+    /// The values of a tensor, rows in Hugging Face's order. NaN and infinity are errors.
     pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        self.checkpoint.read(name, dtype, device)
+        let tensor = self.checkpoint.read(&self.stored_name(name), dtype, device)?;
+        match self.interleaved_heads(name) {
+            Some(heads) => family::gguf::restore_rows(&tensor, heads).in_tensor(name),
+            None => Ok(tensor),
+        }
     }
 
-    /// Every tensor of the configuration is on disk in its shape, and nothing is that would be left out silently.
+    /// Every tensor of the configuration is on disk in its shape and in a type that can be read, and nothing is there
+    /// that would be left out. Names all that is wrong at once; reads no values.
     pub fn check(&self) -> Result<()> {
         let wanted = self.config.tensors();
-        let missing: Vec<&str> = wanted
-            .iter()
-            .filter(|(name, _)| !self.checkpoint.tensors().contains_key(name))
-            .map(|(name, _)| name.as_str())
-            .collect();
-        if !missing.is_empty() {
-            return Err(Error::invalid(format!("misses {} tensors: {missing:?}", missing.len())))
-                .at(self.name());
+        let (mut missing, mut shapes, mut types) = (Vec::new(), Vec::new(), Vec::new());
+        for (name, shape) in &wanted {
+            let Ok(info) = self.info(name) else {
+                missing.push(format!("`{}`", self.stored_name(name)));
+                continue;
+            };
+            if info.shape != *shape {
+                shapes.push(format!("`{name}` should be {shape:?} and is {:?}", info.shape));
+            }
+            if let StoredType::Other(_) = info.dtype {
+                types.push(format!("`{name}` is {}", info.dtype));
+            }
         }
-        Ok(())
+        let known: BTreeSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
+        let unexpected: Vec<String> = self
+            .names()
+            .filter(|name| !known.contains(name) && !is_harmless(name))
+            .map(|name| format!("`{name}`"))
+            .collect();
+        let problems: Vec<String> = [
+            ("missing", missing),
+            ("of another shape than the configuration says", shapes),
+            ("stored in a type that weights cannot have", types),
+            ("unknown to the configuration", unexpected),
+        ]
+        .into_iter()
+        .filter(|(_, tensors)| !tensors.is_empty())
+        .map(|(what, tensors)| format!("{} {what}: {}", counted(tensors.len()), listed(&tensors)))
+        .collect();
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(Error::invalid(problems.join("; "))
+            .with_hint("the weights and the configuration are of different models"))
+        .at(self.checkpoint.path())
     }
 
-    /// The type to compute in when none is asked for: the one most weights are stored in, f32 for f16 and for
+    /// The type to compute in when none is asked for: the one most weights are stored in, and f32 for f16 and for
     /// quantized weights.
     #[must_use]
     pub fn compute_dtype(&self) -> DType {
-        let stored_as = |wanted: DType| -> usize {
-            let tensors = self.checkpoint.tensors().values();
-            tensors.filter(|info| info.dtype == StoredType::Float(wanted)).map(|info| info.num_values()).sum()
-        };
-        let all: usize = self.checkpoint.tensors().values().map(|info| info.num_values()).sum();
-        if stored_as(DType::BF16) * 2 > all { DType::BF16 } else { DType::F32 }
+        let tensors = || self.checkpoint.tensors().values();
+        let all: usize = tensors().map(TensorInfo::num_values).sum();
+        let bf16 = tensors().filter(|info| info.dtype == StoredType::Float(DType::BF16));
+        if bf16.map(TensorInfo::num_values).sum::<usize>() * 2 > all { DType::BF16 } else { DType::F32 }
+    }
+
+    /// The file's name of a tensor, whether it is there or only should be.
+    fn stored_name(&self, name: &str) -> String {
+        let guess = || if self.checkpoint.is_gguf() { family::gguf::to_gguf(name) } else { None };
+        self.names.get(name).cloned().or_else(guess).unwrap_or_else(|| name.to_string())
+    }
+
+    /// Into how many heads the rows of this tensor are interleaved.
+    fn interleaved_heads(&self, name: &str) -> Option<usize> {
+        if !self.interleaved {
+            return None;
+        }
+        let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let attention = &self.config.layers.get(layer.parse::<usize>().ok()?)?.attention;
+        match rest {
+            "self_attn.q_proj.weight" | "self_attn.q_proj.bias" => Some(attention.num_heads),
+            "self_attn.k_proj.weight" | "self_attn.k_proj.bias" => Some(attention.num_kv_heads),
+            _ => None,
+        }
+    }
+}
+
+/// What old programs saved although it follows from the configuration, and the copy of a tied head.
+fn is_harmless(name: &str) -> bool {
+    name.ends_with("rotary_emb.inv_freq") || name == "rope_freqs.weight" || name == "lm_head.weight"
+}
+
+fn counted(count: usize) -> String {
+    if count == 1 { "1 tensor is".to_string() } else { format!("{count} tensors are") }
+}
+
+fn listed(tensors: &[String]) -> String {
+    const SHOWN: usize = 8;
+    match tensors.len().checked_sub(SHOWN) {
+        None | Some(0) => tensors.join(", "),
+        Some(more) => format!("{} and {more} more", tensors[..SHOWN].join(", ")),
     }
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::optimizer::AdamW;
 use crate::error::{Context, Error, Result};
-use crate::weights::write::{Staged, write_safetensors};
+use crate::weights::{Staged, write_safetensors};
 
 /// What a run trains, on disk.
 pub trait Artifact {
@@ -50,7 +50,7 @@ pub struct Best {
 const PREFIX: &str = "checkpoint-";
 
 /// The checkpoints in a run folder with their steps, oldest first.
-pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
+pub(super) fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     if !output.is_dir() {
         return Ok(found);
@@ -68,7 +68,7 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
 }
 
 /// Writes a checkpoint and removes all but the last `keep`.
-pub fn save(
+pub(super) fn save(
     output: &Path,
     artifact: &dyn Artifact,
     optimizer: &AdamW,
@@ -78,7 +78,7 @@ pub fn save(
     let path = output.join(format!("{PREFIX}{}", state.step));
     replace_folder(&path, |folder| {
         artifact.write(folder)?;
-        write_safetensors(&folder.join("optimizer.safetensors"), &optimizer.tensors()?, &BTreeMap::new())?;
+        write_safetensors(folder.join("optimizer.safetensors"), &optimizer.tensors()?, &BTreeMap::new())?;
         let file = folder.join("trainer_state.json");
         std::fs::write(&file, serde_json::to_vec_pretty(state)?).at(&file)
     })?;
@@ -90,7 +90,7 @@ pub fn save(
 }
 
 /// Restores what is trained and the optimizer from the checkpoint at `path`, and gives the run's state.
-pub fn restore(
+pub(super) fn restore(
     path: &Path,
     artifact: &dyn Artifact,
     optimizer: &mut AdamW,
@@ -112,8 +112,8 @@ pub fn restore(
 }
 
 /// Writes a folder beside `path` and puts it in its place when it is whole.
-pub fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let staged = Staged::folder(path)?;
+pub(super) fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let staged = Staged::replacing(path)?;
     write(staged.path())?;
-    staged.replace()
+    staged.commit()
 }

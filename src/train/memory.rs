@@ -20,3 +20,13 @@ pub fn peak_rss_bytes() -> u64 {
     #[cfg(not(unix))]
     0
 }
+
+/// Memory that the machine could give this process now, in bytes; 4 GiB where the system does not tell.
+#[must_use]
+pub fn available_bytes() -> u64 {
+    let told = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    told.map_or(4 << 30, |kib| kib * 1024)
+}

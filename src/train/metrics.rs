@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::{Context, Result};
-use crate::weights::write::write_atomic;
+use crate::weights::write_atomic;
 
 /// The file, open for appending.
 #[derive(Debug)]
@@ -23,14 +23,12 @@ impl Metrics {
         let path = output.join("metrics.jsonl");
         if path.exists() {
             let earlier = std::fs::read_to_string(&path).at(&path)?;
-            let kept: String = earlier.lines().filter(|line| is_until(line, step)).fold(
-                String::new(),
-                |mut kept, line| {
+            let kept: String =
+                earlier.lines().filter(|line| is_until(line, step)).fold(String::new(), |mut kept, line| {
                     kept.push_str(line);
                     kept.push('\n');
                     kept
-                },
-            );
+                });
             write_atomic(&path, kept.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(&path).at(&path)?;

@@ -12,7 +12,7 @@ mod step;
 
 pub use checkpoint::{Artifact, Best, TrainerState};
 pub use event::{Event, Reporter, Sample, StepReport};
-pub use memory::peak_rss_bytes;
+pub use memory::{available_bytes, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use run::{Job, Settings, Summary, run};
 pub use schedule::Schedule;

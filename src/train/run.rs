@@ -138,8 +138,7 @@ fn update(
     let batches: Vec<Batch> = (first..first + settings.accumulate)
         .flat_map(|index| job.train.batch(index).pieces(settings.piece_tokens))
         .collect();
-    let step =
-        step_gradients(job.model, job.trainables, &batches, Some(state.step), settings.recompute)?;
+    let step = step_gradients(job.model, job.trainables, &batches, Some(state.step), settings.recompute)?;
     let number = state.step + 1;
     if !step.loss.is_finite() || !step.norm.is_finite() {
         let what = if step.loss.is_finite() { "gradient norm" } else { "loss" };

@@ -1,7 +1,6 @@
 //! A Hugging Face folder: `model.safetensors`, or `model.safetensors.index.json` and its shards, mapped into memory.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -11,8 +10,8 @@ use serde_json::Value;
 use super::{StoredType, TensorInfo};
 use crate::error::{Context, Error, Result};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// The mapped files of a folder and where in them each tensor is.
 #[derive(Debug)]
@@ -181,12 +180,4 @@ fn no_weights(path: &Path) -> Error {
         .with_hint("save the model with transformers as safetensors, or take a revision that has them");
     }
     Error::request(missing).with_hint("give the folder of a model as transformers saves it")
-}
-
-/// Maps a file.
-pub(super) fn map_file(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).at(path)?;
-    // SAFETY: the map is read-only. Another process that cuts the file while it is mapped could end this one with a
-    // bus error; every program that maps weights takes that risk, and files here are replaced by renaming.
-    unsafe { Mmap::map(&file) }.at(path)
 }

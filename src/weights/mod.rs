@@ -15,21 +15,29 @@
 
 mod convert;
 mod folder;
+mod gguf;
+mod gguf_text;
+mod hub;
 mod shards;
 mod text;
 mod write;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use serde_json::Value;
 
-use crate::error::{Context, Error, Result};
-use folder::{Folder, map_file as map};
+use crate::error::{Context, Error, Result, nearest};
+use folder::Folder;
+use gguf::Gguf;
+pub use gguf::GgufMetadata;
+use hub::HubId;
+pub use hub::{HubSettings, OnProgress};
 pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
 pub use write::{Staged, write_atomic};
@@ -120,17 +128,44 @@ pub struct Checkpoint {
 #[derive(Debug)]
 enum Store {
     Folder(Folder),
+    Gguf(Gguf),
+}
+
+impl Store {
+    fn folder(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
+        let (folder, tensors) = Folder::open(path)?;
+        Ok((Self::Folder(folder), tensors))
+    }
 }
 
 impl Checkpoint {
     /// Opens a folder, a `.gguf` file or a Hub id (`org/name[@revision]`). Reads no values.
     pub fn open(source: &str) -> Result<Self> {
+        Self::open_with(source, &HubSettings::from_env())
+    }
+
+    /// The same with settings of one's own. The Hub is only asked where no such path exists.
+    pub fn open_with(source: &str, settings: &HubSettings) -> Result<Self> {
         let path = Path::new(source);
         let (store, tensors) = if path.is_dir() {
-            let (folder, tensors) = Folder::open(path)?;
-            (Store::Folder(folder), tensors)
+            Store::folder(path)?
+        } else if path.is_file() {
+            let (gguf, tensors) = Gguf::open(path)?;
+            (Store::Gguf(gguf), tensors)
         } else {
-            return Err(Error::request(format!("`{source}` is neither a folder nor a .gguf file")));
+            let message = format!("`{source}` is neither a folder nor a .gguf file");
+            let Some(id) = HubId::parse(source) else {
+                return Err(Error::request(message).with_hint("a model on the Hub is written `org/name`"));
+            };
+            let fetched = hub::fetch(&id, settings).map_err(|error| {
+                let both =
+                    Error::request(format!("{message}, nor could it be fetched from the Hub: {error}"));
+                match error.hint() {
+                    Some(hint) => both.with_hint(hint),
+                    None => both,
+                }
+            })?;
+            Store::folder(&fetched)?
         };
         Ok(Self { source: source.to_string(), store, tensors })
     }
@@ -141,42 +176,93 @@ impl Checkpoint {
         &self.source
     }
 
+    /// The folder or the file on this machine.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match &self.store {
+            Store::Folder(folder) => &folder.path,
+            Store::Gguf(gguf) => &gguf.path,
+        }
+    }
+
+    /// The folder, unless it is a GGUF file.
+    #[must_use]
+    pub fn folder(&self) -> Option<&Path> {
+        match &self.store {
+            Store::Folder(folder) => Some(&folder.path),
+            Store::Gguf(_) => None,
+        }
+    }
+
+    /// Whether it is a GGUF file.
+    #[must_use]
+    pub fn is_gguf(&self) -> bool {
+        self.gguf_metadata().is_some()
+    }
+
+    /// The metadata of a GGUF file.
+    #[must_use]
+    pub fn gguf_metadata(&self) -> Option<&GgufMetadata> {
+        match &self.store {
+            Store::Folder(_) => None,
+            Store::Gguf(gguf) => Some(&gguf.metadata),
+        }
+    }
+
+    /// The folder's `config.json`. A GGUF file has none; its model is described by its metadata.
+    pub fn config_json(&self) -> Result<Value> {
+        match &self.store {
+            Store::Folder(folder) => read_json(&folder.path.join("config.json")),
+            Store::Gguf(gguf) => {
+                Err(Error::invalid("is a GGUF file and has no `config.json`")).at(&gguf.path)
+            }
+        }
+    }
+
+    /// Tokenizer, chat template and special tokens.
+    pub fn text(&self) -> Result<TextFiles> {
+        match &self.store {
+            Store::Folder(folder) => TextFiles::from_folder(&folder.path, &self.config_json()?),
+            Store::Gguf(gguf) => TextFiles::from_gguf(&gguf.metadata).at(&gguf.path),
+        }
+    }
+
+    /// The files of a folder that belong to a copy with other weights: tokenizer, templates, generation settings.
+    pub fn companions(&self) -> Result<Vec<PathBuf>> {
+        match &self.store {
+            Store::Folder(folder) => text::companions(&folder.path),
+            Store::Gguf(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Puts these files into another folder, byte for byte; those of a GGUF file are made from its metadata.
+    pub fn write_companions(&self, target: &Path) -> Result<()> {
+        if self.is_gguf() {
+            return self.text()?.write(target);
+        }
+        for file in self.companions()? {
+            let copy = target.join(file.file_name().unwrap_or_default());
+            std::fs::copy(&file, &copy).at(&copy)?;
+        }
+        Ok(())
+    }
+
     /// Every tensor, by its name in the file.
     #[must_use]
     pub fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
         &self.tensors
     }
 
-    /// The values of a tensor in the wanted type. NaN and infinity are errors.
-    pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        let info = self.info(name)?;
-        let bytes = self.bytes(name)?;
-        let tensor = match info.dtype {
-            StoredType::Float(stored) => convert::from_floats(bytes, stored, &info.shape, dtype, device),
-            other => Err(Error::invalid(format!("is stored as {other}; weights are f32, f16 or bf16"))),
-        };
-        self.release(name);
-        tensor.in_tensor(name).at(self.file_of(name))
-    }
-
-    /// The bytes of a tensor as they are stored. Pages stay in memory until [`Self::release`].
-    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
-        let bytes = match &self.store {
-            Store::Folder(folder) => folder.bytes(name),
-        };
-        bytes.ok_or_else(|| self.no_tensor(name))
-    }
-
-    /// Gives back the memory that reading a tensor took; reading it again is allowed.
-    pub fn release(&self, name: &str) {
-        match &self.store {
-            Store::Folder(folder) => folder.release(name),
-        }
-    }
-
     /// Shape and type of a tensor.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.tensors.get(name).ok_or_else(|| self.no_tensor(name))
+        self.tensors.get(name).ok_or_else(|| {
+            let near = nearest(name, self.tensors.keys().map(String::as_str), 1);
+            let error = Error::invalid(format!("`{}` has no tensor `{name}`", self.source));
+            match near.first() {
+                Some(near) => error.with_hint(format!("nearest is `{near}`")),
+                None => error,
+            }
+        })
     }
 
     /// Bytes of the largest tensor in the file.
@@ -185,43 +271,65 @@ impl Checkpoint {
         self.tensors.values().map(TensorInfo::size_in_bytes).max().unwrap_or(0)
     }
 
-    /// The folder, unless it is a GGUF file.
-    #[must_use]
-    pub fn folder(&self) -> Option<&Path> {
+    /// The values of a tensor in the wanted type; quantized ones are dequantized. NaN and infinity are errors.
+    pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let info = self.info(name)?;
+        let bytes = self.bytes(name)?;
+        let tensor = match info.dtype {
+            StoredType::Float(stored) => convert::from_floats(bytes, stored, &info.shape, dtype, device),
+            StoredType::Quantized(stored) => gguf::dequantize(bytes, stored, &info.shape, dtype, device),
+            StoredType::Other(_) => {
+                Err(Error::invalid(format!("is stored as {}; weights are f32, f16 or bf16", info.dtype)))
+            }
+        };
+        self.release(name);
+        tensor.in_tensor(name).at(self.file_of(name))
+    }
+
+    /// The blocks of a quantized tensor as they are stored.
+    pub fn read_quantized(&self, name: &str, device: &Device) -> Result<QTensor> {
+        let info = self.info(name)?;
+        let StoredType::Quantized(stored) = info.dtype else {
+            return Err(Error::invalid(format!("is stored as {}, not quantized", info.dtype)))
+                .in_tensor(name)
+                .at(self.file_of(name));
+        };
+        let tensor = gguf::quantized(self.bytes(name)?, stored, &info.shape, device);
+        self.release(name);
+        tensor.in_tensor(name).at(self.file_of(name))
+    }
+
+    /// The bytes of a tensor as they are stored. Its pages stay in memory until [`Self::release`].
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
+        let bytes = match &self.store {
+            Store::Folder(folder) => folder.bytes(name),
+            Store::Gguf(gguf) => gguf.bytes(name),
+        };
+        bytes.ok_or_else(|| Error::invalid(format!("`{}` has no tensor `{name}`", self.source)))
+    }
+
+    /// Gives back the memory that the bytes of a tensor took; reading it again is allowed.
+    pub fn release(&self, name: &str) {
         match &self.store {
-            Store::Folder(folder) => Some(&folder.path),
+            Store::Folder(folder) => folder.release(name),
+            Store::Gguf(gguf) => gguf.release(name),
         }
     }
 
-    /// Whether it is a GGUF file.
-    #[must_use]
-    pub fn is_gguf(&self) -> bool {
-        self.folder().is_none()
-    }
-
-    /// The folder's `config.json`.
-    pub fn config_json(&self) -> Result<Value> {
+    fn file_of(&self, name: &str) -> &Path {
         match &self.store {
-            Store::Folder(folder) => read_json(&folder.path.join("config.json")),
+            Store::Folder(folder) => folder.file_of(name).unwrap_or(&folder.path),
+            Store::Gguf(gguf) => &gguf.path,
         }
     }
+}
 
-    /// Tokenizer, chat template and special tokens.
-    pub fn text(&self) -> Result<TextFiles> {
-        match &self.store {
-            Store::Folder(folder) => TextFiles::from_folder(&folder.path, &self.config_json()?),
-        }
-    }
-
-    fn file_of(&self, name: &str) -> PathBuf {
-        match &self.store {
-            Store::Folder(folder) => folder.file_of(name).unwrap_or(&folder.path).to_path_buf(),
-        }
-    }
-
-    fn no_tensor(&self, name: &str) -> Error {
-        Error::invalid(format!("`{}` has no tensor `{name}`", self.source))
-    }
+/// Maps a file.
+fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).at(path)?;
+    // SAFETY: the map is read-only. Another process that cuts the file while it is mapped could end this one with a
+    // bus error; every program that maps weights takes that risk, and files here are replaced by renaming.
+    unsafe { Mmap::map(&file) }.at(path)
 }
 
 /// Reads a JSON file.

@@ -31,6 +31,14 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
+    /// What `tensor` is stored as under `name`.
+    pub fn of(name: &str, tensor: &Tensor) -> Result<Self> {
+        let dtype = safetensors_dtype(tensor.dtype())
+            .ok_or_else(|| Error::invalid(format!("{} cannot be stored", tensor.dtype().as_str())))
+            .in_tensor(name)?;
+        Ok(Self { name: name.to_string(), dtype, shape: tensor.dims().to_vec() })
+    }
+
     fn size_in_bytes(&self) -> Result<usize> {
         let bits = self.shape.iter().try_fold(self.dtype.bitsize(), |bits, n| bits.checked_mul(*n));
         match bits {
@@ -183,15 +191,8 @@ pub fn write_safetensors(
     tensors: &BTreeMap<String, Tensor>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    let specs = tensors
-        .iter()
-        .map(|(name, tensor)| {
-            let dtype = safetensors_dtype(tensor.dtype())
-                .ok_or_else(|| Error::invalid(format!("{} cannot be stored", tensor.dtype().as_str())))
-                .in_tensor(name)?;
-            Ok(TensorSpec { name: name.clone(), dtype, shape: tensor.dims().to_vec() })
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let specs =
+        tensors.iter().map(|(name, tensor)| TensorSpec::of(name, tensor)).collect::<Result<Vec<_>>>()?;
     let layout = Layout::new(&specs.iter().collect::<Vec<_>>(), metadata)?;
     replace_file(path.as_ref(), |file| {
         file.write_all(&layout.header)?;

@@ -1,8 +1,8 @@
 //! What belongs to the text side of a model: tokenizer, chat template, special tokens.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use crate::error::{Context, Error, Result};
@@ -71,6 +71,25 @@ impl TextFiles {
         .settled())
     }
 
+    /// Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them.
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join("tokenizer.json");
+        let text =
+            self.tokenizer.to_string(false).map_err(|error| Error::invalid(error.to_string())).at(&path)?;
+        std::fs::write(&path, text).at(&path)?;
+        let settings = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": false,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "pad_token": self.pad_token,
+            "unk_token": self.unk_token,
+            "chat_template": self.chat_template,
+        });
+        let path = folder.join("tokenizer_config.json");
+        std::fs::write(&path, serde_json::to_string_pretty(&settings)? + "\n").at(&path)
+    }
+
     /// Sorts the ending tokens and asks the tokenizer what it does with the beginning.
     pub(super) fn settled(mut self) -> Self {
         self.eos_token_ids.sort_unstable();
@@ -86,6 +105,36 @@ impl TextFiles {
         }
         self
     }
+}
+
+/// Whether a file belongs to a copy of the model with other weights: tokenizer, templates, generation settings.
+pub(super) fn is_companion(name: &str) -> bool {
+    const EXACT: [&str; 7] = [
+        "generation_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+    ];
+    name.starts_with("tokenizer")
+        || name.starts_with("chat_template")
+        || name.ends_with(".jinja")
+        || EXACT.contains(&name)
+}
+
+/// Those files of a folder, sorted.
+pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).at(folder)? {
+        let path = entry.at(folder)?.path();
+        if path.is_file() && path.file_name().and_then(|name| name.to_str()).is_some_and(is_companion) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
 }
 
 /// A special token: a string, or a table with its `content`.

@@ -1,6 +1,8 @@
-//! Families: `config.json` to [`DecoderConfig`], one file each. Nothing else in this crate names a vendor.
+//! Families: `config.json` to [`DecoderConfig`], one file each, and the names and layout that GGUF
+//! files use. Nothing else in this crate names a vendor.
 
 mod fields;
+pub(super) mod gguf;
 mod llama;
 mod mistral;
 mod qwen2;

@@ -1,0 +1,402 @@
+//! `adapter_config.json`: what of PEFT's `LoraConfig` is applied, what is ignored because it changes nothing here, and
+//! what is refused because it changes the mathematics.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::super::config::{Exclude, Init, LoraConfig, Targets};
+use super::super::patterns::Patterns;
+use super::super::target::{Placements, few};
+use super::Provenance;
+use crate::error::{Context, Error, Result};
+
+/// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
+const LARGEST: u64 = 16 << 20;
+
+/// Keys that say nothing about the values computed.
+const IGNORED: [&str; 16] = [
+    "peft_version",
+    "auto_mapping",
+    "inference_mode",
+    "task_type",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "_name_or_path",
+    "merge_weights",
+];
+
+/// Keys that change the mathematics when set, and what they stand for.
+const REFUSED: [(&str, &str); 14] = [
+    ("use_dora", "DoRA"),
+    ("use_qalora", "QALoRA"),
+    ("use_bdlora", "block-diagonal LoRA"),
+    ("alora_invocation_tokens", "activated LoRA"),
+    ("monteclora_config", "MonteCLoRA"),
+    ("kasa_config", "KaSA"),
+    ("arrow_config", "Arrow"),
+    ("layer_replication", "replicated layers"),
+    ("megatron_config", "Megatron layers"),
+    ("modules_to_save", "whole trained modules"),
+    ("target_parameters", "adapters on fused parameters"),
+    ("trainable_token_indices", "trained embedding rows"),
+    ("enable_lora", "merged projections"),
+    ("layer_indexes", "a choice of layers by another tool"),
+];
+
+/// Initialisations after which the adapter belongs to changed base weights.
+const CHANGE_THE_BASE: [&str; 6] = ["pissa", "olora", "corda", "lora_ga", "loftq", "kasa"];
+
+const PLAIN_FORM: &str = "save it again from PEFT with `save_pretrained(.., path_initial_model_for_weight_conversion=..)`, \
+     which makes a plain LoRA of it";
+
+/// What the file says.
+pub(super) struct Read {
+    pub(super) config: LoraConfig,
+    pub(super) base_model: Option<String>,
+    pub(super) revision: Option<String>,
+    pub(super) warnings: Vec<String>,
+}
+
+/// Reads and checks the file.
+pub(super) fn read(path: &Path) -> Result<Read> {
+    let size = std::fs::metadata(path).at(path)?.len();
+    if size > LARGEST {
+        return Err(Error::invalid(format!("has {size} bytes, expected at most {LARGEST}"))).at(path);
+    }
+    parse(&std::fs::read_to_string(path).at(path)?).at(path)
+}
+
+fn parse(text: &str) -> Result<Read> {
+    let Value::Object(map) = serde_json::from_str(text)? else {
+        return Err(Error::invalid("is not a JSON object"));
+    };
+    let mut fields = Fields { map, problems: Vec::new(), changed_base: false };
+    match fields.take("peft_type") {
+        Some(Value::String(kind)) if kind.eq_ignore_ascii_case("lora") => {}
+        Some(kind) => {
+            return Err(Error::invalid(format!("`peft_type` is {kind}, and only \"LORA\" is supported")));
+        }
+        None => return Err(Error::invalid("has no `peft_type`, expected \"LORA\"")),
+    }
+    fields.refuse_unsupported();
+    let init = fields.init();
+    let targets = fields.targets();
+    let config = LoraConfig {
+        rank: fields.rank(),
+        alpha: Some(fields.number("lora_alpha").unwrap_or(8.0)),
+        dropout: fields.dropout(),
+        targets,
+        exclude: match fields.names_or_text("exclude_modules") {
+            None => Exclude::default(),
+            Some(NamesOrText::Names(names)) => Exclude::Names(names),
+            Some(NamesOrText::Text(pattern)) => Exclude::Pattern(pattern),
+        },
+        rank_pattern: fields.patterns("rank_pattern", "a whole number above 0", |value| {
+            value.as_u64().filter(|rank| *rank > 0).and_then(|rank| usize::try_from(rank).ok())
+        }),
+        alpha_pattern: fields.patterns("alpha_pattern", "a number", Value::as_f64),
+        layers_to_transform: fields.layers(),
+        layers_pattern: match fields.names_or_text("layers_pattern") {
+            None => Vec::new(),
+            Some(NamesOrText::Names(names)) => names,
+            Some(NamesOrText::Text(text)) if text.is_empty() => Vec::new(),
+            Some(NamesOrText::Text(text)) => vec![text],
+        },
+        lora_bias: fields.flag("lora_bias"),
+        init,
+        rslora: fields.flag("use_rslora"),
+        ..LoraConfig::default()
+    };
+    let base_model = fields.text("base_model_name_or_path");
+    let revision = fields.text("revision");
+    let warnings = fields.leftovers();
+    if !fields.problems.is_empty() {
+        let error = Error::invalid(few(&fields.problems));
+        return Err(if fields.changed_base { error.with_hint(PLAIN_FORM) } else { error });
+    }
+    Ok(Read { config, base_model, revision, warnings })
+}
+
+/// The file's keys, taken one by one; what is wrong is gathered, so that all of it is said at once.
+struct Fields {
+    map: Map<String, Value>,
+    problems: Vec<String>,
+    changed_base: bool,
+}
+
+enum NamesOrText {
+    Names(Vec<String>),
+    Text(String),
+}
+
+impl Fields {
+    /// The value of a key that is there and not null.
+    fn take(&mut self, key: &str) -> Option<Value> {
+        self.map.shift_remove(key).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&mut self, key: &str, value: &Value, expected: &str) {
+        self.problems.push(format!("`{key}` is {value}, expected {expected}"));
+    }
+
+    fn number(&mut self, key: &str) -> Option<f64> {
+        let value = self.take(key)?;
+        let number = value.as_f64();
+        if number.is_none() {
+            self.wrong(key, &value, "a number");
+        }
+        number
+    }
+
+    fn flag(&mut self, key: &str) -> bool {
+        match self.take(key) {
+            None => false,
+            Some(Value::Bool(flag)) => flag,
+            Some(value) => {
+                self.wrong(key, &value, "true or false");
+                false
+            }
+        }
+    }
+
+    fn text(&mut self, key: &str) -> Option<String> {
+        match self.take(key)? {
+            Value::String(text) => Some(text).filter(|text| !text.is_empty()),
+            value => {
+                self.wrong(key, &value, "a string");
+                None
+            }
+        }
+    }
+
+    fn names_or_text(&mut self, key: &str) -> Option<NamesOrText> {
+        let value = self.take(key)?;
+        if let Value::String(text) = value {
+            return Some(NamesOrText::Text(text));
+        }
+        let names: Option<Vec<String>> = value
+            .as_array()
+            .and_then(|list| list.iter().map(|name| name.as_str().map(str::to_string)).collect());
+        if names.is_none() {
+            self.wrong(key, &value, "a list of names or a regular expression");
+        }
+        names.map(NamesOrText::Names)
+    }
+
+    fn targets(&mut self) -> Targets {
+        match self.names_or_text("target_modules") {
+            // What PEFT falls back to for every family that is read here.
+            None => Targets::names(["q_proj", "v_proj"]),
+            Some(NamesOrText::Names(names)) => Targets::Names(names),
+            Some(NamesOrText::Text(text)) if text.eq_ignore_ascii_case("all-linear") => Targets::AllLinear,
+            Some(NamesOrText::Text(pattern)) => {
+                if ["layers_to_transform", "layers_pattern"]
+                    .iter()
+                    .any(|key| self.map.get(*key).is_some_and(|value| !value.is_null()))
+                {
+                    self.problems.push(
+                        "`layers_to_transform` and `layers_pattern` do not go with a regular expression as target"
+                            .to_string(),
+                    );
+                }
+                Targets::Pattern(pattern)
+            }
+        }
+    }
+
+    fn rank(&mut self) -> usize {
+        let Some(value) = self.take("r") else { return 8 };
+        let rank = value.as_u64().filter(|rank| *rank > 0).and_then(|rank| usize::try_from(rank).ok());
+        rank.unwrap_or_else(|| {
+            self.wrong("r", &value, "a whole number above 0");
+            8
+        })
+    }
+
+    fn dropout(&mut self) -> f64 {
+        let dropout = self.number("lora_dropout").unwrap_or(0.0);
+        if !(0.0..1.0).contains(&dropout) {
+            self.wrong("lora_dropout", &json!(dropout), "at least 0 and less than 1");
+        }
+        dropout
+    }
+
+    fn patterns<T>(&mut self, key: &str, expected: &str, read: impl Fn(&Value) -> Option<T>) -> Patterns<T> {
+        let map = match self.take(key) {
+            None => return Patterns::default(),
+            Some(Value::Object(map)) => map,
+            Some(value) => {
+                self.wrong(key, &value, "an object");
+                return Patterns::default();
+            }
+        };
+        let mut pairs = Vec::new();
+        for (pattern, value) in map {
+            match read(&value) {
+                Some(read) => pairs.push((pattern, read)),
+                None => self.wrong(&format!("{key}.{pattern}"), &value, expected),
+            }
+        }
+        Patterns(pairs)
+    }
+
+    fn layers(&mut self) -> Option<Vec<usize>> {
+        let value = self.take("layers_to_transform")?;
+        let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
+        let layers = match &value {
+            Value::Array(list) => list.iter().map(index).collect(),
+            one => index(one).map(|one| vec![one]),
+        };
+        if layers.is_none() {
+            self.wrong("layers_to_transform", &value, "layer numbers");
+        }
+        layers
+    }
+
+    fn init(&mut self) -> Init {
+        match self.take("init_lora_weights") {
+            None | Some(Value::Bool(_)) => Init::Peft,
+            Some(Value::String(name)) => {
+                let lower = name.to_lowercase();
+                if CHANGE_THE_BASE.iter().any(|kind| lower.starts_with(kind)) {
+                    self.changed_base = true;
+                    self.problems.push(format!(
+                        "`init_lora_weights` is \"{name}\": the adapter belongs to base weights that were changed"
+                    ));
+                }
+                if lower == "gaussian" { Init::Gaussian } else { Init::Peft }
+            }
+            Some(value) => {
+                self.wrong("init_lora_weights", &value, "true, false or a name");
+                Init::Peft
+            }
+        }
+    }
+
+    fn refuse_unsupported(&mut self) {
+        for (key, what) in REFUSED {
+            if let Some(value) = self.take(key).filter(|value| !is_neutral(value)) {
+                self.problems.push(format!("`{key}` is {value}: {what}, not supported"));
+            }
+        }
+        if let Some(bias) = self.take("bias").filter(|bias| bias != "none") {
+            self.problems.push(format!("`bias` is {bias}: trained biases of the model, not supported"));
+        }
+    }
+
+    /// Judges the keys that nobody took: PEFT grows new ones.
+    fn leftovers(&mut self) -> Vec<String> {
+        for key in IGNORED {
+            self.map.shift_remove(key);
+        }
+        let mut warnings = Vec::new();
+        for (key, value) in std::mem::take(&mut self.map) {
+            match value {
+                value if is_neutral(&value) => {}
+                Value::Bool(_) | Value::Object(_) | Value::Array(_) => self.problems.push(format!(
+                    "`{key}` is {value}, which is not known here and may change the mathematics"
+                )),
+                value => warnings
+                    .push(format!("`{key}` in the adapter's configuration is {value}, and is ignored")),
+            }
+        }
+        warnings
+    }
+}
+
+/// Whether the value stands for "off" whatever the key.
+fn is_neutral(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(flag) => !flag,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Number(_) => false,
+    }
+}
+
+/// The file's text. Only keys that every PEFT since 0.10 knows, and newer ones where they are needed.
+pub(super) fn to_json(
+    config: &LoraConfig,
+    placements: &Placements,
+    provenance: &Provenance,
+) -> Result<String> {
+    // PEFT knows no rank 0: such layers are excluded instead.
+    let ranks = config.rank_pattern.iter().filter(|(_, rank)| **rank > 0);
+    let ranks: Map<String, Value> = ranks.map(|(pattern, rank)| (pattern.to_string(), json!(rank))).collect();
+    let alphas = config.alpha_pattern.iter();
+    let alphas: Map<String, Value> =
+        alphas.map(|(pattern, alpha)| (pattern.to_string(), number(*alpha))).collect();
+    let gaussian = config.init == Init::Gaussian && !config.lora_bias;
+    let mut fields: BTreeMap<&str, Value> = BTreeMap::from([
+        ("alpha_pattern", Value::Object(alphas)),
+        ("auto_mapping", Value::Null),
+        ("base_model_name_or_path", json!(provenance.base_model)),
+        ("bias", json!("none")),
+        ("fan_in_fan_out", json!(false)),
+        ("inference_mode", json!(true)),
+        ("init_lora_weights", if gaussian { json!("gaussian") } else { json!(true) }),
+        (
+            "layers_pattern",
+            if config.layers_pattern.is_empty() { Value::Null } else { json!(config.layers_pattern) },
+        ),
+        ("layers_to_transform", json!(config.layers_to_transform)),
+        ("lora_alpha", number(config.alpha())),
+        ("lora_dropout", number(config.dropout)),
+        ("modules_to_save", Value::Null),
+        ("peft_type", json!("LORA")),
+        ("r", json!(config.rank)),
+        ("rank_pattern", Value::Object(ranks)),
+        ("revision", json!(provenance.revision)),
+        ("target_modules", targets_json(&config.targets, placements)),
+        ("task_type", json!("CAUSAL_LM")),
+        ("use_dora", json!(false)),
+        ("use_rslora", json!(config.rslora)),
+    ]);
+    if let Some(exclude) = exclude_json(&config.exclude, &placements.without) {
+        fields.insert("exclude_modules", exclude);
+    }
+    if config.lora_bias {
+        fields.insert("lora_bias", json!(true));
+    }
+    Ok(serde_json::to_string_pretty(&fields)? + "\n")
+}
+
+fn targets_json(targets: &Targets, placements: &Placements) -> Value {
+    let names: BTreeSet<&str> = match targets {
+        Targets::Pattern(pattern) => return json!(pattern),
+        Targets::Names(names) => names.iter().map(String::as_str).collect(),
+        // PEFT, too, writes names: readers do not know the word.
+        Targets::AllLinear => placements.placements.iter().map(|p| p.linear.projection.name()).collect(),
+    };
+    json!(names)
+}
+
+fn exclude_json(exclude: &Exclude, without: &[String]) -> Option<Value> {
+    match exclude {
+        exclude if exclude.is_empty() && without.is_empty() => None,
+        exclude if exclude.is_empty() => Some(json!(without)),
+        Exclude::Names(names) => Some(json!(names.iter().chain(without).collect::<Vec<_>>())),
+        Exclude::Pattern(pattern) if without.is_empty() => Some(json!(pattern)),
+        Exclude::Pattern(pattern) => {
+            let paths: Vec<String> = without.iter().map(|path| path.replace('.', "\\.")).collect();
+            Some(json!(format!("(?:{pattern})|{}", paths.join("|"))))
+        }
+    }
+}
+
+/// Whole numbers without a point, as PEFT writes an alpha.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
+}

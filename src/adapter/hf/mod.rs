@@ -1,0 +1,149 @@
+//! The adapter folder of Hugging Face PEFT: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+//!
+//! What is written loads in any PEFT since 0.10. What is read is checked as PEFT does not: every tensor must be used,
+//! every adapted layer complete, and whatever changes the mathematics and is not built here is refused by name.
+
+mod card;
+mod config;
+mod tensors;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+
+use super::config::LoraConfig;
+use super::lora::tensor_names;
+use super::target::{Placements, few, place};
+use crate::error::{Context, Error, Result};
+use crate::model::config::DecoderConfig;
+use crate::weights::write_atomic;
+
+/// The configuration's file.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// The tensors' file.
+pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+/// The model card's file.
+pub const CARD_FILE: &str = "README.md";
+
+/// An adapter as its folder has it.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// Rank, scale and targets. Seeds are not on disk and have their defaults; `alpha` is always said.
+    pub config: LoraConfig,
+    /// The model it was trained on, as its trainer called it.
+    pub base_model: Option<String>,
+    /// Branch, tag or commit of that model.
+    pub revision: Option<String>,
+    /// In f32, by name without the prefix `base_model.model.`: see [`tensor_names`].
+    pub tensors: BTreeMap<String, Tensor>,
+    /// What was found and left aside because it changes nothing.
+    pub warnings: Vec<String>,
+}
+
+impl Adapter {
+    /// Reads the folder; says nothing yet about a model.
+    pub fn read(folder: &Path, device: &Device) -> Result<Self> {
+        let read = config::read(&folder.join(CONFIG_FILE))?;
+        let path = folder.join(TENSORS_FILE);
+        if !path.exists() {
+            return Err(missing_tensors(folder));
+        }
+        let tensors = tensors::read(&path, read.config.lora_bias, device)?;
+        Ok(Self {
+            config: read.config,
+            base_model: read.base_model,
+            revision: read.revision,
+            tensors,
+            warnings: read.warnings,
+        })
+    }
+
+    /// Where the adapter goes on `model`: every tensor has its layer there, and the shape that rank and layer ask for.
+    pub fn placements(&self, model: &DecoderConfig) -> Result<Placements> {
+        let resolved = place(&self.config, model)?;
+        let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for placement in &resolved.placements {
+            let names = tensor_names(&placement.linear.path);
+            expected.insert(names.a, vec![placement.rank, placement.linear.in_features]);
+            expected.insert(names.b, vec![placement.linear.out_features, placement.rank]);
+            if self.config.lora_bias {
+                expected.insert(names.bias, vec![placement.linear.out_features]);
+            }
+        }
+        let mut wrong = Vec::new();
+        let paths: Vec<String> = model.linears().into_iter().map(|linear| linear.path).collect();
+        for (name, tensor) in &self.tensors {
+            match expected.get(name) {
+                None if paths.iter().any(|path| tensors::is_of(name, path)) => {
+                    wrong.push(format!("`{name}` is on a layer that the configuration does not target"));
+                }
+                None => wrong.push(format!("`{name}` is on a layer that the model does not have")),
+                Some(shape) if tensor.dims() != shape => {
+                    wrong.push(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()));
+                }
+                Some(_) => {}
+            }
+        }
+        for name in expected.keys().filter(|name| !self.tensors.contains_key(*name)) {
+            wrong.push(format!("`{name}` is missing, though the configuration targets its layer"));
+        }
+        if wrong.is_empty() {
+            return Ok(resolved);
+        }
+        let error = Error::invalid(format!("the adapter does not fit the model: {}", few(&wrong)));
+        Err(match &self.base_model {
+            Some(base) => error.with_hint(format!("the adapter was made for `{base}`")),
+            None => error,
+        })
+    }
+
+    /// What to warn of when the adapter goes on the model called `source`: another name than it was trained on.
+    #[must_use]
+    pub fn base_mismatch(&self, source: &str) -> Option<String> {
+        let base = self.base_model.as_deref()?;
+        let same = base == source || last_part(base) == last_part(source);
+        (!same).then(|| format!("the adapter was made for `{base}`, and the model is `{source}`"))
+    }
+}
+
+/// What the files of an adapter say of where it comes from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Provenance {
+    /// The model it was trained on: a Hub id or a path.
+    pub base_model: Option<String>,
+    /// Branch, tag or commit of that model.
+    pub revision: Option<String>,
+    /// Goes into the metadata of the safetensors file, beside `format: pt`.
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// Writes the three files of an adapter into `folder`, which exists; each replaces its predecessor in one step.
+///
+/// `tensors` are those of [`super::attach`] or of [`Adapter::tensors`].
+pub fn write<'t>(
+    folder: &Path,
+    config: &LoraConfig,
+    placements: &Placements,
+    tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
+    provenance: &Provenance,
+) -> Result<()> {
+    tensors::write(&folder.join(TENSORS_FILE), tensors, &provenance.metadata)?;
+    write_atomic(folder.join(CONFIG_FILE), config::to_json(config, placements, provenance)?.as_bytes())?;
+    write_atomic(folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())
+}
+
+fn missing_tensors(folder: &Path) -> Error {
+    let error =
+        |message: String| Error::At { path: folder.to_path_buf(), source: Box::new(Error::invalid(message)) };
+    if folder.join("adapter_model.bin").exists() {
+        return error(format!("has `adapter_model.bin`, a pickle, and no `{TENSORS_FILE}`")).with_hint(
+            "pickles can run code and are not read; load the adapter with PEFT and `save_pretrained` it again",
+        );
+    }
+    error(format!("has no `{TENSORS_FILE}`"))
+}
+
+fn last_part(name: &str) -> &str {
+    name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)
+}

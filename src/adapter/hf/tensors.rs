@@ -1,0 +1,133 @@
+//! `adapter_model.safetensors`: names both ways, values to f32.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+
+use super::super::target::few;
+use crate::error::{Context, Error, Result};
+use crate::weights::write_safetensors;
+
+const PREFIX: &str = "base_model.model.";
+const SUFFIXES: [&str; 3] = [".lora_A.weight", ".lora_B.weight", ".lora_B.bias"];
+
+/// Whether the tensor `name` belongs to the layer at `path`.
+pub(super) fn is_of(name: &str, path: &str) -> bool {
+    name.strip_prefix(path).is_some_and(|rest| SUFFIXES.contains(&rest))
+}
+
+/// Every tensor in f32, by its name without prefix.
+pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+    let bytes = std::fs::read(path).at(path)?;
+    let file = SafeTensors::deserialize(&bytes).at(path)?;
+    let names = canonical_names(file.names(), lora_bias).at(path)?;
+    let mut tensors = BTreeMap::new();
+    let mut broken = Vec::new();
+    for (canonical, stored) in names {
+        let view = file.tensor(stored).at(path)?;
+        let values = match to_f32(view.dtype(), view.data()) {
+            Ok(values) => values,
+            Err(what) => {
+                broken.push(format!("`{stored}` {what}"));
+                continue;
+            }
+        };
+        if values.is_empty() {
+            broken.push(format!("`{stored}` is empty, shape {:?}", view.shape()));
+        } else if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            broken.push(format!("`{stored}` has the value {value}"));
+        } else {
+            let tensor = Tensor::from_vec(values, view.shape(), device).in_tensor(stored).at(path)?;
+            tensors.insert(canonical, tensor);
+        }
+    }
+    if broken.is_empty() { Ok(tensors) } else { Err(Error::invalid(few(&broken))).at(path) }
+}
+
+/// Writes every tensor in f32 under its name with the prefix.
+pub(super) fn write<'t>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let mut prefixed = BTreeMap::new();
+    for (name, tensor) in tensors {
+        prefixed.insert(format!("{PREFIX}{name}"), tensor.to_dtype(DType::F32).in_tensor(name)?);
+    }
+    write_safetensors(path, &prefixed, metadata)
+}
+
+/// Name in memory and name in the file, for each tensor; refuses all that is not one of a plain LoRA.
+fn canonical_names(stored: Vec<&str>, lora_bias: bool) -> Result<BTreeMap<String, &str>> {
+    let mut names = BTreeMap::new();
+    let mut wrong = Vec::new();
+    for stored in stored.into_iter().collect::<BTreeSet<_>>() {
+        match canonical(stored) {
+            Err(what) => wrong.push(format!("`{stored}` is {what}")),
+            Ok(name) if name.ends_with(".bias") && !lora_bias => {
+                wrong.push(format!("`{stored}` is a bias, though `lora_bias` is false"));
+            }
+            Ok(name) => {
+                if let Some(other) = names.insert(name, stored) {
+                    wrong.push(format!("`{stored}` and `{other}` are the same tensor"));
+                }
+            }
+        }
+    }
+    for (name, stored) in &names {
+        if let Some(path) = name.strip_suffix(".lora_A.weight")
+            && !names.contains_key(&format!("{path}.lora_B.weight"))
+        {
+            wrong.push(format!("`{stored}` has no `lora_B.weight` beside it"));
+        } else if let Some(path) = name.strip_suffix(".lora_B.weight")
+            && !names.contains_key(&format!("{path}.lora_A.weight"))
+        {
+            wrong.push(format!("`{stored}` has no `lora_A.weight` beside it"));
+        }
+    }
+    if !wrong.is_empty() {
+        return Err(Error::invalid(format!("not the tensors of a plain LoRA: {}", few(&wrong))));
+    }
+    if names.is_empty() {
+        return Err(Error::invalid("has no tensors"));
+    }
+    Ok(names)
+}
+
+/// `base_model.model.<path>.lora_A.weight` to `<path>.lora_A.weight`. Also read: no prefix, `model.` twice, and the
+/// adapter's name `default`; else what the tensor is.
+fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
+    let name = stored.strip_prefix(PREFIX).unwrap_or(stored);
+    let name = if name.starts_with("model.model.") { &name["model.".len()..] } else { name };
+    let name = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.");
+    if SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) {
+        return Ok(name);
+    }
+    Err(if name.contains("lora_magnitude_vector") {
+        "a magnitude of DoRA, which is not supported"
+    } else if name.contains("lora_embedding_") {
+        "an adapter on an embedding, which is not supported"
+    } else if name.contains("trainable_tokens_delta") {
+        "a set of trained embedding rows, which is not supported"
+    } else if name.ends_with(".lora_A") || name.ends_with(".lora_B") {
+        "a packed adapter of experts, which is not supported"
+    } else if name.contains(".lora_") {
+        "of a variant of LoRA that is not supported"
+    } else {
+        "a whole tensor of the model (as `modules_to_save` or a resized vocabulary leaves it), which is not supported"
+    })
+}
+
+fn to_f32(dtype: Dtype, data: &[u8]) -> std::result::Result<Vec<f32>, String> {
+    match dtype {
+        Dtype::F32 => {
+            Ok(data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        }
+        Dtype::BF16 => Ok(data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+        Dtype::F16 => Ok(data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect()),
+        other => Err(format!("is of type {other:?}, expected F32, BF16 or F16")),
+    }
+}

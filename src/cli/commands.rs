@@ -1,0 +1,107 @@
+//! What each command does: reads its request, calls the library, writes the answer.
+
+use std::path::{Path, PathBuf};
+
+use super::builtin::Builtin;
+use super::overrides::{lay_over, lay_string};
+use super::terminal::Terminal;
+use super::{
+    Chat, Check, Eval, Finetune, Generate, Inspect, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle,
+    interrupt,
+};
+use crate::error::{Context, Error, Result, nearest};
+use crate::recipe::{Document, Plan, Recipe};
+
+pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
+    let plan = plan(&arguments.recipe, arguments.output.as_deref())?;
+    let _ = (plan, terminal.reporter(), arguments.resume, interrupt::listen()?);
+    Err(unbuilt("finetune"))
+}
+
+pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
+    let plan = plan(&arguments.recipe, None)?;
+    let _ = (plan, terminal, arguments.json);
+    Err(unbuilt("check"))
+}
+
+pub(super) fn merge(_: &Merge, _: &mut Terminal) -> Result<()> {
+    Err(unbuilt("merge"))
+}
+
+pub(super) fn upcycle(_: &Upcycle) -> Result<()> {
+    Err(unbuilt("upcycle"))
+}
+
+pub(super) fn generate(_: &Generate, _: &mut Terminal) -> Result<()> {
+    Err(unbuilt("generate"))
+}
+
+pub(super) fn chat(_: &Chat, _: &mut Terminal) -> Result<()> {
+    Err(unbuilt("chat"))
+}
+
+pub(super) fn eval(_: &Eval, _: &mut Terminal) -> Result<()> {
+    Err(unbuilt("eval"))
+}
+
+pub(super) fn inspect(_: &Inspect, _: &mut Terminal) -> Result<()> {
+    Err(unbuilt("inspect"))
+}
+
+pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()> {
+    match &arguments.action {
+        None | Some(RecipesAction::List) => {
+            let width = Builtin::all().map(|recipe| recipe.name.len()).max().unwrap_or(0);
+            for recipe in Builtin::all() {
+                terminal.write(format_args!("{:width$}  {}\n", recipe.name, recipe.about()))?;
+            }
+            Ok(())
+        }
+        Some(RecipesAction::Show { name }) => terminal.write(format_args!("{}", Builtin::named(name)?.text)),
+    }
+}
+
+fn unbuilt(command: &str) -> Error {
+    Error::request(format!("`peft {command}` is not built in this version"))
+}
+
+/// The plan of a recipe with the flags laid over it.
+fn plan(arguments: &RecipeArguments, output: Option<&str>) -> Result<Plan> {
+    let (path, text) = recipe_text(&arguments.recipe)?;
+    let name = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
+    let mut document = Document::parse(path, &text)?;
+    for set in &arguments.set {
+        lay_over(&mut document, set)?;
+    }
+    if let Some(output) = output {
+        lay_string(&mut document, "output", output, "--output")?;
+    }
+    Ok(Plan::of(&Recipe::read(&document)?, &name))
+}
+
+/// The text of a recipe file or a built-in recipe, and what errors call it.
+fn recipe_text(recipe: &str) -> Result<(PathBuf, String)> {
+    let path = Path::new(recipe);
+    if path.is_dir() {
+        let error = Error::request("a folder, where a recipe file was expected");
+        let inside = path.join("recipe.toml");
+        return Err(match inside.is_file() {
+            true => error.with_hint(format!("its recipe is `{}`", inside.display())),
+            false => error,
+        })
+        .at(path);
+    }
+    if path.exists() {
+        return Ok((path.to_path_buf(), std::fs::read_to_string(path).at(path)?));
+    }
+    if let Some(builtin) = Builtin::find(recipe) {
+        return Ok((PathBuf::from(format!("{recipe}.toml")), builtin.text.to_string()));
+    }
+    let error = Error::request(format!("there is no file and no built-in recipe `{recipe}`"));
+    let stem = recipe.strip_prefix("recipes/").unwrap_or(recipe);
+    let stem = stem.strip_suffix(".toml").unwrap_or(stem);
+    Err(match nearest(stem, Builtin::all().map(|recipe| recipe.name), 1).first() {
+        Some(near) => error.with_hint(format!("did you mean the built-in recipe `{near}`?")),
+        None => error.with_hint("`peft recipes` lists the built-in recipes"),
+    })
+}

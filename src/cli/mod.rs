@@ -1,0 +1,302 @@
+//! The `peft` command line: its commands and their help. The only room that knows clap, indicatif and stdout.
+//!
+//! stdout carries what was asked for, stderr everything else.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::error::Result;
+
+mod builtin;
+mod commands;
+mod interrupt;
+mod overrides;
+mod report;
+mod terminal;
+
+use report::Log;
+use terminal::{Colour, Terminal};
+
+/// Fine-tunes pretrained language models with small adapters, and folds the adapters back.
+#[derive(Debug, Parser)]
+#[command(
+    name = "peft",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// How progress is told on stderr
+    #[arg(long, global = true, value_name = "FORM", default_value = "auto", help_heading = "Global options")]
+    log: Log,
+    /// Whether messages are coloured
+    #[arg(long, global = true, value_name = "WHEN", default_value = "auto", help_heading = "Global options")]
+    color: Colour,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train an adapter, or all weights, as a recipe says
+    ///
+    /// Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C saves a checkpoint first;
+    /// `--resume` goes on from the newest one.
+    Finetune(Finetune),
+    /// Say everything about a recipe that can be known before training
+    ///
+    /// Reads configurations, tokenizer and data, but no weight values.
+    Check(Check),
+    /// Fold adapters into a model's weights
+    Merge(Merge),
+    /// Turn a dense model into a mixture of experts (not built yet)
+    Upcycle(Upcycle),
+    /// Continue a prompt
+    Generate(Generate),
+    /// Talk to a model
+    Chat(Chat),
+    /// Measure a model on a data file
+    Eval(Eval),
+    /// Describe a model, an adapter, a data file or a run
+    Inspect(Inspect),
+    /// List the recipes built into this program, or show one
+    Recipes(Recipes),
+}
+
+#[derive(Debug, Args)]
+struct RecipeArguments {
+    /// A recipe file, or the name of a built-in recipe
+    recipe: String,
+    /// Lay a value over the recipe: `--set train.learning_rate=1e-4`
+    ///
+    /// The value is TOML; a bare word is taken as a string.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct Finetune {
+    #[command(flatten)]
+    recipe: RecipeArguments,
+    /// The run directory, instead of the recipe's `output`
+    #[arg(long, value_name = "DIR")]
+    output: Option<String>,
+    /// Go on from the newest checkpoint in the run directory
+    #[arg(long)]
+    resume: bool,
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    #[command(flatten)]
+    recipe: RecipeArguments,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Upcycle {
+    #[command(flatten)]
+    recipe: RecipeArguments,
+    /// The folder of the new model, instead of the recipe's `output`
+    #[arg(long, value_name = "DIR")]
+    output: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct ModelArguments {
+    /// A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
+    #[arg(long)]
+    model: String,
+    /// The folder of an adapter
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct Merge {
+    /// A folder or a Hub id (`org/name[@revision]`)
+    #[arg(long)]
+    model: String,
+    /// The folder of an adapter; given again, the sum of all is folded in
+    #[arg(long, value_name = "DIR", required = true)]
+    adapter: Vec<PathBuf>,
+    /// The folder to write; must not exist yet
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// The number format of the written weights [default: each tensor keeps its own]
+    #[arg(long)]
+    dtype: Option<WrittenDtype>,
+}
+
+#[derive(Debug, Args)]
+struct Generate {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// What to continue
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// The most tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_new_tokens: usize,
+    /// Divides the logits before sampling; 0 takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
+    temperature: f64,
+    /// Sample among the K most likely tokens
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..))]
+    top_k: Option<u64>,
+    /// Sample among the fewest tokens that have this probability together
+    #[arg(long, value_name = "P", value_parser = probability)]
+    top_p: Option<f64>,
+    /// Divides the logits of tokens that occurred; 1 changes nothing
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
+    repetition_penalty: f64,
+    /// The seed of sampling
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Give the prompt to the model as it is, without the chat template
+    #[arg(long)]
+    raw: bool,
+}
+
+#[derive(Debug, Args)]
+struct Chat {
+    #[command(flatten)]
+    model: ModelArguments,
+}
+
+#[derive(Debug, Args)]
+struct Eval {
+    /// What to measure
+    measure: Measure,
+    #[command(flatten)]
+    model: ModelArguments,
+    /// A `.jsonl` or `.json` file
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Cut each record to this many tokens
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..))]
+    max_length: Option<u64>,
+    /// The number format of the weights
+    #[arg(long, default_value = "auto")]
+    dtype: Dtype,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Inspect {
+    /// A model, an adapter, a data file or a run
+    path: PathBuf,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Recipes {
+    #[command(subcommand)]
+    action: Option<RecipesAction>,
+}
+
+#[derive(Debug, Subcommand)]
+enum RecipesAction {
+    /// List the recipes built into this program
+    List,
+    /// Print a recipe
+    Show {
+        /// The name of a built-in recipe
+        name: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Measure {
+    /// Mean loss per predicted token, and its exponential
+    Perplexity,
+    /// Share of multiple-choice questions answered rightly
+    Choices,
+    /// How a mixture of experts spreads its tokens
+    Routing,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Dtype {
+    /// What the files have, and what the machine multiplies fast
+    Auto,
+    /// 32-bit floats
+    F32,
+    /// bfloat16
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum WrittenDtype {
+    /// 32-bit floats
+    F32,
+    /// bfloat16
+    Bf16,
+    /// 16-bit floats
+    F16,
+}
+
+/// Runs the command that `arguments`, the program's name first, ask for.
+#[must_use]
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        // Help and version are "errors" of clap's too; it knows which stream and status each has.
+        Err(error) => error.exit(),
+    };
+    let mut terminal = Terminal::new(arguments.log, arguments.color);
+    match dispatch(arguments.command, &mut terminal) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if terminal.stdout_is_closed() => {
+            drop(error);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            terminal.complain(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
+    match command {
+        Command::Finetune(arguments) => commands::finetune(&arguments, terminal),
+        Command::Check(arguments) => commands::check(&arguments, terminal),
+        Command::Merge(arguments) => commands::merge(&arguments, terminal),
+        Command::Upcycle(arguments) => commands::upcycle(&arguments),
+        Command::Generate(arguments) => commands::generate(&arguments, terminal),
+        Command::Chat(arguments) => commands::chat(&arguments, terminal),
+        Command::Eval(arguments) => commands::eval(&arguments, terminal),
+        Command::Inspect(arguments) => commands::inspect(&arguments, terminal),
+        Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    number(text, "a number of at least 0", |x| x >= 0.0)
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0", |x| x > 0.0)
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)
+}
+
+fn number(text: &str, expected: &str, fits: fn(f64) -> bool) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && fits(number) => Ok(number),
+        _ => Err(format!("expected {expected}")),
+    }
+}

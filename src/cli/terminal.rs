@@ -1,0 +1,110 @@
+//! The two streams of the terminal: data on stdout, messages on stderr.
+
+use std::fmt::Arguments;
+use std::io::{self, IsTerminal, Write};
+
+use clap::ValueEnum;
+use clap::builder::styling::{AnsiColor, Style};
+
+use super::report::{self, Log};
+use crate::error::{Error, Result};
+use crate::train::Reporter;
+
+/// Whether messages are coloured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Colour {
+    /// On a terminal, unless `NO_COLOR` is set
+    Auto,
+    /// Always
+    Always,
+    /// Never
+    Never,
+}
+
+/// Where a command's output goes.
+pub(super) struct Terminal {
+    log: Log,
+    coloured: bool,
+    stdout_is_closed: bool,
+}
+
+impl Terminal {
+    pub(super) fn new(log: Log, colour: Colour) -> Self {
+        let coloured = match colour {
+            Colour::Always => true,
+            Colour::Never => false,
+            Colour::Auto => {
+                let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+                wanted && io::stderr().is_terminal()
+            }
+        };
+        Self { log, coloured, stdout_is_closed: false }
+    }
+
+    /// A new reporter in the form that was asked for.
+    pub(super) fn reporter(&self) -> Box<dyn Reporter> {
+        report::reporter(self.log, self.coloured)
+    }
+
+    /// Writes data to stdout and flushes it, so that streamed text is seen at once.
+    pub(super) fn write(&mut self, data: Arguments<'_>) -> Result<()> {
+        let mut stdout = io::stdout().lock();
+        let written = stdout.write_fmt(data).and_then(|()| stdout.flush());
+        // A reader such as `head` has what it wanted; that is not an error worth a message.
+        self.stdout_is_closed |= matches!(&written, Err(error) if error.kind() == io::ErrorKind::BrokenPipe);
+        written.map_err(Error::from)
+    }
+
+    /// Whether the reader of stdout has gone away.
+    pub(super) fn stdout_is_closed(&self) -> bool {
+        self.stdout_is_closed
+    }
+
+    /// Says on stderr what went wrong and what to do about it.
+    pub(super) fn complain(&self, error: &Error) {
+        if self.log == Log::Json {
+            let event = serde_json::json!({
+                "event": "error",
+                "text": error.to_string(),
+                "hint": error.hint(),
+                "exit_code": error.exit_code(),
+            });
+            message(format_args!("{event}"));
+            return;
+        }
+        let label = if error.exit_code() == 130 { "interrupted" } else { "error" };
+        message(format_args!("{} {error}", Label::new(label, AnsiColor::Red, self.coloured)));
+        if let Some(hint) = error.hint() {
+            message(format_args!("{} {hint}", Label::new("hint", AnsiColor::Cyan, self.coloured)));
+        }
+    }
+}
+
+/// Writes a line to stderr. When that is gone there is nobody left to tell.
+pub(super) fn message(line: Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
+}
+
+/// What a message begins with: `error:`.
+pub(super) struct Label {
+    text: &'static str,
+    style: Style,
+}
+
+impl Label {
+    pub(super) fn new(text: &'static str, colour: AnsiColor, coloured: bool) -> Self {
+        let style = if coloured { colour.on_default().bold() } else { Style::new() };
+        Self { text, style }
+    }
+
+    /// `warning:`
+    pub(super) fn warning(coloured: bool) -> Self {
+        Self::new("warning", AnsiColor::Yellow, coloured)
+    }
+}
+
+impl std::fmt::Display for Label {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}:{:#}", self.style, self.text, self.style)
+    }
+}

@@ -1,0 +1,119 @@
+//! What a run leaves: an adapter as Hugging Face PEFT loads it, or a model as transformers loads it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::plan::Plan;
+use super::prepared::{PlacedAdapter, Prepared};
+use crate::adapter::hf::{self, Provenance};
+use crate::error::{Context, Error, Result};
+use crate::model::Pretrained;
+use crate::ops::Trainables;
+use crate::train::Artifact;
+use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec};
+
+/// The files of an adapter.
+pub(super) struct AdapterFiles<'a> {
+    adapter: &'a PlacedAdapter,
+    base: &'a Pretrained,
+    trainables: Trainables,
+    provenance: Provenance,
+}
+
+impl<'a> AdapterFiles<'a> {
+    pub(super) fn new(
+        plan: &Plan,
+        prepared: &'a Prepared,
+        adapter: &'a PlacedAdapter,
+        trainables: &Trainables,
+    ) -> Self {
+        let (base_model, revision) = match plan.model.source.rsplit_once('@') {
+            Some((name, revision)) if !Path::new(&plan.model.source).exists() => (name, Some(revision)),
+            _ => (plan.model.source.as_str(), None),
+        };
+        let provenance = Provenance {
+            base_model: Some(base_model.to_string()),
+            revision: revision.map(str::to_string),
+            metadata: BTreeMap::from([("peft_rs_version".to_string(), env!("CARGO_PKG_VERSION").to_string())]),
+        };
+        Self { adapter, base: &prepared.base, trainables: trainables.clone(), provenance }
+    }
+}
+
+impl Artifact for AdapterFiles<'_> {
+    fn write(&self, folder: &Path) -> Result<()> {
+        let tensors = self.trainables.iter().map(|(name, variable)| (&**name, variable.as_tensor()));
+        hf::write(folder, &self.adapter.config, &self.adapter.placements, tensors, &self.provenance)?;
+        self.base.write_companions(folder)
+    }
+
+    fn restore(&self, folder: &Path) -> Result<()> {
+        let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?;
+        set_all(&self.trainables, saved.tensors).at(folder)
+    }
+}
+
+/// The files of a model whose weights are all trained.
+pub(super) struct ModelFiles<'a> {
+    base: &'a Pretrained,
+    trainables: Trainables,
+    dtype: DType,
+}
+
+impl<'a> ModelFiles<'a> {
+    pub(super) fn new(base: &'a Pretrained, trainables: &Trainables, dtype: DType) -> Self {
+        Self { base, trainables: trainables.clone(), dtype }
+    }
+}
+
+impl Artifact for ModelFiles<'_> {
+    fn write(&self, folder: &Path) -> Result<()> {
+        let specs = self.trainables.iter().map(|(name, variable)| {
+            TensorSpec::of(name, variable.as_tensor())
+        });
+        let specs = specs.collect::<Result<Vec<_>>>()?;
+        let mut writer = ShardedWriter::create(folder, &specs, &BTreeMap::new(), DEFAULT_SHARD_BYTES)?;
+        for (name, variable) in &self.trainables {
+            writer.write(name, variable.as_tensor())?;
+        }
+        writer.finish()?;
+        self.base.write_config(folder, self.dtype)?;
+        self.base.write_companions(folder)
+    }
+
+    fn restore(&self, folder: &Path) -> Result<()> {
+        let saved = Pretrained::open(&folder.to_string_lossy())?;
+        let tensors = self.trainables.keys().map(|name| {
+            Ok((name.to_string(), saved.read(name, self.dtype, &Device::Cpu)?))
+        });
+        set_all(&self.trainables, tensors.collect::<Result<_>>()?).at(folder)
+    }
+}
+
+fn set_all(trainables: &Trainables, mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
+    for (name, variable) in trainables {
+        let saved = tensors
+            .remove(&**name)
+            .ok_or_else(|| Error::invalid("is missing"))
+            .in_tensor(name)?;
+        variable.set(&saved.to_dtype(variable.dtype())?).in_tensor(name)?;
+    }
+    match tensors.keys().next() {
+        None => Ok(()),
+        Some(name) => Err(Error::invalid("is saved and not trained now")).in_tensor(name),
+    }
+}
+
+/// Writes the result of a run beside what the run directory holds already: each file whole, or not at all.
+pub(super) fn publish(artifact: &dyn Artifact, output: &Path) -> Result<()> {
+    let staged = tempfile::Builder::new().prefix(".result-").tempdir_in(output).at(output)?;
+    artifact.write(staged.path())?;
+    for entry in fs::read_dir(staged.path()).at(staged.path())? {
+        let entry = entry.at(staged.path())?;
+        fs::rename(entry.path(), output.join(entry.file_name())).at(output)?;
+    }
+    Ok(())
+}

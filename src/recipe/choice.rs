@@ -1,0 +1,97 @@
+//! The named choices and the small values of a recipe.
+
+use std::fmt::{self, Display};
+use std::str::FromStr;
+
+use serde::de::{self, Deserialize, Deserializer};
+use serde::{Serialize, Serializer};
+
+/// What a recipe is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// Train an adapter, or all weights.
+    Finetune,
+    /// Turn a dense model into a mixture of experts.
+    Upcycle,
+}
+
+/// The number format that the frozen weights are kept in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DtypeChoice {
+    /// What the files have, and what the machine multiplies fast.
+    #[default]
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// The kind of an adapter: so far there is one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Low-rank adapters beside linear layers.
+    #[default]
+    Lora,
+}
+
+/// Which activations are computed again in the backward pass instead of being kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecomputeChoice {
+    /// What the memory allows.
+    #[default]
+    Auto,
+    /// None: the fastest, and the most memory.
+    None,
+    /// Each block keeps its input and nothing else.
+    Block,
+}
+
+/// An amount of memory: `4GiB` in a recipe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub u64);
+
+/// The units of [`Bytes`], the largest first.
+const UNITS: [(&str, u64); 5] =
+    [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
+
+impl FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unfit = || format!("expected an amount of memory such as `4GiB` or `512MiB`, found `{text}`");
+        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let (_, unit) = UNITS.into_iter().find(|(name, _)| *name == unit.trim()).ok_or_else(unfit)?;
+        let bytes = match number.parse::<u64>() {
+            Ok(number) => number.checked_mul(unit).ok_or_else(unfit)?,
+            Err(_) => (number.parse::<f64>().map_err(|_| unfit())? * unit as f64) as u64,
+        };
+        if bytes == 0 { Err(unfit()) } else { Ok(Self(bytes)) }
+    }
+}
+
+impl Display for Bytes {
+    /// Exactly: the largest unit that divides it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = UNITS.into_iter().find(|(_, unit)| self.0.is_multiple_of(*unit) && self.0 > 0);
+        let (name, unit) = unit.unwrap_or(("B", 1));
+        write!(f, "{}{name}", self.0 / unit)
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}

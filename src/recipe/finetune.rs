@@ -1,0 +1,171 @@
+//! A fine-tuning run, from plan to files.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use candle_core::{DType, Device};
+
+use super::artifact::{AdapterFiles, ModelFiles, publish};
+use super::choice;
+use super::plan::{MemoryBudget, Plan};
+use super::prepared::{PlacedAdapter, Prepared, Trainee};
+use crate::adapter::{attach, init};
+use crate::data::Row;
+use crate::error::{Context, Error, Result};
+use crate::generate::{Limits, Sampling, Session};
+use crate::model::{Decoder, Recompute};
+use crate::ops::Trainables;
+use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary};
+use crate::weights::write_atomic;
+
+/// Tokens of a sample that shows what the model says.
+const SAMPLE_TOKENS: usize = 48;
+
+/// Trains as `plan` says and leaves the result in its run directory. With `resume` it goes on from the last checkpoint
+/// there; `interrupt` stops it after the current step, with everything saved.
+pub fn finetune(
+    plan: &Plan,
+    resume: bool,
+    interrupt: &AtomicBool,
+    reporter: &mut dyn Reporter,
+) -> Result<Summary> {
+    let prepared = Prepared::of(plan)?;
+    prepare_output(&plan.output, resume)?;
+    for text in prepared.describe(plan)? {
+        reporter.report(&Event::Note { text });
+    }
+    for warning in &prepared.dataset.warnings {
+        reporter.report(&Event::Warning { text: warning.to_string() });
+    }
+    let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;
+    let (trainables, artifact) = make_trainable(plan, &prepared, &mut model)?;
+    write_atomic(plan.output.join("recipe.toml"), plan.to_toml()?.as_bytes())?;
+
+    let sample_row = prepared.dataset.eval.first();
+    sample(&prepared, &model, sample_row, 0, reporter)?;
+    let eval = prepared.eval_batches(plan);
+    let job = Job {
+        model: &model,
+        trainables: &trainables,
+        artifact: &*artifact,
+        train: prepared.sampler(plan),
+        eval: &eval,
+        output: &plan.output,
+        fingerprint: prepared.fingerprint(plan)?,
+        resume,
+        interrupt,
+    };
+    let summary = train::run(job, &settings(plan, &prepared), reporter)?;
+    publish(&*artifact, &plan.output)?;
+    sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
+    reporter.report(&Event::End { path: plan.output.clone(), seconds: summary.seconds });
+    Ok(summary)
+}
+
+/// A run directory that is empty, or whose run is to go on.
+fn prepare_output(output: &Path, resume: bool) -> Result<()> {
+    let occupied = output.join("recipe.toml").exists() || output.join("metrics.jsonl").exists();
+    if occupied && !resume {
+        return Err(Error::request("holds a run already").with_hint(
+            "go on with `--resume`, or choose another folder with `--output`",
+        ))
+        .at(output);
+    }
+    std::fs::create_dir_all(output).at(output)
+}
+
+fn make_trainable<'a>(
+    plan: &'a Plan,
+    prepared: &'a Prepared,
+    model: &mut Decoder,
+) -> Result<(Trainables, Box<dyn Artifact + 'a>)> {
+    match &prepared.trained {
+        Trainee::Full => {
+            let trainables = model.make_trainable()?;
+            let artifact = ModelFiles::new(&prepared.base, &trainables, prepared.dtype);
+            Ok((trainables, Box::new(artifact)))
+        }
+        Trainee::Adapter(adapter) => {
+            let trainables = attach_adapter(adapter, prepared, model)?;
+            let artifact = AdapterFiles::new(plan, prepared, adapter, &trainables);
+            Ok((trainables, Box::new(artifact)))
+        }
+    }
+}
+
+fn attach_adapter(adapter: &PlacedAdapter, prepared: &Prepared, model: &mut Decoder) -> Result<Trainables> {
+    let PlacedAdapter { config, placements, from } = adapter;
+    let tensors = match from {
+        Some(from) => from.tensors.clone(),
+        None => init::fresh(config, &placements.placements, prepared.base.config(), model.device())?,
+    };
+    let (dropout, seed) = (config.dropout, config.dropout_seed);
+    attach(model.linears_mut(), &placements.placements, &tensors, dropout, seed)
+}
+
+fn settings(plan: &Plan, prepared: &Prepared) -> Settings {
+    let train = &plan.train;
+    let (recompute, piece_tokens) = memory_choice(plan, prepared);
+    Settings {
+        steps: prepared.steps,
+        accumulate: train.accumulate as u64,
+        learning_rate: train.learning_rate,
+        schedule: train.schedule,
+        warmup: (train.warmup * prepared.steps as f64).ceil() as u64,
+        optimizer: AdamWConfig { weight_decay: train.weight_decay, ..AdamWConfig::default() },
+        max_grad_norm: train.max_grad_norm,
+        eval_every: train.eval_every,
+        save_every: train.save_every,
+        keep: train.keep,
+        recompute,
+        piece_tokens,
+    }
+}
+
+/// What is kept for the backward, and how many tokens are computed at once, for the memory there is.
+fn memory_choice(plan: &Plan, prepared: &Prepared) -> (Recompute, usize) {
+    let budget = match plan.train.memory_budget {
+        MemoryBudget::Free => train::available_bytes(),
+        MemoryBudget::Limit(bytes) => bytes.0,
+    };
+    let config = prepared.base.config();
+    let weights = (config.num_parameters() * prepared.dtype.size_in_bytes()) as u64;
+    let left = budget.saturating_sub(weights);
+    let tokens = (plan.data.max_length * plan.train.batch_size) as u64;
+    let bytes = |recompute| config.activation_bytes_per_token(prepared.dtype, recompute).max(1);
+    let recompute = match plan.train.checkpoint {
+        choice::Recompute::None => Recompute::None,
+        choice::Recompute::Block => Recompute::Block,
+        choice::Recompute::Auto if tokens * bytes(Recompute::None) <= left => Recompute::None,
+        choice::Recompute::Auto => Recompute::Block,
+    };
+    let fitting = (left / bytes(recompute)).clamp(plan.data.max_length as u64, tokens);
+    (recompute, fitting as usize)
+}
+
+/// Shows what the model answers to the beginning of a row of the evaluation data.
+fn sample(
+    prepared: &Prepared,
+    model: &Decoder,
+    row: Option<&Row>,
+    step: u64,
+    reporter: &mut dyn Reporter,
+) -> Result<()> {
+    let Some(row) = row else { return Ok(()) };
+    let learned = row.supervised.iter().position(|counted| *counted).unwrap_or(1);
+    // A text that is learned from its first token on has no question: its first words stand for one.
+    let asked = if learned > 1 { learned } else { (row.tokens.len() / 2).clamp(1, 8) };
+    let prompt = &row.tokens[..asked];
+    let mut answer = Vec::new();
+    let limits = Limits { max_new_tokens: SAMPLE_TOKENS, stop: prepared.text.eos_ids().to_vec() };
+    Session::new(model).generate(prompt, &limits, Sampling::default(), |token| {
+        answer.push(token);
+        Ok(true)
+    })?;
+    let sample = Sample {
+        prompt: prepared.text.decode(prompt, false)?,
+        completion: prepared.text.decode(&answer, true)?,
+    };
+    reporter.report(&Event::Sample { step, sample });
+    Ok(())
+}

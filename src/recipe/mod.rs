@@ -1,0 +1,257 @@
+//! An experiment as text: [`Document`] (TOML with flags laid over) -> [`Recipe`] (what was written) -> [`Plan`] (what
+//! will happen).
+//!
+//! A recipe opens no file but its own. Every key may be left out unless a run has no sense without it; a key that
+//! is not known is an error. Relative paths are relative to the current directory, not to the recipe.
+//!
+//! ```
+//! use peft::recipe::{Document, Plan, Recipe};
+//!
+//! let text = r#"
+//!     task = "finetune"
+//!     model.source = "examples/tiny-llama"
+//!     adapter.rank = 8
+//!     data.train = [{ path = "datasets/quickstart.jsonl" }]
+//! "#;
+//! let recipe = Recipe::read(&Document::parse("first.toml", text)?)?;
+//! let plan = Plan::of(&recipe, "first");
+//! assert_eq!(plan.output.to_str(), Some("runs/first"));
+//! # Ok::<(), peft::Error>(())
+//! ```
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::{Init, Targets};
+use crate::data::{Format, TrainOn};
+use crate::error::{Error, Result};
+use crate::train::Schedule;
+
+mod bounds;
+mod choice;
+mod document;
+pub mod figures;
+mod mixture;
+mod plan;
+mod typed;
+
+pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
+pub use document::Document;
+pub use plan::{
+    AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, TrainPlan, Trained,
+};
+
+use mixture::{Distill, Losses, RouterTraining, Routing};
+
+/// A fine-tuning recipe as it was written: what is `None` was left out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub struct Recipe {
+    /// Always [`Task::Finetune`] here.
+    pub task: Task,
+    /// The seed of everything random.
+    #[serde(default, deserialize_with = "bounds::at_least::<_, 0>")]
+    pub seed: Option<u64>,
+    /// The run directory.
+    pub output: Option<PathBuf>,
+    /// What is trained.
+    pub model: ModelRecipe,
+    /// The adapter; left out when all weights are trained.
+    pub adapter: Option<AdapterRecipe>,
+    /// What it is trained on.
+    pub data: DataRecipe,
+    /// How it is trained.
+    #[serde(default)]
+    pub train: TrainRecipe,
+    #[serde(default, skip_serializing)]
+    routing: Routing,
+    #[serde(default, skip_serializing)]
+    losses: Losses,
+    #[serde(default, skip_serializing)]
+    distill: Distill,
+}
+
+/// `[model]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub struct ModelRecipe {
+    /// A folder, a `.gguf` file or a Hub id.
+    pub source: String,
+    /// The number format of the frozen weights.
+    pub dtype: Option<DtypeChoice>,
+}
+
+/// `[adapter]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct AdapterRecipe {
+    /// The kind of adapter.
+    pub method: Option<Method>,
+    /// Columns of the low-rank factors; 0: no adapter.
+    #[serde(deserialize_with = "bounds::count::<_, 0>")]
+    pub rank: Option<usize>,
+    /// The numerator of the scale.
+    #[serde(deserialize_with = "bounds::positive")]
+    pub alpha: Option<f64>,
+    /// Share of the inputs dropped in training.
+    #[serde(deserialize_with = "bounds::below_one")]
+    pub dropout: Option<f64>,
+    /// The layers that get one.
+    pub targets: Option<Targets>,
+    /// How the factors begin.
+    pub init: Option<Init>,
+    /// Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
+    pub rslora: Option<bool>,
+    /// Seed of the factors.
+    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
+    pub seed: Option<u64>,
+    /// Seed of the dropout masks.
+    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
+    pub dropout_seed: Option<u64>,
+    /// The adapter to go on training.
+    pub from: Option<PathBuf>,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub struct DataRecipe {
+    /// Files to train on.
+    pub train: Vec<SourceRecipe>,
+    /// Files to evaluate on.
+    pub eval: Option<Vec<SourceRecipe>>,
+    /// Share of the documents of `train` held out when `eval` is left out.
+    #[serde(default, deserialize_with = "bounds::part")]
+    pub eval_share: Option<f64>,
+    /// Tokens of the longest document.
+    #[serde(default, deserialize_with = "bounds::count::<_, 2>")]
+    pub max_length: Option<usize>,
+    /// Whether a batch is filled with as many documents as fit.
+    pub pack: Option<bool>,
+    /// Which tokens are learned.
+    pub train_on: Option<TrainOn>,
+}
+
+/// A file of `[data]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "a table such as { path = \"data.jsonl\" }")]
+pub struct SourceRecipe {
+    /// A `.jsonl` or `.json` file.
+    pub path: PathBuf,
+    /// How often each document is seen per epoch.
+    #[serde(default, deserialize_with = "bounds::positive")]
+    pub weight: Option<f64>,
+    /// What its records look like.
+    pub format: Option<Format>,
+}
+
+/// `[train]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table")]
+pub struct TrainRecipe {
+    /// Whether all weights are trained, without an adapter.
+    pub full: Option<bool>,
+    /// Optimizer steps.
+    #[serde(deserialize_with = "bounds::at_least::<_, 1>")]
+    pub steps: Option<u64>,
+    /// Passes over the training data, instead of `steps`.
+    #[serde(deserialize_with = "bounds::positive")]
+    pub epochs: Option<f64>,
+    /// Rows of a batch.
+    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    pub batch_size: Option<usize>,
+    /// Batches of a step.
+    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    pub accumulate: Option<usize>,
+    /// The highest learning rate.
+    #[serde(deserialize_with = "bounds::positive")]
+    pub learning_rate: Option<f64>,
+    /// Its course.
+    pub schedule: Option<Schedule>,
+    /// Share of the steps in which it rises.
+    #[serde(deserialize_with = "bounds::share")]
+    pub warmup: Option<f64>,
+    /// Decoupled weight decay.
+    #[serde(deserialize_with = "bounds::not_negative")]
+    pub weight_decay: Option<f64>,
+    /// Gradients are scaled down to this norm; 0: never.
+    #[serde(deserialize_with = "bounds::not_negative")]
+    pub max_grad_norm: Option<f64>,
+    /// Steps between evaluations; 0: only at the end.
+    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
+    pub eval_every: Option<u64>,
+    /// Steps between checkpoints; 0: only at the end.
+    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
+    pub save_every: Option<u64>,
+    /// Checkpoints that are kept, the newest.
+    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    pub keep: Option<usize>,
+    /// What is recomputed in the backward pass.
+    pub checkpoint: Option<RecomputeChoice>,
+    /// The memory that recomputation and pieces are chosen for.
+    pub memory_budget: Option<Bytes>,
+    #[serde(skip_serializing)]
+    router: RouterTraining,
+}
+
+impl Recipe {
+    /// Types a document and checks that its keys agree with each other.
+    pub fn read(document: &Document) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct OfTask {
+            task: Task,
+        }
+
+        let task = document.typed::<OfTask>().map_err(|error| match error {
+            Error::At { .. } => error.with_hint("begin the recipe with `task = \"finetune\"`"),
+            other => other,
+        })?;
+        if task.task == Task::Upcycle {
+            let error = Error::request("`task = \"upcycle\"`: upcycling is not built yet")
+                .with_hint("this version runs recipes with `task = \"finetune\"`");
+            return Err(document.error_at("task", error));
+        }
+        let recipe: Self = document.typed()?;
+        match recipe.contradiction() {
+            None => Ok(recipe),
+            Some((key, error)) => Err(document.error_at(key, error)),
+        }
+    }
+
+    /// A key that another key, or this version, forbids.
+    fn contradiction(&self) -> Option<(&'static str, Error)> {
+        let Self { adapter, data, train, .. } = self;
+        let full = train.full.unwrap_or(false);
+        if let Some(key) = self.mixture_key() {
+            let message = format!("`{key}` is for mixtures of experts, and this version trains dense models");
+            return Some((key, Error::request(message).with_hint("leave it out")));
+        }
+        if train.steps.is_some() && train.epochs.is_some() {
+            let error = Error::request("`train.steps` and `train.epochs` both say how long to train");
+            return Some(("train.epochs", error.with_hint("leave one of them out")));
+        }
+        if full && adapter.is_some() {
+            let error =
+                Error::request("`train.full = true` trains all weights, so there can be no `[adapter]`");
+            return Some(("train.full", error.with_hint("leave one of them out")));
+        }
+        if !full && adapter.is_none() {
+            let error = Error::request("nothing would be trained: there is no `[adapter]`");
+            let hint = "add an `[adapter]` table, or set `train.full = true` to train all weights";
+            return Some(("adapter", error.with_hint(hint)));
+        }
+        if let Some(AdapterRecipe { targets: Some(Targets::Names(names)), .. }) = adapter
+            && names.is_empty()
+        {
+            let error = Error::request("`adapter.targets` is empty, so nothing would be trained");
+            return Some(("adapter.targets", error.with_hint("\"all-linear\" takes every linear layer")));
+        }
+        for (key, sources) in [("data.train", Some(&data.train)), ("data.eval", data.eval.as_ref())] {
+            if sources.is_some_and(Vec::is_empty) {
+                return Some((key, Error::request(format!("`{key}` is empty: expected at least one file"))));
+            }
+        }
+        None
+    }
+}

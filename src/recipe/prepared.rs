@@ -1,0 +1,226 @@
+//! A plan against the files it names: everything that can be known before a weight is read.
+
+use candle_core::DType;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::choice::DtypeChoice;
+use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
+use crate::adapter::{LoraConfig, Placements, hf, resolve};
+use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
+use crate::error::{Context, Error, Result};
+use crate::model::Pretrained;
+
+/// A run that is ready to load its weights.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The model.
+    pub base: Pretrained,
+    /// Its tokenizer and chat template.
+    pub text: Text,
+    /// The rows to train and to evaluate on.
+    pub dataset: Dataset,
+    /// What is trained.
+    pub trained: Trainee,
+    /// The type that products are computed in.
+    pub dtype: DType,
+    /// Updates in all.
+    pub steps: u64,
+}
+
+/// What is trained, resolved against the model.
+#[derive(Debug)]
+pub enum Trainee {
+    /// An adapter.
+    Adapter(Box<PlacedAdapter>),
+    /// Every weight.
+    Full,
+}
+
+/// An adapter and where it goes.
+#[derive(Debug)]
+pub struct PlacedAdapter {
+    /// Rank, scale, targets, seeds.
+    pub config: LoraConfig,
+    /// The layers it goes to.
+    pub placements: Placements,
+    /// The adapter that training goes on with.
+    pub from: Option<hf::Adapter>,
+}
+
+/// How many numbers are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Trainable {
+    /// Numbers that training changes.
+    pub trainable: u64,
+    /// All numbers, the adapter's counted in.
+    pub all: u64,
+}
+
+impl Trainable {
+    /// The sentence that PEFT prints.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        let share = 100.0 * self.trainable as f64 / self.all as f64;
+        let (trainable, all) = (thousands(self.trainable), thousands(self.all));
+        format!("trainable params: {trainable} || all params: {all} || trainable%: {share:.4}")
+    }
+}
+
+fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+impl Prepared {
+    /// Opens model, tokenizer and data of `plan` and resolves the targets; reads no weight.
+    pub fn of(plan: &Plan) -> Result<Self> {
+        let base = Pretrained::open(&plan.model.source)?;
+        base.check()?;
+        let trained = Trainee::of(plan, &base)?;
+        let text = text_of(&base)?;
+        let (train, eval, eval_share) = match &plan.data.eval {
+            Evaluation::Files(files) => (&plan.data.train, files.as_slice(), 0.0),
+            Evaluation::Share(share) => (&plan.data.train, [].as_slice(), *share),
+        };
+        let preparation = Preparation {
+            max_length: plan.data.max_length,
+            train_on: plan.data.train_on,
+            eval_share,
+            seed: plan.seed,
+        };
+        let most = base.config().max_position_embeddings;
+        if plan.data.max_length > most {
+            let asked = plan.data.max_length;
+            return Err(Error::request(format!("`data.max_length` is {asked}, and the model sees {most} tokens"))
+                .with_hint(format!("set `data.max_length` to {most} or less")));
+        }
+        let dataset = Dataset::load(train, eval, &text, &preparation)?;
+        let dtype = match plan.model.dtype {
+            DtypeChoice::Auto => base.compute_dtype(),
+            DtypeChoice::F32 => DType::F32,
+            DtypeChoice::Bf16 => DType::BF16,
+        };
+        let mut prepared = Self { base, text, dataset, trained, dtype, steps: 0 };
+        prepared.steps = prepared.steps_of(plan);
+        Ok(prepared)
+    }
+
+    /// The order of training.
+    #[must_use]
+    pub fn sampler(&self, plan: &Plan) -> Sampler<'_> {
+        Sampler::new(
+            &self.dataset.train,
+            Order {
+                seed: plan.seed,
+                batch_size: plan.train.batch_size,
+                pack: plan.data.pack,
+                max_length: plan.data.max_length,
+            },
+        )
+    }
+
+    /// What the model is evaluated on.
+    #[must_use]
+    pub fn eval_batches(&self, plan: &Plan) -> Vec<Batch> {
+        eval_batches(&self.dataset.eval, plan.data.max_length * plan.train.batch_size)
+    }
+
+    /// What a resumed run must have in common with its beginning: data, model and everything that decides a value.
+    pub fn fingerprint(&self, plan: &Plan) -> Result<String> {
+        let plan = Plan { output: "".into(), ..plan.clone() };
+        let mut hash = Sha256::new();
+        hash.update(self.dataset.fingerprint());
+        hash.update(plan.to_toml()?);
+        hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// How many numbers are trained, and how many there are.
+    #[must_use]
+    pub fn trainable(&self) -> Trainable {
+        let model = self.base.config().num_parameters() as u64;
+        match &self.trained {
+            Trainee::Full => Trainable { trainable: model, all: model },
+            Trainee::Adapter(adapter) => {
+                let own = adapter.placements.num_parameters(adapter.config.lora_bias) as u64;
+                Trainable { trainable: own, all: model + own }
+            }
+        }
+    }
+
+    fn steps_of(&self, plan: &Plan) -> u64 {
+        match plan.train.length {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => {
+                let mut sampler = self.sampler(plan);
+                let whole = epochs.floor() as u64;
+                let part = (epochs - epochs.floor()) * sampler.batches_in(whole) as f64;
+                let batches = sampler.batches_before(whole) + part.round() as u64;
+                batches.div_ceil(plan.train.accumulate as u64).max(1)
+            }
+        }
+    }
+}
+
+impl Trainee {
+    fn of(plan: &Plan, base: &Pretrained) -> Result<Self> {
+        let Trained::Adapter(written) = &plan.trained else { return Ok(Self::Full) };
+        let from = written.from.as_ref().map(|path| {
+            hf::Adapter::read(path, &candle_core::Device::Cpu).at(path)
+        });
+        let from = from.transpose()?;
+        let config = match &from {
+            Some(adapter) => continued(written, adapter)?,
+            None => written.lora_config(),
+        };
+        if config.rank == 0 {
+            return Err(Error::request("`adapter.rank` is 0, so nothing would be trained")
+                .with_hint("give a rank such as 16, or train all weights with `train.full = true`"));
+        }
+        let placements = match &from {
+            Some(adapter) => adapter.placements(base.config())?,
+            None => resolve(&config, base.config())?,
+        };
+        Ok(Self::Adapter(Box::new(PlacedAdapter { config, placements, from })))
+    }
+}
+
+/// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe.
+fn continued(written: &AdapterPlan, adapter: &hf::Adapter) -> Result<LoraConfig> {
+    let own = &adapter.config;
+    let defaults = AdapterPlan::default();
+    if written.rank != defaults.rank && written.rank != own.rank {
+        let (asked, found) = (written.rank, own.rank);
+        return Err(Error::request(format!(
+            "`adapter.rank` is {asked}, and the adapter of `adapter.from` has rank {found}"
+        ))
+        .with_hint("leave out `adapter.rank`: an adapter keeps its rank, alpha and targets"));
+    }
+    if written.targets != defaults.targets && written.lora_config().targets != own.targets {
+        return Err(Error::request("`adapter.targets` differ from those of the adapter in `adapter.from`")
+            .with_hint("leave out `adapter.targets`: an adapter keeps its rank, alpha and targets"));
+    }
+    Ok(LoraConfig { dropout: written.dropout, dropout_seed: written.dropout_seed, ..own.clone() })
+}
+
+/// Tokenizer and chat template of a model.
+pub fn text_of(base: &Pretrained) -> Result<Text> {
+    let files = base.text()?;
+    let parts = TemplateParts {
+        chat_template: files.chat_template,
+        bos_token: files.bos_token,
+        eos_token: files.eos_token,
+        eos_token_ids: files.eos_token_ids,
+        add_bos: Some(files.add_bos_token),
+        now: None,
+    };
+    Text::new(files.tokenizer, parts).at(base.name())
+}

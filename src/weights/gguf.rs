@@ -1,0 +1,167 @@
+//! GGUF files: header and metadata through candle, values from the mapped file, dequantized piece by piece when read.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{CpuStorage, DType, Device, Tensor};
+use memmap2::Mmap;
+
+use super::{StoredType, TensorInfo, convert};
+use crate::error::{Context, Error, Result};
+
+/// The metadata of a GGUF file.
+pub type GgufMetadata = HashMap<String, Value>;
+
+/// A mapped GGUF file and where in it each tensor is.
+#[derive(Debug)]
+pub(super) struct Gguf {
+    pub(super) path: PathBuf,
+    pub(super) metadata: GgufMetadata,
+    map: Mmap,
+    places: BTreeMap<String, (usize, usize)>,
+}
+
+impl Gguf {
+    pub(super) fn open(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
+        let map = super::map(path)?;
+        let content = read_header(&map).at(path)?;
+        let mut tensors = BTreeMap::new();
+        let mut places = BTreeMap::new();
+        for (name, info) in &content.tensor_infos {
+            let place = place(&content, name, map.len()).in_tensor(name).at(path)?;
+            places.insert(name.clone(), place);
+            let shape = info.shape.dims().to_vec();
+            let dtype = StoredType::from(info.ggml_dtype);
+            tensors.insert(name.clone(), TensorInfo { name: name.clone(), shape, dtype });
+        }
+        Ok((Self { path: path.to_path_buf(), metadata: content.metadata, map, places }, tensors))
+    }
+
+    /// The bytes of a tensor as they are stored.
+    pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let (start, end) = *self.places.get(name)?;
+        Some(&self.map[start..end])
+    }
+
+    /// Lets go of the pages that reading a tensor brought in.
+    pub(super) fn release(&self, name: &str) {
+        if let Some((start, end)) = self.places.get(name) {
+            super::release(&self.map, *start, *end);
+        }
+    }
+}
+
+impl From<GgmlDType> for StoredType {
+    fn from(dtype: GgmlDType) -> Self {
+        match dtype {
+            GgmlDType::F32 => Self::Float(DType::F32),
+            GgmlDType::F16 => Self::Float(DType::F16),
+            GgmlDType::BF16 => Self::Float(DType::BF16),
+            other => Self::Quantized(other),
+        }
+    }
+}
+
+/// A tensor of `wanted` from ggml blocks.
+pub(super) fn dequantize(
+    bytes: &[u8],
+    stored: GgmlDType,
+    shape: &[usize],
+    wanted: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let (block, size) = (stored.block_size(), stored.type_size());
+    convert::from_pieces(shape, wanted, device, |start, out| {
+        let piece = &bytes[start / block * size..][..out.len() / block * size];
+        let CpuStorage::F32(values) = stored.from_data(Cow::Borrowed(piece)).dequantize(out.len())? else {
+            return Err(Error::invalid(format!("{stored:?} does not dequantize to f32")));
+        };
+        out.copy_from_slice(&values);
+        Ok(())
+    })
+}
+
+/// The blocks as they are, for layers that multiply with them directly.
+pub(super) fn quantized(
+    bytes: &[u8],
+    stored: GgmlDType,
+    shape: &[usize],
+    device: &Device,
+) -> Result<QTensor> {
+    Ok(QTensor::new(QStorage::from_data(Cow::Borrowed(bytes), device, stored)?, shape)?)
+}
+
+fn read_header(map: &[u8]) -> Result<Content> {
+    if map.get(..4) != Some(b"GGUF") {
+        return Err(
+            Error::invalid("does not begin with `GGUF`").with_hint("is it a GGUF file, and a whole one?")
+        );
+    }
+    // candle divides by the alignment that the file states, which may be zero.
+    let read = std::panic::catch_unwind(|| Content::read(&mut Cursor::new(map)));
+    match read {
+        Ok(Ok(content)) => Ok(content),
+        Ok(Err(error)) => Err(explain(&error)),
+        Err(_) => Err(Error::invalid("the header states an impossible alignment")),
+    }
+}
+
+/// First and last byte of a tensor.
+fn place(content: &Content, name: &str, file_size: usize) -> Result<(usize, usize)> {
+    let info = &content.tensor_infos[name];
+    let (block, size) = (info.ggml_dtype.block_size(), info.ggml_dtype.type_size());
+    let dims = info.shape.dims();
+    let values = dims
+        .iter()
+        .try_fold(1usize, |product, n| product.checked_mul(*n))
+        .filter(|values| values.is_multiple_of(block) && dims.last().is_some_and(|n| n.is_multiple_of(block)))
+        .ok_or_else(|| {
+            Error::invalid(format!("shape {dims:?} is no whole number of {block}-value blocks"))
+        })?;
+    let start = usize::try_from(content.tensor_data_offset.saturating_add(info.offset)).unwrap_or(usize::MAX);
+    let end = (values / block).checked_mul(size).and_then(|bytes| start.checked_add(bytes));
+    match end.filter(|end| *end <= file_size) {
+        Some(_) if start % 4 != 0 => {
+            Err(Error::invalid(format!("begins at byte {start}, which is not a multiple of 4")))
+        }
+        Some(end) => Ok((start, end)),
+        None => {
+            Err(Error::invalid(format!("reaches beyond the end of the file, which has {file_size} bytes"))
+                .with_hint("a download or copy was cut short; fetch the file again"))
+        }
+    }
+}
+
+/// candle's message, or what it means where a type is one that it has no code for.
+fn explain(error: &candle_core::Error) -> Error {
+    const LATER: [(&str, &str); 12] = [
+        ("16", "IQ2_XXS"),
+        ("17", "IQ2_XS"),
+        ("18", "IQ3_XXS"),
+        ("19", "IQ1_S"),
+        ("20", "IQ4_NL"),
+        ("21", "IQ3_S"),
+        ("22", "IQ2_S"),
+        ("23", "IQ4_XS"),
+        ("29", "IQ1_M"),
+        ("34", "TQ1_0"),
+        ("35", "TQ2_0"),
+        ("39", "MXFP4"),
+    ];
+    let message = error.to_string();
+    let message = message.lines().next().unwrap_or_default();
+    let Some((_, number)) = message.split_once("unknown dtype for tensor ") else {
+        return Error::invalid(format!("not a readable GGUF file: {message}"))
+            .with_hint("a download or copy may have been cut short; fetch the file again");
+    };
+    let name = LATER.iter().find(|(code, _)| *code == number.trim()).map_or(number, |(_, name)| name);
+    Error::invalid(format!(
+        "a tensor has the quantized type {name}, which is not supported; supported are F32, F16, BF16, Q4_0, Q4_1, \
+         Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K and Q6_K"
+    ))
+    .with_hint("take a file quantized as one of these, for example Q4_K_M or Q8_0")
+}

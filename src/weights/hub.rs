@@ -1,0 +1,325 @@
+//! Models from the Hugging Face Hub, by id, into the cache that Python's tools use too.
+//!
+//! A revision is resolved to a commit first, and every file is taken from that commit, so that a model that changes
+//! during a download is never mixed. Only what a model needs is fetched; pickled weights never are.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hf_hub::api::Progress;
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+
+use crate::error::{Context, Error, Result};
+
+/// Told about a download: the file, the bytes that are there, and the bytes it will have.
+pub type OnProgress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
+
+/// Where the Hub is and how to talk to it.
+#[derive(Clone)]
+pub struct HubSettings {
+    /// The Hub's address, or a mirror's.
+    pub endpoint: String,
+    /// The folder that repositories are kept in.
+    pub cache: PathBuf,
+    /// Proves who asks; needed for gated and private models.
+    pub token: Option<String>,
+    /// Use only what is in the cache.
+    pub offline: bool,
+    /// Told about downloads.
+    pub on_progress: Option<OnProgress>,
+}
+
+impl std::fmt::Debug for HubSettings {
+    /// Without the token, which must not get into logs.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HubSettings")
+            .field("endpoint", &self.endpoint)
+            .field("cache", &self.cache)
+            .field("token", &self.token.as_ref().map(|_| "..."))
+            .field("offline", &self.offline)
+            .finish_non_exhaustive()
+    }
+}
+
+impl HubSettings {
+    /// From `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` (or the file `token` in `HF_HOME`) and `HF_HUB_OFFLINE`.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self::from_variables(|name| std::env::var(name).ok())
+    }
+
+    /// From variables that `get` knows, empty ones as if they were not set.
+    #[must_use]
+    pub fn from_variables(get: impl Fn(&str) -> Option<String>) -> Self {
+        let get =
+            |name: &str| get(name).map(|value| value.trim().to_string()).filter(|value| !value.is_empty());
+        let home = get("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
+            let user = get("XDG_CACHE_HOME").map(PathBuf::from);
+            let user = user.or_else(|| Some(Path::new(&get("HOME")?).join(".cache")));
+            user.unwrap_or_else(|| PathBuf::from(".cache")).join("huggingface")
+        });
+        let token = get("HF_TOKEN").or_else(|| {
+            let text = std::fs::read_to_string(home.join("token")).ok()?;
+            Some(text.trim().to_string()).filter(|token| !token.is_empty())
+        });
+        let endpoint = get("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_string());
+        let offline = get("HF_HUB_OFFLINE")
+            .is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str()));
+        Self {
+            endpoint: endpoint.trim_end_matches('/').to_string(),
+            cache: get("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
+            token,
+            offline,
+            on_progress: None,
+        }
+    }
+}
+
+/// A model's place on the Hub.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct HubId {
+    id: String,
+    revision: String,
+}
+
+impl HubId {
+    /// Reads `org/name[@revision]`; anything else is no id.
+    pub(super) fn parse(source: &str) -> Option<Self> {
+        let (id, revision) = source.split_once('@').unwrap_or((source, "main"));
+        let (organisation, name) = id.split_once('/')?;
+        let is_word = |word: &str| {
+            !word.is_empty()
+                && !word.starts_with(['.', '-'])
+                && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
+        };
+        let is_revision = !revision.is_empty() && !revision.contains("..") && !revision.starts_with('/');
+        (is_word(organisation) && is_word(name) && is_revision)
+            .then(|| Self { id: id.to_string(), revision: revision.to_string() })
+    }
+
+    fn at(&self, revision: &str) -> Repo {
+        Repo::with_revision(self.id.clone(), RepoType::Model, revision.to_string())
+    }
+}
+
+/// The folder of a model in the cache, all of its files there.
+pub(super) fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
+    let cache = Cache::new(settings.cache.clone());
+    if settings.offline {
+        return cached(&cache, hub).ok_or_else(|| {
+            Error::request(format!(
+                "`{}` at `{}` is not in the cache, and HF_HUB_OFFLINE is set",
+                hub.id, hub.revision
+            ))
+            .with_hint("unset HF_HUB_OFFLINE to fetch it, or give a local folder")
+        });
+    }
+    let api = ApiBuilder::from_cache(cache.clone())
+        .with_endpoint(settings.endpoint.clone())
+        .with_token(settings.token.clone())
+        .with_progress(false)
+        .build()
+        .map_err(|error| Error::invalid(error.to_string()))?;
+    let (commit, names) = match resolve(&api, hub, settings)? {
+        Answer::Revision { commit, names } => (commit, names),
+        // Like Python's tools: without a network, what the cache has is good enough.
+        Answer::Unreachable(reason) => {
+            return cached(&cache, hub).ok_or_else(|| {
+                Error::request(format!(
+                    "{} cannot be reached ({reason}), and `{}` is not in the cache",
+                    settings.endpoint, hub.id
+                ))
+                .with_hint("check the network, set HF_ENDPOINT to a mirror, or give a local folder")
+            });
+        }
+    };
+    let (repo, local) = (api.repo(hub.at(&commit)), cache.repo(hub.at(&commit)));
+    let wanted = wanted_files(&names).map_err(|reason| reason.at(hub, &names))?;
+    for name in &wanted {
+        download(&api, &repo, &local, &commit, name, settings)
+            .map_err(|error| denied(error, hub, settings))?;
+    }
+    // Only now, so that a reference means that everything is there.
+    cache.repo(hub.at(&hub.revision)).create_ref(&commit).at(&settings.cache)?;
+    Ok(local.pointer_path(&commit))
+}
+
+/// What the Hub says about a revision.
+enum Answer {
+    Revision { commit: String, names: Vec<String> },
+    Unreachable(String),
+}
+
+fn resolve(api: &Api, hub: &HubId, settings: &HubSettings) -> Result<Answer> {
+    let request = api.repo(hub.at(&hub.revision)).info_request();
+    let patience = Some(Duration::from_secs(20));
+    let request = request.config().http_status_as_error(false);
+    let request = request.timeout_resolve(patience).timeout_connect(patience).timeout_recv_response(patience);
+    let mut response = match request.build().call() {
+        Ok(response) => response,
+        Err(error) => return Ok(Answer::Unreachable(error.to_string())),
+    };
+    let status = response.status().as_u16();
+    match status {
+        200 => {}
+        401 | 403 => return Err(forbidden(hub, settings, status)),
+        404 => {
+            return Err(Error::request(format!(
+                "{} has no model `{}` with a revision `{}`",
+                settings.endpoint, hub.id, hub.revision
+            ))
+            .with_hint("check the spelling; a private model needs HF_TOKEN"));
+        }
+        500.. => return Ok(Answer::Unreachable(format!("status {status}"))),
+        _ => return Err(Error::request(format!("{} answered {status} for `{}`", settings.endpoint, hub.id))),
+    }
+    let info: hf_hub::api::RepoInfo = response.body_mut().read_json().map_err(|error| {
+        Error::invalid(format!("{} sent an unreadable answer: {error}", settings.endpoint))
+    })?;
+    let names = info.siblings.into_iter().map(|file| file.rfilename).collect();
+    Ok(Answer::Revision { commit: info.sha, names })
+}
+
+/// Why a repository's files are no model that can be read.
+enum Unusable {
+    NoConfig,
+    NoWeights,
+}
+
+impl Unusable {
+    fn at(self, hub: &HubId, names: &[String]) -> Error {
+        let has = |ending: &str| names.iter().any(|name| name.ends_with(ending));
+        let error = |what: &str| Error::request(format!("`{}` at `{}` {what}", hub.id, hub.revision));
+        match self {
+            Self::NoConfig if has(".gguf") => error("has .gguf files and no config.json")
+                .with_hint("download the .gguf file that you want, and give its path"),
+            Self::NoConfig if has("adapter_config.json") => {
+                error("is an adapter, not a model").with_hint("give the model that it was trained on")
+            }
+            Self::NoConfig => error("has no config.json"),
+            Self::NoWeights if has(".bin") => {
+                error("has only pickled weights, which can run code when they are read")
+                    .with_hint("look for a revision or a copy that has safetensors")
+            }
+            Self::NoWeights => error("has no model.safetensors"),
+        }
+    }
+}
+
+/// The files of a repository that a model needs, weights last.
+fn wanted_files(names: &[String]) -> Result<Vec<&str>, Unusable> {
+    let has = |wanted: &str| names.iter().any(|name| name == wanted);
+    if !has("config.json") {
+        return Err(Unusable::NoConfig);
+    }
+    let in_root = names.iter().map(String::as_str).filter(|name| !name.contains('/'));
+    let mut wanted = vec!["config.json"];
+    wanted.extend(in_root.clone().filter(|name| super::text::is_companion(name)));
+    if has(super::folder::SINGLE) {
+        wanted.push(super::folder::SINGLE);
+    } else if has(super::folder::INDEX) {
+        wanted.push(super::folder::INDEX);
+        wanted.extend(in_root.filter(|name| name.starts_with("model-") && name.ends_with(".safetensors")));
+    } else {
+        return Err(Unusable::NoWeights);
+    }
+    Ok(wanted)
+}
+
+/// Fetches one file unless it is there, and keeps it only if it is whole.
+fn download(
+    api: &Api,
+    repo: &ApiRepo,
+    local: &CacheRepo,
+    commit: &str,
+    name: &str,
+    settings: &HubSettings,
+) -> Result<(), Failure> {
+    if local.pointer_path(commit).join(name).exists() {
+        return Ok(());
+    }
+    let metadata = api.metadata(&repo.url(name)).map_err(Failure::Api)?;
+    let blob = local.blob_path(metadata.etag());
+    let part = blob.with_extension("part");
+    // An interrupted download goes on where it stopped; one that has all bytes or more cannot.
+    if std::fs::metadata(&part).is_ok_and(|part| part.len() >= metadata.size() as u64) {
+        std::fs::remove_file(&part).map_err(|error| Failure::Ours(Error::from(error)))?;
+    }
+    let watch = Watch { name: name.to_string(), done: 0, total: 0, told: settings.on_progress.clone() };
+    let path = repo.download_with_progress(name, watch).map_err(Failure::Api)?;
+    let found = std::fs::metadata(&path).map_err(|error| Failure::Ours(Error::from(error)))?.len();
+    if found == metadata.size() as u64 {
+        return Ok(());
+    }
+    for leftover in [&path, &blob] {
+        std::fs::remove_file(leftover).map_err(|error| Failure::Ours(Error::from(error)))?;
+    }
+    Err(Failure::Ours(
+        Error::invalid(format!("`{name}` came with {found} bytes instead of {}", metadata.size()))
+            .with_hint("try again; the connection was cut"),
+    ))
+}
+
+enum Failure {
+    Api(ApiError),
+    Ours(Error),
+}
+
+fn denied(failure: Failure, hub: &HubId, settings: &HubSettings) -> Error {
+    let error = match failure {
+        Failure::Ours(error) => return error,
+        Failure::Api(error) => error,
+    };
+    // The client's own type for a status is not reachable from here; its words are, and a test holds them.
+    let text = error.to_string();
+    match ["401", "403"].iter().find(|status| text.contains(&format!("http status: {status}"))) {
+        Some(status) => forbidden(hub, settings, status.parse().unwrap_or(403)),
+        None => Error::invalid(format!("`{}` could not be fetched: {text}", hub.id))
+            .with_hint("try again; what has arrived is kept. Or give a local folder"),
+    }
+}
+
+fn forbidden(hub: &HubId, settings: &HubSettings, status: u16) -> Error {
+    let error = Error::request(format!(
+        "{} does not let {} read `{}` (status {status})",
+        settings.endpoint,
+        if settings.token.is_some() { "the owner of this token" } else { "just anyone" },
+        hub.id
+    ));
+    error.with_hint("check the spelling; for a gated model accept its terms on its page, and set HF_TOKEN to a token that may read it")
+}
+
+/// The folder in the cache, if the model is there as a whole.
+fn cached(cache: &Cache, hub: &HubId) -> Option<PathBuf> {
+    let repo = cache.repo(hub.at(&hub.revision));
+    // A commit that Python's tools fetched by its hash has no reference of its own.
+    let folder = match repo.get("config.json") {
+        Some(config) => config.parent()?.to_path_buf(),
+        None => repo.pointer_path(&hub.revision),
+    };
+    let has = |name: &str| folder.join(name).is_file();
+    let whole = has("config.json") && (has(super::folder::SINGLE) || has(super::folder::INDEX));
+    whole.then_some(folder)
+}
+
+struct Watch {
+    name: String,
+    done: u64,
+    total: u64,
+    told: Option<OnProgress>,
+}
+
+impl Progress for Watch {
+    fn init(&mut self, size: usize, _filename: &str) {
+        (self.done, self.total) = (0, size as u64);
+    }
+    fn update(&mut self, size: usize) {
+        self.done += size as u64;
+        if let Some(told) = &self.told {
+            told(&self.name, self.done, self.total);
+        }
+    }
+    fn finish(&mut self) {}
+}

@@ -1,0 +1,397 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peft::Error;
+use peft::adapter::{Init, LoraConfig, Targets};
+use peft::data::{Format, Source, TrainOn};
+use peft::recipe::{
+    AdapterPlan, Bytes, DataPlan, Document, DtypeChoice, Evaluation, Length, MemoryBudget, ModelPlan, Plan,
+    Recipe, RecomputeChoice, TrainPlan, Trained,
+};
+use peft::train::Schedule;
+use proptest::prelude::*;
+use proptest::{collection, option};
+
+/// The recipes of the repository. A new one has to be counted here.
+const SHIPPED: usize = 3;
+
+const SHORTEST: &str = r#"
+task = "finetune"
+model.source = "model"
+adapter = {}
+data.train = [{ path = "data.jsonl" }]
+"#;
+
+fn plan(text: &str) -> Result<Plan, Error> {
+    Ok(Plan::of(&Recipe::read(&Document::parse("test.toml", text)?)?, "test"))
+}
+
+/// What the user reads when `text` is refused.
+fn refusal(text: &str) -> String {
+    let error = plan(text).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "a wrong recipe is a wrong request: {error}");
+    match error.hint() {
+        Some(hint) => format!("{error}\nhint: {hint}"),
+        None => error.to_string(),
+    }
+}
+
+/// The shortest recipe with one more line.
+fn refusal_of(line: &str) -> String {
+    refusal(&format!("{SHORTEST}{line}"))
+}
+
+#[test]
+fn what_is_left_out_is_filled_in() {
+    let plan = plan(SHORTEST).unwrap();
+    insta::assert_snapshot!(plan.to_toml().unwrap(), @r#"
+    task = "finetune"
+    seed = 42
+    output = "runs/test"
+
+    [model]
+    source = "model"
+    dtype = "auto"
+
+    [adapter]
+    method = "lora"
+    rank = 16
+    alpha = 16.0
+    dropout = 0.0
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    init = "peft"
+    rslora = false
+    seed = 42
+    dropout_seed = 43
+
+    [data]
+    eval_share = 0.05
+    max_length = 512
+    pack = true
+    train_on = "completion"
+
+    [[data.train]]
+    path = "data.jsonl"
+    weight = 1.0
+    format = "auto"
+
+    [train]
+    full = false
+    epochs = 3.0
+    batch_size = 4
+    accumulate = 1
+    learning_rate = 0.0002
+    schedule = "cosine"
+    warmup = 0.05
+    weight_decay = 0.0
+    max_grad_norm = 1.0
+    eval_every = 50
+    save_every = 50
+    keep = 3
+    checkpoint = "auto"
+    "#);
+}
+
+#[test]
+fn seeds_and_alpha_follow_what_is_written() {
+    let text = format!("seed = 7\n{SHORTEST}").replace("adapter = {}", "adapter.rank = 8");
+    let Trained::Adapter(adapter) = plan(&text).unwrap().trained else { panic!("the recipe has an adapter") };
+    assert_eq!((adapter.config.seed, adapter.config.dropout_seed), (7, 8));
+    assert_eq!(adapter.config.alpha, Some(8.0));
+    let Trained::Adapter(adapter) = plan(&text.replace("rank = 8", "seed = 20")).unwrap().trained else {
+        panic!("the recipe has an adapter")
+    };
+    assert_eq!((adapter.config.seed, adapter.config.dropout_seed), (20, 21));
+}
+
+#[test]
+fn unknown_keys_are_refused_with_the_nearest() {
+    insta::assert_snapshot!(refusal_of("train.learnign_rate = 1e-4"), @"
+    test.toml:6: unknown key `train.learnign_rate`
+    hint: did you mean `learning_rate`?
+    ");
+    insta::assert_snapshot!(refusal_of("[trian]\nsteps = 5"), @"
+    test.toml:6: unknown key `trian`
+    hint: did you mean `train`?
+    ");
+    insta::assert_snapshot!(refusal_of("[zebra]"), @"");
+    let two = "{ path = \"a\" },\n    { paht = \"b\" }";
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("{ path = \"data.jsonl\" }", two)), @"
+    test.toml:6: unknown key `data.train.paht`
+    hint: did you mean `path`?
+    ");
+}
+
+#[test]
+fn wrong_types_say_what_was_expected_and_found() {
+    insta::assert_snapshot!(refusal_of("train.steps = \"many\""), @r#"test.toml:6: `train.steps`: expected a whole number, found the string "many""#);
+    insta::assert_snapshot!(refusal_of("train.steps = 1.5"), @"test.toml:6: `train.steps`: expected a whole number, found `1.5`");
+    insta::assert_snapshot!(refusal_of("train.steps = -1"), @"test.toml:6: `train.steps`: expected a whole number of at least 0, found `-1`");
+    insta::assert_snapshot!(refusal_of("train = 5"), @"test.toml:6: `train`: expected a table, found `5`");
+    insta::assert_snapshot!(refusal_of("output = 5"), @"test.toml:6: `output`: expected a path in a string, found `5`");
+    insta::assert_snapshot!(refusal_of("data.pack = \"yes\""), @r#"test.toml:6: `data.pack`: expected `true` or `false`, found the string "yes""#);
+    insta::assert_snapshot!(refusal_of("data.eval = { path = \"x\" }"), @"test.toml:6: `data.eval`: expected a list, found a table");
+    insta::assert_snapshot!(refusal_of("data.eval = [\"x\"]"), @r#"test.toml:6: `data.eval`: expected a table such as { path = "data.jsonl" }, found the string "x""#);
+    insta::assert_snapshot!(refusal_of("train.learning_rate = 2024-01-01"), @"test.toml:6: `train.learning_rate`: expected a number, found the date 2024-01-01");
+}
+
+#[test]
+fn names_are_listed_when_one_is_wrong() {
+    insta::assert_snapshot!(refusal_of("train.schedule = \"cosin\""), @"
+    test.toml:6: `train.schedule`: expected one of `constant`, `linear`, `cosine`, found `cosin`
+    hint: did you mean `cosine`?
+    ");
+    insta::assert_snapshot!(refusal_of("train.schedule = 3"), @"test.toml:6: `train.schedule`: expected one of `constant`, `linear`, `cosine`, found `3`");
+    insta::assert_snapshot!(refusal_of("model.dtype = \"float32\""), @"test.toml:6: `model.dtype`: expected one of `auto`, `f32`, `bf16`, found `float32`");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("finetune", "finetun")), @"
+    test.toml:2: `task`: expected one of `finetune`, `upcycle`, found `finetun`
+    hint: did you mean `finetune`?
+    ");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.targets = 5")), @"test.toml:4: `adapter.targets`: expected a list of names, or a regular expression in a string");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.targets = []")), @r#"
+    test.toml:4: `adapter.targets` is empty, so nothing would be trained
+    hint: "all-linear" takes every linear layer
+    "#);
+}
+
+#[test]
+fn numbers_have_ranges() {
+    insta::assert_snapshot!(refusal_of("train.learning_rate = 0"), @"test.toml:6: `train.learning_rate`: expected a number above 0, found `0.0`");
+    insta::assert_snapshot!(refusal_of("train.learning_rate = nan"), @"test.toml:6: `train.learning_rate`: expected a number above 0, found `NaN`");
+    insta::assert_snapshot!(refusal_of("train.learning_rate = inf"), @"test.toml:6: `train.learning_rate`: expected a number above 0, found `inf`");
+    insta::assert_snapshot!(refusal_of("train.warmup = 1.5"), @"test.toml:6: `train.warmup`: expected a number from 0 to 1, found `1.5`");
+    insta::assert_snapshot!(refusal_of("train.batch_size = 0"), @"test.toml:6: `train.batch_size`: expected a whole number of at least 1, found `0`");
+    insta::assert_snapshot!(refusal_of("train.max_grad_norm = -1"), @"test.toml:6: `train.max_grad_norm`: expected a number of at least 0, found `-1.0`");
+    insta::assert_snapshot!(refusal_of("train.memory_budget = \"4 gigs\""), @"test.toml:6: `train.memory_budget`: expected an amount of memory such as `4GiB` or `512MiB`, found `4 gigs`");
+    insta::assert_snapshot!(refusal_of("data.eval_share = 1"), @"test.toml:6: `data.eval_share`: expected a number above 0 and below 1, found `1.0`");
+    insta::assert_snapshot!(refusal_of("data.max_length = 1"), @"test.toml:6: `data.max_length`: expected a whole number of at least 2, found `1`");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.dropout = 1.0")), @"test.toml:4: `adapter.dropout`: expected a number of at least 0 and below 1, found `1.0`");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.alpha = 0")), @"test.toml:4: `adapter.alpha`: expected a number above 0, found `0.0`");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("path =", "weight = 0.0, path =")), @"test.toml:5: `data.train.weight`: expected a number above 0, found `0.0`");
+}
+
+#[test]
+fn what_a_run_needs_cannot_be_left_out() {
+    insta::assert_snapshot!(refusal(""), @r#"
+    test.toml: the key `task` is missing
+    hint: begin the recipe with `task = "finetune"`
+    "#);
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("model.source", "model = {} #")), @"");
+    insta::assert_snapshot!(refusal("task = \"finetune\"\nadapter = {}\n[data]\n[model]\nsource = \"x\""), @"test.toml:3: the key `data.train` is missing");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("[{ path = \"data.jsonl\" }]", "[]")), @"test.toml:5: `data.train` is empty: expected at least one file");
+}
+
+#[test]
+fn keys_that_contradict_each_other_are_refused() {
+    insta::assert_snapshot!(refusal_of("train.steps = 5\ntrain.epochs = 1"), @"
+    test.toml:7: `train.steps` and `train.epochs` both say how long to train
+    hint: leave one of them out
+    ");
+    insta::assert_snapshot!(refusal_of("train.full = true"), @"
+    test.toml:6: `train.full = true` trains all weights, so there can be no `[adapter]`
+    hint: leave one of them out
+    ");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "")), @"
+    test.toml: nothing would be trained: there is no `[adapter]`
+    hint: add an `[adapter]` table, or set `train.full = true` to train all weights
+    ");
+}
+
+#[test]
+fn what_is_not_built_is_refused_and_what_is_off_is_not() {
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("finetune", "upcycle")), @r#"
+    test.toml:2: `task = "upcycle"`: upcycling is not built yet
+    hint: this version runs recipes with `task = "finetune"`
+    "#);
+    insta::assert_snapshot!(refusal_of("losses.switch = 0.001"), @"
+    test.toml:6: `losses.switch` is for mixtures of experts, and this version trains dense models
+    hint: leave it out
+    ");
+    insta::assert_snapshot!(refusal_of("train.router = \"lora\""), @"
+    test.toml:6: `train.router` is for mixtures of experts, and this version trains dense models
+    hint: leave it out
+    ");
+    insta::assert_snapshot!(refusal_of("routing.nosie = \"none\""), @"
+    test.toml:6: unknown key `routing.nosie`
+    hint: did you mean `noise`?
+    ");
+    let off = r#"
+        train.router = "frozen"
+        routing = { noise = "none", overflow = "drop", kind = "model" }
+        losses = { switch = 0, importance = 0.0, load = 0.0, load_std = 0.0, z = 0.0, bias_update = 0.0, pooled = false }
+        distill = { kl = 1.0, temperature = 1.0, hidden = 0.0 }
+    "#;
+    assert_eq!(plan(&format!("{SHORTEST}{off}")).unwrap(), plan(SHORTEST).unwrap());
+}
+
+#[test]
+fn broken_toml_is_told_with_its_place() {
+    insta::assert_snapshot!(refusal("task = \"finetune\"\nmodel = = 3"), @"test.toml:2: not valid TOML at column 9: extra `=`, expected nothing");
+    insta::assert_snapshot!(refusal("seed = 1\nseed = 2"), @"test.toml:2: not valid TOML at column 1: duplicate key");
+    insta::assert_snapshot!(refusal("seed = 99999999999999999999"), @"test.toml:1: `99999999999999999999` is too large: whole numbers end at 9223372036854775807");
+}
+
+#[test]
+fn every_shipped_recipe_is_planned() {
+    let mut recipes = Vec::new();
+    files_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes"), &mut recipes);
+    assert_eq!(recipes.len(), SHIPPED);
+    for path in recipes {
+        let text = fs::read_to_string(&path).unwrap();
+        let document = Document::parse(&path, &text).unwrap();
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        let plan = Plan::of(&Recipe::read(&document).unwrap(), name);
+        assert_eq!(plan.output, Path::new("runs").join(name), "{name} writes where its name says");
+        let command = format!("\n#   cargo run --release -- finetune recipes/{name}.toml\n");
+        assert!(text.contains(&command), "{name} does not say its command");
+    }
+}
+
+fn files_below(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { files_below(&path, files) } else { files.push(path) }
+    }
+    files.sort();
+}
+
+fn number(range: std::ops::Range<f64>) -> impl Strategy<Value = f64> {
+    // Short decimals as people write them, and doubles that need all their digits.
+    prop_oneof![
+        (1u32..100).prop_map({
+            let range = range.clone();
+            move |n| (f64::from(n) / 100.0).clamp(range.start, range.end)
+        }),
+        range
+    ]
+}
+
+fn sources() -> impl Strategy<Value = Vec<Source>> {
+    let format = prop_oneof![
+        Just(Format::Auto),
+        Just(Format::Messages),
+        Just(Format::Alpaca),
+        Just(Format::PromptCompletion),
+        Just(Format::Text)
+    ];
+    let source = (".{1,20}", number(0.01..1e6), format).prop_map(|(path, weight, format)| Source {
+        path: path.into(),
+        weight,
+        format,
+    });
+    collection::vec(source, 1..4)
+}
+
+fn targets() -> impl Strategy<Value = Targets> {
+    prop_oneof![
+        Just(Targets::AllLinear),
+        collection::vec(".{1,10}", 1..4).prop_map(Targets::names),
+        "[a-z.*()|]{1,20}".prop_map(Targets::Pattern),
+    ]
+}
+
+fn init() -> impl Strategy<Value = Init> {
+    prop_oneof![
+        Just(Init::Peft),
+        Just(Init::KaimingUniform),
+        Just(Init::KaimingNormal),
+        Just(Init::XavierUniform),
+        Just(Init::XavierNormal),
+        Just(Init::Gaussian),
+        Just(Init::Nju)
+    ]
+}
+
+fn trained() -> impl Strategy<Value = Trained> {
+    let seeds = (0..i64::MAX as u64, 0..i64::MAX as u64);
+    let scale = (0usize..5000, number(0.001..1e4), any::<bool>());
+    let adapter = (scale, number(0.0..0.999), targets(), init(), seeds, option::of(".{1,20}")).prop_map(
+        |((rank, alpha, rslora), dropout, targets, init, (seed, dropout_seed), from)| {
+            let config = LoraConfig {
+                rank,
+                alpha: Some(alpha),
+                dropout,
+                targets,
+                init,
+                rslora,
+                seed,
+                dropout_seed,
+                ..LoraConfig::default()
+            };
+            Trained::Adapter(Box::new(AdapterPlan { config, from: from.map(PathBuf::from) }))
+        },
+    );
+    prop_oneof![4 => adapter, 1 => Just(Trained::Full)]
+}
+
+fn data() -> impl Strategy<Value = DataPlan> {
+    let eval =
+        prop_oneof![sources().prop_map(Evaluation::Files), number(0.001..0.999).prop_map(Evaluation::Share)];
+    let train_on = prop_oneof![Just(TrainOn::Completion), Just(TrainOn::All)];
+    (sources(), eval, 2usize..100_000, any::<bool>(), train_on).prop_map(
+        |(train, eval, max_length, pack, train_on)| DataPlan { train, eval, max_length, pack, train_on },
+    )
+}
+
+fn train() -> impl Strategy<Value = TrainPlan> {
+    let length =
+        prop_oneof![(1u64..1 << 40).prop_map(Length::Steps), number(0.01..100.0).prop_map(Length::Epochs)];
+    let schedule = prop_oneof![Just(Schedule::Constant), Just(Schedule::Linear), Just(Schedule::Cosine)];
+    let checkpoint =
+        prop_oneof![Just(RecomputeChoice::Auto), Just(RecomputeChoice::None), Just(RecomputeChoice::Block)];
+    let budget = prop_oneof![
+        Just(MemoryBudget::Free),
+        (1u64..1 << 50).prop_map(|bytes| MemoryBudget::Limit(Bytes(bytes))),
+        (1u64..64).prop_map(|gib| MemoryBudget::Limit(Bytes(gib << 30))),
+    ];
+    let sizes = (1usize..1000, 1usize..1000, 0u64..1000, 0u64..1000, 1usize..100);
+    let rates = (number(1e-9..10.0), number(0.0..1.0), number(0.0..10.0), number(0.0..100.0));
+    (length, sizes, rates, schedule, checkpoint, budget).prop_map(
+        |(length, sizes, rates, schedule, checkpoint, memory_budget)| {
+            let (batch_size, accumulate, eval_every, save_every, keep) = sizes;
+            let (learning_rate, warmup, weight_decay, max_grad_norm) = rates;
+            TrainPlan {
+                length,
+                batch_size,
+                accumulate,
+                learning_rate,
+                schedule,
+                warmup,
+                weight_decay,
+                max_grad_norm,
+                eval_every,
+                save_every,
+                keep,
+                checkpoint,
+                memory_budget,
+            }
+        },
+    )
+}
+
+proptest! {
+    /// The recipe in a run directory does what the run did.
+    #[test]
+    fn a_plan_written_down_is_the_same_plan(
+        seed in 0..i64::MAX as u64,
+        output in ".{1,30}",
+        source in ".{1,30}",
+        dtype in prop_oneof![Just(DtypeChoice::Auto), Just(DtypeChoice::F32), Just(DtypeChoice::Bf16)],
+        trained in trained(),
+        data in data(),
+        train in train(),
+    ) {
+        let model = ModelPlan { source, dtype };
+        let plan = Plan { seed, output: output.into(), model, trained, data, train };
+        let text = plan.to_toml().unwrap();
+        let recipe = Recipe::read(&Document::parse("again.toml", &text).unwrap());
+        prop_assert!(recipe.is_ok(), "{}\n{}", recipe.unwrap_err(), text);
+        prop_assert_eq!(Plan::of(&recipe.unwrap(), "again"), plan);
+    }
+
+    /// Whatever is written, the answer is a recipe or an error, and never a panic.
+    #[test]
+    fn no_text_makes_the_reader_panic(text in "(task = \"finetune\"\n)?[a-z.=\"\\[\\]{}0-9\n -]{0,200}") {
+        let _ = plan(&text);
+    }
+}
