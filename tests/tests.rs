@@ -14,6 +14,8 @@ mod hub;
 mod layering;
 /// Ten optimizer steps against ten golden losses.
 mod losses;
+/// Merged weights are those of PEFT, compute what the adapter computes, and are the base's elsewhere.
+mod merge;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
 /// Recipes as they are written, planned and written again.

@@ -319,6 +319,15 @@ impl Checkpoint {
         }
     }
 
+    /// The safetensors file that holds a tensor and where in it its bytes are; `None` in a GGUF file.
+    #[must_use]
+    pub fn place_of(&self, name: &str) -> Option<(&Path, std::ops::Range<usize>)> {
+        match &self.store {
+            Store::Folder(folder) => Some((folder.file_of(name)?, folder.range_of(name)?)),
+            Store::Gguf(_) => None,
+        }
+    }
+
     fn file_of(&self, name: &str) -> &Path {
         match &self.store {
             Store::Folder(folder) => folder.file_of(name).unwrap_or(&folder.path),
