@@ -409,7 +409,7 @@ fn targets_that_lead_nowhere_are_errors() {
     let names = |names: &[&str]| config(Targets::names(names.iter().copied()));
     let (message, hint) = refuse(names(&["q_proj", "gate_projs"]));
     assert_eq!(message, "target `gate_projs` matches no linear layer of the model");
-    assert_eq!(hint, "nearest are `gate_proj`, `up_proj`, `v_proj`");
+    assert_eq!(hint, "nearest are `gate_proj`, `k_proj`, `o_proj`");
     let (_, hint) = refuse(names(&["c_attn"]));
     assert!(hint.starts_with("the model has `q_proj`, `k_proj`"), "{hint}");
     let (_, hint) = refuse(names(&["model.layers.7.mlp.up_proj"]));
@@ -431,6 +431,7 @@ fn targets_that_lead_nowhere_are_errors() {
     let (message, _) =
         refuse(LoraConfig { rank_pattern: Patterns::from_iter([("v_proj", 2)]), ..names(&["q_proj"]) });
     assert!(message.starts_with("`v_proj` in `rank_pattern` matches no target"), "{message}");
+    assert_eq!(refuse(names(&["lm_head"])).0, "an adapter on `lm_head` cannot be trained");
     let (message, hint) = refuse(LoraConfig { rank: 17, ..names(&["q_proj", "v_proj"]) });
     assert_eq!(
         message,
@@ -469,8 +470,13 @@ fn layers_and_exclusions() {
     let some = paths(config(Targets::Pattern(r"model\.layers\.(?!0).*(?<!self_attn\.)[qg]\w+_proj".into())));
     assert_eq!(some, ["model.layers.1.mlp.gate_proj", "model.layers.2.mlp.gate_proj"]);
     assert_eq!(paths(LoraConfig { rank: 0, ..config(Targets::AllLinear) }), Vec::<String>::new());
-    let head = resolve(&config(Targets::names(["lm_head", "q_proj"])), &decoder).unwrap();
-    assert_eq!(head.counts.iter().map(|count| count.placed).collect::<Vec<_>>(), [1, 3]);
+    let counted = LoraConfig {
+        layers_to_transform: Some(vec![1]),
+        ..config(Targets::names(["v_proj", "self_attn.q_proj"]))
+    };
+    let counts = resolve(&counted, &decoder).unwrap().counts;
+    let counts: Vec<_> = counts.iter().map(|c| (c.target.as_str(), c.matched, c.placed)).collect();
+    assert_eq!(counts, [("v_proj", 3, 1), ("self_attn.q_proj", 3, 1)]);
 }
 
 #[test]

@@ -69,7 +69,8 @@ impl Placements {
 /// Where a new adapter goes on `model`; rank 0 leads nowhere.
 ///
 /// Refuses what PEFT lets pass in silence: a target, an exclusion or a pattern that matches nothing, a layer that does
-/// not exist, a rank larger than the layer.
+/// not exist, a rank larger than the layer. Refuses the output embedding too: the model computes with an adapter on any
+/// other layer.
 pub fn resolve(config: &LoraConfig, model: &DecoderConfig) -> Result<Placements> {
     config.validate()?;
     let resolved = place(config, model)?;
@@ -90,6 +91,10 @@ pub fn resolve(config: &LoraConfig, model: &DecoderConfig) -> Result<Placements>
             "`layers_to_transform` has {layer}, and the model has layers 0 to {}",
             model.layers.len().saturating_sub(1)
         )));
+    }
+    if resolved.placements.iter().any(|placement| placement.linear.projection == Projection::Head) {
+        return Err(Error::request("an adapter on `lm_head` cannot be trained")
+            .with_hint("leave `lm_head` out of the targets, or exclude it"));
     }
     if resolved.placements.is_empty() {
         return Err(Error::request("the targets, less what is excluded, leave no layer to adapt"));

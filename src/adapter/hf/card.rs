@@ -24,7 +24,7 @@ pub(super) fn text(config: &LoraConfig, placements: &Placements, provenance: &Pr
     line(format_args!("- lora\n---\n"));
     line(format_args!("# LoRA adapter\n"));
     if let Some(base) = base {
-        line(format_args!("For `{base}`. "));
+        line(format_args!("For `{base}`.\n"));
     }
     line(format_args!(
         "Rank {}, alpha {}{}, on {} linear layers, {} parameters:\n",
@@ -44,8 +44,8 @@ pub(super) fn text(config: &LoraConfig, placements: &Placements, provenance: &Pr
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
     ));
     line(format_args!("model = AutoModelForCausalLM.from_pretrained(\"{base}\")"));
-    line(format_args!("model = PeftModel.from_pretrained(model, \"this folder\")\n```\n"));
-    line(format_args!("```sh\npeft merge --model {base} --adapter THIS_FOLDER --output MERGED\n```"));
+    line(format_args!("model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n"));
+    line(format_args!("```sh\npeft merge --model {base} --adapter path/to/this/folder --output merged\n```"));
     text
 }
 

@@ -8,7 +8,6 @@ mod config;
 mod tensors;
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
@@ -18,6 +17,7 @@ use super::lora::tensor_names;
 use super::target::{Placements, few, place};
 use crate::error::{Context, Error, Result};
 use crate::model::config::DecoderConfig;
+use crate::weights::write_atomic;
 
 /// The configuration's file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -128,22 +128,9 @@ pub fn write<'t>(
     tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     provenance: &Provenance,
 ) -> Result<()> {
-    let tensors: BTreeMap<&str, &Tensor> = tensors.into_iter().collect();
-    replace(&folder.join(TENSORS_FILE), &tensors::to_bytes(&tensors, &provenance.metadata)?)?;
-    replace(&folder.join(CONFIG_FILE), config::to_json(config, placements, provenance)?.as_bytes())?;
-    replace(&folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())
-}
-
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().at(path)
+    tensors::write(&folder.join(TENSORS_FILE), tensors, &provenance.metadata)?;
+    write_atomic(folder.join(CONFIG_FILE), config::to_json(config, placements, provenance)?.as_bytes())?;
+    write_atomic(folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())
 }
 
 fn missing_tensors(folder: &Path) -> Error {

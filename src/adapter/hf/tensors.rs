@@ -9,6 +9,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::super::target::few;
 use crate::error::{Context, Error, Result};
+use crate::weights::write_safetensors;
 
 const PREFIX: &str = "base_model.model.";
 const SUFFIXES: [&str; 3] = [".lora_A.weight", ".lora_B.weight", ".lora_B.bias"];
@@ -46,32 +47,17 @@ pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<BTre
     if broken.is_empty() { Ok(tensors) } else { Err(Error::invalid(few(&broken))).at(path) }
 }
 
-/// The bytes of the file, the same for the same values.
-pub(super) fn to_bytes(
-    tensors: &BTreeMap<&str, &Tensor>,
+/// Writes every tensor in f32 under its name with the prefix.
+pub(super) fn write<'t>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     metadata: &BTreeMap<String, String>,
-) -> Result<Vec<u8>> {
-    let mut header = serde_json::Map::new();
-    let mut data = Vec::new();
-    // The safetensors crate writes metadata in the order of a hash map, and an adapter's bytes must not depend on chance.
-    let mut about = metadata.clone();
-    about.insert("format".to_string(), "pt".to_string());
-    header.insert("__metadata__".to_string(), serde_json::to_value(about)?);
+) -> Result<()> {
+    let mut prefixed = BTreeMap::new();
     for (name, tensor) in tensors {
-        let values: Vec<f32> = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1().in_tensor(name)?;
-        let start = data.len();
-        data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        header.insert(
-            format!("{PREFIX}{name}"),
-            serde_json::json!({ "dtype": "F32", "shape": tensor.dims(), "data_offsets": [start, data.len()] }),
-        );
+        prefixed.insert(format!("{PREFIX}{name}"), tensor.to_dtype(DType::F32).in_tensor(name)?);
     }
-    let mut header = serde_json::to_vec(&header)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.append(&mut header);
-    bytes.append(&mut data);
-    Ok(bytes)
+    write_safetensors(path, &prefixed, metadata)
 }
 
 /// Name in memory and name in the file, for each tensor; refuses all that is not one of a plain LoRA.
