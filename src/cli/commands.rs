@@ -6,8 +6,7 @@ use super::builtin::Builtin;
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
 use super::{
-    Chat, Check, Eval, Finetune, Generate, Inspect, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle,
-    interrupt,
+    Chat, Check, Eval, Finetune, Generate, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, interrupt,
 };
 use crate::error::{Context, Error, Result, nearest};
 use crate::recipe::{Document, Plan, Recipe};
@@ -42,10 +41,6 @@ pub(super) fn chat(_: &Chat, _: &mut Terminal) -> Result<()> {
 
 pub(super) fn eval(_: &Eval, _: &mut Terminal) -> Result<()> {
     Err(unbuilt("eval"))
-}
-
-pub(super) fn inspect(_: &Inspect, _: &mut Terminal) -> Result<()> {
-    Err(unbuilt("inspect"))
 }
 
 pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()> {
