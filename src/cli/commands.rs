@@ -5,22 +5,37 @@ use std::path::{Path, PathBuf};
 use super::builtin::Builtin;
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
-use super::{
-    Chat, Check, Eval, Finetune, Generate, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, interrupt,
-};
+use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, interrupt};
 use crate::error::{Context, Error, Result, nearest};
-use crate::recipe::{Document, Plan, Recipe};
+use crate::recipe::{self, Document, Plan, Recipe, Segment};
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
     let plan = plan(&arguments.recipe, arguments.output.as_deref())?;
-    let _ = (plan, terminal.reporter(), arguments.resume, interrupt::listen()?);
-    Err(unbuilt("finetune"))
+    let mut reporter = terminal.reporter();
+    recipe::finetune(&plan, arguments.resume, interrupt::listen()?, reporter.as_mut())?;
+    Ok(())
 }
 
 pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
-    let plan = plan(&arguments.recipe, None)?;
-    let _ = (plan, terminal, arguments.json);
-    Err(unbuilt("check"))
+    let report = recipe::check(&plan(&arguments.recipe, None)?)?;
+    if arguments.json {
+        return terminal.write_json(&report);
+    }
+    for line in &report.lines {
+        terminal.write(format_args!("{line}\n"))?;
+    }
+    terminal.write(format_args!("first document, its learned tokens in [[ ]]:\n"))?;
+    for Segment { text, learned } in &report.sample {
+        match learned {
+            true => terminal.write(format_args!("[[{text}]]"))?,
+            false => terminal.write(format_args!("{text}"))?,
+        }
+    }
+    terminal.write(format_args!("\n"))?;
+    for warning in &report.warnings {
+        terminal.warn(warning);
+    }
+    Ok(())
 }
 
 pub(super) fn merge(_: &Merge, _: &mut Terminal) -> Result<()> {
@@ -29,18 +44,6 @@ pub(super) fn merge(_: &Merge, _: &mut Terminal) -> Result<()> {
 
 pub(super) fn upcycle(_: &Upcycle) -> Result<()> {
     Err(unbuilt("upcycle"))
-}
-
-pub(super) fn generate(_: &Generate, _: &mut Terminal) -> Result<()> {
-    Err(unbuilt("generate"))
-}
-
-pub(super) fn chat(_: &Chat, _: &mut Terminal) -> Result<()> {
-    Err(unbuilt("chat"))
-}
-
-pub(super) fn eval(_: &Eval, _: &mut Terminal) -> Result<()> {
-    Err(unbuilt("eval"))
 }
 
 pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()> {

@@ -14,6 +14,7 @@ mod builtin;
 mod commands;
 mod inspect;
 mod interrupt;
+mod models;
 mod overrides;
 mod report;
 mod terminal;
@@ -275,9 +276,9 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Check(arguments) => commands::check(&arguments, terminal),
         Command::Merge(arguments) => commands::merge(&arguments, terminal),
         Command::Upcycle(arguments) => commands::upcycle(&arguments),
-        Command::Generate(arguments) => commands::generate(&arguments, terminal),
-        Command::Chat(arguments) => commands::chat(&arguments, terminal),
-        Command::Eval(arguments) => commands::eval(&arguments, terminal),
+        Command::Generate(arguments) => models::generate(&arguments, terminal),
+        Command::Chat(arguments) => models::chat(&arguments, terminal),
+        Command::Eval(arguments) => models::eval(&arguments, terminal),
         Command::Inspect(arguments) => inspect::inspect(&arguments, terminal),
         Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
     }

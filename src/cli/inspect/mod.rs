@@ -28,8 +28,7 @@ enum Found {
 pub(super) fn inspect(arguments: &Inspect, terminal: &mut Terminal) -> Result<()> {
     let found = Found::at(&arguments.path)?;
     if arguments.json {
-        let json = serde_json::to_string_pretty(&found)?;
-        return terminal.write(format_args!("{json}\n"));
+        return terminal.write_json(&found);
     }
     terminal.write(format_args!("{found}"))
 }
