@@ -8,6 +8,8 @@ mod cli;
 mod fixture;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.
 mod gradients;
+/// Models come from the Hub as a whole or not at all, with what a user has to know when they do not.
+mod hub;
 /// Who may use whom, and how long a file may be.
 mod layering;
 /// Ten optimizer steps against ten golden losses.
@@ -20,3 +22,5 @@ mod nju;
 mod parity;
 /// Recipes as they are written, planned and written again.
 mod recipes;
+/// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.
+mod weights;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::builtin::Builtin;
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
-use super::{Check, Finetune, Inspect, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, interrupt};
+use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, interrupt};
 use crate::error::{Context, Error, Result, nearest};
 use crate::recipe::{self, Document, Plan, Recipe, Segment};
 
@@ -44,10 +44,6 @@ pub(super) fn merge(_: &Merge, _: &mut Terminal) -> Result<()> {
 
 pub(super) fn upcycle(_: &Upcycle) -> Result<()> {
     Err(unbuilt("upcycle"))
-}
-
-pub(super) fn inspect(_: &Inspect, _: &mut Terminal) -> Result<()> {
-    Err(unbuilt("inspect"))
 }
 
 pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()> {

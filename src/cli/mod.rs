@@ -12,6 +12,7 @@ use crate::error::Result;
 
 mod builtin;
 mod commands;
+mod inspect;
 mod interrupt;
 mod models;
 mod overrides;
@@ -194,7 +195,7 @@ struct Eval {
 #[derive(Debug, Args)]
 struct Inspect {
     /// A model, an adapter, a data file or a run
-    path: PathBuf,
+    path: String,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -278,7 +279,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Generate(arguments) => models::generate(&arguments, terminal),
         Command::Chat(arguments) => models::chat(&arguments, terminal),
         Command::Eval(arguments) => models::eval(&arguments, terminal),
-        Command::Inspect(arguments) => commands::inspect(&arguments, terminal),
+        Command::Inspect(arguments) => inspect::inspect(&arguments, terminal),
         Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
     }
 }

@@ -33,9 +33,10 @@ pub enum Conversation {
 pub struct Message {
     /// Who speaks.
     pub role: Role,
-    /// What is said; may be empty beside tool calls.
-    pub content: String,
-    /// What else the record says about it (`tool_calls`, `reasoning_content`, `name`, …), for the template.
+    /// What is said; none beside tool calls.
+    pub content: Option<String>,
+    /// What else the record says about it (`tool_calls`, `reasoning_content`, `name`, …), for the template. A `content`
+    /// that is null stays here: templates tell it from one that is missing.
     pub fields: Map<String, Value>,
 }
 
@@ -78,7 +79,7 @@ impl Role {
 impl Message {
     /// A plain message.
     pub fn new(role: Role, content: impl Into<String>) -> Self {
-        Self { role, content: content.into(), fields: Map::new() }
+        Self { role, content: Some(content.into()), fields: Map::new() }
     }
 }
 
@@ -208,12 +209,15 @@ fn message(value: Value) -> Result<Message> {
     let role = Role::parse(&role).ok_or_else(|| {
         Error::invalid(format!("unknown role `{role}`, expected `system`, `user`, `assistant` or `tool`"))
     })?;
-    let content = match fields.shift_remove(content_key) {
-        None | Some(Value::Null) => String::new(),
-        Some(Value::Array(parts)) => parts.into_iter().map(part).collect::<Result<String>>()?,
-        Some(other) => string(content_key, other)?,
+    let content = match fields.get(content_key) {
+        None | Some(Value::Null) => None,
+        Some(_) => match fields.shift_remove(content_key).unwrap_or_default() {
+            Value::Array(parts) => Some(parts.into_iter().map(part).collect::<Result<String>>()?),
+            other => Some(string(content_key, other)?),
+        },
     };
-    if content.trim().is_empty() && role != Role::Tool && !fields.contains_key("tool_calls") {
+    let empty = content.as_deref().is_none_or(|said| said.trim().is_empty());
+    if empty && role != Role::Tool && !fields.contains_key("tool_calls") {
         return Err(Error::invalid(format!("the content of the `{}` message is empty", role.name())));
     }
     Ok(Message { role, content, fields })

@@ -47,6 +47,10 @@ impl Template {
                 _ => said,
             }
         });
+        // Python cannot iterate over None; minijinja takes it for an empty list.
+        environment.add_test("iterable", |value: &Value| {
+            !matches!(value.kind(), ValueKind::None | ValueKind::Bool | ValueKind::Number)
+        });
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -56,7 +60,7 @@ impl Template {
             state.apply_filter("datetimeformat", &[Value::from(now), Value::from(format)])
         });
 
-        let (source, marks) = generation_as_filter(source);
+        let (source, marks) = translate(source);
         let prompts = source.contains("add_generation_prompt");
         environment.add_template_owned(NAME, source).map_err(|error| {
             let line = error.line().map_or(String::new(), |line| format!(" in line {line}"));
@@ -120,7 +124,7 @@ impl Template {
         }
         let template = self.environment.get_template(NAME).map_err(|error| Error::invalid(reason(&error)))?;
         template.render(Value::from_pairs(variables)).map_err(|error| {
-            Error::invalid(format!("the chat template refuses the conversation: {}", reason(&error)))
+            Error::invalid(format!("the chat template cannot render the conversation: {}", reason(&error)))
         })
     }
 }
@@ -131,10 +135,8 @@ fn reason(error: &minijinja::Error) -> String {
 }
 
 fn message_value(message: &Message) -> Value {
-    let mut pairs = vec![
-        (Value::from("role"), Value::from(message.role.name())),
-        (Value::from("content"), Value::from(message.content.as_str())),
-    ];
+    let mut pairs = vec![(Value::from("role"), Value::from(message.role.name()))];
+    pairs.extend(message.content.as_deref().map(|said| (Value::from("content"), Value::from(said))));
     pairs.extend(message.fields.iter().map(|(key, value)| (Value::from(key.as_str()), json_value(value))));
     // As transformers: reasoning goes under the name that templates read, whichever it came by.
     let reasoning = ["reasoning_content", "thinking", "reasoning"]
@@ -167,26 +169,30 @@ fn json_value(value: &serde_json::Value) -> Value {
     }
 }
 
-/// `{% generation %} … {% endgeneration %}` as `{% filter generation %} … {% endfilter %}`, and whether there was one.
-fn generation_as_filter(source: &str) -> (String, bool) {
-    let (mut out, mut rest, mut found) = (String::with_capacity(source.len()), source, false);
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at);
-        out.push_str(before);
-        let length = tag.find("%}").map_or(tag.len(), |end| end + 2);
-        let word = tag[2..length].trim_end_matches("%}").trim_matches(['-', '+']).trim();
-        match word {
-            "generation" => {
-                found = true;
-                out.push_str(&tag[..length].replacen("generation", "filter generation", 1));
+/// The source in minijinja's dialect, and whether it marks generations: `{% generation %} … {% endgeneration %}` as
+/// `{% filter generation %} … {% endfilter %}`, and strings that a backslash carries on to the next line on one line.
+fn translate(source: &str) -> (String, bool) {
+    let (mut out, mut rest, mut marks) = (String::with_capacity(source.len()), source, false);
+    let next = |rest: &str| {
+        let found = ["{%", "{{", "{#"].iter().zip(["%}", "}}", "#}"]);
+        found.filter_map(|(open, close)| rest.find(open).map(|at| (at, close))).min()
+    };
+    while let Some((at, close)) = next(rest) {
+        let (text, tag) = rest.split_at(at);
+        let (tag, after) = tag.split_at(tag.find(close).map_or(tag.len(), |end| end + 2));
+        out.push_str(text);
+        match tag.trim_matches(['{', '%', '-', '+', '}']).trim() {
+            "generation" if close == "%}" => {
+                marks = true;
+                out.push_str(&tag.replacen("generation", "filter generation", 1));
             }
-            "endgeneration" => out.push_str(&tag[..length].replacen("endgeneration", "endfilter", 1)),
-            _ => out.push_str(&tag[..length]),
+            "endgeneration" if close == "%}" => out.push_str(&tag.replacen("endgeneration", "endfilter", 1)),
+            _ => out.push_str(&tag.replace("\\\n", "")),
         }
-        rest = &tag[length..];
+        rest = after;
     }
     out.push_str(rest);
-    (out, found)
+    (out, marks)
 }
 
 /// `tojson` as transformers defines it: `json.dumps(value, ensure_ascii=False, indent=…)`.
@@ -219,7 +225,7 @@ impl Dump<'_> {
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number => out.push_str(&value.to_string()),
+            ValueKind::Number => out.push_str(&number(value)),
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), out),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
@@ -295,5 +301,116 @@ impl Dump<'_> {
             }
         }
         out.push('"');
+    }
+}
+
+/// A number as Python writes it: floats very large or small with an exponent of two digits.
+fn number(value: &Value) -> String {
+    let size = match f64::try_from(value.clone()) {
+        Ok(size) if !value.is_integer() && size != 0.0 && size.is_finite() => size,
+        _ => return value.to_string(),
+    };
+    let scientific = format!("{size:e}");
+    match scientific.split_once('e').map(|(digits, exponent)| (digits, exponent.parse::<i32>())) {
+        Some((digits, Ok(exponent))) if !(-4..16).contains(&exponent) => {
+            format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+        }
+        _ => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::conversation::Role;
+
+    fn render(source: &str, messages: &[Message]) -> String {
+        let template = Template::new(source, Some("<s>".into()), None, 1_722_000_000).unwrap();
+        template.render(messages, None, false).unwrap()
+    }
+
+    #[test]
+    fn json_is_written_as_python_writes_it() {
+        let said =
+            |filter: &str| render(&format!("{{{{ messages[0].value|tojson{filter} }}}}"), &[message()]);
+        // json.dumps of the same value with the same arguments, Python 3.11.
+        assert_eq!(
+            said(""),
+            r#"{"ü": [1, 2.5, true, null, 1e-05, 1e+20, 0.0001, -3.0], "a": "<\"&'>\n", "e": {}, "l": []}"#
+        );
+        assert_eq!(
+            said("(ensure_ascii=true, sort_keys=true, separators=(',', ':'))"),
+            r#"{"a":"<\"&'>\n","e":{},"l":[],"\u00fc":[1,2.5,true,null,1e-05,1e+20,0.0001,-3.0]}"#
+        );
+        let indented = said("(indent=1)");
+        assert!(indented.starts_with("{\n \"ü\": [\n  1,\n  2.5,\n"), "{indented}");
+        assert!(indented.ends_with("\n \"e\": {},\n \"l\": []\n}"), "{indented}");
+    }
+
+    fn message() -> Message {
+        let value = serde_json::json!({
+            "ü": [1, 2.5, true, null, 1e-5, 1e20, 1e-4, -3.0], "a": "<\"&'>\n", "e": {}, "l": []
+        });
+        let mut message = Message::new(Role::User, "hi");
+        message.fields.insert("value".into(), value);
+        message
+    }
+
+    #[test]
+    fn blocks_are_trimmed_and_loops_controlled() {
+        let source = "\
+  {% for i in range(9) %}
+    {%- if i == 1 %}{% continue %}{% endif %}
+    {% if i == 4 %}{% break %}{% endif %}
+{{ i }};
+  {% endfor %}
+end\n";
+        assert_eq!(render(source, &[]), "0;\n2;\n3;\nend");
+    }
+
+    #[test]
+    fn python_is_spoken() {
+        let source = "{{ none }} {{ true }} {{ ['a', 1.0] }} {{ none is iterable }} {{ 'A b'.lower().split(' ')[::-1] }}";
+        assert_eq!(render(source, &[]), "None True ['a', 1.0] False ['b', 'a']");
+        assert_eq!(render("{{ 'one \\\nline' }}\\\ntwo", &[]), "one line\\\ntwo");
+        assert_eq!(
+            render("{{ strftime_now('%d %b %Y') }}{{ bos_token }}{{ eos_token }}", &[]),
+            "26 Jul 2024<s>"
+        );
+    }
+
+    #[test]
+    fn reasoning_has_the_name_that_templates_read() {
+        let mut message = message();
+        message.fields.insert("reasoning".into(), "hm".into());
+        assert_eq!(
+            render("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}", &[message]),
+            "hmhm"
+        );
+    }
+
+    #[test]
+    fn generations_are_marked_and_change_nothing() {
+        let source = "{# {% generation %} #}{% for m in messages %}{% if m.role == 'assistant' %}A:
+            {%- generation -%}
+            {{ m.content }}.
+            {%- endgeneration -%}
+        |{% else %}U:{{ m.content }}|{% endif %}{% endfor %}";
+        let messages = [Message::new(Role::User, "q"), Message::new(Role::Assistant, "é"), message()];
+        let template = Template::new(source, None, None, 0).unwrap();
+        let rendered = template.render(&messages, None, false).unwrap();
+        assert_eq!(rendered, "U:q|A:é.|U:hi|");
+        assert_eq!(template.marked(&messages, None, &rendered), Some(vec![(6, 9)]));
+        let unmarked = Template::new("{{ messages }}", None, None, 0).unwrap();
+        assert_eq!(unmarked.marked(&messages, None, &rendered), None);
+    }
+
+    #[test]
+    fn errors_give_the_reason() {
+        let template = Template::new("{{ raise_exception('no ' ~ 'tools') }}", None, None, 0).unwrap();
+        let error = template.render(&[], None, false).unwrap_err();
+        assert_eq!(error.to_string(), "the chat template cannot render the conversation: no tools");
+        let error = Template::new("a\n{% if %}", None, None, 0).unwrap_err().to_string();
+        assert!(error.starts_with("the chat template is not valid in line 2: "), "{error}");
     }
 }

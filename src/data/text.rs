@@ -34,6 +34,8 @@ pub struct Text {
     template: Option<Template>,
     bos: Option<u32>,
     add_bos: Option<bool>,
+    /// Whether documents begin with `bos`.
+    begins: bool,
     /// The first is the one to append.
     eos: Vec<u32>,
     special: BTreeSet<u32>,
@@ -70,7 +72,9 @@ impl Text {
             .filter(|(_, token)| token.special)
             .map(|(id, _)| id)
             .collect();
-        Ok(Self { tokenizer, template, bos, add_bos: parts.add_bos, eos, special })
+        let mut text = Self { tokenizer, template, bos, add_bos: parts.add_bos, begins: false, eos, special };
+        text.begins = bos.is_some() && text.encode_document("a")?.first() == bos.as_ref();
+        Ok(text)
     }
 
     /// The tokens of a string, with nothing added.
@@ -131,7 +135,7 @@ impl Text {
     /// The tokens that ask the model for the next message.
     pub fn prompt_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
         let mut tokens = self.encode(&self.render(messages, true)?)?;
-        if let Some(bos) = self.missing_bos(&tokens)? {
+        if let Some(bos) = self.missing_bos(&tokens) {
             tokens.insert(0, bos);
         }
         Ok(tokens)
@@ -154,9 +158,8 @@ impl Text {
     }
 
     /// The token to put before a rendered conversation: templates that write it themselves must not get a second.
-    pub(crate) fn missing_bos(&self, tokens: &[u32]) -> Result<Option<u32>> {
-        let Some(bos) = self.bos.filter(|bos| tokens.first() != Some(bos)) else { return Ok(None) };
-        Ok((self.encode_document("a")?.first() == Some(&bos)).then_some(bos))
+    pub(crate) fn missing_bos(&self, tokens: &[u32]) -> Option<u32> {
+        self.bos.filter(|bos| self.begins && tokens.first() != Some(bos))
     }
 }
 
@@ -203,4 +206,124 @@ impl DecodeStream<'_> {
 
 fn failed(error: tokenizers::Error) -> Error {
     Error::invalid(format!("the tokenizer failed: {error}"))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::data::conversation::Role;
+
+    pub(crate) const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + \
+        '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+    /// The bundled byte-level tokenizer with further special tokens, changed by `edit`.
+    pub(crate) fn text(
+        special: &[&str],
+        parts: TemplateParts,
+        edit: impl FnOnce(&mut serde_json::Value),
+    ) -> Text {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-llama/tokenizer.json");
+        let mut file: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        edit(&mut file);
+        let mut tokenizer: Tokenizer = file.to_string().parse().unwrap();
+        let special = special.iter().map(|&token| tokenizers::AddedToken::from(token, true));
+        tokenizer.add_special_tokens(special).unwrap();
+        Text::new(tokenizer, parts).unwrap()
+    }
+
+    pub(crate) fn chatml() -> Text {
+        let parts = TemplateParts {
+            chat_template: Some(CHATML.into()),
+            eos_token: Some("<|im_end|>".into()),
+            ..TemplateParts::default()
+        };
+        text(&[], parts, |_| {})
+    }
+
+    /// A tokenizer that puts `<|im_start|>` (token 1) before each document, as Llama puts its `<s>`.
+    fn with_bos(add_bos: Option<bool>, template: &str) -> Text {
+        let parts = TemplateParts {
+            chat_template: Some(template.into()),
+            bos_token: Some("<|im_start|>".into()),
+            add_bos,
+            ..TemplateParts::default()
+        };
+        text(&[], parts, |file| {
+            file["post_processor"] = json!({
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "B", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"B": {"id": "B", "ids": [1], "tokens": ["<|im_start|>"]}}
+            });
+            file["truncation"] = json!(
+                {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+            );
+        })
+    }
+
+    #[test]
+    fn the_beginning_is_never_doubled_and_never_missing() {
+        let user = [Message::new(Role::User, "a long enough question")];
+        for template in ["{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"] {
+            let text = with_bos(None, template);
+            let tokens = text.prompt_tokens(&user).unwrap();
+            assert_eq!(tokens[0], 1);
+            assert_eq!(text.decode(&tokens[1..], false).unwrap(), "a long enough question");
+            assert_eq!(tokens, text.encode_document("a long enough question").unwrap());
+        }
+        let plain = with_bos(Some(false), "{{ messages[0].content }}");
+        assert!(!plain.prompt_tokens(&user).unwrap().contains(&1));
+        assert!(!plain.encode_document("hello").unwrap().contains(&1));
+        assert_eq!(plain.encode_document("<|im_start|>x").unwrap()[0], 1);
+        let parts = TemplateParts {
+            bos_token: Some("<|im_start|>".into()),
+            add_bos: Some(true),
+            ..Default::default()
+        };
+        assert_eq!(text(&[], parts, |_| {}).encode_document("hello").unwrap()[0], 1);
+    }
+
+    #[test]
+    fn a_stream_gives_whole_characters() {
+        let text = chatml();
+        let said = "naïve 日本語 🦀🔥 <|im_end|>\n  end e\u{301}";
+        let tokens = text.encode(said).unwrap();
+        let mut stream = text.decode_stream(false);
+        let pieces: Vec<String> = tokens.iter().map(|&token| stream.push(token).unwrap()).collect();
+        assert!(pieces.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)), "{pieces:?}");
+        assert!(pieces.iter().any(String::is_empty), "the crab has four bytes and as many tokens");
+        assert_eq!(pieces.concat() + &stream.finish().unwrap(), said);
+
+        let crab = text.encode("a🦀").unwrap();
+        let mut stream = text.decode_stream(true);
+        let cut: String = crab[..crab.len() - 1].iter().map(|&token| stream.push(token).unwrap()).collect();
+        assert_eq!(cut, "a");
+        assert!(stream.finish().unwrap().starts_with(char::REPLACEMENT_CHARACTER));
+    }
+
+    #[test]
+    fn special_tokens_can_be_left_out() {
+        let text = chatml();
+        let tokens = text.encode("<|im_start|>hi<|im_end|>").unwrap();
+        assert_eq!(text.decode(&tokens, true).unwrap(), "hi");
+        let mut stream = text.decode_stream(true);
+        assert_eq!(tokens.iter().map(|&token| stream.push(token).unwrap()).collect::<String>(), "hi");
+        assert_eq!(text.eos_ids(), [2]);
+    }
+
+    #[test]
+    fn unknown_tokens_and_missing_templates_are_told() {
+        let error = Text::new(
+            chatml().tokenizer().clone(),
+            TemplateParts { eos_token: Some("</s>".into()), ..TemplateParts::default() },
+        );
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "the `eos_token` is `</s>`, which the tokenizer does not know"
+        );
+        let error = text(&[], TemplateParts::default(), |_| {}).prompt_tokens(&[]).unwrap_err();
+        assert!(error.hint().unwrap().contains("chat_template.jinja"));
+    }
 }

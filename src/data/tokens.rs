@@ -127,7 +127,7 @@ impl<'a> Chat<'a> {
             *counted = turns.peek().is_some_and(|turn| end > turn.start);
         }
         let mut tokens = Tokens { tokens: self.encoding.get_ids().to_vec(), supervised };
-        if let Some(bos) = self.text.missing_bos(&tokens.tokens)? {
+        if let Some(bos) = self.text.missing_bos(&tokens.tokens) {
             tokens.tokens.insert(0, bos);
             tokens.supervised.insert(0, false);
         }
@@ -149,25 +149,15 @@ impl<'a> Chat<'a> {
             Err(_) => None,
         };
         match marked {
-            Some(spans) if spans.len() == wanted.len() => Ok(wanted
-                .iter()
-                .zip(spans)
-                .filter(|(i, _)| **i >= learn_from)
-                .map(|(_, (start, end))| self.close_marked(start, end))
-                .collect()),
+            // A template may mark more than messages, as the end token of the whole.
+            Some(spans) if spans.len() == wanted.len() || learn_from == 0 => {
+                let learned = |i: &usize| wanted.get(*i).is_none_or(|&message| message >= learn_from);
+                let spans = spans.into_iter().enumerate().filter(|(i, _)| learned(i));
+                Ok(spans
+                    .map(|(_, (start, end))| self.finish(start, end, end == self.rendered.len()))
+                    .collect())
+            }
             _ => wanted.into_iter().filter(|&i| i >= learn_from).map(|i| self.turn(i)).collect(),
-        }
-    }
-
-    /// A span that the template marked, and the end token if it follows.
-    fn close_marked(&self, start: usize, end: usize) -> Turn {
-        if let Some(last) = self.closing(start, end) {
-            return Turn { start, end: last, closed: true };
-        }
-        let next = self.spans.iter().position(|&(_, stop)| stop > end);
-        match next.filter(|&next| self.text.eos_ids().contains(&self.encoding.get_ids()[next])) {
-            Some(next) => Turn { start, end: self.spans[next].1, closed: true },
-            None => self.open(start, end, end == self.rendered.len()),
         }
     }
 
@@ -183,10 +173,7 @@ impl<'a> Chat<'a> {
         if let (Some(start), Some(stop)) = (start, stop)
             && start < stop
         {
-            return Ok(match self.closing(start, stop) {
-                Some(end) => Turn { start, end, closed: true },
-                None => self.open(start, stop, last),
-            });
+            return Ok(self.finish(start, stop, last));
         }
 
         let (content, content_end, stop) = self.probe(i)?;
@@ -197,11 +184,25 @@ impl<'a> Chat<'a> {
         })
     }
 
-    /// Without an end token: the last message is learned to the very end, where one is appended; another to the end
-    /// of what it says.
+    /// A turn that lies between these two, up to its end token.
+    fn finish(&self, start: usize, stop: usize, last: bool) -> Turn {
+        match self.closing(start, stop) {
+            Some(end) => Turn { start, end, closed: true },
+            None => self.open(start, stop, last),
+        }
+    }
+
+    /// Without an end token of its own: some models end a turn with the token that begins the next. Otherwise the last
+    /// message is learned to the very end, where a token is appended, and another to the end of what it says.
     fn open(&self, start: usize, stop: usize, last: bool) -> Turn {
-        let said = self.rendered[start..stop].trim_end().len();
-        Turn { start, end: if last { stop } else { start + said }, closed: false }
+        let said = start + self.rendered[start..stop].trim_end().len();
+        let ids = self.encoding.get_ids();
+        let next =
+            self.spans.iter().position(|&(from, to)| to > said && !self.rendered[from..to].trim().is_empty());
+        match next.filter(|&next| self.text.eos_ids().contains(&ids[next])) {
+            Some(next) => Turn { start, end: self.spans[next].1, closed: true },
+            None => Turn { start, end: if last { stop } else { said }, closed: false },
+        }
     }
 
     /// The end of the last special token before `stop`, if it ends a turn: only white space follows, or it is an
@@ -232,7 +233,8 @@ impl<'a> Chat<'a> {
     fn probe(&self, i: usize) -> Result<(usize, usize, usize)> {
         let template = self.text.template()?;
         let mut probed = self.messages.to_vec();
-        probed[i].content = PROBE.to_string();
+        probed[i].content = Some(PROBE.to_string());
+        probed[i].fields.shift_remove("content");
         let lost = || {
             Error::invalid(format!(
                 "the chat template changes or leaves out the content of message {}, so what to learn cannot be told",
@@ -259,4 +261,200 @@ impl<'a> Chat<'a> {
 
 fn common_prefix(x: &str, y: &str) -> usize {
     x.chars().zip(y.chars()).take_while(|(x, y)| x == y).map(|(c, _)| c.len_utf8()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::text::TemplateParts;
+    use crate::data::text::tests::{CHATML, chatml, text};
+
+    fn talk(turns: &[(Role, &str)]) -> Conversation {
+        Conversation::chat(turns.iter().map(|&(role, said)| Message::new(role, said)).collect())
+    }
+
+    fn two_turns() -> Conversation {
+        let turns = [
+            (Role::User, " q1 "),
+            (Role::Assistant, " a1\n"),
+            (Role::User, "q2"),
+            (Role::Assistant, "a2 é🦀"),
+        ];
+        talk(&turns)
+    }
+
+    /// The text with what is learned in brackets.
+    fn marked(conversation: &Conversation, text: &Text, train_on: TrainOn) -> String {
+        let Tokens { tokens, supervised } = tokenise(conversation, text, train_on).unwrap();
+        assert_eq!((tokens.len(), supervised[0]), (supervised.len(), false));
+        let row = crate::data::Row { tokens, supervised, document: 0 };
+        let segments = crate::data::preview(&row, text).unwrap();
+        segments.into_iter().map(|(said, counted)| if counted { format!("[{said}]") } else { said }).collect()
+    }
+
+    fn model(template: &str, special: &[&str], eos: &str) -> Text {
+        let parts = TemplateParts {
+            chat_template: Some(template.into()),
+            eos_token: Some(eos.into()),
+            ..TemplateParts::default()
+        };
+        text(special, parts, |_| {})
+    }
+
+    #[test]
+    fn answers_and_their_end_tokens_are_learned() {
+        assert_eq!(
+            marked(&two_turns(), &chatml(), TrainOn::Completion),
+            "<|im_start|>user\n q1 <|im_end|>\n<|im_start|>assistant\n[ a1\n<|im_end|>]\n\
+             <|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[a2 é🦀<|im_end|>]\n"
+        );
+        let question_last = talk(&[(Role::Assistant, "a"), (Role::User, "q")]);
+        assert_eq!(
+            marked(&question_last, &chatml(), TrainOn::Completion),
+            "<|im_start|>assistant\n[a<|im_end|>]\n<|im_start|>user\nq<|im_end|>\n"
+        );
+        assert!(
+            marked(&two_turns(), &chatml(), TrainOn::All)
+                .starts_with("<|im_start|>[user\n q1 <|im_end|>\n<|im_")
+        );
+    }
+
+    #[test]
+    fn context_is_not_learned() {
+        let Conversation::Chat { messages, tools, .. } = two_turns() else { unreachable!() };
+        let conversation = Conversation::Chat { messages, tools, learn_from: 2 };
+        let said = marked(&conversation, &chatml(), TrainOn::Completion);
+        assert!(
+            said.contains("assistant\n a1\n<|im_end|>\n") && said.ends_with("[a2 é🦀<|im_end|>]\n"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn templates_that_trim_and_have_no_prompt_of_their_own() {
+        let mistral = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}\
+            {% else %}{{ ' ' + m.content.strip() + eos_token }}{% endif %}{% endfor %}";
+        let text = model(mistral, &["</s>"], "</s>");
+        assert_eq!(
+            marked(&two_turns(), &text, TrainOn::Completion),
+            "[INST] q1 [/INST][ a1</s>][INST] q2 [/INST][ a2 é🦀</s>]"
+        );
+    }
+
+    #[test]
+    fn templates_that_change_what_came_before() {
+        let thinks = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}\
+            {% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}\
+            {{ m.content.split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+        let text = model(thinks, &[], "<|im_end|>");
+        assert_eq!(
+            marked(&two_turns(), &text, TrainOn::Completion),
+            "<|im_start|>user\n q1 <|im_end|>\n<|im_start|>assistant\n[ a1\n<|im_end|>]\n\
+             <|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[<think></think>a2 é🦀<|im_end|>]\n"
+        );
+        // A prompt that opens the thoughts is no prefix of what is rendered without them.
+        let opens = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif");
+        let text = model(&opens, &[], "<|im_end|>");
+        let said = marked(&two_turns(), &text, TrainOn::Completion);
+        assert!(said.contains("assistant\n[ a1\n<|im_end|>]\n<|im_start|>user"), "{said}");
+    }
+
+    #[test]
+    fn the_end_of_the_whole_is_learned_too() {
+        let phi = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}";
+        let text = model(phi, &["<|end|>", "<|user|>", "<|assistant|>", "</s>"], "</s>");
+        assert_eq!(
+            marked(&two_turns(), &text, TrainOn::Completion),
+            "<|user|>\n q1 <|end|>\n<|assistant|>\n[ a1\n<|end|>]\n<|user|>\nq2<|end|>\n\
+             <|assistant|>\n[a2 é🦀<|end|>\n</s>]"
+        );
+    }
+
+    #[test]
+    fn turns_without_end_tokens() {
+        let plain = "{% for m in messages %}{{ m.role + ': ' + m.content.strip() + '\n' }}{% endfor %}\
+            {% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}";
+        let expected = "user: q1\nassistant:[ a1]\nuser: q2\nassistant:[ a2 é🦀\n<|im_end|>]";
+        assert_eq!(marked(&two_turns(), &model(plain, &[], "<|im_end|>"), TrainOn::Completion), expected);
+
+        let glm = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content.strip() }}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
+        let special = ["<|user|>", "<|assistant|>"];
+        let parts = |eos| TemplateParts {
+            chat_template: Some(glm.into()),
+            eos_token: Some("<|endoftext|>".into()),
+            eos_token_ids: eos,
+            ..TemplateParts::default()
+        };
+        let user = text(&special, parts(vec![]), |_| {}).encode("<|user|>").unwrap();
+        let text = text(&special, parts(user), |_| {});
+        assert_eq!(
+            marked(&two_turns(), &text, TrainOn::Completion),
+            "<|user|>\nq1<|assistant|>[\na1<|user|>]\nq2<|assistant|>[\na2 é🦀<|endoftext|>]"
+        );
+    }
+
+    #[test]
+    fn what_the_template_marks_is_learned() {
+        let generation = CHATML
+            .replace(
+                "{{ '<|im_start|>' + m.role",
+                "{% if m.role == 'assistant' %}<|im_start|>model says\n\
+                {%- generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}\
+                {% else %}{{ '<|im_start|>' + m.role",
+            )
+            .replace("{% endfor", "{% endif %}{% endfor");
+        let text = model(&generation, &[], "<|im_end|>");
+        let said = marked(&two_turns(), &text, TrainOn::Completion);
+        assert!(
+            said.contains("model says[ a1\n<|im_end|>]\n") && said.ends_with("says[a2 é🦀<|im_end|>]\n"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_learned_is_an_error() {
+        let none = tokenise(&talk(&[(Role::User, "q")]), &chatml(), TrainOn::Completion).unwrap_err();
+        assert_eq!(none.to_string(), "the conversation has no `assistant` message to learn from");
+        let loses = "{% for m in messages %}{{ m.content|length }}{% endfor %}";
+        let text = model(loses, &[], "<|im_end|>");
+        let lost = tokenise(&two_turns(), &text, TrainOn::Completion).unwrap_err();
+        assert!(lost.to_string().contains("content of message 2,"), "{lost}");
+        assert_eq!(marked(&two_turns(), &text, TrainOn::All), "4[425<|im_end|>]");
+    }
+
+    #[test]
+    fn a_completion_is_learned_from_where_it_differs() {
+        let text = chatml();
+        let pair = |prompt: &str, completion: &str| {
+            let pair =
+                Conversation::PromptCompletion { prompt: prompt.into(), completion: completion.into() };
+            (marked(&pair, &text, TrainOn::Completion), marked(&pair, &text, TrainOn::All))
+        };
+        assert_eq!(
+            pair("ab ", "cd").0,
+            "ab[ cd<|im_end|>]",
+            "the space belongs to the token that begins with it"
+        );
+        assert_eq!(pair("a:", " cd<|im_end|>").0, "a:[ cd<|im_end|>]");
+        assert_eq!(pair("a:", " cd").1, "a[: cd<|im_end|>]");
+    }
+
+    #[test]
+    fn a_text_is_learned_whole() {
+        let text = chatml();
+        assert_eq!(marked(&Conversation::Text("1 2".into()), &text, TrainOn::Completion), "1[ 2<|im_end|>]");
+        assert_eq!(
+            marked(&Conversation::Text("1<|im_end|>".into()), &text, TrainOn::Completion),
+            "1[<|im_end|>]"
+        );
+        let endless = text_without_end();
+        assert_eq!(marked(&Conversation::Text("1 2".into()), &endless, TrainOn::Completion), "1[ 2]");
+    }
+
+    fn text_without_end() -> Text {
+        text(&[], TemplateParts::default(), |_| {})
+    }
 }

@@ -149,6 +149,9 @@ impl Checkpoint {
         let path = Path::new(source);
         let (store, tensors) = if path.is_dir() {
             Store::folder(path)?
+        } else if path.is_file() && path.extension().is_some_and(|extension| extension == "safetensors") {
+            return Err(Error::request(format!("`{source}` is a single file of weights"))
+                .with_hint("give the folder it is in, which has the model's `config.json` too"));
         } else if path.is_file() {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
