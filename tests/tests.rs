@@ -1,5 +1,7 @@
 //! One integration binary, a file per promise.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
 /// Commands, help and messages as a user sees them.
