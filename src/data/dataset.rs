@@ -174,10 +174,27 @@ pub fn load(
     train_on: TrainOn,
     first: u64,
 ) -> Result<(Vec<Row>, Counts)> {
+    rows(source, text, max_length, train_on, first, true)
+}
+
+/// The documents of one source as perplexity is measured on them: a text is what the tokenizer makes of it, without
+/// an end token put after it; the rest is as in training on completions.
+pub fn load_for_perplexity(source: &Source, text: &Text, max_length: usize) -> Result<(Vec<Row>, Counts)> {
+    rows(source, text, max_length, TrainOn::Completion, 0, false)
+}
+
+fn rows(
+    source: &Source,
+    text: &Text,
+    max_length: usize,
+    train_on: TrainOn,
+    first: u64,
+    end_texts: bool,
+) -> Result<(Vec<Row>, Counts)> {
     let path = &source.path;
     let (records, format) = source::read(path, source.format)?;
     let tokenised: Vec<Result<Tokens>> =
-        records.par_iter().map(|record| tokenise(&record.conversation, text, train_on)).collect();
+        records.par_iter().map(|record| tokenise(&record.conversation, text, train_on, end_texts)).collect();
 
     let mut counts = Counts {
         path: path.clone(),
@@ -343,6 +360,15 @@ mod tests {
         let none = Dataset::load(&[train], &[], &text, &preparation(99, 0.0)).unwrap();
         assert!(none.eval.is_empty() && none.warnings.is_empty());
         assert!(Dataset::load(&[], &[], &text, &preparation(99, 0.0)).is_err());
+    }
+
+    #[test]
+    fn perplexity_sees_texts_as_the_tokenizer_has_them() {
+        let (_file, source) = source(&[r#"{"text": "1 2 3"}"#]);
+        let text = chatml();
+        let (rows, _) = load_for_perplexity(&source, &text, 99).unwrap();
+        assert_eq!(rows[0].tokens, text.encode_document("1 2 3").unwrap());
+        assert_eq!(load(&source, &text, 99, TrainOn::Completion, 0).unwrap().0[0].tokens.last(), Some(&2));
     }
 
     #[test]
