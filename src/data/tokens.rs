@@ -402,6 +402,21 @@ mod tests {
     }
 
     #[test]
+    fn spaces_that_the_tokenizer_trims_belong_to_their_token() {
+        let parts = TemplateParts {
+            chat_template: Some("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}".into()),
+            eos_token: Some("<|im_end|>".into()),
+            ..TemplateParts::default()
+        };
+        let trims = serde_json::json!(
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}
+        );
+        let text = text(&[], parts, |file| file["post_processor"] = trims);
+        let conversation = talk(&[(Role::User, "q"), (Role::Assistant, " a1 ")]);
+        assert_eq!(marked(&conversation, &text, TrainOn::Completion), "user:qassistant:[ a1 <|im_end|>]");
+    }
+
+    #[test]
     fn what_the_template_marks_is_learned() {
         let generation = CHATML
             .replace(
