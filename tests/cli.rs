@@ -1,14 +1,10 @@
 use std::io::Read;
 use std::process::{Command, Output, Stdio};
 
-/// `peft` in the repository, without colours and with a width of its own.
+/// `peft` in the repository, without colours.
 fn peft(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_peft"));
-    command
-        .args(arguments)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .env("COLUMNS", "100")
-        .env("NO_COLOR", "1");
+    command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).env("NO_COLOR", "1");
     command
 }
 
@@ -461,15 +457,20 @@ fn wrong_requests_exit_with_2_and_say_what_to_do() {
     ----- stderr
     error: `peft upcycle` is not built in this version
     ");
-    insta::assert_snapshot!(
-        told(&["generate", "--model", "m", "--prompt", "p", "--top-p", "1.5"]),
-        @"
+    let top_p = ["generate", "--model", "m", "--prompt", "p", "--top-p", "1.5"];
+    insta::assert_snapshot!(told(&top_p), @"
     exit 2
     ----- stderr
     error: invalid value '1.5' for '--top-p <P>': expected a number above 0 and at most 1
 
     For more information, try '--help'.
     ");
+}
+
+#[test]
+fn a_wrong_line_of_a_recipe_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("wrong.toml");
     let text = include_str!("../recipes/quickstart.toml").replace("learning_rate", "learnign_rate");
     let line = text.lines().position(|line| line.contains("learnign_rate")).unwrap() + 1;
     std::fs::write(&path, text).unwrap();

@@ -10,11 +10,17 @@ mod data;
 mod fixture;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.
 mod gradients;
+/// Models come from the Hub as a whole or not at all, with what a user has to know when they do not.
+mod hub;
 /// Who may use whom, and how long a file may be.
 mod layering;
 /// Ten optimizer steps against ten golden losses.
 mod losses;
+/// Merged weights are those of PEFT, compute what the adapter computes, and are the base's elsewhere.
+mod merge;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
 /// Recipes as they are written, planned and written again.
 mod recipes;
+/// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.
+mod weights;

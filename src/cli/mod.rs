@@ -12,7 +12,9 @@ use crate::error::Result;
 
 mod builtin;
 mod commands;
+mod inspect;
 mod interrupt;
+mod models;
 mod overrides;
 mod report;
 mod terminal;
@@ -193,7 +195,7 @@ struct Eval {
 #[derive(Debug, Args)]
 struct Inspect {
     /// A model, an adapter, a data file or a run
-    path: PathBuf,
+    path: String,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -274,10 +276,10 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Check(arguments) => commands::check(&arguments, terminal),
         Command::Merge(arguments) => commands::merge(&arguments, terminal),
         Command::Upcycle(arguments) => commands::upcycle(&arguments),
-        Command::Generate(arguments) => commands::generate(&arguments, terminal),
-        Command::Chat(arguments) => commands::chat(&arguments, terminal),
-        Command::Eval(arguments) => commands::eval(&arguments, terminal),
-        Command::Inspect(arguments) => commands::inspect(&arguments, terminal),
+        Command::Generate(arguments) => models::generate(&arguments, terminal),
+        Command::Chat(arguments) => models::chat(&arguments, terminal),
+        Command::Eval(arguments) => models::eval(&arguments, terminal),
+        Command::Inspect(arguments) => inspect::inspect(&arguments, terminal),
         Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
     }
 }

@@ -55,6 +55,32 @@ impl Terminal {
         written.map_err(Error::from)
     }
 
+    /// Writes one JSON document to stdout.
+    pub(super) fn write_json(&mut self, document: &impl serde::Serialize) -> Result<()> {
+        let text = serde_json::to_string_pretty(document)?;
+        self.write(format_args!("{text}\n"))
+    }
+
+    /// Says a fact on stderr, unless only errors and warnings are wanted.
+    pub(super) fn say(&self, text: Arguments<'_>) {
+        match self.log {
+            Log::Silent => {}
+            Log::Json => {
+                message(format_args!("{}", serde_json::json!({ "event": "note", "text": text.to_string() })))
+            }
+            _ => message(text),
+        }
+    }
+
+    /// Says on stderr what the user should look at.
+    pub(super) fn warn(&self, text: &str) {
+        if self.log == Log::Json {
+            let event = serde_json::json!({ "event": "warning", "text": text });
+            return message(format_args!("{event}"));
+        }
+        message(format_args!("{} {text}", Label::warning(self.coloured)));
+    }
+
     /// Whether the reader of stdout has gone away.
     pub(super) fn stdout_is_closed(&self) -> bool {
         self.stdout_is_closed

@@ -45,6 +45,20 @@ pub enum Format {
     Text,
 }
 
+impl Format {
+    /// Its name in a recipe.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Messages => "messages",
+            Self::Alpaca => "alpaca",
+            Self::PromptCompletion => "prompt-completion",
+            Self::Text => "text",
+        }
+    }
+}
+
 /// A record, and where it began.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {

@@ -107,6 +107,7 @@ impl Pretrained {
         };
         // transformers 5 writes `dtype`; both read `torch_dtype`.
         let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+        // The family's reader has refused what is not an object.
         config[key] = Value::from(name);
         let text = serde_json::to_string_pretty(&config)? + "\n";
         write_atomic(folder.join("config.json"), text.as_bytes())

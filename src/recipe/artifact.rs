@@ -37,7 +37,10 @@ impl<'a> AdapterFiles<'a> {
         let provenance = Provenance {
             base_model: Some(base_model.to_string()),
             revision: revision.map(str::to_string),
-            metadata: BTreeMap::from([("peft_rs_version".to_string(), env!("CARGO_PKG_VERSION").to_string())]),
+            metadata: BTreeMap::from([(
+                "peft_rs_version".to_string(),
+                env!("CARGO_PKG_VERSION").to_string(),
+            )]),
         };
         Self { adapter, base: &prepared.base, trainables: trainables.clone(), provenance }
     }
@@ -71,9 +74,7 @@ impl<'a> ModelFiles<'a> {
 
 impl Artifact for ModelFiles<'_> {
     fn write(&self, folder: &Path) -> Result<()> {
-        let specs = self.trainables.iter().map(|(name, variable)| {
-            TensorSpec::of(name, variable.as_tensor())
-        });
+        let specs = self.trainables.iter().map(|(name, variable)| TensorSpec::of(name, variable.as_tensor()));
         let specs = specs.collect::<Result<Vec<_>>>()?;
         let mut writer = ShardedWriter::create(folder, &specs, &BTreeMap::new(), DEFAULT_SHARD_BYTES)?;
         for (name, variable) in &self.trainables {
@@ -86,19 +87,17 @@ impl Artifact for ModelFiles<'_> {
 
     fn restore(&self, folder: &Path) -> Result<()> {
         let saved = Pretrained::open(&folder.to_string_lossy())?;
-        let tensors = self.trainables.keys().map(|name| {
-            Ok((name.to_string(), saved.read(name, self.dtype, &Device::Cpu)?))
-        });
+        let tensors = self
+            .trainables
+            .keys()
+            .map(|name| Ok((name.to_string(), saved.read(name, self.dtype, &Device::Cpu)?)));
         set_all(&self.trainables, tensors.collect::<Result<_>>()?).at(folder)
     }
 }
 
 fn set_all(trainables: &Trainables, mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
     for (name, variable) in trainables {
-        let saved = tensors
-            .remove(&**name)
-            .ok_or_else(|| Error::invalid("is missing"))
-            .in_tensor(name)?;
+        let saved = tensors.remove(&**name).ok_or_else(|| Error::invalid("is missing")).in_tensor(name)?;
         variable.set(&saved.to_dtype(variable.dtype())?).in_tensor(name)?;
     }
     match tensors.keys().next() {

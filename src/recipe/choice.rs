@@ -3,8 +3,11 @@
 use std::fmt::{self, Display};
 use std::str::FromStr;
 
+use candle_core::DType;
 use serde::de::{self, Deserialize, Deserializer};
 use serde::{Serialize, Serializer};
+
+use crate::model::Pretrained;
 
 /// What a recipe is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -27,6 +30,18 @@ pub enum DtypeChoice {
     F32,
     /// bfloat16.
     Bf16,
+}
+
+impl DtypeChoice {
+    /// The type that products with the weights of `base` are computed in.
+    #[must_use]
+    pub fn of(self, base: &Pretrained) -> DType {
+        match self {
+            Self::Auto => base.compute_dtype(),
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 /// The kind of an adapter: so far there is one.

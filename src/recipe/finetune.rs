@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 
 use super::artifact::{AdapterFiles, ModelFiles, publish};
-use super::choice;
+use super::choice::RecomputeChoice;
+use super::describe::describe;
 use super::plan::{MemoryBudget, Plan};
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
 use crate::adapter::{attach, init};
@@ -31,7 +32,7 @@ pub fn finetune(
 ) -> Result<Summary> {
     let prepared = Prepared::of(plan)?;
     prepare_output(&plan.output, resume)?;
-    for text in prepared.describe(plan)? {
+    for text in describe(plan, &prepared) {
         reporter.report(&Event::Note { text });
     }
     for warning in &prepared.dataset.warnings {
@@ -66,9 +67,8 @@ pub fn finetune(
 fn prepare_output(output: &Path, resume: bool) -> Result<()> {
     let occupied = output.join("recipe.toml").exists() || output.join("metrics.jsonl").exists();
     if occupied && !resume {
-        return Err(Error::request("holds a run already").with_hint(
-            "go on with `--resume`, or choose another folder with `--output`",
-        ))
+        return Err(Error::request("holds a run already")
+            .with_hint("go on with `--resume`, or choose another folder with `--output`"))
         .at(output);
     }
     std::fs::create_dir_all(output).at(output)
@@ -134,10 +134,10 @@ fn memory_choice(plan: &Plan, prepared: &Prepared) -> (Recompute, usize) {
     let tokens = (plan.data.max_length * plan.train.batch_size) as u64;
     let bytes = |recompute| config.activation_bytes_per_token(prepared.dtype, recompute).max(1);
     let recompute = match plan.train.checkpoint {
-        choice::Recompute::None => Recompute::None,
-        choice::Recompute::Block => Recompute::Block,
-        choice::Recompute::Auto if tokens * bytes(Recompute::None) <= left => Recompute::None,
-        choice::Recompute::Auto => Recompute::Block,
+        RecomputeChoice::None => Recompute::None,
+        RecomputeChoice::Block => Recompute::Block,
+        RecomputeChoice::Auto if tokens * bytes(Recompute::None) <= left => Recompute::None,
+        RecomputeChoice::Auto => Recompute::Block,
     };
     let fitting = (left / bytes(recompute)).clamp(plan.data.max_length as u64, tokens);
     (recompute, fitting as usize)

@@ -28,19 +28,29 @@ use crate::data::{Format, TrainOn};
 use crate::error::{Error, Result};
 use crate::train::Schedule;
 
+mod artifact;
 mod bounds;
+mod check;
 mod choice;
+mod describe;
 mod document;
 pub mod figures;
+mod finetune;
+mod loaded;
 mod mixture;
 mod plan;
+mod prepared;
 mod typed;
 
+pub use check::{Report, Segment, Target, check};
 pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
 pub use document::Document;
+pub use finetune::finetune;
+pub use loaded::Loaded;
 pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, TrainPlan, Trained,
 };
+pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
 
 use mixture::{Distill, Losses, RouterTraining, Routing};
 

@@ -155,7 +155,7 @@ impl Plan {
 }
 
 impl AdapterPlan {
-    fn of(recipe: &AdapterRecipe, run_seed: u64) -> Self {
+    pub(super) fn of(recipe: &AdapterRecipe, run_seed: u64) -> Self {
         let rank = recipe.rank.unwrap_or(16);
         let seed = recipe.seed.unwrap_or(run_seed);
         let config = LoraConfig {

@@ -1,10 +1,10 @@
 //! A plan against the files it names: everything that can be known before a weight is read.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::choice::DtypeChoice;
+use super::AdapterRecipe;
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
 use crate::adapter::{LoraConfig, Placements, hf, resolve};
 use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
@@ -57,28 +57,6 @@ pub struct Trainable {
     pub all: u64,
 }
 
-impl Trainable {
-    /// The sentence that PEFT prints.
-    #[must_use]
-    pub fn sentence(&self) -> String {
-        let share = 100.0 * self.trainable as f64 / self.all as f64;
-        let (trainable, all) = (thousands(self.trainable), thousands(self.all));
-        format!("trainable params: {trainable} || all params: {all} || trainable%: {share:.4}")
-    }
-}
-
-fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
 impl Prepared {
     /// Opens model, tokenizer and data of `plan` and resolves the targets; reads no weight.
     pub fn of(plan: &Plan) -> Result<Self> {
@@ -99,15 +77,13 @@ impl Prepared {
         let most = base.config().max_position_embeddings;
         if plan.data.max_length > most {
             let asked = plan.data.max_length;
-            return Err(Error::request(format!("`data.max_length` is {asked}, and the model sees {most} tokens"))
-                .with_hint(format!("set `data.max_length` to {most} or less")));
+            return Err(Error::request(format!(
+                "`data.max_length` is {asked}, and the model sees {most} tokens"
+            ))
+            .with_hint(format!("set `data.max_length` to {most} or less")));
         }
         let dataset = Dataset::load(train, eval, &text, &preparation)?;
-        let dtype = match plan.model.dtype {
-            DtypeChoice::Auto => base.compute_dtype(),
-            DtypeChoice::F32 => DType::F32,
-            DtypeChoice::Bf16 => DType::BF16,
-        };
+        let dtype = plan.model.dtype.of(&base);
         let mut prepared = Self { base, text, dataset, trained, dtype, steps: 0 };
         prepared.steps = prepared.steps_of(plan);
         Ok(prepared)
@@ -173,13 +149,13 @@ impl Prepared {
 impl Trainee {
     fn of(plan: &Plan, base: &Pretrained) -> Result<Self> {
         let Trained::Adapter(written) = &plan.trained else { return Ok(Self::Full) };
-        let from = written.from.as_ref().map(|path| {
-            hf::Adapter::read(path, &candle_core::Device::Cpu).at(path)
-        });
-        let from = from.transpose()?;
+        let from = match &written.from {
+            Some(path) => Some(hf::Adapter::read(path, &Device::Cpu)?),
+            None => None,
+        };
         let config = match &from {
-            Some(adapter) => continued(written, adapter)?,
-            None => written.lora_config(),
+            Some(adapter) => continued(&written.config, adapter)?,
+            None => written.config.clone(),
         };
         if config.rank == 0 {
             return Err(Error::request("`adapter.rank` is 0, so nothing would be trained")
@@ -193,22 +169,31 @@ impl Trainee {
     }
 }
 
-/// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe.
-fn continued(written: &AdapterPlan, adapter: &hf::Adapter) -> Result<LoraConfig> {
+/// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe. What the recipe
+/// says otherwise must not differ from it.
+fn continued(written: &LoraConfig, adapter: &hf::Adapter) -> Result<LoraConfig> {
     let own = &adapter.config;
-    let defaults = AdapterPlan::default();
-    if written.rank != defaults.rank && written.rank != own.rank {
-        let (asked, found) = (written.rank, own.rank);
-        return Err(Error::request(format!(
-            "`adapter.rank` is {asked}, and the adapter of `adapter.from` has rank {found}"
-        ))
-        .with_hint("leave out `adapter.rank`: an adapter keeps its rank, alpha and targets"));
+    let default = AdapterPlan::of(&AdapterRecipe::default(), 0).config;
+    let mut differing = Vec::new();
+    if written.rank != default.rank && written.rank != own.rank {
+        differing.push(format!("`adapter.rank` is {}, and its rank is {}", written.rank, own.rank));
     }
-    if written.targets != defaults.targets && written.lora_config().targets != own.targets {
-        return Err(Error::request("`adapter.targets` differ from those of the adapter in `adapter.from`")
-            .with_hint("leave out `adapter.targets`: an adapter keeps its rank, alpha and targets"));
+    let alpha_is_said = written.alpha() != written.rank as f64;
+    if alpha_is_said && written.alpha() != own.alpha() {
+        differing.push(format!("`adapter.alpha` is {}, and its alpha is {}", written.alpha(), own.alpha()));
     }
-    Ok(LoraConfig { dropout: written.dropout, dropout_seed: written.dropout_seed, ..own.clone() })
+    if written.targets != default.targets && written.targets != own.targets {
+        differing.push("`adapter.targets` are not its targets".to_string());
+    }
+    if differing.is_empty() {
+        return Ok(LoraConfig {
+            dropout: written.dropout,
+            dropout_seed: written.dropout_seed,
+            ..own.clone()
+        });
+    }
+    Err(Error::request(format!("the adapter in `adapter.from` is another one: {}", differing.join("; ")))
+        .with_hint("leave out `adapter.rank`, `adapter.alpha` and `adapter.targets`: it keeps its own"))
 }
 
 /// Tokenizer and chat template of a model.

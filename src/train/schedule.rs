@@ -16,6 +16,16 @@ pub enum Schedule {
 }
 
 impl Schedule {
+    /// Its name in a recipe.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Constant => "constant",
+            Self::Linear => "linear",
+            Self::Cosine => "cosine",
+        }
+    }
+
     /// The factor of the learning rate for the update after `step` updates, of `steps` in all. It rises from 0 over
     /// `warmup` updates.
     #[must_use]

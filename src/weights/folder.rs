@@ -63,6 +63,11 @@ impl Folder {
         Some(&self.shards[self.places.get(name)?.shard].path)
     }
 
+    /// Where in its file a tensor is.
+    pub(super) fn range_of(&self, name: &str) -> Option<std::ops::Range<usize>> {
+        self.places.get(name).map(|place| place.start..place.end)
+    }
+
     /// Lets go of the pages that reading a tensor brought in.
     pub(super) fn release(&self, name: &str) {
         if let Some(place) = self.places.get(name) {

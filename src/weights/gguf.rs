@@ -29,6 +29,7 @@ impl Gguf {
     pub(super) fn open(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
         let map = super::map(path)?;
         let content = read_header(&map).at(path)?;
+        refuse_part(&content.metadata).at(path)?;
         let mut tensors = BTreeMap::new();
         let mut places = BTreeMap::new();
         for (name, info) in &content.tensor_infos {
@@ -95,11 +96,20 @@ pub(super) fn quantized(
     Ok(QTensor::new(QStorage::from_data(Cow::Borrowed(bytes), device, stored)?, shape)?)
 }
 
+/// A model may be split over several files, of which each is a GGUF file.
+fn refuse_part(metadata: &GgufMetadata) -> Result<()> {
+    let count = metadata.get("split.count").and_then(|count| count.to_u64().ok()).unwrap_or(1);
+    if count <= 1 {
+        return Ok(());
+    }
+    Err(Error::request(format!("is one of {count} parts of a model"))
+        .with_hint("join the parts with `llama-gguf-split --merge`"))
+}
+
 fn read_header(map: &[u8]) -> Result<Content> {
     if map.get(..4) != Some(b"GGUF") {
-        return Err(
-            Error::invalid("does not begin with `GGUF`").with_hint("is it a GGUF file, and a whole one?")
-        );
+        return Err(Error::invalid("does not begin with `GGUF`")
+            .with_hint("give a .gguf file, or the folder of a model"));
     }
     // candle divides by the alignment that the file states, which may be zero.
     let read = std::panic::catch_unwind(|| Content::read(&mut Cursor::new(map)));

@@ -149,6 +149,9 @@ impl Checkpoint {
         let path = Path::new(source);
         let (store, tensors) = if path.is_dir() {
             Store::folder(path)?
+        } else if path.is_file() && path.extension().is_some_and(|extension| extension == "safetensors") {
+            return Err(Error::request(format!("`{source}` is a single file of weights"))
+                .with_hint("give the folder it is in, which has the model's `config.json` too"));
         } else if path.is_file() {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
@@ -313,6 +316,15 @@ impl Checkpoint {
         match &self.store {
             Store::Folder(folder) => folder.release(name),
             Store::Gguf(gguf) => gguf.release(name),
+        }
+    }
+
+    /// The safetensors file that holds a tensor and where in it its bytes are; `None` in a GGUF file.
+    #[must_use]
+    pub fn place_of(&self, name: &str) -> Option<(&Path, std::ops::Range<usize>)> {
+        match &self.store {
+            Store::Folder(folder) => Some((folder.file_of(name)?, folder.range_of(name)?)),
+            Store::Gguf(_) => None,
         }
     }
 

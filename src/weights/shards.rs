@@ -13,6 +13,7 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
+use super::StoredType;
 use super::write::{replace_file, write_atomic};
 use crate::error::{Context, Error, Result};
 
@@ -127,7 +128,7 @@ impl ShardedWriter {
         if Some(place.dtype) != safetensors_dtype(tensor.dtype()) || place.shape != tensor.dims() {
             return Err(Error::invalid(format!(
                 "announced as {} {:?}, found {} {:?}",
-                place.dtype,
+                StoredType::from(place.dtype),
                 place.shape,
                 tensor.dtype().as_str(),
                 tensor.dims()

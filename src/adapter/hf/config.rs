@@ -7,9 +7,9 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
-use super::super::patterns::Patterns;
 use super::super::target::{Placements, few};
 use super::Provenance;
+use super::fields::{Fields, NamesOrText, is_neutral};
 use crate::error::{Context, Error, Result};
 
 /// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
@@ -56,6 +56,7 @@ const REFUSED: [(&str, &str); 14] = [
 /// Initialisations after which the adapter belongs to changed base weights.
 const CHANGE_THE_BASE: [&str; 6] = ["pissa", "olora", "corda", "lora_ga", "loftq", "kasa"];
 
+const CHANGED_BASE: &str = "the adapter belongs to base weights that were changed";
 const PLAIN_FORM: &str = "save it again from PEFT with `save_pretrained(.., path_initial_model_for_weight_conversion=..)`, \
      which makes a plain LoRA of it";
 
@@ -80,7 +81,7 @@ fn parse(text: &str) -> Result<Read> {
     let Value::Object(map) = serde_json::from_str(text)? else {
         return Err(Error::invalid("is not a JSON object"));
     };
-    let mut fields = Fields { map, problems: Vec::new(), changed_base: false };
+    let mut fields = Fields::new(map);
     match fields.take("peft_type") {
         Some(Value::String(kind)) if kind.eq_ignore_ascii_case("lora") => {}
         Some(kind) => {
@@ -122,77 +123,13 @@ fn parse(text: &str) -> Result<Read> {
     let warnings = fields.leftovers();
     if !fields.problems.is_empty() {
         let error = Error::invalid(few(&fields.problems));
-        return Err(if fields.changed_base { error.with_hint(PLAIN_FORM) } else { error });
+        let changed_base = fields.problems.iter().any(|problem| problem.ends_with(CHANGED_BASE));
+        return Err(if changed_base { error.with_hint(PLAIN_FORM) } else { error });
     }
     Ok(Read { config, base_model, revision, warnings })
 }
 
-/// The file's keys, taken one by one; what is wrong is gathered, so that all of it is said at once.
-struct Fields {
-    map: Map<String, Value>,
-    problems: Vec<String>,
-    changed_base: bool,
-}
-
-enum NamesOrText {
-    Names(Vec<String>),
-    Text(String),
-}
-
 impl Fields {
-    /// The value of a key that is there and not null.
-    fn take(&mut self, key: &str) -> Option<Value> {
-        self.map.shift_remove(key).filter(|value| !value.is_null())
-    }
-
-    fn wrong(&mut self, key: &str, value: &Value, expected: &str) {
-        self.problems.push(format!("`{key}` is {value}, expected {expected}"));
-    }
-
-    fn number(&mut self, key: &str) -> Option<f64> {
-        let value = self.take(key)?;
-        let number = value.as_f64();
-        if number.is_none() {
-            self.wrong(key, &value, "a number");
-        }
-        number
-    }
-
-    fn flag(&mut self, key: &str) -> bool {
-        match self.take(key) {
-            None => false,
-            Some(Value::Bool(flag)) => flag,
-            Some(value) => {
-                self.wrong(key, &value, "true or false");
-                false
-            }
-        }
-    }
-
-    fn text(&mut self, key: &str) -> Option<String> {
-        match self.take(key)? {
-            Value::String(text) => Some(text).filter(|text| !text.is_empty()),
-            value => {
-                self.wrong(key, &value, "a string");
-                None
-            }
-        }
-    }
-
-    fn names_or_text(&mut self, key: &str) -> Option<NamesOrText> {
-        let value = self.take(key)?;
-        if let Value::String(text) = value {
-            return Some(NamesOrText::Text(text));
-        }
-        let names: Option<Vec<String>> = value
-            .as_array()
-            .and_then(|list| list.iter().map(|name| name.as_str().map(str::to_string)).collect());
-        if names.is_none() {
-            self.wrong(key, &value, "a list of names or a regular expression");
-        }
-        names.map(NamesOrText::Names)
-    }
-
     fn targets(&mut self) -> Targets {
         match self.names_or_text("target_modules") {
             // What PEFT falls back to for every family that is read here.
@@ -231,25 +168,6 @@ impl Fields {
         dropout
     }
 
-    fn patterns<T>(&mut self, key: &str, expected: &str, read: impl Fn(&Value) -> Option<T>) -> Patterns<T> {
-        let map = match self.take(key) {
-            None => return Patterns::default(),
-            Some(Value::Object(map)) => map,
-            Some(value) => {
-                self.wrong(key, &value, "an object");
-                return Patterns::default();
-            }
-        };
-        let mut pairs = Vec::new();
-        for (pattern, value) in map {
-            match read(&value) {
-                Some(read) => pairs.push((pattern, read)),
-                None => self.wrong(&format!("{key}.{pattern}"), &value, expected),
-            }
-        }
-        Patterns(pairs)
-    }
-
     fn layers(&mut self) -> Option<Vec<usize>> {
         let value = self.take("layers_to_transform")?;
         let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
@@ -269,10 +187,7 @@ impl Fields {
             Some(Value::String(name)) => {
                 let lower = name.to_lowercase();
                 if CHANGE_THE_BASE.iter().any(|kind| lower.starts_with(kind)) {
-                    self.changed_base = true;
-                    self.problems.push(format!(
-                        "`init_lora_weights` is \"{name}\": the adapter belongs to base weights that were changed"
-                    ));
+                    self.problems.push(format!("`init_lora_weights` is \"{name}\": {CHANGED_BASE}"));
                 }
                 if lower == "gaussian" { Init::Gaussian } else { Init::Peft }
             }
@@ -311,18 +226,6 @@ impl Fields {
             }
         }
         warnings
-    }
-}
-
-/// Whether the value stands for "off" whatever the key.
-fn is_neutral(value: &Value) -> bool {
-    match value {
-        Value::Null => true,
-        Value::Bool(flag) => !flag,
-        Value::String(text) => text.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        Value::Number(_) => false,
     }
 }
 

@@ -5,17 +5,19 @@
 
 mod card;
 mod config;
+mod fields;
 mod tensors;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::config::LoraConfig;
 use super::lora::tensor_names;
 use super::target::{Placements, few, place};
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
+use crate::model::Pretrained;
 use crate::model::config::DecoderConfig;
 use crate::weights::write_atomic;
 
@@ -26,9 +28,14 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// The model card's file.
 pub const CARD_FILE: &str = "README.md";
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
 /// An adapter as its folder has it.
 #[derive(Debug, Clone)]
 pub struct Adapter {
+    /// The folder, as it was named.
+    pub source: String,
     /// Rank, scale and targets. Seeds are not on disk and have their defaults; `alpha` is always said.
     pub config: LoraConfig,
     /// The model it was trained on, as its trainer called it.
@@ -37,6 +44,9 @@ pub struct Adapter {
     pub revision: Option<String>,
     /// In f32, by name without the prefix `base_model.model.`: see [`tensor_names`].
     pub tensors: BTreeMap<String, Tensor>,
+    /// Copies of the model's own embedding or head, which PEFT adds where these are targeted: [`Adapter::fit`] makes
+    /// sure that they are copies.
+    pub copies: BTreeMap<String, Tensor>,
     /// What was found and left aside because it changes nothing.
     pub warnings: Vec<String>,
 }
@@ -49,18 +59,50 @@ impl Adapter {
         if !path.exists() {
             return Err(missing_tensors(folder));
         }
-        let tensors = tensors::read(&path, read.config.lora_bias, device)?;
+        let tensors::Read { tensors, copies } = tensors::read(&path, read.config.lora_bias, device)?;
         Ok(Self {
+            source: folder.display().to_string(),
             config: read.config,
             base_model: read.base_model,
             revision: read.revision,
             tensors,
+            copies,
             warnings: read.warnings,
         })
     }
 
+    /// Where the adapter goes on the model, whose embedding and head are those that the adapter holds copies of.
+    pub fn fit(&self, model: &Pretrained) -> Result<Placements> {
+        for (name, copy) in &self.copies {
+            // A tied head is the embedding.
+            let tied = model.config().tie_word_embeddings && name == HEAD;
+            let original = model.read(if tied { EMBEDDING } else { name }, DType::F32, copy.device())?;
+            if copy.dims() != original.dims() {
+                return Err(self.not_a_copy(
+                    name,
+                    &format!("has shape {:?}, and the model\'s {:?}", copy.dims(), original.dims()),
+                ));
+            }
+            let difference = (copy.to_dtype(DType::F32)? - original)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            if difference != 0.0 {
+                return Err(
+                    self.not_a_copy(name, &format!("differs from the model\'s by up to {difference}"))
+                );
+            }
+        }
+        self.place(model.config())
+    }
+
     /// Where the adapter goes on `model`: every tensor has its layer there, and the shape that rank and layer ask for.
+    /// Refuses copies, which take the model itself to judge: see [`Adapter::fit`].
     pub fn placements(&self, model: &DecoderConfig) -> Result<Placements> {
+        match self.copies.keys().next() {
+            Some(name) => Err(self.not_a_copy(name, "is a whole tensor of the model")),
+            None => self.place(model),
+        }
+    }
+
+    fn place(&self, model: &DecoderConfig) -> Result<Placements> {
         let resolved = place(&self.config, model)?;
         let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for placement in &resolved.placements {
@@ -96,6 +138,15 @@ impl Adapter {
             Some(base) => error.with_hint(format!("the adapter was made for `{base}`")),
             None => error,
         })
+    }
+
+    fn not_a_copy(&self, name: &str, what: &str) -> Error {
+        Error::At {
+            path: self.source.clone().into(),
+            source: Box::new(Error::invalid(format!(
+                "`{name}` {what}; trained embeddings are not supported"
+            ))),
+        }
     }
 
     /// What to warn of when the adapter goes on the model called `source`: another name than it was trained on.

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 
 use super::super::target::few;
+use super::{EMBEDDING, HEAD};
 use crate::error::{Context, Error, Result};
 use crate::weights::write_safetensors;
 
@@ -19,12 +20,20 @@ pub(super) fn is_of(name: &str, path: &str) -> bool {
     name.strip_prefix(path).is_some_and(|rest| SUFFIXES.contains(&rest))
 }
 
-/// Every tensor in f32, by its name without prefix.
-pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<BTreeMap<String, Tensor>> {
+/// What the file holds.
+pub(super) struct Read {
+    /// In f32, by name without prefix.
+    pub(super) tensors: BTreeMap<String, Tensor>,
+    /// The same of whole tensors of the model.
+    pub(super) copies: BTreeMap<String, Tensor>,
+}
+
+/// Every tensor of the file.
+pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<Read> {
     let bytes = std::fs::read(path).at(path)?;
     let file = SafeTensors::deserialize(&bytes).at(path)?;
     let names = canonical_names(file.names(), lora_bias).at(path)?;
-    let mut tensors = BTreeMap::new();
+    let (mut tensors, mut copies) = (BTreeMap::new(), BTreeMap::new());
     let mut broken = Vec::new();
     for (canonical, stored) in names {
         let view = file.tensor(stored).at(path)?;
@@ -41,10 +50,11 @@ pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<BTre
             broken.push(format!("`{stored}` has the value {value}"));
         } else {
             let tensor = Tensor::from_vec(values, view.shape(), device).in_tensor(stored).at(path)?;
-            tensors.insert(canonical, tensor);
+            let into = if is_copy(&canonical) { &mut copies } else { &mut tensors };
+            into.insert(canonical, tensor);
         }
     }
-    if broken.is_empty() { Ok(tensors) } else { Err(Error::invalid(few(&broken))).at(path) }
+    if broken.is_empty() { Ok(Read { tensors, copies }) } else { Err(Error::invalid(few(&broken))).at(path) }
 }
 
 /// Writes every tensor in f32 under its name with the prefix.
@@ -91,10 +101,15 @@ fn canonical_names(stored: Vec<&str>, lora_bias: bool) -> Result<BTreeMap<String
     if !wrong.is_empty() {
         return Err(Error::invalid(format!("not the tensors of a plain LoRA: {}", few(&wrong))));
     }
-    if names.is_empty() {
-        return Err(Error::invalid("has no tensors"));
+    if !names.keys().any(|name| !is_copy(name)) {
+        return Err(Error::invalid("has no tensors of an adapter"));
     }
     Ok(names)
+}
+
+/// Whether the name is that of a tensor that PEFT copies into an adapter on the embedding or the head.
+fn is_copy(name: &str) -> bool {
+    name == EMBEDDING || name == HEAD
 }
 
 /// `base_model.model.<path>.lora_A.weight` to `<path>.lora_A.weight`. Also read: no prefix, `model.` twice, and the
@@ -105,6 +120,10 @@ fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
     let name = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.");
     if SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) {
         return Ok(name);
+    }
+    let whole = name.replace(".base_layer.", ".");
+    if is_copy(&whole) {
+        return Ok(whole);
     }
     Err(if name.contains("lora_magnitude_vector") {
         "a magnitude of DoRA, which is not supported"
@@ -117,7 +136,7 @@ fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
     } else if name.contains(".lora_") {
         "of a variant of LoRA that is not supported"
     } else {
-        "a whole tensor of the model (as `modules_to_save` or a resized vocabulary leaves it), which is not supported"
+        "a whole tensor of the model (as `modules_to_save` leaves it), which is not supported"
     })
 }
 

@@ -1,0 +1,88 @@
+//! `peft inspect`: what a model, an adapter, a data file or a run is, from its files. Reads no weight values.
+
+use std::fmt::{self, Display};
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::Inspect;
+use super::terminal::Terminal;
+use crate::adapter::hf;
+use crate::error::{Error, Result, nearest};
+
+mod adapter;
+mod data;
+mod model;
+mod run;
+
+/// What was found at a path.
+#[derive(Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+enum Found {
+    Run(run::Run),
+    Adapter(adapter::Adapter),
+    Model(model::Model),
+    Data(data::Data),
+}
+
+pub(super) fn inspect(arguments: &Inspect, terminal: &mut Terminal) -> Result<()> {
+    let found = Found::at(&arguments.path)?;
+    if arguments.json {
+        return terminal.write_json(&found);
+    }
+    terminal.write(format_args!("{found}"))
+}
+
+impl Found {
+    /// Tells what `source` is by the files in it. What is not there may be a Hub id: the weights room knows.
+    fn at(source: &str) -> Result<Self> {
+        let path = Path::new(source);
+        let is_data = path.extension().is_some_and(|ending| ending == "jsonl" || ending == "json");
+        if path.is_file() && is_data {
+            return data::Data::read(path).map(Self::Data);
+        }
+        if path.join(run::METRICS_FILE).is_file() {
+            return run::Run::read(path).map(Self::Run);
+        }
+        if path.join(hf::CONFIG_FILE).is_file() {
+            return adapter::Adapter::read(path).map(Self::Adapter);
+        }
+        if path.is_dir() && !path.join("config.json").is_file() {
+            return Err(unknown_folder(path));
+        }
+        model::Model::read(source).map(Self::Model)
+    }
+}
+
+fn unknown_folder(path: &Path) -> Error {
+    let error = Error::request(format!("`{}` holds no model, no adapter and no run", path.display()));
+    let names: Vec<String> = std::fs::read_dir(path)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    let wanted = ["config.json", hf::CONFIG_FILE, run::METRICS_FILE];
+    let near = wanted.iter().find_map(|name| {
+        nearest(name, names.iter().map(String::as_str), 1).first().map(|near| (*name, (*near).to_string()))
+    });
+    match near {
+        Some((name, near)) => error.with_hint(format!("expected `{name}` there, found `{near}`")),
+        None => error.with_hint(format!("expected one of `{}` there", wanted.join("`, `"))),
+    }
+}
+
+impl Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Run(run) => run.fmt(f),
+            Self::Adapter(adapter) => adapter.fmt(f),
+            Self::Model(model) => model.fmt(f),
+            Self::Data(data) => data.fmt(f),
+        }
+    }
+}
+
+/// A line of the answer: what it is about, and what is so.
+fn row(f: &mut fmt::Formatter<'_>, name: &str, value: impl Display) -> fmt::Result {
+    writeln!(f, "{name:<14} {value}")
+}

@@ -1,0 +1,138 @@
+//! A run directory: what was trained, how far, and how well.
+
+use std::fmt::{self, Display};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::row;
+use crate::error::{Context, Error, Result};
+use crate::recipe::figures::{bytes, count};
+use crate::recipe::{Document, Plan, Recipe};
+
+/// The file that makes a folder a run.
+pub(super) const METRICS_FILE: &str = "metrics.jsonl";
+
+/// What there is to know of a run.
+#[derive(Debug, Serialize)]
+pub(super) struct Run {
+    path: PathBuf,
+    model: Option<String>,
+    steps_made: u64,
+    steps: Option<u64>,
+    tokens: u64,
+    first_loss: Option<f64>,
+    last_loss: Option<f64>,
+    evaluations: Vec<Evaluation>,
+    tokens_per_second: Option<f64>,
+    peak_rss_bytes: Option<u64>,
+    /// The steps that checkpoints were saved after.
+    checkpoints: Vec<u64>,
+}
+
+/// An evaluation line of the metrics.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Evaluation {
+    step: u64,
+    eval_loss: f64,
+}
+
+/// A line of the metrics; lines of steps and of evaluations have different keys.
+#[derive(Debug, Deserialize)]
+struct Line {
+    step: u64,
+    steps: Option<u64>,
+    loss: Option<f64>,
+    eval_loss: Option<f64>,
+    tokens: Option<u64>,
+    tokens_per_second: Option<f64>,
+    peak_rss_bytes: Option<u64>,
+}
+
+impl Run {
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let metrics = path.join(METRICS_FILE);
+        let text = fs::read_to_string(&metrics).at(&metrics)?;
+        let mut lines = Vec::new();
+        for (index, line) in text.lines().enumerate() {
+            match serde_json::from_str::<Line>(line) {
+                Ok(line) => lines.push(line),
+                // A run that is killed may leave half a line; nothing can follow it.
+                Err(_) if index + 1 == text.lines().count() => {}
+                Err(error) => return Err(Error::from(error)).at_line(&metrics, index + 1),
+            }
+        }
+        let steps: Vec<&Line> = lines.iter().filter(|line| line.loss.is_some()).collect();
+        let evaluations = lines
+            .iter()
+            .filter_map(|line| line.eval_loss.map(|eval_loss| Evaluation { step: line.step, eval_loss }));
+        let speeds: Vec<f64> = steps.iter().filter_map(|line| line.tokens_per_second).collect();
+        Ok(Self {
+            path: path.to_path_buf(),
+            model: model_of(&path.join("recipe.toml"))?,
+            steps_made: steps.last().map_or(0, |line| line.step),
+            steps: steps.last().and_then(|line| line.steps),
+            tokens: steps.iter().filter_map(|line| line.tokens).sum(),
+            first_loss: steps.first().and_then(|line| line.loss),
+            last_loss: steps.last().and_then(|line| line.loss),
+            evaluations: evaluations.collect(),
+            tokens_per_second: (!speeds.is_empty()).then(|| speeds.iter().sum::<f64>() / speeds.len() as f64),
+            peak_rss_bytes: steps.iter().filter_map(|line| line.peak_rss_bytes).max(),
+            checkpoints: checkpoints(path)?,
+        })
+    }
+}
+
+/// The model that the recipe of a run names; a folder of metrics alone has none.
+fn model_of(recipe: &Path) -> Result<Option<String>> {
+    if !recipe.is_file() {
+        return Ok(None);
+    }
+    let document = Document::parse(recipe, &fs::read_to_string(recipe).at(recipe)?)?;
+    Ok(Some(Plan::of(&Recipe::read(&document)?, "run").model.source))
+}
+
+fn checkpoints(path: &Path) -> Result<Vec<u64>> {
+    let mut steps = Vec::new();
+    for entry in fs::read_dir(path).at(path)? {
+        let name = entry.at(path)?.file_name();
+        let step: Option<u64> = name.to_str().and_then(|name| name.strip_prefix("checkpoint-")?.parse().ok());
+        steps.extend(step);
+    }
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+impl Display for Run {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        row(f, "run", self.path.display())?;
+        if let Some(model) = &self.model {
+            row(f, "model", model)?;
+        }
+        match self.steps {
+            Some(steps) => row(f, "steps", format_args!("{} of {}", count(self.steps_made), count(steps)))?,
+            None => row(f, "steps", count(self.steps_made))?,
+        }
+        row(f, "tokens", count(self.tokens))?;
+        if let (Some(first), Some(last)) = (self.first_loss, self.last_loss) {
+            row(f, "loss", format_args!("{first:.4} at first, {last:.4} at last"))?;
+        }
+        if let (Some(first), Some(last)) = (self.evaluations.first(), self.evaluations.last()) {
+            // Losses are finite: a run stops at the first that is not.
+            let best =
+                self.evaluations.iter().min_by(|x, y| x.eval_loss.total_cmp(&y.eval_loss)).unwrap_or(last);
+            let (first, last) = (first.eval_loss, last.eval_loss);
+            let best = format!("{:.4} at best after step {}", best.eval_loss, best.step);
+            row(f, "eval loss", format_args!("{first:.4} at first, {last:.4} at last, {best}"))?;
+        }
+        if let Some(speed) = self.tokens_per_second {
+            row(f, "speed", format_args!("{} tokens/s", count(speed.round() as u64)))?;
+        }
+        if let Some(peak) = self.peak_rss_bytes {
+            row(f, "peak memory", bytes(peak))?;
+        }
+        let checkpoints: Vec<String> = self.checkpoints.iter().map(u64::to_string).collect();
+        row(f, "checkpoints", if checkpoints.is_empty() { "none".into() } else { checkpoints.join(", ") })
+    }
+}

@@ -1,0 +1,229 @@
+//! The merge itself. Deltas are summed in f32, added to the base's value in f32, and rounded once. Rows are folded in
+//! pieces, so that memory follows the largest tensor, as it is written, and not the model.
+//!
+//! Nothing is believed: the output is read back before it gets its name. A tensor that an adapter goes to must hold what
+//! was written and must have changed; every other tensor must be the base's, byte for byte.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use candle_core::DType;
+use sha2::{Digest, Sha256};
+
+use super::folder::{self, Sink};
+use super::plan::{MergePlan, Output};
+use super::receipt::{AdapterReceipt, Receipt, TensorReceipt};
+use super::values::{Base, Totals, decode, encode, measure, pieces, rows_of};
+use super::{Progress, RECEIPT_FILE};
+use crate::adapter::hf::Adapter;
+use crate::error::{Context, Error, Result};
+use crate::model::Pretrained;
+use crate::weights::{Checkpoint, Staged, write_atomic};
+
+/// Writes `model` with `adapters` folded in to the new folder `output`, which any loader of the model reads.
+///
+/// Weights keep their types and files unless a `dtype` is asked for; of a quantized base they become f32. Tokenizer,
+/// templates and generation settings are copied. `progress` is called after every tensor.
+pub fn merge(
+    model: &Pretrained,
+    adapters: &[Adapter],
+    output: &Path,
+    dtype: Option<DType>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Receipt> {
+    folder::refuse_base(model, output)?;
+    let plan = MergePlan::new(model, adapters, dtype)?;
+    let staged = Staged::folder(output)?;
+    let mut done = Progress { done: 0, total: plan.tensors.len() * 2 };
+    let mut advance = || {
+        done.done += 1;
+        progress(done);
+    };
+
+    let mut sink = Sink::new(model, &plan, staged.path())?;
+    let mut totals = Totals::default();
+    let mut tensors = Vec::new();
+    for (name, output) in &plan.tensors {
+        if output.terms.is_empty() {
+            if sink.needs_copies() {
+                sink.write(name, &unfolded(model, output).in_tensor(name)?)?;
+            }
+        } else {
+            let (bytes, sums) = folded(model, output).in_tensor(name)?;
+            sink.write(name, &bytes)?;
+            totals.add(&sums);
+            tensors.push(receipt(name, output, &bytes, &sums)?);
+        }
+        model.checkpoint().release(&output.from);
+        advance();
+    }
+    sink.finish()?;
+    folder::write_companions(model, &plan, staged.path())?;
+
+    let (identical, converted) = verify(model, &plan, &tensors, staged.path(), &mut advance)?;
+    let receipt = Receipt {
+        tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
+        base: model.name().to_string(),
+        adapters: adapter_receipts(adapters, &plan)?,
+        tensors,
+        identical,
+        converted,
+        values: totals.values,
+        changed: totals.changed,
+        kept: totals.kept(),
+        lost: totals.lost(),
+        untied: plan.untied,
+        warnings: warnings(model, adapters),
+    };
+    let text = serde_json::to_string_pretty(&receipt)? + "\n";
+    write_atomic(staged.path().join(RECEIPT_FILE), text.as_bytes())?;
+    staged.commit()?;
+    Ok(receipt)
+}
+
+/// The bytes of a tensor that no adapter goes to, in the type of the output.
+fn unfolded<'m>(model: &'m Pretrained, output: &Output<'_>) -> Result<Cow<'m, [u8]>> {
+    if output.is_copied() && !model.checkpoint().is_gguf() {
+        return Ok(Cow::Borrowed(model.checkpoint().bytes(&output.from)?));
+    }
+    let dtype = writable(output)?;
+    let base = Base::open(model, output)?;
+    let (rows, width) = rows_of(&output.shape);
+    let mut bytes = Vec::with_capacity(rows * width * dtype.size_in_bytes());
+    for (start, count) in pieces(rows, width) {
+        let values = base.values(start * width..(start + count) * width);
+        bytes.extend(encode(&values, dtype)?);
+    }
+    Ok(Cow::Owned(bytes))
+}
+
+/// The bytes of `W + sum of deltas`, and what became of the deltas.
+fn folded(model: &Pretrained, output: &Output<'_>) -> Result<(Vec<u8>, Totals)> {
+    let dtype = writable(output)?;
+    let base = Base::open(model, output)?;
+    let (rows, width) = rows_of(&output.shape);
+    let mut bytes = Vec::with_capacity(rows * width * dtype.size_in_bytes());
+    let mut totals = Totals::default();
+    for (start, count) in pieces(rows, width) {
+        let before = base.values(start * width..(start + count) * width);
+        let mut delta = vec![0.0_f32; count * width];
+        for term in &output.terms {
+            delta.iter_mut().zip(term.rows(start, count)?).for_each(|(sum, value)| *sum += value);
+        }
+        let exact: Vec<f32> = before.iter().zip(&delta).map(|(w, d)| w + d).collect();
+        let piece = encode(&exact, dtype)?;
+        totals.add(&measure(&before, &delta, &decode(&piece, dtype), dtype));
+        bytes.extend(piece);
+    }
+    let zero = totals.delta == 0.0;
+    if totals.changed == 0 && !zero {
+        let error = Error::invalid(format!(
+            "the delta, at most {:e}, vanishes in {}: no value of the tensor changes",
+            totals.largest,
+            dtype.as_str()
+        ));
+        return Err(match dtype {
+            DType::F32 => error,
+            _ => error.with_hint("write the merged model with `--dtype f32`"),
+        });
+    }
+    Ok((bytes, totals))
+}
+
+fn receipt(name: &str, output: &Output<'_>, bytes: &[u8], sums: &Totals) -> Result<TensorReceipt> {
+    Ok(TensorReceipt {
+        name: name.to_string(),
+        dtype: writable(output)?.as_str().to_string(),
+        scales: output.terms.iter().map(|term| term.scale).collect(),
+        values: sums.values,
+        changed: sums.changed,
+        delta_norm: sums.delta.sqrt(),
+        delta_max: sums.largest,
+        kept: sums.kept(),
+        lost: sums.lost(),
+        zero: sums.delta == 0.0,
+        sha256: sha256(bytes),
+    })
+}
+
+/// Reads the output back. Gives how many tensors are the base's byte for byte, and how many its values in another type.
+fn verify(
+    model: &Pretrained,
+    plan: &MergePlan<'_>,
+    tensors: &[TensorReceipt],
+    folder: &Path,
+    advance: &mut dyn FnMut(),
+) -> Result<(usize, usize)> {
+    let written = Checkpoint::open(&folder.display().to_string())?;
+    let names: Vec<&String> = written.tensors().keys().collect();
+    if !plan.tensors.keys().eq(names.iter().copied()) {
+        return Err(Error::invalid(format!(
+            "the output read back has {} tensors, expected {}",
+            names.len(),
+            plan.tensors.len()
+        )));
+    }
+    let (mut identical, mut converted) = (0, 0);
+    let mut folded = tensors.iter();
+    for (name, output) in &plan.tensors {
+        let found = written.bytes(name)?;
+        let right = if output.terms.is_empty() {
+            *if output.is_copied() { &mut identical } else { &mut converted } += 1;
+            *found == *unfolded(model, output)?
+        } else {
+            folded.next().is_some_and(|tensor| tensor.name == *name && tensor.sha256 == sha256(found))
+        };
+        if !right || written.info(name)?.shape != output.shape {
+            return Err(Error::invalid("is not what was written, read back from the output").with_hint(
+                "the disk or the memory of this machine is at fault; nothing was kept, try again",
+            ))
+            .in_tensor(name);
+        }
+        written.release(name);
+        model.checkpoint().release(&output.from);
+        advance();
+    }
+    Ok((identical, converted))
+}
+
+fn adapter_receipts(adapters: &[Adapter], plan: &MergePlan<'_>) -> Result<Vec<AdapterReceipt>> {
+    let mut receipts = Vec::new();
+    for (index, adapter) in adapters.iter().enumerate() {
+        let mut zero = true;
+        for term in
+            plan.tensors.values().flat_map(|output| &output.terms).filter(|term| term.adapter == index)
+        {
+            zero &= term.is_zero()?;
+        }
+        receipts.push(AdapterReceipt {
+            source: adapter.source.clone(),
+            base_model: adapter.base_model.clone(),
+            rank: adapter.config.rank,
+            alpha: adapter.config.alpha(),
+            rslora: adapter.config.rslora,
+            layers: plan.layers[index],
+            zero,
+        });
+    }
+    Ok(receipts)
+}
+
+fn warnings(model: &Pretrained, adapters: &[Adapter]) -> Vec<String> {
+    adapters
+        .iter()
+        .flat_map(|adapter| adapter.warnings.iter().cloned().chain(adapter.base_mismatch(model.name())))
+        .collect()
+}
+
+fn writable(output: &Output<'_>) -> Result<DType> {
+    output.dtype.ok_or_else(|| {
+        Error::invalid(format!(
+            "is stored as {}, and only f32, f16 and bf16 can be merged into",
+            output.stored
+        ))
+    })
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}

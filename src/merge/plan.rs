@@ -1,0 +1,166 @@
+//! What a merge will write: each tensor of the output, where its values come from and what is added to them.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+
+use crate::adapter::hf::Adapter;
+use crate::adapter::{delta, tensor_names};
+use crate::error::{Error, Result};
+use crate::model::Pretrained;
+use crate::weights::StoredType;
+
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// The whole work, fixed before anything is written.
+pub(super) struct MergePlan<'a> {
+    /// By name in the output.
+    pub(super) tensors: BTreeMap<String, Output<'a>>,
+    /// Linear layers each adapter goes to.
+    pub(super) layers: Vec<usize>,
+    /// Whether a tied head gets a tensor of its own.
+    pub(super) untied: bool,
+}
+
+/// A tensor of the output.
+pub(super) struct Output<'a> {
+    /// Its name in the base.
+    pub(super) from: String,
+    pub(super) shape: Vec<usize>,
+    /// How the base stores it.
+    pub(super) stored: StoredType,
+    /// The type to write; none: bytes are copied as they are, whatever they are.
+    pub(super) dtype: Option<DType>,
+    /// What is added.
+    pub(super) terms: Vec<Term<'a>>,
+}
+
+impl Output<'_> {
+    /// Whether the bytes of the base are those of the output, as far as no term is added.
+    pub(super) fn is_copied(&self) -> bool {
+        self.dtype.is_none_or(|dtype| self.stored == StoredType::Float(dtype))
+    }
+}
+
+/// What one adapter adds to one tensor.
+pub(super) struct Term<'a> {
+    pub(super) adapter: usize,
+    pub(super) scale: f64,
+    pub(super) kind: TermKind<'a>,
+}
+
+/// The tensors of a term.
+pub(super) enum TermKind<'a> {
+    /// `scale * B A`, on a weight `[out, in]`.
+    LowRank { a: &'a Tensor, b: &'a Tensor },
+    /// `scale * bias`, on a bias `[out]`.
+    Bias(&'a Tensor),
+}
+
+impl Term<'_> {
+    /// The values that this term adds to some rows of the tensor, row-major, in f32.
+    pub(super) fn rows(&self, start: usize, count: usize) -> Result<Vec<f32>> {
+        let values = match &self.kind {
+            TermKind::LowRank { a, b } => delta(a, &b.narrow(0, start, count)?, self.scale)?,
+            TermKind::Bias(bias) => (bias.narrow(0, start, count)? * self.scale)?,
+        };
+        Ok(values.flatten_all()?.to_vec1()?)
+    }
+
+    /// Whether it adds nothing but zeros.
+    pub(super) fn is_zero(&self) -> Result<bool> {
+        let largest = |tensor: &Tensor| -> Result<f32> { Ok(tensor.abs()?.max_all()?.to_scalar()?) };
+        Ok(self.scale == 0.0
+            || match &self.kind {
+                TermKind::LowRank { a, b } => largest(a)? == 0.0 || largest(b)? == 0.0,
+                TermKind::Bias(bias) => largest(bias)? == 0.0,
+            })
+    }
+}
+
+impl<'a> MergePlan<'a> {
+    /// Fits every adapter to the model, or says why it does not.
+    pub(super) fn new(model: &Pretrained, adapters: &'a [Adapter], dtype: Option<DType>) -> Result<Self> {
+        if adapters.is_empty() {
+            return Err(Error::request("there is no adapter to merge"));
+        }
+        if let Some(dtype) = dtype.filter(|dtype| !matches!(dtype, DType::F32 | DType::F16 | DType::BF16)) {
+            return Err(Error::request(format!(
+                "weights cannot be written as `{}`, expected f32, f16 or bf16",
+                dtype.as_str()
+            )));
+        }
+        model.check()?;
+        let mut tensors = BTreeMap::new();
+        for name in output_names(model) {
+            tensors.insert(name.clone(), output(model, name, dtype)?);
+        }
+        let mut plan = Self { tensors, layers: Vec::new(), untied: false };
+        for (index, adapter) in adapters.iter().enumerate() {
+            let placements = adapter.fit(model)?.placements;
+            for placement in &placements {
+                let names = tensor_names(&placement.linear.path);
+                let term = |kind| Term { adapter: index, scale: placement.scale, kind };
+                let weight = format!("{}.weight", placement.linear.path);
+                if weight == HEAD && model.config().tie_word_embeddings && !plan.untied {
+                    plan.tensors.insert(weight.clone(), output(model, EMBEDDING.to_string(), dtype)?);
+                    plan.untied = true;
+                }
+                // `Adapter::fit` has checked that A and B are there.
+                let (a, b) = (&adapter.tensors[&names.a], &adapter.tensors[&names.b]);
+                plan.of(&weight)?.terms.push(term(TermKind::LowRank { a, b }));
+                if let Some(bias) = adapter.tensors.get(&names.bias) {
+                    let tensor = format!("{}.bias", placement.linear.path);
+                    let output = plan.of(&tensor).map_err(|error| {
+                        error.with_hint(
+                            "the adapter has a bias (`lora_bias`) where the model has none to merge it into; \
+                             use it unmerged",
+                        )
+                    })?;
+                    output.terms.push(term(TermKind::Bias(bias)));
+                }
+            }
+            plan.layers.push(placements.len());
+        }
+        Ok(plan)
+    }
+
+    /// Whether every file can be the base's, with some bytes changed.
+    pub(super) fn keeps_layout(&self, model: &Pretrained) -> bool {
+        !self.untied && !model.checkpoint().is_gguf() && self.tensors.values().all(Output::is_copied)
+    }
+
+    /// The type that most values are written in.
+    pub(super) fn main_dtype(&self) -> DType {
+        let values_in = |dtype: DType| -> usize {
+            let tensors = self.tensors.values().filter(|output| output.dtype == Some(dtype));
+            tensors.map(|output| output.shape.iter().product::<usize>()).sum()
+        };
+        let dtypes = [DType::F32, DType::F16, DType::BF16];
+        dtypes.into_iter().max_by_key(|dtype| values_in(*dtype)).unwrap_or(DType::F32)
+    }
+
+    fn of(&mut self, name: &str) -> Result<&mut Output<'a>> {
+        self.tensors.get_mut(name).ok_or_else(|| Error::invalid(format!("the model has no tensor `{name}`")))
+    }
+}
+
+/// Everything on disk; of a GGUF file what the configuration knows, for the rest has no name elsewhere.
+fn output_names(model: &Pretrained) -> Vec<String> {
+    if model.checkpoint().is_gguf() {
+        return model.config().tensors().into_iter().map(|(name, _)| name).collect();
+    }
+    model.names().map(str::to_string).collect()
+}
+
+/// A tensor as the base has it. Quantized values, which safetensors cannot hold, become f32 unless a type is asked for.
+fn output<'a>(model: &Pretrained, name: String, dtype: Option<DType>) -> Result<Output<'a>> {
+    let info = model.info(&name)?;
+    let dtype = match info.dtype {
+        StoredType::Float(stored) => Some(dtype.unwrap_or(stored)),
+        StoredType::Quantized(_) => Some(dtype.unwrap_or(DType::F32)),
+        StoredType::Other(_) => None,
+    };
+    Ok(Output { from: name, shape: info.shape.clone(), stored: info.dtype, dtype, terms: Vec::new() })
+}

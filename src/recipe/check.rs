@@ -1,0 +1,78 @@
+//! `peft check`: everything that can be known before training. Reads configurations, tokenizer and data, no weights.
+
+use serde::Serialize;
+
+use super::describe::describe;
+use super::plan::Plan;
+use super::prepared::{Prepared, Trainable, Trainee};
+use crate::data::{Counts, preview};
+use crate::error::Result;
+
+/// What is known of a run before it begins.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The plan in lines of text, as a run says it.
+    pub lines: Vec<String>,
+    /// The resolved recipe, as TOML.
+    pub recipe: String,
+    /// Layers that get an adapter, per target.
+    pub targets: Vec<Target>,
+    /// How many numbers are trained.
+    pub parameters: Trainable,
+    /// Each file of training data.
+    pub train: Vec<Counts>,
+    /// Each file of evaluation data.
+    pub eval: Vec<Counts>,
+    /// Documents to evaluate on.
+    pub eval_documents: usize,
+    /// Updates in all.
+    pub steps: u64,
+    /// What to look at before starting.
+    pub warnings: Vec<String>,
+    /// The first document that is trained on, in pieces; the learned ones are marked.
+    pub sample: Vec<Segment>,
+}
+
+/// A target and its layers.
+#[derive(Debug, Clone, Serialize)]
+pub struct Target {
+    /// As the recipe has it.
+    pub target: String,
+    /// Layers that get an adapter.
+    pub layers: usize,
+}
+
+/// A piece of a document.
+#[derive(Debug, Clone, Serialize)]
+pub struct Segment {
+    /// What it says, special tokens written out.
+    pub text: String,
+    /// Whether its tokens are learned.
+    pub learned: bool,
+}
+
+/// Opens what `plan` names and reports on it.
+pub fn check(plan: &Plan) -> Result<Report> {
+    let prepared = Prepared::of(plan)?;
+    let targets = match &prepared.trained {
+        Trainee::Full => Vec::new(),
+        Trainee::Adapter(adapter) => {
+            let counts = &adapter.placements.counts;
+            counts.iter().map(|c| Target { target: c.target.clone(), layers: c.placed }).collect()
+        }
+    };
+    let first = prepared.dataset.train.iter().flat_map(|part| &part.rows).next();
+    let pieces = first.map_or(Ok(Vec::new()), |row| preview(row, &prepared.text))?;
+    Ok(Report {
+        lines: describe(plan, &prepared),
+        recipe: plan.to_toml()?,
+        targets,
+        parameters: prepared.trainable(),
+        train: prepared.dataset.train_counts.clone(),
+        eval: prepared.dataset.eval_counts.clone(),
+        eval_documents: prepared.dataset.eval.len(),
+        steps: prepared.steps,
+        warnings: prepared.dataset.warnings.iter().map(ToString::to_string).collect(),
+        sample: pieces.into_iter().map(|(text, learned)| Segment { text, learned }).collect(),
+    })
+}

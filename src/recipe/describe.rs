@@ -1,0 +1,90 @@
+//! The plan of a run in lines of text: what its first lines and `peft check` say.
+
+use super::figures;
+use super::plan::{Length, Plan, Trained};
+use super::prepared::{Prepared, Trainee};
+use crate::data::Counts;
+
+/// The model, what is trained, the data and the course of training.
+pub(super) fn describe(plan: &Plan, prepared: &Prepared) -> Vec<String> {
+    let mut lines = vec![model(prepared)];
+    lines.extend(trained(plan, prepared));
+    lines.extend(prepared.dataset.train_counts.iter().map(|counts| data("train", counts)));
+    lines.extend(prepared.dataset.eval_counts.iter().map(|counts| data("eval", counts)));
+    if prepared.dataset.eval_counts.is_empty() {
+        let held_out = figures::count(prepared.dataset.eval.len() as u64);
+        lines.push(format!("eval: {held_out} documents held out of training"));
+    }
+    lines.push(course(plan, prepared));
+    let trainable = prepared.trainable();
+    lines.push(figures::trainable(trainable.trainable, trainable.all));
+    lines
+}
+
+fn model(prepared: &Prepared) -> String {
+    let config = prepared.base.config();
+    let numbers = figures::count(config.num_parameters() as u64);
+    let (name, layers) = (prepared.base.name(), config.layers.len());
+    let dtype = prepared.dtype.as_str();
+    format!("model: {name}, {layers} layers, {numbers} parameters, computing in {dtype}")
+}
+
+fn trained(plan: &Plan, prepared: &Prepared) -> Vec<String> {
+    let Trainee::Adapter(adapter) = &prepared.trained else {
+        return vec!["training: all weights".to_string()];
+    };
+    let config = &adapter.config;
+    let scale = config.scale(config.rank, config.alpha());
+    let mut line = format!("adapter: LoRA, rank {}, alpha {}, scale {scale}", config.rank, config.alpha());
+    if config.dropout > 0.0 {
+        line += &format!(", dropout {}", config.dropout);
+    }
+    if let Trained::Adapter(written) = &plan.trained {
+        match &written.from {
+            Some(from) => line += &format!(", going on from {}", from.display()),
+            None => line += &format!(", seed {}", config.seed),
+        }
+    }
+    let targets = adapter.placements.counts.iter().map(|count| format!("{} {}", count.target, count.placed));
+    vec![line, format!("targets: {}", targets.collect::<Vec<_>>().join(", "))]
+}
+
+fn data(use_: &str, counts: &Counts) -> String {
+    let number = |n: usize| figures::count(n as u64);
+    let mut line = format!(
+        "{use_}: {} ({}), {} documents, {} tokens, {} to learn",
+        counts.path.display(),
+        counts.format.name(),
+        number(counts.rows),
+        number(counts.tokens),
+        number(counts.supervised),
+    );
+    if counts.truncated > 0 {
+        line += &format!(", {} truncated", number(counts.truncated));
+    }
+    let dropped = counts.dropped_by_truncation + counts.dropped_without_labels;
+    if dropped > 0 {
+        line += &format!(", {} dropped", number(dropped));
+        if let Some(first) = counts.first_dropped {
+            line += &format!(" (the first in line {first})");
+        }
+    }
+    line
+}
+
+fn course(plan: &Plan, prepared: &Prepared) -> String {
+    let train = &plan.train;
+    let steps = figures::count(prepared.steps);
+    let per_epoch = prepared.sampler(plan).batches_in(0).div_ceil(train.accumulate as u64);
+    let length = match train.length {
+        Length::Steps(_) => format!("{steps} steps ({:.1} epochs)", prepared.steps as f64 / per_epoch as f64),
+        Length::Epochs(epochs) => format!("{steps} steps ({epochs} epochs)"),
+    };
+    let kind = if plan.data.pack { "packed rows" } else { "documents" };
+    let (batch, accumulate, most) = (train.batch_size, train.accumulate, plan.data.max_length);
+    format!(
+        "course: {length} of {batch} x {accumulate} {kind} of up to {most} tokens, learning rate {:e} {}",
+        train.learning_rate,
+        train.schedule.name()
+    )
+}
