@@ -4,6 +4,8 @@
 mod adapter;
 /// Commands, help and messages as a user sees them.
 mod cli;
+/// Conversations, labels and order of training data, as transformers has them.
+mod data;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.
