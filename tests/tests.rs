@@ -18,6 +18,8 @@ mod layering;
 mod losses;
 /// Merged weights are those of PEFT, compute what the adapter computes, and are the base's elsewhere.
 mod merge;
+/// The published toy outputs of a course, from the seeds alone.
+mod nju;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
 /// Recipes as they are written, planned and written again.
