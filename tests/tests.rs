@@ -4,6 +4,8 @@
 mod adapter;
 /// Commands, help and messages as a user sees them.
 mod cli;
+/// Every command on a tiny model, from the recipe to the run directory.
+mod commands;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.

@@ -64,9 +64,10 @@ impl Data {
 fn said(record: &Record) -> Vec<Said> {
     let part = |role, content: &str| Said { role, content: content.to_string() };
     match &record.conversation {
-        Conversation::Chat { messages, .. } => {
-            messages.iter().map(|Message { role, content, .. }| part(role.name(), content)).collect()
-        }
+        Conversation::Chat { messages, .. } => messages
+            .iter()
+            .map(|Message { role, content, .. }| part(role.name(), content.as_deref().unwrap_or("")))
+            .collect(),
         Conversation::PromptCompletion { prompt, completion } => {
             vec![part("prompt", prompt), part("completion", completion)]
         }
