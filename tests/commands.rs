@@ -234,12 +234,60 @@ fn everything_can_be_inspected() {
     let adapter = place.json(&["inspect", "run/best", "--json"]);
     assert_eq!((&adapter["kind"], &adapter["config"]["rank"]), (&"adapter".into(), &4.into()));
 
-    insta::with_settings!({ filters => vec![(r"\d+ tokens/s", "[SPEED]"), (r"[\d.]+ [KMG]iB\n", "[MEMORY]\n"),
+    insta::with_settings!({ filters => vec![(r"[\d,]+ tokens/s", "[SPEED]"), (r"[\d.]+ [KMG]iB\n", "[MEMORY]\n"),
         (r"\d+\.\d{4}", "[LOSS]"), (r"step \d", "step [N]")] }, {
-        insta::assert_snapshot!(place.run(&["inspect", "model"]).0, @"");
-        insta::assert_snapshot!(place.run(&["inspect", "run/best"]).0, @"");
-        insta::assert_snapshot!(place.run(&["inspect", "data.jsonl"]).0, @"");
-        insta::assert_snapshot!(place.run(&["inspect", "run"]).0, @"");
+        insta::assert_snapshot!(place.run(&["inspect", "model"]).0, @"
+        model          model
+        family         llama
+        parameters     1,115,520
+        vocabulary     1,024
+        hidden size    128
+        positions      512
+        head           tied to the embedding
+        chat template  yes
+        weights        47 tensors, 4.3 MiB of f32
+        layers         5 x 4 heads of 32 (2 for keys and values), feed-forward 384 (silu)
+        q_proj         5 x [128, 128]
+        k_proj         5 x [64, 128]
+        v_proj         5 x [64, 128]
+        o_proj         5 x [128, 128]
+        gate_proj      5 x [384, 128]
+        up_proj        5 x [384, 128]
+        down_proj      5 x [128, 384]
+        lm_head        1 x [1024, 128]
+        ");
+        insta::assert_snapshot!(place.run(&["inspect", "run/best"]).0, @"
+        adapter        run/best
+        base model     model
+        rank           4
+        scale          1 from alpha 4
+        dropout        0.1
+        targets        down_proj, gate_proj, up_proj
+        parameters     30,720
+        down_proj      5 x
+        gate_proj      5 x
+        up_proj        5 x
+        ");
+        insta::assert_snapshot!(place.run(&["inspect", "data.jsonl"]).0, @"
+        data           data.jsonl
+        format         prompt-completion
+        records        24
+        messages       48
+        characters     27 on average, 28 at most (line 24)
+        prompt         Where is kite 0?
+        completion     In box 0.
+        ");
+        insta::assert_snapshot!(place.run(&["inspect", "run"]).0, @"
+        run            run
+        model          model
+        steps          6 of 6
+        tokens         177
+        loss           [LOSS] at first, [LOSS] at last
+        eval loss      [LOSS] at first, [LOSS] at last, [LOSS] at best after step [N]
+        speed          [SPEED]
+        peak memory    [MEMORY]
+        checkpoints    4, 6
+        ");
     });
     let nothing = place.command(&["inspect", "."]).output().unwrap();
     assert_eq!(nothing.status.code(), Some(2));
