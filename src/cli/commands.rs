@@ -2,11 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::{DType, Device};
+
 use super::builtin::Builtin;
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
-use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, interrupt};
+use super::{
+    Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype, interrupt,
+};
+use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result, nearest};
+use crate::merge::{self, RECEIPT_FILE};
+use crate::model::Pretrained;
 use crate::recipe::{self, Document, Plan, Recipe, Segment};
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
@@ -38,8 +45,36 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn merge(_: &Merge, _: &mut Terminal) -> Result<()> {
-    Err(unbuilt("merge"))
+pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
+    let base = Pretrained::open(&arguments.model)?;
+    let read = |folder: &PathBuf| Adapter::read(folder, &Device::Cpu);
+    let adapters = arguments.adapter.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let dtype = arguments.dtype.map(|dtype| match dtype {
+        WrittenDtype::F32 => DType::F32,
+        WrittenDtype::Bf16 => DType::BF16,
+        WrittenDtype::F16 => DType::F16,
+    });
+    let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut |_| ())?;
+    for warning in &receipt.warnings {
+        terminal.warn(warning);
+    }
+    let folded = receipt.tensors.len();
+    let share = 100.0 * receipt.changed as f64 / receipt.values.max(1) as f64;
+    terminal.say(format_args!(
+        "folded {} adapters into {folded} tensors; {share:.1}% of their values changed",
+        adapters.len()
+    ));
+    terminal.say(format_args!(
+        "kept {:.4} of the delta after rounding, lost {:.4} of it",
+        receipt.kept, receipt.lost
+    ));
+    terminal.say(format_args!(
+        "{} other tensors are byte-identical to the base, {} were converted",
+        receipt.identical, receipt.converted
+    ));
+    let output = arguments.output.display();
+    terminal.say(format_args!("wrote {output}, with the receipt in {output}/{}", RECEIPT_FILE));
+    Ok(())
 }
 
 pub(super) fn upcycle(_: &Upcycle) -> Result<()> {

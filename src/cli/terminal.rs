@@ -61,6 +61,17 @@ impl Terminal {
         self.write(format_args!("{text}\n"))
     }
 
+    /// Says a fact on stderr, unless only errors and warnings are wanted.
+    pub(super) fn say(&self, text: Arguments<'_>) {
+        match self.log {
+            Log::Silent => {}
+            Log::Json => {
+                message(format_args!("{}", serde_json::json!({ "event": "note", "text": text.to_string() })))
+            }
+            _ => message(text),
+        }
+    }
+
     /// Says on stderr what the user should look at.
     pub(super) fn warn(&self, text: &str) {
         if self.log == Log::Json {
