@@ -555,8 +555,7 @@ mod writing {
         let metadata = read.metadata().clone().unwrap();
         assert_eq!(metadata["format"], "pt");
         assert_eq!(metadata["made_by"], "a test");
-        let theirs =
-            safetensors::serialize(tensors.iter().map(|(name, tensor)| (name, tensor)), None).unwrap();
+        let theirs = safetensors::serialize(&tensors, None).unwrap();
         let (their_header, their_metadata) = SafeTensors::read_metadata(&theirs).unwrap();
         assert_eq!(read.offset_keys(), their_metadata.offset_keys());
         assert_eq!(ours[8 + header..], theirs[8 + their_header..]);
