@@ -1,9 +1,12 @@
 //! One integration binary, a file per promise.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
 /// Commands, help and messages as a user sees them.
 mod cli;
+/// Every command on a tiny model, from the recipe to the run directory.
+mod commands;
 /// Conversations, labels and order of training data, as transformers has them.
 mod data;
 /// A fixture folder made by transformers and PEFT.
