@@ -1,4 +1,5 @@
 //! One integration binary, a file per promise.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -6,6 +7,10 @@
 mod adapter;
 /// Commands, help and messages as a user sees them.
 mod cli;
+/// Every command on a tiny model, from the recipe to the run directory.
+mod commands;
+/// Conversations, labels and order of training data, as transformers has them.
+mod data;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.

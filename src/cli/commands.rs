@@ -19,7 +19,7 @@ use crate::recipe::{self, Document, Plan, Recipe, Segment};
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
     let plan = plan(&arguments.recipe, arguments.output.as_deref())?;
     let mut reporter = terminal.reporter();
-    recipe::finetune(&plan, arguments.resume, interrupt::listen()?, reporter.as_mut())?;
+    recipe::finetune(&plan, arguments.resume, interrupt::listen(terminal)?, reporter.as_mut())?;
     Ok(())
 }
 

@@ -2,18 +2,19 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::terminal::message;
+use super::terminal::Terminal;
 use crate::error::{Error, Result};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// Listens for Ctrl-C from now on; the flag is set by the first.
-pub(super) fn listen() -> Result<&'static AtomicBool> {
-    ctrlc::set_handler(|| {
+pub(super) fn listen(terminal: &Terminal) -> Result<&'static AtomicBool> {
+    let say = terminal.note("saving a checkpoint after this step; press Ctrl-C again to stop at once");
+    ctrlc::set_handler(move || {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        message(format_args!("\nsaving a checkpoint after this step; press Ctrl-C again to stop at once"));
+        say();
     })
     .map_err(|error| Error::invalid(format!("cannot listen for Ctrl-C: {error}")))?;
     Ok(&INTERRUPTED)

@@ -81,6 +81,16 @@ impl Terminal {
         message(format_args!("{} {text}", Label::warning(self.coloured)));
     }
 
+    /// A message in the form that was asked for, to be said from another thread when the time comes.
+    pub(super) fn note(&self, text: &'static str) -> impl Fn() + Send + 'static {
+        let log = self.log;
+        move || match log {
+            Log::Json => message(format_args!("{}", serde_json::json!({ "event": "note", "text": text }))),
+            // The bar, or the `^C` that the terminal echoes, stands where the cursor is.
+            Log::Auto | Log::Lines | Log::Silent => message(format_args!("\n{text}")),
+        }
+    }
+
     /// Whether the reader of stdout has gone away.
     pub(super) fn stdout_is_closed(&self) -> bool {
         self.stdout_is_closed
@@ -98,8 +108,11 @@ impl Terminal {
             message(format_args!("{event}"));
             return;
         }
-        let label = if error.exit_code() == 130 { "interrupted" } else { "error" };
-        message(format_args!("{} {error}", Label::new(label, AnsiColor::Red, self.coloured)));
+        // What was interrupted on request is no error.
+        match error.exit_code() {
+            130 => message(format_args!("{error}")),
+            _ => message(format_args!("{} {error}", Label::new("error", AnsiColor::Red, self.coloured))),
+        }
         if let Some(hint) = error.hint() {
             message(format_args!("{} {hint}", Label::new("hint", AnsiColor::Cyan, self.coloured)));
         }

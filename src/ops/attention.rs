@@ -264,7 +264,7 @@ fn backward_blocks<T: Element>(
     let (tokens, d) = (saved.q.dim(0)?, heads.head_dim);
     let (qs, ks, vs) = (Values::<T>::of(&saved.q)?, Values::<T>::of(&saved.k)?, Values::<T>::of(&saved.v)?);
     let (os, d_os) = (Values::<T>::of(&saved.o)?, Values::<T>::of(d_o)?);
-    let (qs, ks, vs, os, d_os): (&[T], &[T], &[T], &[T], &[T]) = (&qs, &ks, &vs, &os, &d_os);
+    let [qs, ks, vs, os, d_os]: [&[T]; 5] = [&qs, &ks, &vs, &os, &d_os];
     let (mut dq, mut dk, mut dv) =
         (vec![T::zero(); qs.len()], vec![T::zero(); ks.len()], vec![T::zero(); vs.len()]);
     let (dq_parts, dk_parts, dv_parts) =

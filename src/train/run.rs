@@ -87,10 +87,10 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     let begin = Instant::now();
     let mut optimizer = AdamW::new(settings.optimizer, job.trainables)?;
     let mut state = TrainerState { fingerprint: job.fingerprint.clone(), ..TrainerState::default() };
-    if job.resume {
-        if let Some((_, path)) = checkpoint::list(job.output)?.pop() {
-            state = checkpoint::restore(&path, job.artifact, &mut optimizer, &job.fingerprint)?;
-        }
+    if job.resume
+        && let Some((_, path)) = checkpoint::list(job.output)?.pop()
+    {
+        state = checkpoint::restore(&path, job.artifact, &mut optimizer, &job.fingerprint)?;
     }
     let mut metrics = Metrics::open(job.output, state.step)?;
     reporter.report(&Event::Start { step: state.step, steps: settings.steps });

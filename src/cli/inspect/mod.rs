@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::Inspect;
 use super::terminal::Terminal;
 use crate::adapter::hf;
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result};
 
 mod adapter;
 mod data;
@@ -55,20 +55,9 @@ impl Found {
 }
 
 fn unknown_folder(path: &Path) -> Error {
-    let error = Error::request(format!("`{}` holds no model, no adapter and no run", path.display()));
-    let names: Vec<String> = std::fs::read_dir(path)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .collect();
-    let wanted = ["config.json", hf::CONFIG_FILE, run::METRICS_FILE];
-    let near = wanted.iter().find_map(|name| {
-        nearest(name, names.iter().map(String::as_str), 1).first().map(|near| (*name, (*near).to_string()))
-    });
-    match near {
-        Some((name, near)) => error.with_hint(format!("expected `{name}` there, found `{near}`")),
-        None => error.with_hint(format!("expected one of `{}` there", wanted.join("`, `"))),
-    }
+    let wanted = ["config.json", hf::CONFIG_FILE, run::METRICS_FILE].join("`, `");
+    Error::request(format!("`{}` holds no model, no adapter and no run", path.display()))
+        .with_hint(format!("expected one of `{wanted}` there"))
 }
 
 impl Display for Found {

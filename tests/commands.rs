@@ -1,0 +1,294 @@
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+/// A folder with a tiny model of random weights, some data and a recipe.
+struct Place {
+    folder: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self { folder: tempfile::tempdir().unwrap() };
+        random_model(&place.path("model"));
+        let records: String = (0..24)
+            .map(|n| format!("{{\"prompt\": \"Where is kite {n}?\", \"completion\": \" In box {n}.\"}}\n"))
+            .collect();
+        fs::write(place.path("data.jsonl"), records).unwrap();
+        let recipe = r#"
+            task = "finetune"
+            output = "run"
+            model = { source = "model", dtype = "f32" }
+            adapter = { rank = 4, dropout = 0.1 }
+            data = { train = [{ path = "data.jsonl" }], eval_share = 0.2, max_length = 32 }
+            train = { steps = 6, batch_size = 1, eval_every = 3, save_every = 2, keep = 2, learning_rate = 1e-2 }
+        "#;
+        fs::write(place.path("recipe.toml"), recipe).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_peft"));
+        command.args(arguments).current_dir(self.folder.path()).env("NO_COLOR", "1");
+        command
+    }
+
+    /// What a command that succeeds writes to stdout and stderr.
+    fn run(&self, arguments: &[&str]) -> (String, String) {
+        let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
+        let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+        assert!(status.success(), "peft {}: {status}\n{stderr}", arguments.join(" "));
+        (stdout, stderr)
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.run(arguments).0).unwrap()
+    }
+
+    fn names_in(&self, folder: &str) -> Vec<String> {
+        let entries = fs::read_dir(self.path(folder)).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+/// The bundled tiny model with weights of chance.
+fn random_model(folder: &Path) {
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-llama");
+    fs::create_dir(folder).unwrap();
+    for entry in fs::read_dir(&bundled).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|ending| ending != "safetensors") {
+            fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    let config: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let size = |key: &str| config[key].as_u64().unwrap() as usize;
+    let (hidden, width, head_dim) = (size("hidden_size"), size("intermediate_size"), size("head_dim"));
+    let (q, kv) = (size("num_attention_heads") * head_dim, size("num_key_value_heads") * head_dim);
+    let random =
+        |rows: usize, columns: usize| Tensor::randn(0f32, 0.06, (rows, columns), &Device::Cpu).unwrap();
+    let ones = || Tensor::ones(hidden, DType::F32, &Device::Cpu).unwrap();
+    let mut tensors = HashMap::from([
+        ("model.embed_tokens.weight".to_string(), random(size("vocab_size"), hidden)),
+        ("model.norm.weight".to_string(), ones()),
+    ]);
+    for layer in 0..size("num_hidden_layers") {
+        for (name, tensor) in [
+            ("input_layernorm", ones()),
+            ("post_attention_layernorm", ones()),
+            ("self_attn.q_proj", random(q, hidden)),
+            ("self_attn.k_proj", random(kv, hidden)),
+            ("self_attn.v_proj", random(kv, hidden)),
+            ("self_attn.o_proj", random(hidden, q)),
+            ("mlp.gate_proj", random(width, hidden)),
+            ("mlp.up_proj", random(width, hidden)),
+            ("mlp.down_proj", random(hidden, width)),
+        ] {
+            tensors.insert(format!("model.layers.{layer}.{name}.weight"), tensor);
+        }
+    }
+    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn a_run_leaves_what_the_plan_promises() {
+    let place = Place::new();
+    let (stdout, stderr) = place.run(&["finetune", "recipe.toml"]);
+    assert_eq!(stdout, "", "a run has no data for stdout");
+    assert!(stderr.contains("trainable params: "), "{stderr}");
+    assert!(stderr.contains("step 6/6  loss "), "{stderr}");
+    let names = place.names_in("run");
+    for name in [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "best",
+        "checkpoint-4",
+        "checkpoint-6",
+        "metrics.jsonl",
+        "recipe.toml",
+        "tokenizer.json",
+    ] {
+        assert!(names.iter().any(|found| found == name), "no {name} in {names:?}");
+    }
+    assert!(names.iter().all(|name| name != "checkpoint-2"), "two checkpoints are kept: {names:?}");
+    let metrics = fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let steps: Vec<u64> = lines
+        .iter()
+        .filter(|line| line["loss"].is_number())
+        .map(|line| line["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
+    assert_eq!(lines.iter().filter(|line| line["eval_loss"].is_number()).count(), 3);
+
+    let refused = place.command(&["finetune", "recipe.toml"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2), "a run is not overwritten");
+}
+
+/// The recipe in a run directory makes the run again, to the last bit.
+#[test]
+fn the_resolved_recipe_makes_the_same_run() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    place.run(&["finetune", "run/recipe.toml", "--output", "again", "--log", "silent"]);
+    let adapter = |run: &str| fs::read(place.path(run).join("adapter_model.safetensors")).unwrap();
+    assert!(adapter("run") == adapter("again"));
+    let recipe = |run: &str| fs::read_to_string(place.path(run).join("recipe.toml")).unwrap();
+    assert_eq!(recipe("run").replace("\"run\"", "\"again\""), recipe("again"));
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_is_resumed_to_the_same_bits() {
+    let place = Place::new();
+    let long = ["--set", "train.steps=40", "--set", "train.save_every=0", "--log", "json"];
+    let of = |output: &'static str, more: &[&'static str]| {
+        let mut arguments = vec!["finetune", "recipe.toml", "--output", output];
+        arguments.extend(long);
+        arguments.extend(more);
+        arguments
+    };
+    place.run(&of("whole", &[]));
+
+    let mut child =
+        place.command(&of("parts", &[])).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let metrics = place.path("parts/metrics.jsonl");
+    let begin = Instant::now();
+    while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 4 {
+        assert!(begin.elapsed() < Duration::from_secs(60), "the run does not begin");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // SAFETY: the signal goes to a child that has not been waited for, so that its id is still its own.
+    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let saved: Vec<String> =
+        place.names_in("parts").into_iter().filter(|name| name.starts_with("checkpoint-")).collect();
+    assert_eq!(saved.len(), 1, "{saved:?}");
+    assert_ne!(saved[0], "checkpoint-40", "the run was over before the signal came");
+
+    place.run(&of("parts", &["--resume"]));
+    let adapter = |run: &str| fs::read(place.path(run).join("adapter_model.safetensors")).unwrap();
+    assert!(adapter("whole") == adapter("parts"));
+}
+
+#[test]
+fn check_knows_a_run_before_it_begins() {
+    let place = Place::new();
+    let report = place.json(&["check", "recipe.toml", "--json"]);
+    assert_eq!(report["steps"], 6);
+    assert!(report["parameters"]["trainable"].as_u64().unwrap() > 0);
+    let sample: String =
+        report["sample"].as_array().unwrap().iter().map(|part| part["text"].as_str().unwrap()).collect();
+    assert!(sample.contains("Where is kite"), "{sample}");
+    assert!(!place.path("run").exists(), "check writes nothing");
+    let (text, _) = place.run(&["check", "recipe.toml"]);
+    assert!(text.contains("trainable params: "), "{text}");
+}
+
+#[test]
+fn a_model_answers_with_and_without_its_adapter() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let prompt = ["generate", "--model", "model", "--prompt", "Where is kite 3?", "--max-new-tokens", "8"];
+    let adapted = [&prompt[..], &["--adapter", "run"]].concat();
+    let (plain, adapted_once, adapted_twice) =
+        (place.run(&prompt).0, place.run(&adapted).0, place.run(&adapted).0);
+    assert_eq!(adapted_once, adapted_twice, "the most likely tokens do not change");
+    assert_ne!(plain, adapted_once, "training at a high rate changes the answer");
+
+    let measure = ["eval", "perplexity", "--model", "model", "--data", "data.jsonl", "--json"];
+    let before = place.json(&measure);
+    let after = place.json(&[&measure[..], &["--adapter", "run"]].concat());
+    let nll = |document: &Value| document["nll"].as_f64().unwrap();
+    assert!(nll(&after) < nll(&before), "{after} is no better than {before}");
+    assert_eq!(before["tokens"], after["tokens"]);
+    assert!((before["perplexity"].as_f64().unwrap().ln() - nll(&before)).abs() < 1e-9);
+}
+
+#[test]
+fn everything_can_be_inspected() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let model = place.json(&["inspect", "model", "--json"]);
+    assert_eq!((&model["kind"], &model["problems"]), (&"model".into(), &Value::Array(vec![])));
+    let data = place.json(&["inspect", "data.jsonl", "--json"]);
+    assert_eq!((&data["kind"], &data["records"]), (&"data".into(), &24.into()));
+    let run = place.json(&["inspect", "run", "--json"]);
+    assert_eq!(
+        (&run["kind"], &run["steps_made"], &run["model"]),
+        (&"run".into(), &6.into(), &"model".into())
+    );
+    let adapter = place.json(&["inspect", "run/best", "--json"]);
+    assert_eq!((&adapter["kind"], &adapter["config"]["rank"]), (&"adapter".into(), &4.into()));
+
+    insta::with_settings!({ filters => vec![(r"[\d,]+ tokens/s", "[SPEED]"), (r"[\d.]+ [KMG]iB\n", "[MEMORY]\n"),
+        (r"\d+\.\d{4}", "[LOSS]"), (r"step \d", "step [N]")] }, {
+        insta::assert_snapshot!(place.run(&["inspect", "model"]).0, @"
+        model          model
+        family         llama
+        parameters     1,115,520
+        vocabulary     1,024
+        hidden size    128
+        positions      512
+        head           tied to the embedding
+        chat template  yes
+        weights        47 tensors, 4.3 MiB of f32
+        layers         5 x 4 heads of 32 (2 for keys and values), feed-forward 384 (silu)
+        q_proj         5 x [128, 128]
+        k_proj         5 x [64, 128]
+        v_proj         5 x [64, 128]
+        o_proj         5 x [128, 128]
+        gate_proj      5 x [384, 128]
+        up_proj        5 x [384, 128]
+        down_proj      5 x [128, 384]
+        lm_head        1 x [1024, 128]
+        ");
+        insta::assert_snapshot!(place.run(&["inspect", "run/best"]).0, @"
+        adapter        run/best
+        base model     model
+        rank           4
+        scale          1 from alpha 4
+        dropout        0.1
+        targets        down_proj, gate_proj, up_proj
+        parameters     30,720
+        down_proj      5 x
+        gate_proj      5 x
+        up_proj        5 x
+        ");
+        insta::assert_snapshot!(place.run(&["inspect", "data.jsonl"]).0, @"
+        data           data.jsonl
+        format         prompt-completion
+        records        24
+        messages       48
+        characters     27 on average, 28 at most (line 24)
+        prompt         Where is kite 0?
+        completion     In box 0.
+        ");
+        insta::assert_snapshot!(place.run(&["inspect", "run"]).0, @"
+        run            run
+        model          model
+        steps          6 of 6
+        tokens         177
+        loss           [LOSS] at first, [LOSS] at last
+        eval loss      [LOSS] at first, [LOSS] at last, [LOSS] at best after step [N]
+        speed          [SPEED]
+        peak memory    [MEMORY]
+        checkpoints    4, 6
+        ");
+    });
+    let nothing = place.command(&["inspect", "."]).output().unwrap();
+    assert_eq!(nothing.status.code(), Some(2));
+}
