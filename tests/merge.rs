@@ -256,7 +256,7 @@ fn a_tied_head_gets_a_tensor_of_its_own() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("merged");
     let head = on_the_head(&base);
-    let receipt = fold(&base, &[head.clone()], &output, None).unwrap();
+    let receipt = fold(&base, std::slice::from_ref(&head), &output, None).unwrap();
     assert!(receipt.untied && receipt.warnings[0].contains("`tie_word_embeddings` is false"));
     assert_eq!(receipt.identical, base.names().count());
     let merged = open(&output);
