@@ -54,7 +54,10 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
         WrittenDtype::Bf16 => DType::BF16,
         WrittenDtype::F16 => DType::F16,
     });
-    let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut |_| ())?;
+    let counter = terminal.counter("folding and reading back");
+    let mut progress = |now: merge::Progress| counter.at(now.done as u64, now.total as u64);
+    let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut progress)?;
+    drop(counter);
     for warning in &receipt.warnings {
         terminal.warn(warning);
     }
