@@ -332,8 +332,10 @@ fn targets_that_lead_nowhere_are_errors() {
     };
     let names = |names: &[&str]| config(Targets::names(names.iter().copied()));
     let (message, hint) = refuse(names(&["q_proj", "gate_projs"]));
-    assert_eq!(message, "target `gate_projs` matches no linear layer of the model");
+    assert_eq!(message, "`gate_projs` in `targets` matches no linear layer of the model");
     assert_eq!(hint, "nearest are `gate_proj`, `k_proj`, `o_proj`");
+    let (message, _) = refuse(names(&["c_attn", "q_proj", "c_proj"]));
+    assert_eq!(message, "`c_attn`, `c_proj` in `targets` match no linear layer of the model");
     let (_, hint) = refuse(names(&["c_attn"]));
     assert!(hint.starts_with("the model has `q_proj`, `k_proj`"), "{hint}");
     let (_, hint) = refuse(names(&["model.layers.7.mlp.up_proj"]));
@@ -346,7 +348,7 @@ fn targets_that_lead_nowhere_are_errors() {
         "`targets` has the invalid regular expression `.*(q_proj`, at position 9: Opening parenthesis without closing parenthesis"
     );
     let (message, _) = refuse(LoraConfig { exclude: Exclude::Names(vec!["q".into()]), ..names(&["q_proj"]) });
-    assert_eq!(message, "`exclude` `q` matches no linear layer of the model");
+    assert_eq!(message, "`q` in `exclude` matches no linear layer of the model");
     let (message, _) =
         refuse(LoraConfig { exclude: Exclude::Names(vec!["q_proj".into()]), ..names(&["q_proj"]) });
     assert!(message.contains("leave no layer"));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use peft::Error;
 use peft::adapter::hf::Adapter;
@@ -14,6 +15,8 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use crate::fixture::{Fixture, MODELS, difference, logits, values};
+use crate::weights::gguf::tokenizers::byte_level;
+use crate::weights::gguf::{converted, write};
 
 fn adapter(fixture: &Fixture) -> Adapter {
     Adapter::read(&fixture.folder.join("adapter"), &Device::Cpu).unwrap()
@@ -196,7 +199,10 @@ fn everything_else_is_the_base_byte_for_byte() {
         assert_eq!(written, serde_json::to_string_pretty(&receipt).unwrap() + "\n");
         for tensor in &receipt.tensors {
             assert!(tensor.changed > tensor.values / 2, "{}", tensor.name);
-            assert!((tensor.kept - 1.0).abs() < 0.01 && tensor.lost < 0.05, "{tensor:?}");
+            assert!(
+                (tensor.kept - 1.0).abs() < 0.01 && (tensor.written - 1.0).abs() < 0.01 && tensor.lost < 0.05,
+                "{tensor:?}"
+            );
         }
     }
 }
@@ -306,6 +312,39 @@ fn a_zero_adapter_is_called_one() {
         std::fs::read(folder.path().join("merged").join(file)).unwrap(),
         std::fs::read(fixture.folder.join(file)).unwrap()
     );
+}
+
+#[test]
+fn a_gguf_file_becomes_a_folder() {
+    let fixture = Fixture::open("llama");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.gguf");
+    let (mut metadata, mut tensors) = converted("llama", "llama");
+    metadata.extend(byte_level("smollm"));
+    let quantized = |tensor: &QTensor| {
+        QTensor::quantize(&tensor.dequantize(&Device::Cpu).unwrap(), GgmlDType::Q8_0).unwrap()
+    };
+    let up = quantized(&tensors["blk.0.ffn_up.weight"]);
+    tensors.insert("blk.0.ffn_up.weight".into(), up);
+    write(&file, &metadata, &tensors);
+    let base = open(&file);
+    let output = folder.path().join("merged");
+    let receipt = fold(&base, &[adapter(&fixture)], &output, None).unwrap();
+    assert_eq!((receipt.identical, receipt.converted), (7, 0));
+    let merged = open(&output);
+    assert_eq!(merged.config(), base.config());
+    assert_eq!(merged.text().unwrap().chat_template.as_deref(), Some("T"));
+    let plain = folder.path().join("plain");
+    fold(&fixture.pretrained(), &[adapter(&fixture)], &plain, None).unwrap();
+    let plain = open(&plain);
+    for name in plain.names() {
+        let difference = difference(&read(&merged, name), &read(&plain, name));
+        let most = if name == "model.layers.0.mlp.up_proj.weight" { 5e-3 } else { 0.0 };
+        assert!(difference <= most, "{name}: {difference}");
+    }
+    let receipt = fold(&base, &[adapter(&fixture)], &folder.path().join("bf16"), Some(DType::BF16)).unwrap();
+    assert_eq!((receipt.identical, receipt.converted), (0, 7));
+    assert_eq!(open(&folder.path().join("bf16")).config_json()["torch_dtype"], json!("bfloat16"));
 }
 
 /// What a refusal leaves behind must be nothing.

@@ -1,4 +1,5 @@
 //! One integration binary, a file per promise.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
@@ -6,6 +7,8 @@ mod adapter;
 mod cli;
 /// Every command on a tiny model, from the recipe to the run directory.
 mod commands;
+/// Conversations, labels and order of training data, as transformers has them.
+mod data;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.
@@ -18,6 +21,8 @@ mod layering;
 mod losses;
 /// Merged weights are those of PEFT, compute what the adapter computes, and are the base's elsewhere.
 mod merge;
+/// The published toy outputs of a course, from the seeds alone.
+mod nju;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
 /// Recipes as they are written, planned and written again.

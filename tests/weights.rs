@@ -772,7 +772,7 @@ mod writing {
     }
 }
 
-mod gguf {
+pub(crate) mod gguf {
     use super::*;
 
     fn metadata(config: &Value, architecture: &str) -> BTreeMap<String, Entry> {
@@ -833,7 +833,11 @@ mod gguf {
         name
     }
 
-    fn write(path: &Path, metadata: &BTreeMap<String, Entry>, tensors: &BTreeMap<String, QTensor>) {
+    pub(crate) fn write(
+        path: &Path,
+        metadata: &BTreeMap<String, Entry>,
+        tensors: &BTreeMap<String, QTensor>,
+    ) {
         let metadata: Vec<(&str, &Entry)> =
             metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
         let tensors: Vec<(&str, &QTensor)> =
@@ -843,7 +847,10 @@ mod gguf {
     }
 
     /// A fixture as llama.cpp's converter would write it, in f32.
-    fn converted(family: &str, architecture: &str) -> (BTreeMap<String, Entry>, BTreeMap<String, QTensor>) {
+    pub(crate) fn converted(
+        family: &str,
+        architecture: &str,
+    ) -> (BTreeMap<String, Entry>, BTreeMap<String, QTensor>) {
         let model = open(&fixture(family)).unwrap();
         let attention = model.config().layers[0].attention.clone();
         let tensors = model
@@ -1030,7 +1037,7 @@ mod gguf {
         );
     }
 
-    mod tokenizers {
+    pub(crate) mod tokenizers {
         use super::*;
 
         fn strings(values: &[&str]) -> Entry {
@@ -1044,7 +1051,7 @@ mod gguf {
             Checkpoint::open(path.to_str().unwrap()).unwrap().text()
         }
 
-        fn byte_level(pre: &str) -> BTreeMap<String, Entry> {
+        pub(crate) fn byte_level(pre: &str) -> BTreeMap<String, Entry> {
             let tokens =
                 ["<s>", "</s>", "<turn>", "a", "b", "1", "2", "Ġ", "Ċ", "ab", "12", "ĠĠ", "Ġa", "ĊĊ"];
             let kinds = [3, 3, 4, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1];

@@ -78,13 +78,13 @@ pub fn resolve(config: &LoraConfig, model: &DecoderConfig) -> Result<Placements>
         return Ok(resolved);
     }
     let linears = model.linears();
-    for count in resolved.counts.iter().filter(|count| count.matched == 0) {
-        return Err(nothing_matches("target", &count.target, &config.targets, &linears));
-    }
+    let unmatched =
+        resolved.counts.iter().filter(|count| count.matched == 0).map(|count| count.target.as_str());
+    some_match("targets", unmatched.collect(), &config.targets, &linears)?;
     if let Exclude::Names(names) = &config.exclude {
-        for name in names.iter().filter(|name| !linears.iter().any(|l| is_named(&l.path, name))) {
-            return Err(nothing_matches("`exclude`", name, &config.targets, &linears));
-        }
+        let unmatched =
+            names.iter().filter(|name| !linears.iter().any(|linear| is_named(&linear.path, name)));
+        some_match("exclude", unmatched.map(String::as_str).collect(), &config.targets, &linears)?;
     }
     if let Some(layer) = config.layers_to_transform.iter().flatten().find(|l| **l >= model.layers.len()) {
         return Err(Error::request(format!(
@@ -268,25 +268,35 @@ fn module_numbers(linears: &[LinearConfig]) -> Vec<u64> {
     numbers
 }
 
-fn nothing_matches(what: &str, wanted: &str, targets: &Targets, linears: &[LinearConfig]) -> Error {
-    let error = Error::request(format!("{what} `{wanted}` matches no linear layer of the model"));
+/// Refuses the targets or exclusions that match nothing.
+fn some_match(key: &str, unmatched: Vec<&str>, targets: &Targets, linears: &[LinearConfig]) -> Result<()> {
+    let Some(first) = unmatched.first() else { return Ok(()) };
+    let verb = if unmatched.len() == 1 { "matches" } else { "match" };
+    let error = Error::request(format!(
+        "`{}` in `{key}` {verb} no linear layer of the model",
+        unmatched.join("`, `")
+    ));
     let kinds = kinds(linears);
     if let Targets::Pattern(pattern) = targets
-        && pattern == wanted
+        && pattern == first
     {
-        return error.with_hint(format!(
+        return Err(error.with_hint(format!(
             "a string is a regular expression for a whole path such as `{}`; names go into a list: [\"{}\"]",
             linears.first().map_or("", |linear| linear.path.as_str()),
-            nearest(wanted, kinds.iter().copied(), 1).first().unwrap_or(&"q_proj"),
-        ));
+            nearest(first, kinds.iter().copied(), 1).first().unwrap_or(&"q_proj"),
+        )));
     }
-    let near = if wanted.contains('.') {
-        nearest(wanted, linears.iter().map(|linear| linear.path.as_str()), 3)
-    } else {
-        nearest(wanted, kinds.iter().copied(), 3)
-    };
+    let mut near: Vec<&str> = Vec::new();
+    for name in &unmatched {
+        near.extend(match name.contains('.') {
+            true => nearest(name, linears.iter().map(|linear| linear.path.as_str()), 3),
+            false => nearest(name, kinds.iter().copied(), 3),
+        });
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    near.retain(|name| seen.insert(*name));
     let (title, names) = if near.is_empty() { ("the model has", kinds) } else { ("nearest are", near) };
-    error.with_hint(format!("{title} `{}`", names.join("`, `")))
+    Err(error.with_hint(format!("{title} `{}`", names.join("`, `"))))
 }
 
 /// The distinct last parts of paths, in order of appearance.

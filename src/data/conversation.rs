@@ -95,64 +95,57 @@ impl Conversation {
         let Value::Object(mut record) = record else {
             return Err(Error::invalid(format!("the record is {}, expected an object", kind(&record))));
         };
-        let missing = |key: &str, record: &Map<String, Value>| {
-            Error::invalid(format!("the record has the {}, expected {}", keys(record), expected(format)))
-                .with_hint(format!("`{key}` is missing; all records of a file have the format of its first"))
+        let list = if record.contains_key("conversations") { "conversations" } else { "messages" };
+        let required: &[&str] = match format {
+            Format::Auto => unreachable!("the format is told from the first record before any is read"),
+            Format::Messages => &[list],
+            Format::Alpaca => &["instruction", "output"],
+            Format::PromptCompletion => &["prompt", "completion"],
+            Format::Text => &["text"],
         };
-        let take = |key: &str, record: &mut Map<String, Value>| match record.shift_remove(key) {
-            None | Some(Value::Null) => Err(missing(key, record)),
-            Some(value) => Ok(value),
-        };
+        if required.iter().any(|key| record.get(*key).is_none_or(Value::is_null)) {
+            let found = keys(&record);
+            return Err(Error::invalid(format!("the record has {found}, expected {}", expected(format)))
+                .with_hint(
+                    "all records of a file have the format of its first, or the one that the recipe names",
+                ));
+        }
+        let mut take = |key: &str| record.shift_remove(key).unwrap_or_default();
 
         match format {
-            Format::Auto => unreachable!("the format is told from the first record before any is read"),
-            Format::Text => Ok(Self::Text(filled("text", take("text", &mut record)?)?)),
-            Format::PromptCompletion => {
-                let prompt = take("prompt", &mut record)?;
-                let completion = take("completion", &mut record)?;
-                match (prompt, completion) {
-                    (Value::Array(prompt), Value::Array(completion)) => {
-                        let learn_from = prompt.len();
-                        let messages = prompt.into_iter().chain(completion).collect();
-                        Ok(Self::Chat {
-                            messages: self::messages(messages)?,
-                            tools: tools(&mut record)?,
-                            learn_from,
-                        })
-                    }
-                    (prompt, completion) => Ok(Self::PromptCompletion {
-                        prompt: string("prompt", prompt)?,
-                        completion: filled("completion", completion)?,
-                    }),
+            Format::Text => Ok(Self::Text(filled("text", take("text"))?)),
+            Format::PromptCompletion => match (take("prompt"), take("completion")) {
+                (Value::Array(prompt), Value::Array(completion)) => {
+                    let learn_from = prompt.len();
+                    let messages = messages(prompt.into_iter().chain(completion).collect())?;
+                    Ok(Self::Chat { messages, tools: tools(take("tools"))?, learn_from })
                 }
-            }
+                (prompt, completion) => Ok(Self::PromptCompletion {
+                    prompt: string("prompt", prompt)?,
+                    completion: filled("completion", completion)?,
+                }),
+            },
             Format::Alpaca => {
-                let mut request = filled("instruction", take("instruction", &mut record)?)?;
-                match record.shift_remove("input") {
-                    None | Some(Value::Null) => {}
-                    Some(input) => {
-                        let input = string("input", input)?;
-                        if !input.is_empty() {
-                            request.push_str("\n\n");
-                            request.push_str(&input);
-                        }
-                    }
+                let mut request = filled("instruction", take("instruction"))?;
+                let input = take("input");
+                let input = if input.is_null() { String::new() } else { string("input", input)? };
+                if !input.is_empty() {
+                    request.push_str("\n\n");
+                    request.push_str(&input);
                 }
-                let answer = filled("output", take("output", &mut record)?)?;
+                let answer = filled("output", take("output"))?;
                 Ok(Self::chat(vec![Message::new(Role::User, request), Message::new(Role::Assistant, answer)]))
             }
-            Format::Messages => {
-                let key = if record.contains_key("messages") { "messages" } else { "conversations" };
-                let list = match take(key, &mut record).map_err(|_| missing("messages", &record))? {
-                    Value::Array(list) if list.is_empty() => Err(Error::invalid(format!("`{key}` is empty"))),
-                    Value::Array(list) => Ok(list),
-                    other => Err(Error::invalid(format!(
-                        "`{key}` is {}, expected a list of messages",
-                        kind(&other)
-                    ))),
-                }?;
-                Ok(Self::Chat { messages: messages(list)?, tools: tools(&mut record)?, learn_from: 0 })
-            }
+            Format::Messages | Format::Auto => match take(list) {
+                Value::Array(said) if said.is_empty() => Err(Error::invalid(format!("`{list}` is empty"))),
+                Value::Array(said) => {
+                    Ok(Self::Chat { messages: messages(said)?, tools: tools(take("tools"))?, learn_from: 0 })
+                }
+                other => {
+                    let found = kind(&other);
+                    Err(Error::invalid(format!("`{list}` is {found}, expected a list of messages")))
+                }
+            },
         }
     }
 }
@@ -172,8 +165,8 @@ pub(crate) fn expected(format: Format) -> &'static str {
 pub(crate) fn keys(record: &Map<String, Value>) -> String {
     match record.len() {
         0 => "no keys".to_string(),
-        1 => format!("key {}", quoted(record)),
-        _ => format!("keys {}", quoted(record)),
+        1 => format!("the key {}", quoted(record)),
+        _ => format!("the keys {}", quoted(record)),
     }
 }
 
@@ -240,16 +233,16 @@ fn part(value: Value) -> Result<String> {
 }
 
 /// Some data sets hold the list as a string of JSON.
-fn tools(record: &mut Map<String, Value>) -> Result<Option<Value>> {
-    match record.shift_remove("tools") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Array(list)) => Ok((!list.is_empty()).then_some(Value::Array(list))),
-        Some(Value::String(text)) if text.trim().is_empty() => Ok(None),
-        Some(Value::String(text)) => match serde_json::from_str(&text) {
+fn tools(value: Value) -> Result<Option<Value>> {
+    match value {
+        Value::Null => Ok(None),
+        Value::Array(list) => Ok((!list.is_empty()).then_some(Value::Array(list))),
+        Value::String(text) if text.trim().is_empty() => Ok(None),
+        Value::String(text) => match serde_json::from_str(&text) {
             Ok(Value::Array(list)) => Ok((!list.is_empty()).then_some(Value::Array(list))),
             _ => Err(Error::invalid("`tools` is a string that holds no JSON list")),
         },
-        Some(other) => Err(Error::invalid(format!("`tools` is {}, expected a list", kind(&other)))),
+        other => Err(Error::invalid(format!("`tools` is {}, expected a list", kind(&other)))),
     }
 }
 
@@ -268,7 +261,7 @@ fn string(key: &str, value: Value) -> Result<String> {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

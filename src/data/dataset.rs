@@ -174,10 +174,27 @@ pub fn load(
     train_on: TrainOn,
     first: u64,
 ) -> Result<(Vec<Row>, Counts)> {
+    rows(source, text, max_length, train_on, first, true)
+}
+
+/// The documents of one source as perplexity is measured on them: a text is what the tokenizer makes of it, without
+/// an end token put after it; the rest is as in training on completions.
+pub fn load_for_perplexity(source: &Source, text: &Text, max_length: usize) -> Result<(Vec<Row>, Counts)> {
+    rows(source, text, max_length, TrainOn::Completion, 0, false)
+}
+
+fn rows(
+    source: &Source,
+    text: &Text,
+    max_length: usize,
+    train_on: TrainOn,
+    first: u64,
+    end_texts: bool,
+) -> Result<(Vec<Row>, Counts)> {
     let path = &source.path;
     let (records, format) = source::read(path, source.format)?;
     let tokenised: Vec<Result<Tokens>> =
-        records.par_iter().map(|record| tokenise(&record.conversation, text, train_on)).collect();
+        records.par_iter().map(|record| tokenise(&record.conversation, text, train_on, end_texts)).collect();
 
     let mut counts = Counts {
         path: path.clone(),
@@ -259,4 +276,113 @@ pub fn preview(row: &Row, text: &Text) -> Result<Vec<(String, bool)>> {
     }
     add(stream.finish()?, row.supervised.last().copied().unwrap_or(false));
     Ok(segments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::text::tests::{chatml, text};
+
+    fn source(lines: &[&str]) -> (tempfile::NamedTempFile, Source) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), lines.join("\n")).unwrap();
+        let source = Source { path: file.path().into(), weight: 1.0, format: Format::Auto };
+        (file, source)
+    }
+
+    fn preparation(max_length: usize, eval_share: f64) -> Preparation {
+        Preparation { max_length, train_on: TrainOn::Completion, eval_share, seed: 1 }
+    }
+
+    #[test]
+    fn what_is_cut_and_dropped_is_counted() {
+        let (_file, source) = source(&[
+            r#"{"prompt": "1", "completion": "2"}"#,
+            r#"{"prompt": "1 2 3 4 5 6 7 8", "completion": "9"}"#,
+            r#"{"prompt": "1", "completion": "2 3 4 5 6 7 8 9"}"#,
+        ]);
+        let (rows, counts) = load(&source, &chatml(), 6, TrainOn::Completion, 10).unwrap();
+        assert_eq!(rows.iter().map(|row| row.document).collect::<Vec<_>>(), [10, 12]);
+        assert_eq!(rows.iter().map(|row| row.tokens.len()).collect::<Vec<_>>(), [3, 6]);
+        let Counts { records, rows, tokens, supervised, truncated, .. } = counts;
+        assert_eq!((records, rows, tokens, supervised, truncated), (3, 2, 9, 7, 2));
+        assert_eq!((counts.dropped_by_truncation, counts.dropped_without_labels), (1, 0));
+        assert_eq!((counts.first_dropped, counts.format), (Some(2), Format::PromptCompletion));
+        assert!(counts.lengths.p50 <= counts.lengths.p95 && counts.lengths.p95 <= counts.lengths.max);
+    }
+
+    #[test]
+    fn a_source_of_which_nothing_is_left_is_an_error() {
+        let (_file, source) = source(&[r#"{"prompt": "1 2 3 4 5 6 7 8", "completion": "9"}"#]);
+        let error = load(&source, &chatml(), 4, TrainOn::Completion, 0).unwrap_err();
+        assert!(
+            error.to_string().ends_with(
+                "none of the 1 documents has a token to learn within `max_length` = 4 tokens: 1 have their first one later"
+            ),
+            "{error}"
+        );
+        let hint = error.hint().unwrap();
+        assert!(hint.starts_with("raise `data.max_length`: the longest document has 1"), "{hint}");
+
+        let (_file, source) = self::source(&[r#"{"text": "1"}"#]);
+        let endless = text(&[], crate::data::TemplateParts::default(), |_| {});
+        let error = load(&source, &endless, 4, TrainOn::Completion, 0).unwrap_err().to_string();
+        assert!(error.ends_with("none of the 1 documents has a token to learn"), "{error}");
+    }
+
+    #[test]
+    fn errors_of_templates_have_the_line() {
+        let (file, source) = source(&[
+            r#"{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}"#,
+            r#"{"messages": [{"role": "user", "content": "q"}]}"#,
+        ]);
+        let error = load(&source, &chatml(), 99, TrainOn::Completion, 0).unwrap_err();
+        let place = format!("{}:2: ", file.path().display());
+        assert!(error.to_string().starts_with(&place), "{error}");
+    }
+
+    #[test]
+    fn documents_are_held_out_or_given() {
+        let lines: Vec<String> = (0..20).map(|i| format!(r#"{{"text": "document {i}"}}"#)).collect();
+        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        let (_train, train) = source(&lines);
+        let (_eval, eval) = source(&lines[..2]);
+        let text = chatml();
+
+        let split = Dataset::load(std::slice::from_ref(&train), &[], &text, &preparation(99, 0.2)).unwrap();
+        assert_eq!((split.train[0].rows.len(), split.eval.len(), split.warnings.len()), (16, 4, 0));
+        let given =
+            Dataset::load(std::slice::from_ref(&train), &[eval], &text, &preparation(99, 0.2)).unwrap();
+        assert_eq!((given.train[0].rows.len(), given.eval.len()), (20, 2));
+        assert_eq!(given.eval[0].document, 20);
+        assert_eq!(given.warnings, [Warning::EvalInTrain(2)]);
+        assert_ne!(split.fingerprint(), given.fingerprint());
+        let none = Dataset::load(&[train], &[], &text, &preparation(99, 0.0)).unwrap();
+        assert!(none.eval.is_empty() && none.warnings.is_empty());
+        assert!(Dataset::load(&[], &[], &text, &preparation(99, 0.0)).is_err());
+    }
+
+    #[test]
+    fn perplexity_sees_texts_as_the_tokenizer_has_them() {
+        let (_file, source) = source(&[r#"{"text": "1 2 3"}"#]);
+        let text = chatml();
+        let (rows, _) = load_for_perplexity(&source, &text, 99).unwrap();
+        assert_eq!(rows[0].tokens, text.encode_document("1 2 3").unwrap());
+        assert_eq!(load(&source, &text, 99, TrainOn::Completion, 0).unwrap().0[0].tokens.last(), Some(&2));
+    }
+
+    #[test]
+    fn oddities_are_told() {
+        let (_file, source) = source(&[r#"{"text": "1 2 3"}"#, r#"{"text": "1 2 3"}"#]);
+        let data = Dataset::load(&[source], &[], &chatml(), &preparation(2, 0.5)).unwrap();
+        assert_eq!(data.warnings, [Warning::NothingToHoldOut, Warning::EosNeverSupervised]);
+        assert_eq!(data.train[0].rows.len(), 2);
+    }
+
+    #[test]
+    fn lengths_are_the_least_that_enough_documents_have() {
+        assert_eq!(Lengths::of((1..=100).collect()), Lengths { p50: 50, p95: 95, max: 100 });
+        assert_eq!(Lengths::of(vec![7]), Lengths { p50: 7, p95: 7, max: 7 });
+        assert_eq!(Lengths::of(vec![]), Lengths::default());
+    }
 }

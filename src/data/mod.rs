@@ -2,6 +2,16 @@
 //!
 //! [`Text`] holds the tokenizer and the chat template. [`Dataset::load`] reads the sources of a recipe and turns
 //! their records into [`Row`]s; a [`Sampler`] says which of them batch number `n` of the run holds.
+//!
+//! ```
+//! use peft::data::{Order, Part, Row, Sampler};
+//!
+//! let row = |document| Row { tokens: vec![1, 2, 3], supervised: vec![false, true, true], document };
+//! let parts = [Part { rows: (0..5).map(row).collect(), weight: 1.0 }];
+//! let mut sampler = Sampler::new(&parts, Order { seed: 42, batch_size: 2, pack: false, max_length: 8 });
+//! assert_eq!(sampler.batches_in(0), 3);
+//! assert_eq!(sampler.batch(0).offsets, [0, 3, 6]);
+//! ```
 
 mod batch;
 mod chance;
@@ -17,7 +27,7 @@ mod tokens;
 
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
-pub use dataset::{Counts, Dataset, Lengths, Preparation, Warning, load, preview};
+pub use dataset::{Counts, Dataset, Lengths, Preparation, Warning, load, load_for_perplexity, preview};
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
 pub use source::{Format, Record, Source, read};

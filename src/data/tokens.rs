@@ -34,12 +34,19 @@ impl Tokens {
     }
 }
 
-/// The tokens of one document, of whatever length.
-pub(crate) fn tokenise(conversation: &Conversation, text: &Text, train_on: TrainOn) -> Result<Tokens> {
+/// The tokens of one document, of whatever length; `end_texts` says whether texts get the end token.
+pub(crate) fn tokenise(
+    conversation: &Conversation,
+    text: &Text,
+    train_on: TrainOn,
+    end_texts: bool,
+) -> Result<Tokens> {
     match conversation {
         Conversation::Text(document) => {
             let mut document = Tokens::learned(text.encode_document(document)?, |_| true);
-            end(&mut document, text);
+            if end_texts {
+                end(&mut document, text);
+            }
             Ok(document)
         }
         Conversation::PromptCompletion { prompt, completion } => {
@@ -184,11 +191,16 @@ impl<'a> Chat<'a> {
         })
     }
 
-    /// A turn that lies between these two, up to its end token.
+    /// A turn that lies between these two, up to its end token: one that generation stops at, inside or right after it,
+    /// or else a special token that nothing follows.
     fn finish(&self, start: usize, stop: usize, last: bool) -> Turn {
-        match self.closing(start, stop) {
-            Some(end) => Turn { start, end, closed: true },
-            None => self.open(start, stop, last),
+        let closing = self.closing(start, stop);
+        let stops = |&i: &usize| self.text.eos_ids().contains(&self.encoding.get_ids()[i]);
+        let open = self.open(start, stop, last);
+        match (closing.filter(stops), closing) {
+            (None, _) if open.closed => open,
+            (Some(i), _) | (None, Some(i)) => Turn { start, end: self.spans[i].1, closed: true },
+            (None, None) => open,
         }
     }
 
@@ -205,20 +217,13 @@ impl<'a> Chat<'a> {
         }
     }
 
-    /// The end of the last special token before `stop`, if it ends a turn: only white space follows, or it is an
-    /// end token.
+    /// The last special token before `stop`, if it ends a turn: only white space follows, or it is an end token.
     fn closing(&self, start: usize, stop: usize) -> Option<usize> {
         let ids = self.encoding.get_ids();
         let inside = |&i: &usize| self.spans[i].0 >= start && self.spans[i].1 <= stop;
-        (0..ids.len())
-            .rev()
-            .filter(inside)
-            .find(|&i| self.text.is_special(ids[i]))
-            .filter(|&i| {
-                self.text.eos_ids().contains(&ids[i])
-                    || self.rendered[self.spans[i].1..stop].trim().is_empty()
-            })
-            .map(|i| self.spans[i].1)
+        let last = (0..ids.len()).rev().filter(inside).find(|&i| self.text.is_special(ids[i]))?;
+        let ends = self.rendered[self.spans[last].1..stop].trim().is_empty();
+        (ends || self.text.eos_ids().contains(&ids[last])).then_some(last)
     }
 
     fn first_special(&self, from: usize, stop: usize) -> Option<usize> {
@@ -285,7 +290,7 @@ mod tests {
 
     /// The text with what is learned in brackets.
     fn marked(conversation: &Conversation, text: &Text, train_on: TrainOn) -> String {
-        let Tokens { tokens, supervised } = tokenise(conversation, text, train_on).unwrap();
+        let Tokens { tokens, supervised } = tokenise(conversation, text, train_on, true).unwrap();
         assert_eq!((tokens.len(), supervised[0]), (supervised.len(), false));
         let row = crate::data::Row { tokens, supervised, document: 0 };
         let segments = crate::data::preview(&row, text).unwrap();
@@ -397,6 +402,21 @@ mod tests {
     }
 
     #[test]
+    fn spaces_that_the_tokenizer_trims_belong_to_their_token() {
+        let parts = TemplateParts {
+            chat_template: Some("{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}".into()),
+            eos_token: Some("<|im_end|>".into()),
+            ..TemplateParts::default()
+        };
+        let trims = serde_json::json!(
+            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}
+        );
+        let text = text(&[], parts, |file| file["post_processor"] = trims);
+        let conversation = talk(&[(Role::User, "q"), (Role::Assistant, " a1 ")]);
+        assert_eq!(marked(&conversation, &text, TrainOn::Completion), "user:qassistant:[ a1 <|im_end|>]");
+    }
+
+    #[test]
     fn what_the_template_marks_is_learned() {
         let generation = CHATML
             .replace(
@@ -416,11 +436,11 @@ mod tests {
 
     #[test]
     fn what_cannot_be_learned_is_an_error() {
-        let none = tokenise(&talk(&[(Role::User, "q")]), &chatml(), TrainOn::Completion).unwrap_err();
+        let none = tokenise(&talk(&[(Role::User, "q")]), &chatml(), TrainOn::Completion, true).unwrap_err();
         assert_eq!(none.to_string(), "the conversation has no `assistant` message to learn from");
         let loses = "{% for m in messages %}{{ m.content|length }}{% endfor %}";
         let text = model(loses, &[], "<|im_end|>");
-        let lost = tokenise(&two_turns(), &text, TrainOn::Completion).unwrap_err();
+        let lost = tokenise(&two_turns(), &text, TrainOn::Completion, true).unwrap_err();
         assert!(lost.to_string().contains("content of message 2,"), "{lost}");
         assert_eq!(marked(&two_turns(), &text, TrainOn::All), "4[425<|im_end|>]");
     }
@@ -452,6 +472,27 @@ mod tests {
         );
         let endless = text_without_end();
         assert_eq!(marked(&Conversation::Text("1 2".into()), &endless, TrainOn::Completion), "1[ 2]");
+    }
+
+    #[test]
+    fn what_stops_generation_is_learned_before_what_only_closes() {
+        let template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}\
+            {% if m.role == 'assistant' %}</call>{% endif %}{% endfor %}\
+            {% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
+        let parts = TemplateParts {
+            chat_template: Some(template.into()),
+            eos_token: Some("<|user|>".into()),
+            ..TemplateParts::default()
+        };
+        let special = ["<|user|>", "<|assistant|>", "</call>"];
+        assert_eq!(
+            marked(
+                &talk(&[(Role::User, "q"), (Role::Assistant, "a"), (Role::User, "r")]),
+                &text(&special, parts, |_| {}),
+                TrainOn::Completion
+            ),
+            "<|user|>q<|assistant|>[a</call><|user|>]r"
+        );
     }
 
     fn text_without_end() -> Text {

@@ -21,9 +21,12 @@ pub struct Receipt {
     pub values: usize,
     /// See `values`.
     pub changed: usize,
-    /// `||round(W + d) - W|| / ||d||` over all targeted tensors: 1 when rounding loses nothing on balance.
+    /// The share of the delta `d` that is in the result `R = round(W + d)`, `<R - round(W), d> / <d, d>`, over all
+    /// targeted tensors: 1 when rounding loses nothing on balance.
     pub kept: f64,
-    /// `||round(W + d) - (W + d)|| / ||d||` over all targeted tensors.
+    /// `||R - round(W)|| / ||d||` over all targeted tensors; above 1 where a small delta tips many values over.
+    pub written: f64,
+    /// `||R - (W + d)|| / ||d||` over all targeted tensors.
     pub lost: f64,
     /// Whether a head that was the embedding became a tensor of its own.
     pub untied: bool,
@@ -67,9 +70,11 @@ pub struct TensorReceipt {
     pub delta_norm: f64,
     /// The largest `|d|`.
     pub delta_max: f64,
-    /// `||round(W + d) - W|| / ||d||`, 1 for a delta of zero.
+    /// As in [`Receipt`]; 1 for a delta of zero.
     pub kept: f64,
-    /// `||round(W + d) - (W + d)|| / ||d||`, 0 for a delta of zero.
+    /// As in [`Receipt`]; 1 for a delta of zero.
+    pub written: f64,
+    /// As in [`Receipt`]; 0 for a delta of zero.
     pub lost: f64,
     /// Whether the delta is exactly zero (B is, as before training).
     pub zero: bool,

@@ -23,8 +23,10 @@ pub(super) struct Totals {
     pub(super) changed: usize,
     /// Of `d^2`.
     pub(super) delta: f64,
+    /// Of `(R - W) d`.
+    pub(super) along: f64,
     /// Of `(R - W)^2`.
-    pub(super) kept: f64,
+    pub(super) written: f64,
     /// Of `(R - (W + d))^2`.
     pub(super) lost: f64,
     pub(super) largest: f64,
@@ -35,15 +37,23 @@ impl Totals {
         self.values += other.values;
         self.changed += other.changed;
         self.delta += other.delta;
-        self.kept += other.kept;
+        self.along += other.along;
+        self.written += other.written;
         self.lost += other.lost;
         self.largest = self.largest.max(other.largest);
     }
 
+    /// `<R - W, d> / <d, d>`: the share of the delta that is in the result.
     pub(super) fn kept(&self) -> f64 {
-        if self.delta == 0.0 { 1.0 } else { (self.kept / self.delta).sqrt() }
+        if self.delta == 0.0 { 1.0 } else { self.along / self.delta }
     }
 
+    /// `||R - W|| / ||d||`.
+    pub(super) fn written(&self) -> f64 {
+        if self.delta == 0.0 { 1.0 } else { (self.written / self.delta).sqrt() }
+    }
+
+    /// `||R - (W + d)|| / ||d||`.
     pub(super) fn lost(&self) -> f64 {
         if self.delta == 0.0 { 0.0 } else { (self.lost / self.delta).sqrt() }
     }
@@ -58,11 +68,13 @@ pub(super) fn measure(before: &[f32], delta: &[f32], after: &[f32], dtype: DType
             let mut sums = Totals { values: before.len(), ..Totals::default() };
             for ((w, d), r) in before.iter().zip(delta).zip(after) {
                 let rounded = round(*w, dtype);
-                let (d, r) = (f64::from(*d), f64::from(*r));
-                sums.changed += usize::from(r != f64::from(rounded));
+                sums.changed += usize::from(*r != rounded);
+                let (w, d, r) = (f64::from(*w), f64::from(*d), f64::from(*r));
+                let moved = r - f64::from(rounded);
                 sums.delta += d * d;
-                sums.kept += (r - f64::from(rounded)).powi(2);
-                sums.lost += (r - (f64::from(*w) + d)).powi(2);
+                sums.along += moved * d;
+                sums.written += moved * moved;
+                sums.lost += (r - (w + d)).powi(2);
                 sums.largest = sums.largest.max(d.abs());
             }
             sums

@@ -16,7 +16,9 @@ use super::rotary::Rotary;
 use crate::error::{Error, Result};
 use crate::ops::attention::Heads;
 use crate::ops::rotary::Angles;
-use crate::ops::{Documents, Gradients, Parameter, Pass, Trainables, Weight, embedding, rms_norm};
+use crate::ops::{
+    Documents, Gradients, Parameter, Pass, Trainables, Weight, embedding, matmul_f32, rms_norm,
+};
 
 /// A decoder with its weights.
 #[derive(Debug, Clone)]
@@ -208,7 +210,7 @@ impl Decoder {
 
     /// `[rows, hidden] -> [rows, vocab]` in f32.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(hidden.matmul(&self.head.tensor().t()?)?.to_dtype(DType::F32)?)
+        matmul_f32(hidden, &self.head.tensor().t()?)
     }
 
     /// The linear layers that an adapter can go to, in the order of the forward pass.

@@ -7,7 +7,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::kernel::{Element, Values, dispatch, to_tensor};
-use super::{Gradients, Parameter, differentiate};
+use super::{Gradients, Parameter, differentiate, matmul, matmul_f32};
 use crate::error::Result;
 
 /// Logits held at a time, in values: 32 MiB of f32.
@@ -22,8 +22,9 @@ pub struct Saved {
 /// The negative log-likelihood of each row, nothing saved.
 pub fn evaluate(hidden: &Tensor, weight: &Parameter, targets: &[u32]) -> Result<Vec<f32>> {
     let mut nll = Vec::with_capacity(targets.len());
+    let wide = widened(weight)?;
     for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
-        let logits = logits(&hidden.narrow(0, start, len)?, weight)?;
+        let logits = matmul_f32(&hidden.narrow(0, start, len)?, &wide.t()?)?;
         let targets = &targets[start..start + len];
         if logits.device().is_cpu() {
             nll.extend(row_losses(&logits, targets)?.into_iter().map(|(nll, _)| nll));
@@ -47,9 +48,10 @@ pub fn forward(
 ) -> Result<(Vec<f32>, Saved)> {
     let mut nll = Vec::with_capacity(targets.len());
     let mut d_hidden = Vec::new();
+    let wide = widened(weight)?;
     for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
         let (hidden, targets) = (hidden.narrow(0, start, len)?, &targets[start..start + len]);
-        let logits = logits(&hidden, weight)?;
+        let logits = matmul_f32(&hidden, &wide.t()?)?;
         let d_logits = if logits.device().is_cpu() {
             let losses = row_losses(&logits, targets)?;
             nll.extend(losses.iter().map(|(nll, _)| nll));
@@ -62,10 +64,9 @@ pub fn forward(
                 .remove(0)
                 .to_dtype(hidden.dtype())?
         };
-        d_hidden.push(d_logits.matmul(weight.tensor())?);
+        d_hidden.push(matmul(&d_logits, &wide)?);
         if gradients.wants(weight) {
-            let d_weight = d_logits.to_dtype(DType::F32)?.t()?.matmul(&hidden.to_dtype(DType::F32)?)?;
-            gradients.add(weight, &d_weight)?;
+            gradients.add(weight, &matmul_f32(&d_logits.t()?, &hidden)?)?;
         }
     }
     let d_hidden = if d_hidden.is_empty() { hidden.zeros_like()? } else { Tensor::cat(&d_hidden, 0)? };
@@ -91,8 +92,10 @@ fn reference_losses(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     Ok((logsumexp - logits.gather(&index, D::Minus1)?)?.squeeze(1)?)
 }
 
-fn logits(hidden: &Tensor, weight: &Parameter) -> Result<Tensor> {
-    Ok(hidden.matmul(&weight.tensor().t()?)?.to_dtype(DType::F32)?)
+/// The weight as products of a whole call use it: in f32 on the CPU, where it would be widened for every chunk.
+fn widened(weight: &Parameter) -> Result<Tensor> {
+    let tensor = weight.tensor();
+    Ok(if tensor.device().is_cpu() { tensor.to_dtype(DType::F32)? } else { tensor.clone() })
 }
 
 fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = (usize, usize)> {

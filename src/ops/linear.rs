@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout};
+use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout, matmul, matmul_f32};
 use crate::error::Result;
 
 /// What a linear layer computes with.
@@ -31,7 +31,7 @@ pub struct Saved {
 /// `y`, and what the backward needs.
 pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
     let Weight::Dense(weight) = layer.weight;
-    let mut y = x.matmul(&weight.tensor().t()?)?;
+    let mut y = matmul(x, &weight.tensor().t()?)?;
     if let Some(bias) = layer.bias {
         y = y.broadcast_add(bias.tensor())?;
     }
@@ -58,12 +58,12 @@ pub fn backward(
 ) -> Result<Option<Tensor>> {
     let Weight::Dense(weight) = layer.weight;
     if gradients.wants(weight) {
-        gradients.add(weight, &transposed_product(dy, &saved.x)?)?;
+        gradients.add(weight, &matmul_f32(&dy.t()?, &saved.x)?)?;
     }
     if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
         gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
     }
-    let mut dx = if wants_dx { Some(dy.matmul(weight.tensor())?) } else { None };
+    let mut dx = if wants_dx { Some(matmul(dy, weight.tensor())?) } else { None };
     if let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) {
         let delta = low_rank_backward(&saved.x, inner, low_rank, pass, dy, wants_dx, gradients)?;
         dx = match (dx, delta) {
@@ -78,8 +78,8 @@ pub fn backward(
 pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<(Tensor, Tensor)> {
     let a = low_rank.a.tensor().to_dtype(x.dtype())?;
     let b = low_rank.b.tensor().to_dtype(x.dtype())?;
-    let inner = dropout::apply(x, &low_rank.dropout, pass)?.matmul(&a.t()?)?; // [tokens, rank]
-    let mut delta = inner.matmul(&b.t()?)?; // [tokens, out]
+    let inner = matmul(&dropout::apply(x, &low_rank.dropout, pass)?, &a.t()?)?; // [tokens, rank]
+    let mut delta = matmul(&inner, &b.t()?)?; // [tokens, out]
     if let Some(bias) = &low_rank.bias {
         delta = delta.broadcast_add(&bias.tensor().to_dtype(x.dtype())?)?;
     }
@@ -98,7 +98,7 @@ fn low_rank_backward(
     let (a, b) = (&low_rank.a, &low_rank.b);
     let wants_a = gradients.wants(a);
     if gradients.wants(b) {
-        gradients.add(b, &(transposed_product(dy, inner)? * low_rank.scale)?)?;
+        gradients.add(b, &(matmul_f32(&dy.t()?, inner)? * low_rank.scale)?)?;
     }
     if let Some(bias) = low_rank.bias.as_ref().filter(|bias| gradients.wants(bias)) {
         gradients.add(bias, &(dy.to_dtype(DType::F32)?.sum(0)? * low_rank.scale)?)?;
@@ -106,21 +106,16 @@ fn low_rank_backward(
     if !wants_a && !wants_dx {
         return Ok(None);
     }
-    let d_inner = (dy.matmul(&b.tensor().to_dtype(dy.dtype())?)? * low_rank.scale)?; // [tokens, rank]
+    let d_inner = (matmul(dy, &b.tensor().to_dtype(dy.dtype())?)? * low_rank.scale)?; // [tokens, rank]
     if wants_a {
         let dropped = dropout::apply(x, &low_rank.dropout, pass)?;
-        gradients.add(a, &transposed_product(&d_inner, &dropped)?)?;
+        gradients.add(a, &matmul_f32(&d_inner.t()?, &dropped)?)?;
     }
     if !wants_dx {
         return Ok(None);
     }
-    let dx = d_inner.matmul(&a.tensor().to_dtype(dy.dtype())?)?; // [tokens, in]
+    let dx = matmul(&d_inner, &a.tensor().to_dtype(dy.dtype())?)?; // [tokens, in]
     Ok(Some(dropout::apply(&dx, &low_rank.dropout, pass)?))
-}
-
-/// `a^T b` in f32, for gradients.
-fn transposed_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok(a.to_dtype(DType::F32)?.t()?.matmul(&b.to_dtype(DType::F32)?)?)
 }
 
 /// The same composed of candle primitives; `mask` holds the dropout factors, `[tokens, in]`.

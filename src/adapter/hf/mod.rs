@@ -153,7 +153,9 @@ impl Adapter {
     #[must_use]
     pub fn base_mismatch(&self, source: &str) -> Option<String> {
         let base = self.base_model.as_deref()?;
-        let same = base == source || last_part(base) == last_part(source);
+        let (known, given) = (short_name(base), short_name(source));
+        // GGUF files carry the kind of their quantization behind the model's name.
+        let same = known == given || (source.ends_with(".gguf") && given.starts_with(&known));
         (!same).then(|| format!("the adapter was made for `{base}`, and the model is `{source}`"))
     }
 }
@@ -195,6 +197,30 @@ fn missing_tensors(folder: &Path) -> Error {
     error(format!("has no `{TENSORS_FILE}`"))
 }
 
-fn last_part(name: &str) -> &str {
-    name.trim_end_matches('/').rsplit('/').next().unwrap_or(name)
+/// What stays of a model's name when it moves: without organisation, folder, revision, place in the Hub's cache, or the
+/// difference of small and capital letters.
+fn short_name(name: &str) -> String {
+    let cached = name.split_once("models--").map(|(_, rest)| rest.split('/').next().unwrap_or(rest));
+    let name = cached.map_or(name, |cached| cached.rsplit("--").next().unwrap_or(cached));
+    let name = name.trim_end_matches('/');
+    let name = name.rsplit('/').next().unwrap_or(name);
+    name.split('@').next().unwrap_or(name).to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::short_name;
+
+    #[test]
+    fn a_model_is_known_by_its_last_name() {
+        for name in [
+            "SmolLM2-135M",
+            "HuggingFaceTB/SmolLM2-135M",
+            "HuggingFaceTB/SmolLM2-135M@main",
+            "/models/smollm2-135m/",
+            "/cache/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/0123abcd",
+        ] {
+            assert_eq!(short_name(name), "smollm2-135m", "{name}");
+        }
+    }
 }
