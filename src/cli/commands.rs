@@ -63,10 +63,12 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     }
     let folded = receipt.tensors.len();
     let share = 100.0 * receipt.changed as f64 / receipt.values.max(1) as f64;
-    terminal.say(format_args!(
-        "folded {} adapters into {folded} tensors; {share:.1}% of their values changed",
-        adapters.len()
-    ));
+    let adapters = match adapters.len() {
+        1 => "the adapter".to_string(),
+        many => format!("{many} adapters"),
+    };
+    terminal
+        .say(format_args!("folded {adapters} into {folded} tensors; {share:.1}% of their values changed"));
     terminal.say(format_args!(
         "kept {:.4} of the delta after rounding, lost {:.4} of it",
         receipt.kept, receipt.lost
