@@ -261,7 +261,7 @@ fn a_tied_head_gets_a_tensor_of_its_own() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("merged");
     let head = on_the_head(&base);
-    let receipt = fold(&base, &[head.clone()], &output, None).unwrap();
+    let receipt = fold(&base, std::slice::from_ref(&head), &output, None).unwrap();
     assert!(receipt.untied);
     assert_eq!(receipt.identical, base.names().count());
     let merged = open(&output);
