@@ -29,6 +29,9 @@ fn main() -> Result<()> {
     let path = from.join("config.json");
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).at(&path)?).at(&path)?;
     let config = family::read(&json).at(&path)?;
+    // Stored in the type that the configuration names, so that what is trained from it is written in that type too.
+    let named = json["torch_dtype"].as_str().or(json["dtype"].as_str());
+    let dtype = if named == Some("bfloat16") { DType::BF16 } else { DType::F32 };
     let deviation = json["initializer_range"].as_f64().unwrap_or(0.02);
 
     let mut random = Generator::new(seed);
@@ -43,7 +46,7 @@ fn main() -> Result<()> {
                 Tensor::from_vec(values, shape, &Device::Cpu)?
             }
         };
-        tensors.insert(name, tensor);
+        tensors.insert(name, tensor.to_dtype(dtype)?);
     }
 
     let staged = Staged::replacing(to)?;

@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -216,6 +217,39 @@ fn a_model_answers_with_and_without_its_adapter() {
     assert!(nll(&after) < nll(&before), "{after} is no better than {before}");
     assert_eq!(before["tokens"], after["tokens"]);
     assert!((before["perplexity"].as_f64().unwrap().ln() - nll(&before)).abs() < 1e-9);
+
+    let (stdout, stderr) =
+        place.run(&["merge", "--model", "model", "--adapter", "run", "--output", "merged"]);
+    assert_eq!(stdout, "");
+    assert!(stderr.contains("merged/merge.json"), "{stderr}");
+    let merged = place.json(&["eval", "perplexity", "--model", "merged", "--data", "data.jsonl", "--json"]);
+    assert!((nll(&merged) - nll(&after)).abs() < 1e-4, "{merged} is not {after}");
+}
+
+#[test]
+fn a_chat_answers_each_line() {
+    let place = Place::new();
+    let mut child = place
+        .command(&["chat", "--model", "model"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A model of chance says nothing that could be looked at.
+    child.stdin.take().unwrap().write_all(b"Hello.\n\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stdout.ends_with(b"\n"));
+}
+
+#[test]
+fn progress_in_json_is_json_throughout() {
+    let place = Place::new();
+    let (_, stderr) = place.run(&["finetune", "recipe.toml", "--log", "json"]);
+    let events: Vec<Value> = stderr.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let named = |name: &str| events.iter().filter(|event| event["event"] == name).count();
+    assert_eq!((named("start"), named("step"), named("evaluation"), named("end")), (1, 6, 3, 1));
 }
 
 #[test]

@@ -15,7 +15,7 @@ fn train(
     config: AdamWConfig,
     learning_rate: f64,
 ) -> (Vec<f64>, Vec<f64>) {
-    let mut optimizer = AdamW::new(config, trainables).unwrap();
+    let mut optimizer = AdamW::new(config, trainables, false).unwrap();
     (0..10)
         .map(|_| {
             let batches = std::slice::from_ref(batch);

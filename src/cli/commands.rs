@@ -54,16 +54,21 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
         WrittenDtype::Bf16 => DType::BF16,
         WrittenDtype::F16 => DType::F16,
     });
-    let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut |_| ())?;
+    let counter = terminal.counter("folding and reading back");
+    let mut progress = |now: merge::Progress| counter.at(now.done as u64, now.total as u64);
+    let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut progress)?;
+    drop(counter);
     for warning in &receipt.warnings {
         terminal.warn(warning);
     }
     let folded = receipt.tensors.len();
     let share = 100.0 * receipt.changed as f64 / receipt.values.max(1) as f64;
-    terminal.say(format_args!(
-        "folded {} adapters into {folded} tensors; {share:.1}% of their values changed",
-        adapters.len()
-    ));
+    let adapters = match adapters.len() {
+        1 => "the adapter".to_string(),
+        many => format!("{many} adapters"),
+    };
+    terminal
+        .say(format_args!("folded {adapters} into {folded} tensors; {share:.1}% of their values changed"));
     terminal.say(format_args!(
         "kept {:.4} of the delta after rounding, lost {:.4} of it",
         receipt.kept, receipt.lost

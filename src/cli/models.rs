@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal};
 
 use super::terminal::{Terminal, message};
 use super::{Chat, Dtype, Eval, Generate, Measure, ModelArguments};
-use crate::data::{self, Message, Role, Source, Text, TrainOn, eval_batches};
+use crate::data::{self, Message, Role, Source, Text, eval_batches};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::generate::{Limits, Sampling, Session};
@@ -106,7 +106,7 @@ fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     let most = loaded.model.config().max_position_embeddings;
     let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
     let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
-    let (rows, _) = data::load(&source, &loaded.text, max_length, TrainOn::Completion, 0)?;
+    let (rows, _) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
     let evaluation = evaluate(&loaded.model, &eval_batches(&rows, EVAL_TOKENS))?;
     let (nll, perplexity, tokens) = (evaluation.nll(), evaluation.perplexity(), evaluation.tokens);
     if arguments.json {

@@ -119,6 +119,35 @@ impl Drop for Bar {
     }
 }
 
+/// A bar for work that is counted. It is gone when the work is done, and there is none where nobody watches.
+pub(super) struct Counter(Option<ProgressBar>);
+
+impl Counter {
+    pub(super) fn new(log: Log, what: &'static str) -> Self {
+        let watched = log == Log::Auto && io::stderr().is_terminal();
+        Self(watched.then(|| {
+            let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}");
+            let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━─");
+            ProgressBar::new(0).with_style(style).with_message(what)
+        }))
+    }
+
+    pub(super) fn at(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// What stands beside the bar; with it, less than 80 columns.
 fn bar_message(step: &StepReport, left: f64) -> String {
     let StepReport { loss, learning_rate, grad_norm, tokens_per_second, peak_rss_bytes, .. } = step;

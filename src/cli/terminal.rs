@@ -6,7 +6,7 @@ use std::io::{self, IsTerminal, Write};
 use clap::ValueEnum;
 use clap::builder::styling::{AnsiColor, Style};
 
-use super::report::{self, Log};
+use super::report::{self, Counter, Log};
 use crate::error::{Error, Result};
 use crate::train::Reporter;
 
@@ -44,6 +44,11 @@ impl Terminal {
     /// A new reporter in the form that was asked for.
     pub(super) fn reporter(&self) -> Box<dyn Reporter> {
         report::reporter(self.log, self.coloured)
+    }
+
+    /// A bar for work that is counted.
+    pub(super) fn counter(&self, what: &'static str) -> Counter {
+        Counter::new(self.log, what)
     }
 
     /// Writes data to stdout and flushes it, so that streamed text is seen at once.

@@ -57,31 +57,42 @@ impl Artifact for AdapterFiles<'_> {
         let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?;
         set_all(&self.trainables, saved.tensors).at(folder)
     }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
 }
 
-/// The files of a model whose weights are all trained.
+/// The files of a model whose weights are all trained, in the type that the base is stored in.
 pub(super) struct ModelFiles<'a> {
     base: &'a Pretrained,
     trainables: Trainables,
+    /// What is computed in.
     dtype: DType,
+    /// What is written.
+    stored: DType,
 }
 
 impl<'a> ModelFiles<'a> {
     pub(super) fn new(base: &'a Pretrained, trainables: &Trainables, dtype: DType) -> Self {
-        Self { base, trainables: trainables.clone(), dtype }
+        Self { base, trainables: trainables.clone(), dtype, stored: base.compute_dtype() }
     }
 }
 
 impl Artifact for ModelFiles<'_> {
     fn write(&self, folder: &Path) -> Result<()> {
-        let specs = self.trainables.iter().map(|(name, variable)| TensorSpec::of(name, variable.as_tensor()));
+        let rounded = |tensor: &Tensor| tensor.to_dtype(self.stored);
+        let specs = self.trainables.iter().map(|(name, variable)| {
+            let shape = variable.dims().to_vec();
+            Ok(TensorSpec { shape, ..TensorSpec::of(name, &Tensor::zeros(0, self.stored, &Device::Cpu)?)? })
+        });
         let specs = specs.collect::<Result<Vec<_>>>()?;
         let mut writer = ShardedWriter::create(folder, &specs, &BTreeMap::new(), DEFAULT_SHARD_BYTES)?;
         for (name, variable) in &self.trainables {
-            writer.write(name, variable.as_tensor())?;
+            writer.write(name, &rounded(variable.as_tensor())?)?;
         }
         writer.finish()?;
-        self.base.write_config(folder, self.dtype)?;
+        self.base.write_config(folder, self.stored)?;
         self.base.write_companions(folder)
     }
 
@@ -92,6 +103,10 @@ impl Artifact for ModelFiles<'_> {
             .keys()
             .map(|name| Ok((name.to_string(), saved.read(name, self.dtype, &Device::Cpu)?)));
         set_all(&self.trainables, tensors.collect::<Result<_>>()?).at(folder)
+    }
+
+    fn is_exact(&self) -> bool {
+        self.stored == self.dtype
     }
 }
 

@@ -33,7 +33,7 @@ impl Loaded {
             }
             None => None,
         };
-        let text = text_of(&base)?;
+        let text = text_of(&base, None)?;
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
         let mut warnings = Vec::new();
         if let Some((placements, adapter)) = adapter {

@@ -63,7 +63,7 @@ impl Prepared {
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
         let trained = Trainee::of(plan, &base)?;
-        let text = text_of(&base)?;
+        let text = text_of(&base, Some(TRAINING_DATE))?;
         let (train, eval, eval_share) = match &plan.data.eval {
             Evaluation::Files(files) => (&plan.data.train, files.as_slice(), 0.0),
             Evaluation::Share(share) => (&plan.data.train, [].as_slice(), *share),
@@ -196,8 +196,12 @@ fn continued(written: &LoraConfig, adapter: &hf::Adapter) -> Result<LoraConfig> 
         .with_hint("leave out `adapter.rank`, `adapter.alpha` and `adapter.targets`: it keeps its own"))
 }
 
-/// Tokenizer and chat template of a model.
-pub fn text_of(base: &Pretrained) -> Result<Text> {
+/// What templates that write the date are told in training, so that a run depends on its recipe and not on the day:
+/// 26 July 2024, the date that Llama 3's template falls back on.
+const TRAINING_DATE: i64 = 1_721_952_000;
+
+/// Tokenizer and chat template of a model; `now`, in seconds since 1970, is what templates take for the time.
+pub fn text_of(base: &Pretrained, now: Option<i64>) -> Result<Text> {
     let files = base.text()?;
     let parts = TemplateParts {
         chat_template: files.chat_template,
@@ -205,7 +209,7 @@ pub fn text_of(base: &Pretrained) -> Result<Text> {
         eos_token: files.eos_token,
         eos_token_ids: files.eos_token_ids,
         add_bos: Some(files.add_bos_token),
-        now: None,
+        now,
     };
     Text::new(files.tokenizer, parts).at(base.name())
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::optimizer::AdamW;
 use crate::error::{Context, Error, Result};
+use crate::ops::Trainables;
 use crate::weights::{Staged, write_safetensors};
 
 /// What a run trains, on disk.
@@ -19,6 +20,8 @@ pub trait Artifact {
     fn write(&self, folder: &Path) -> Result<()>;
     /// Takes the values that [`Artifact::write`] wrote.
     fn restore(&self, folder: &Path) -> Result<()>;
+    /// Whether the written values are the trained ones to the bit; otherwise the optimizer's state holds those.
+    fn is_exact(&self) -> bool;
 }
 
 /// Where a run stands.
@@ -94,6 +97,7 @@ pub(super) fn restore(
     path: &Path,
     artifact: &dyn Artifact,
     optimizer: &mut AdamW,
+    trainables: &Trainables,
     fingerprint: &str,
 ) -> Result<TrainerState> {
     let file = path.join("trainer_state.json");
@@ -107,7 +111,7 @@ pub(super) fn restore(
     artifact.restore(path)?;
     let file = path.join("optimizer.safetensors");
     let tensors = candle_core::safetensors::load(&file, &Device::Cpu).at(&file)?;
-    optimizer.restore(state.step, tensors.into_iter().collect()).at(&file)?;
+    optimizer.restore(state.step, tensors.into_iter().collect(), trainables).at(&file)?;
     Ok(state)
 }
 

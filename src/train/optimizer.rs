@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::error::{Context, Error, Result};
@@ -40,18 +40,20 @@ pub struct AdamW {
 struct Moments {
     first: Vec<f32>,
     second: Vec<f32>,
-    /// The value in f32, where the model computes with a rounded one.
+    /// The value in f32, where the model computes with a rounded one or is written rounded.
     master: Option<Vec<f32>>,
 }
 
 impl AdamW {
-    /// A fresh state for `trainables`.
-    pub fn new(config: AdamWConfig, trainables: &Trainables) -> Result<Self> {
+    /// A fresh state for `trainables`. `masters` keeps values of f32 in the state too, for models that are written
+    /// rounded.
+    pub fn new(config: AdamWConfig, trainables: &Trainables, masters: bool) -> Result<Self> {
         let state = trainables
             .iter()
             .map(|(name, variable)| {
                 let len = variable.elem_count();
-                let master = if variable.dtype() == DType::F32 { None } else { Some(values(variable)?) };
+                let rounded = masters || variable.dtype() != DType::F32;
+                let master = if rounded { Some(values(variable)?) } else { None };
                 Ok((Arc::clone(name), Moments { first: vec![0.0; len], second: vec![0.0; len], master }))
             })
             .collect::<Result<_>>()?;
@@ -89,16 +91,12 @@ impl AdamW {
             let (Some(gradient), Some(variable)) = (gradient, trainables.get(name)) else { continue };
             let Some(moments) = self.state.get_mut(name) else { continue };
             let gradient = values(gradient).in_tensor(name)?;
-            let mut value = match moments.master.take() {
-                Some(master) => master,
-                None => values(variable)?,
-            };
+            let master = moments.master.take();
+            let keep = master.is_some();
+            let mut value = master.map_or_else(|| values(variable), Ok)?;
             rule.apply(&mut value, &gradient, moments);
-            let updated = Tensor::from_slice(&value, variable.shape(), &Device::Cpu)?;
-            variable.set(&updated.to_dtype(variable.dtype())?.to_device(variable.device())?)?;
-            if variable.dtype() != DType::F32 {
-                moments.master = Some(value);
-            }
+            set(variable, &value)?;
+            moments.master = keep.then_some(value);
         }
         Ok(())
     }
@@ -119,8 +117,13 @@ impl AdamW {
         Ok(tensors)
     }
 
-    /// Takes up the state of `step` updates that [`AdamW::tensors`] gave.
-    pub fn restore(&mut self, step: u64, mut tensors: BTreeMap<String, Tensor>) -> Result<()> {
+    /// Takes up the state of `step` updates that [`AdamW::tensors`] gave; values it holds in f32 go to `trainables`.
+    pub fn restore(
+        &mut self,
+        step: u64,
+        mut tensors: BTreeMap<String, Tensor>,
+        trainables: &Trainables,
+    ) -> Result<()> {
         for (name, moments) in &mut self.state {
             let mut take = |kind: &str, len: usize| -> Result<Vec<f32>> {
                 let name = format!("{name}.{kind}");
@@ -139,7 +142,11 @@ impl AdamW {
             moments.first = take("exp_avg", len)?;
             moments.second = take("exp_avg_sq", len)?;
             if moments.master.is_some() {
-                moments.master = Some(take("master", len)?);
+                let master = take("master", len)?;
+                if let Some(variable) = trainables.get(name) {
+                    set(variable, &master)?;
+                }
+                moments.master = Some(master);
             }
         }
         if let Some(name) = tensors.keys().next() {
@@ -149,6 +156,11 @@ impl AdamW {
         self.step = step;
         Ok(())
     }
+}
+
+fn set(variable: &Var, values: &[f32]) -> Result<()> {
+    let tensor = Tensor::from_slice(values, variable.shape(), &Device::Cpu)?;
+    Ok(variable.set(&tensor.to_dtype(variable.dtype())?.to_device(variable.device())?)?)
 }
 
 fn values(tensor: &Tensor) -> Result<Vec<f32>> {

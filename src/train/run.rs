@@ -85,12 +85,12 @@ pub struct Summary {
 /// Trains until `settings.steps` updates are made, or until interrupted; then a checkpoint is saved first.
 pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -> Result<Summary> {
     let begin = Instant::now();
-    let mut optimizer = AdamW::new(settings.optimizer, job.trainables)?;
+    let mut optimizer = AdamW::new(settings.optimizer, job.trainables, !job.artifact.is_exact())?;
     let mut state = TrainerState { fingerprint: job.fingerprint.clone(), ..TrainerState::default() };
     if job.resume
         && let Some((_, path)) = checkpoint::list(job.output)?.pop()
     {
-        state = checkpoint::restore(&path, job.artifact, &mut optimizer, &job.fingerprint)?;
+        state = checkpoint::restore(&path, job.artifact, &mut optimizer, job.trainables, &job.fingerprint)?;
     }
     let mut metrics = Metrics::open(job.output, state.step)?;
     reporter.report(&Event::Start { step: state.step, steps: settings.steps });
