@@ -162,7 +162,7 @@ impl Trainee {
                 .with_hint("give a rank such as 16, or train all weights with `train.full = true`"));
         }
         let placements = match &from {
-            Some(adapter) => adapter.placements(base.config())?,
+            Some(adapter) => adapter.fit(base)?,
             None => resolve(&config, base.config())?,
         };
         Ok(Self::Adapter(Box::new(PlacedAdapter { config, placements, from })))
