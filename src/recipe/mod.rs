@@ -38,6 +38,7 @@ pub mod figures;
 mod finetune;
 mod loaded;
 mod mixture;
+mod output;
 mod plan;
 mod prepared;
 mod typed;
@@ -188,10 +189,10 @@ pub struct TrainRecipe {
     /// Gradients are scaled down to this norm; 0: never.
     #[serde(deserialize_with = "bounds::not_negative")]
     pub max_grad_norm: Option<f64>,
-    /// Steps between evaluations; 0: only at the end.
+    /// Steps between evaluations, one before the first step and one at the end; 0: only at the end.
     #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
     pub eval_every: Option<u64>,
-    /// Steps between checkpoints; 0: only at the end.
+    /// Steps between checkpoints, one at the end; 0: only at the end.
     #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
     pub save_every: Option<u64>,
     /// Checkpoints that are kept, the newest.
