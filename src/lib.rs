@@ -1,4 +1,41 @@
-//! Parameter-efficient fine-tuning on candle.
+//! Parameter-efficient fine-tuning on [candle](candle_core): pretrained weights are loaded and frozen, small low-rank
+//! adapters are trained beside them, and folded back. Reads and writes what Hugging Face's tools read and write.
+//!
+//! The shortest way is the one the program takes: a recipe becomes a plan, and the plan a run.
+//!
+//! ```no_run
+//! use std::path::PathBuf;
+//! use std::sync::atomic::AtomicBool;
+//!
+//! use peft::recipe::{Document, Plan, Recipe, finetune};
+//! use peft::train::{Event, Reporter};
+//!
+//! struct Silent;
+//! impl Reporter for Silent {
+//!     fn report(&mut self, _: &Event) {}
+//! }
+//!
+//! let path = PathBuf::from("recipes/quickstart.toml");
+//! let document = Document::parse(path.clone(), &std::fs::read_to_string(path)?)?;
+//! let plan = Plan::of(&Recipe::read(&document)?, "quickstart");
+//! let summary = finetune(&plan, false, &AtomicBool::new(false), &mut Silent)?;
+//! println!("{:?}", summary.last_eval_loss);
+//! # Ok::<(), peft::Error>(())
+//! ```
+//!
+//! The rooms, and what flows between them:
+//!
+//! ```text
+//! data     file -> conversation -> tokens -> row -> batch ─────────────────┐
+//! weights  folder | GGUF file | Hub id ─> model: family(config) -> decoder │
+//! adapter  configuration -> attach to the decoder -> trainables            │
+//!                            events -> reporter <── train <────────────────┘ ─> checkpoint, adapter
+//! merge    weights + adapter -> tensor by tensor -> weights
+//! ```
+//!
+//! [`ops`] holds the arithmetic, each operation a forward and the backward that belongs to it; [`model`] composes them;
+//! [`recipe`] tells the whole run as a story; [`cli`] alone knows the terminal. [`generate`] and [`eval`] use a decoder
+//! without training it.
 
 pub mod adapter;
 pub mod cli;

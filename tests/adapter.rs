@@ -294,7 +294,9 @@ fn broken_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();
     let read = || Adapter::read(folder.path(), &Device::Cpu).unwrap_err().to_string();
-    assert!(read().contains("adapter_config.json"));
+    assert!(read().contains("is not an adapter: it has no `adapter_config.json`"));
+    let error = Adapter::read(&folder.path().join("absent"), &Device::Cpu).unwrap_err();
+    assert!(error.to_string().starts_with("there is no adapter folder") && error.exit_code() == 2);
     copy("adapter_config.json", &std::fs::read(fixture("llama/adapter/adapter_config.json")).unwrap());
     assert!(read().contains("has no `adapter_model.safetensors`"));
     let whole = std::fs::read(fixture("llama/adapter/adapter_model.safetensors")).unwrap();

@@ -34,19 +34,14 @@ fn read(model: &Pretrained, name: &str) -> Tensor {
     model.read(name, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// An adapter with random values on `targets` of a model: A and B are those of `nju`, times `size`.
+/// A trained-looking adapter: A and B as `nju` begins, every value moved and multiplied by `size`.
 fn random(model: &Pretrained, config: LoraConfig, size: f64) -> Adapter {
     let config = LoraConfig { init: Init::Nju, ..config };
-    // The head is a layer that can be merged but not trained.
-    let mut placements = match resolve(&config, model.config()) {
-        Ok(resolved) => resolved.placements,
-        Err(error) => panic!("{error}"),
-    };
+    let placements = resolve(&config, model.config()).unwrap().placements;
     let mut tensors = fresh(&config, &placements, model.config(), &Device::Cpu).unwrap();
     for tensor in tensors.values_mut() {
         *tensor = ((&*tensor + 0.01).unwrap() * size).unwrap();
     }
-    placements.clear();
     Adapter {
         source: "made here".into(),
         config,
@@ -262,7 +257,7 @@ fn a_tied_head_gets_a_tensor_of_its_own() {
     let output = folder.path().join("merged");
     let head = on_the_head(&base);
     let receipt = fold(&base, std::slice::from_ref(&head), &output, None).unwrap();
-    assert!(receipt.untied);
+    assert!(receipt.untied && receipt.warnings[0].contains("`tie_word_embeddings` is false"));
     assert_eq!(receipt.identical, base.names().count());
     let merged = open(&output);
     assert!(!merged.config().tie_word_embeddings);
@@ -307,6 +302,8 @@ fn a_zero_adapter_is_called_one() {
     let receipt = fold(&base, &[zero], &folder.path().join("merged"), None).unwrap();
     assert!(receipt.adapters[0].zero && receipt.tensors.iter().all(|tensor| tensor.zero));
     assert_eq!(receipt.changed, 0);
+    assert_eq!(receipt.warnings.len(), 1);
+    assert!(receipt.warnings[0].ends_with("is zero: it changes nothing"), "{:?}", receipt.warnings);
     let file = "model.safetensors";
     assert_eq!(
         std::fs::read(folder.path().join("merged").join(file)).unwrap(),

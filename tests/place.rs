@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use candle_core::{DType, Device, Tensor};
+use peft::adapter::torch_random::Generator;
 use serde_json::Value;
 
 const RECIPE: &str = r#"
@@ -84,8 +85,11 @@ fn random_model(folder: &Path, dtype: DType) {
     let size = |key: &str| config[key].as_u64().unwrap() as usize;
     let (hidden, width, head_dim) = (size("hidden_size"), size("intermediate_size"), size("head_dim"));
     let (q, kv) = (size("num_attention_heads") * head_dim, size("num_key_value_heads") * head_dim);
-    let random = |rows: usize, columns: usize| {
-        Tensor::randn(0f32, 0.06, (rows, columns), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    let mut generator = Generator::new(7);
+    let mut random = |rows: usize, columns: usize| {
+        let mut values = vec![0.0; rows * columns];
+        generator.normal(&mut values, 0.0, 0.06);
+        Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
     };
     let ones = || Tensor::ones(hidden, dtype, &Device::Cpu).unwrap();
     let mut tensors = HashMap::from([

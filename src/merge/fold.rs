@@ -61,10 +61,10 @@ pub fn merge(
     folder::write_companions(model, &plan, staged.path())?;
 
     let (identical, converted) = verify(model, &plan, &tensors, staged.path(), &mut advance)?;
+    let receipts = adapter_receipts(adapters, &plan)?;
     let receipt = Receipt {
         tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
         base: model.name().to_string(),
-        adapters: adapter_receipts(adapters, &plan)?,
         tensors,
         identical,
         converted,
@@ -74,7 +74,8 @@ pub fn merge(
         written: totals.written(),
         lost: totals.lost(),
         untied: plan.untied,
-        warnings: warnings(model, adapters),
+        warnings: warnings(model, adapters, &receipts, plan.untied),
+        adapters: receipts,
     };
     let text = serde_json::to_string_pretty(&receipt)? + "\n";
     write_atomic(staged.path().join(RECEIPT_FILE), text.as_bytes())?;
@@ -210,11 +211,28 @@ fn adapter_receipts(adapters: &[Adapter], plan: &MergePlan<'_>) -> Result<Vec<Ad
     Ok(receipts)
 }
 
-fn warnings(model: &Pretrained, adapters: &[Adapter]) -> Vec<String> {
-    adapters
-        .iter()
-        .flat_map(|adapter| adapter.warnings.iter().cloned().chain(adapter.base_mismatch(model.name())))
-        .collect()
+/// What one should know of the adapters and of what was done with them.
+fn warnings(
+    model: &Pretrained,
+    adapters: &[Adapter],
+    receipts: &[AdapterReceipt],
+    untied: bool,
+) -> Vec<String> {
+    let mut warnings = Vec::new();
+    for (adapter, receipt) in adapters.iter().zip(receipts) {
+        warnings.extend(adapter.warnings.iter().cloned());
+        warnings.extend(adapter.base_mismatch(model.name()));
+        if receipt.zero {
+            warnings.push(format!("the adapter `{}` is zero: it changes nothing", adapter.source));
+        }
+    }
+    if untied {
+        warnings.push(
+            "`lm_head` shared the embedding's weight and has its own now: `tie_word_embeddings` is false"
+                .to_string(),
+        );
+    }
+    warnings
 }
 
 fn writable(output: &Output<'_>) -> Result<DType> {

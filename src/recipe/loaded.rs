@@ -29,7 +29,7 @@ impl Loaded {
         let adapter = match adapter {
             Some(folder) => {
                 let adapter = hf::Adapter::read(folder, &Device::Cpu)?;
-                Some((adapter.placements(base.config()).at(folder)?, adapter))
+                Some((adapter.fit(&base).at(folder)?, adapter))
             }
             None => None,
         };

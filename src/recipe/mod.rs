@@ -167,7 +167,7 @@ pub struct TrainRecipe {
     #[serde(deserialize_with = "bounds::at_least::<_, 1>")]
     pub steps: Option<u64>,
     /// Passes over the training data, instead of `steps`.
-    #[serde(deserialize_with = "bounds::positive")]
+    #[serde(deserialize_with = "bounds::epochs")]
     pub epochs: Option<f64>,
     /// Rows of a batch.
     #[serde(deserialize_with = "bounds::count::<_, 1>")]

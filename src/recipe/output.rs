@@ -10,7 +10,7 @@ use super::artifact::RESULT;
 use super::plan::Plan;
 use crate::error::{Context, Error, Result};
 use crate::train;
-use crate::weights::{remove_stale, write_atomic};
+use crate::weights::{refuse_below_file, remove_stale, write_atomic};
 
 /// The resolved recipe.
 const RECIPE: &str = "recipe.toml";
@@ -41,17 +41,15 @@ impl<'a> RunDirectory<'a> {
     /// Says whether a run of `plan` may be written to its directory; looks at names only.
     pub(super) fn check(plan: &Plan, resume: bool) -> Result<()> {
         let output = &plan.output;
-        for folder in output.ancestors().filter(|folder| !folder.as_os_str().is_empty()) {
-            match fs::metadata(folder) {
-                Ok(found) if found.is_dir() => break,
-                Ok(_) => {
-                    return Err(Error::request("is a file, where the run directory would be")
-                        .with_hint("choose another folder with `--output`"))
-                    .at(folder);
-                }
-                Err(_) => {}
-            }
+        if output.as_os_str().is_empty() {
+            return Err(Error::request("`output` is empty").with_hint("name a folder, such as `runs/first`"));
         }
+        if output.is_file() {
+            return Err(Error::request("is a file, where the run directory would be")
+                .with_hint("choose another folder with `--output`"))
+            .at(output);
+        }
+        refuse_below_file(output)?;
         let holds = |name: &&&str| output.join(name).exists();
         if MARKS.iter().any(|name| holds(&name)) {
             if !resume {

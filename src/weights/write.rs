@@ -50,6 +50,7 @@ impl Staged {
         if !replace {
             refuse_occupied(target)?;
         }
+        refuse_below_file(target)?;
         let parent = parent(target)?;
         fs::create_dir_all(parent).at(parent)?;
         let temporary = named(target, &mut |builder| shared(builder, 0o777).tempdir_in(parent))?;
@@ -185,6 +186,19 @@ fn shared<'a, 'b, 'c>(
     #[cfg(not(unix))]
     let _ = mode;
     builder
+}
+
+/// Refuses a folder that cannot be made because something above it is a file.
+pub fn refuse_below_file(target: &Path) -> Result<()> {
+    let above = target.ancestors().skip(1).find_map(|folder| Some((folder, fs::metadata(folder).ok()?)));
+    match above {
+        Some((file, found)) if !found.is_dir() => {
+            Err(Error::request("is a file, so there can be no folder in it")
+                .with_hint("choose another folder with `--output`"))
+            .at(file)
+        }
+        _ => Ok(()),
+    }
 }
 
 fn refuse_occupied(target: &Path) -> Result<()> {

@@ -54,7 +54,11 @@ pub struct Adapter {
 impl Adapter {
     /// Reads the folder; says nothing yet about a model.
     pub fn read(folder: &Path, device: &Device) -> Result<Self> {
-        let read = config::read(&folder.join(CONFIG_FILE))?;
+        let path = folder.join(CONFIG_FILE);
+        if !path.is_file() {
+            return Err(no_adapter(folder));
+        }
+        let read = config::read(&path)?;
         let path = folder.join(TENSORS_FILE);
         if !path.exists() {
             return Err(missing_tensors(folder));
@@ -184,6 +188,18 @@ pub fn write<'t>(
     tensors::write(&folder.join(TENSORS_FILE), tensors, &provenance.metadata)?;
     write_atomic(folder.join(CONFIG_FILE), config::to_json(config, placements, provenance)?.as_bytes())?;
     write_atomic(folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())
+}
+
+fn no_adapter(folder: &Path) -> Error {
+    let at = folder.display();
+    if !folder.exists() {
+        return Error::request(format!("there is no adapter folder `{at}`"));
+    }
+    let error = Error::request(format!("`{at}` is not an adapter: it has no `{CONFIG_FILE}`"));
+    if folder.join("config.json").exists() {
+        return error.with_hint("it is a model; the adapter is what `--adapter` takes");
+    }
+    error
 }
 
 fn missing_tensors(folder: &Path) -> Error {
