@@ -1,112 +1,10 @@
-use std::collections::HashMap;
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
 
-use candle_core::{DType, Device, Tensor};
-use peft::adapter::torch_random::Generator;
 use serde_json::Value;
 
-/// A folder with a tiny model of random weights, some data and a recipe.
-struct Place {
-    folder: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        let place = Self { folder: tempfile::tempdir().unwrap() };
-        random_model(&place.path("model"));
-        let records: String = (0..24)
-            .map(|n| format!("{{\"prompt\": \"Where is kite {n}?\", \"completion\": \" In box {n}.\"}}\n"))
-            .collect();
-        fs::write(place.path("data.jsonl"), records).unwrap();
-        let recipe = r#"
-            task = "finetune"
-            output = "run"
-            model = { source = "model", dtype = "f32" }
-            adapter = { rank = 4, dropout = 0.1 }
-            data = { train = [{ path = "data.jsonl" }], eval_share = 0.2, max_length = 32 }
-            train = { steps = 6, batch_size = 1, eval_every = 3, save_every = 2, keep = 2, learning_rate = 1e-2 }
-        "#;
-        fs::write(place.path("recipe.toml"), recipe).unwrap();
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_peft"));
-        command.args(arguments).current_dir(self.folder.path()).env("NO_COLOR", "1");
-        command
-    }
-
-    /// What a command that succeeds writes to stdout and stderr.
-    fn run(&self, arguments: &[&str]) -> (String, String) {
-        let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
-        let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
-        assert!(status.success(), "peft {}: {status}\n{stderr}", arguments.join(" "));
-        (stdout, stderr)
-    }
-
-    fn json(&self, arguments: &[&str]) -> Value {
-        serde_json::from_str(&self.run(arguments).0).unwrap()
-    }
-
-    fn names_in(&self, folder: &str) -> Vec<String> {
-        let entries = fs::read_dir(self.path(folder)).unwrap();
-        let mut names: Vec<String> =
-            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-}
-
-/// The bundled tiny model with weights of chance.
-fn random_model(folder: &Path) {
-    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-llama");
-    fs::create_dir(folder).unwrap();
-    for entry in fs::read_dir(&bundled).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_none_or(|ending| ending != "safetensors") {
-            fs::copy(&path, folder.join(path.file_name().unwrap())).unwrap();
-        }
-    }
-    let config: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
-    let size = |key: &str| config[key].as_u64().unwrap() as usize;
-    let (hidden, width, head_dim) = (size("hidden_size"), size("intermediate_size"), size("head_dim"));
-    let (q, kv) = (size("num_attention_heads") * head_dim, size("num_key_value_heads") * head_dim);
-    let mut generator = Generator::new(7);
-    let mut random = |rows: usize, columns: usize| {
-        let mut values = vec![0.0; rows * columns];
-        generator.normal(&mut values, 0.0, 0.06);
-        Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
-    };
-    let ones = || Tensor::ones(hidden, DType::F32, &Device::Cpu).unwrap();
-    let mut tensors = HashMap::from([
-        ("model.embed_tokens.weight".to_string(), random(size("vocab_size"), hidden)),
-        ("model.norm.weight".to_string(), ones()),
-    ]);
-    for layer in 0..size("num_hidden_layers") {
-        for (name, tensor) in [
-            ("input_layernorm", ones()),
-            ("post_attention_layernorm", ones()),
-            ("self_attn.q_proj", random(q, hidden)),
-            ("self_attn.k_proj", random(kv, hidden)),
-            ("self_attn.v_proj", random(kv, hidden)),
-            ("self_attn.o_proj", random(hidden, q)),
-            ("mlp.gate_proj", random(width, hidden)),
-            ("mlp.up_proj", random(width, hidden)),
-            ("mlp.down_proj", random(hidden, width)),
-        ] {
-            tensors.insert(format!("model.layers.{layer}.{name}.weight"), tensor);
-        }
-    }
-    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
-}
+use crate::place::Place;
 
 #[test]
 fn a_run_leaves_what_the_plan_promises() {
@@ -154,40 +52,6 @@ fn the_resolved_recipe_makes_the_same_run() {
     assert!(adapter("run") == adapter("again"));
     let recipe = |run: &str| fs::read_to_string(place.path(run).join("recipe.toml")).unwrap();
     assert_eq!(recipe("run").replace("\"run\"", "\"again\""), recipe("again"));
-}
-
-#[cfg(unix)]
-#[test]
-fn an_interrupted_run_is_resumed_to_the_same_bits() {
-    let place = Place::new();
-    let long = ["--set", "train.steps=40", "--set", "train.save_every=0", "--log", "json"];
-    let of = |output: &'static str, more: &[&'static str]| {
-        let mut arguments = vec!["finetune", "recipe.toml", "--output", output];
-        arguments.extend(long);
-        arguments.extend(more);
-        arguments
-    };
-    place.run(&of("whole", &[]));
-
-    let mut child =
-        place.command(&of("parts", &[])).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let metrics = place.path("parts/metrics.jsonl");
-    let begin = Instant::now();
-    while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 4 {
-        assert!(begin.elapsed() < Duration::from_secs(60), "the run does not begin");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    // SAFETY: the signal goes to a child that has not been waited for, so that its id is still its own.
-    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    let saved: Vec<String> =
-        place.names_in("parts").into_iter().filter(|name| name.starts_with("checkpoint-")).collect();
-    assert_eq!(saved.len(), 1, "{saved:?}");
-    assert_ne!(saved[0], "checkpoint-40", "the run was over before the signal came");
-
-    place.run(&of("parts", &["--resume"]));
-    let adapter = |run: &str| fs::read(place.path(run).join("adapter_model.safetensors")).unwrap();
-    assert!(adapter("whole") == adapter("parts"));
 }
 
 #[test]

@@ -25,7 +25,13 @@ mod merge;
 mod nju;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
+/// A tiny model, its data and a recipe in a folder of their own.
+mod place;
 /// Recipes as they are written, planned and written again.
 mod recipes;
+/// Bad input is refused with what is wrong and what to do, and leaves nothing behind.
+mod refusals;
+/// A killed or interrupted run goes on to the same bits, and leaves nothing half-written.
+mod resume;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.
 mod weights;

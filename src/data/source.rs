@@ -70,7 +70,17 @@ pub struct Record {
 
 /// Reads all records of a file, and says which format they have.
 pub fn read(path: &Path, format: Format) -> Result<(Vec<Record>, Format)> {
-    let bytes = std::fs::read(path).at(path)?;
+    let bytes = match std::fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::request("there is no such file")
+                .with_hint("relative paths are relative to the folder that the command runs in"))
+            .at(path);
+        }
+        Err(_) if path.is_dir() => {
+            return Err(Error::request("is a folder, expected a `.jsonl` or `.json` file")).at(path);
+        }
+        read => read.at(path)?,
+    };
     let text = match std::str::from_utf8(&bytes) {
         Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
         Err(error) => {
@@ -82,7 +92,8 @@ pub fn read(path: &Path, format: Format) -> Result<(Vec<Record>, Format)> {
     };
     let values = if text.trim_start().starts_with('[') { list(text, path)? } else { lines(text, path)? };
     let Some((first, line)) = values.first() else {
-        return Err(Error::invalid("no records")).at(path);
+        let hint = format!("write one per line, with {}", expected(Format::Auto));
+        return Err(Error::invalid("no records").with_hint(hint)).at(path);
     };
     let format = match format {
         Format::Auto => detect(first).at_line(path, *line)?,

@@ -1,7 +1,6 @@
 //! What a run leaves: an adapter as Hugging Face PEFT loads it, or a model as transformers loads it.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -13,7 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
 use crate::train::Artifact;
-use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec};
+use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec};
 
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {
@@ -121,13 +120,12 @@ fn set_all(trainables: &Trainables, mut tensors: BTreeMap<String, Tensor>) -> Re
     }
 }
 
+/// What the result is called until its files are in the run directory.
+pub(super) const RESULT: &str = "result";
+
 /// Writes the result of a run beside what the run directory holds already: each file whole, or not at all.
 pub(super) fn publish(artifact: &dyn Artifact, output: &Path) -> Result<()> {
-    let staged = tempfile::Builder::new().prefix(".result-").tempdir_in(output).at(output)?;
+    let staged = Staged::replacing(output.join(RESULT))?;
     artifact.write(staged.path())?;
-    for entry in fs::read_dir(staged.path()).at(staged.path())? {
-        let entry = entry.at(staged.path())?;
-        fs::rename(entry.path(), output.join(entry.file_name())).at(output)?;
-    }
-    Ok(())
+    staged.commit_files()
 }

@@ -30,6 +30,11 @@ pub(super) fn positive<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Opt
     number(deserializer, "a number above 0", |x| x > 0.0)
 }
 
+/// A number above 0 that ends somewhere: each epoch is counted before a run begins.
+pub(super) fn epochs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    number(deserializer, "a number above 0 and at most 10000", |x| x > 0.0 && x <= 10_000.0)
+}
+
 /// A number of at least 0.
 pub(super) fn not_negative<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
     number(deserializer, "a number of at least 0", |x| x >= 0.0)

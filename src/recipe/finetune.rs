@@ -1,6 +1,5 @@
 //! A fine-tuning run, from plan to files.
 
-use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use candle_core::Device;
@@ -8,6 +7,7 @@ use candle_core::Device;
 use super::artifact::{AdapterFiles, ModelFiles, publish};
 use super::choice::RecomputeChoice;
 use super::describe::describe;
+use super::output::RunDirectory;
 use super::plan::{MemoryBudget, Plan};
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
 use crate::adapter::{attach, init};
@@ -17,7 +17,6 @@ use crate::generate::{Limits, Sampling, Session};
 use crate::model::{Decoder, Recompute};
 use crate::ops::Trainables;
 use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary};
-use crate::weights::write_atomic;
 
 /// Tokens of a sample that shows what the model says.
 const SAMPLE_TOKENS: usize = 48;
@@ -30,8 +29,15 @@ pub fn finetune(
     interrupt: &AtomicBool,
     reporter: &mut dyn Reporter,
 ) -> Result<Summary> {
+    RunDirectory::check(plan, resume)?;
     let prepared = Prepared::of(plan)?;
-    prepare_output(&plan.output, resume)?;
+    let fingerprint = prepared.fingerprint(plan)?;
+    let directory = RunDirectory::take(&plan.output, resume)?;
+    if resume && !train::can_resume(&plan.output, &fingerprint)? {
+        return Err(Error::request("the data or the model are not those that the run was started with")
+            .with_hint("resume with the files it was started with, or start anew with another `--output`"))
+        .at(&plan.output);
+    }
     for text in describe(plan, &prepared) {
         reporter.report(&Event::Note { text });
     }
@@ -40,7 +46,7 @@ pub fn finetune(
     }
     let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;
     let (trainables, artifact) = make_trainable(plan, &prepared, &mut model)?;
-    write_atomic(plan.output.join("recipe.toml"), plan.to_toml()?.as_bytes())?;
+    directory.write_recipe(plan)?;
 
     let sample_row = prepared.dataset.eval.first();
     sample(&prepared, &model, sample_row, 0, reporter)?;
@@ -52,7 +58,7 @@ pub fn finetune(
         train: prepared.sampler(plan),
         eval: &eval,
         output: &plan.output,
-        fingerprint: prepared.fingerprint(plan)?,
+        fingerprint,
         resume,
         interrupt,
     };
@@ -61,17 +67,6 @@ pub fn finetune(
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     reporter.report(&Event::End { path: plan.output.clone(), seconds: summary.seconds });
     Ok(summary)
-}
-
-/// A run directory that is empty, or whose run is to go on.
-fn prepare_output(output: &Path, resume: bool) -> Result<()> {
-    let occupied = output.join("recipe.toml").exists() || output.join("metrics.jsonl").exists();
-    if occupied && !resume {
-        return Err(Error::request("holds a run already")
-            .with_hint("go on with `--resume`, or choose another folder with `--output`"))
-        .at(output);
-    }
-    std::fs::create_dir_all(output).at(output)
 }
 
 fn make_trainable<'a>(
@@ -131,12 +126,12 @@ fn memory_choice(plan: &Plan, prepared: &Prepared) -> (Recompute, usize) {
     let config = prepared.base.config();
     let weights = (config.num_parameters() * prepared.dtype.size_in_bytes()) as u64;
     let left = budget.saturating_sub(weights);
-    let tokens = (plan.data.max_length * plan.train.batch_size) as u64;
+    let tokens = plan.data.max_length.saturating_mul(plan.train.batch_size) as u64;
     let bytes = |recompute| config.activation_bytes_per_token(prepared.dtype, recompute).max(1);
     let recompute = match plan.train.checkpoint {
         RecomputeChoice::None => Recompute::None,
         RecomputeChoice::Block => Recompute::Block,
-        RecomputeChoice::Auto if tokens * bytes(Recompute::None) <= left => Recompute::None,
+        RecomputeChoice::Auto if tokens.saturating_mul(bytes(Recompute::None)) <= left => Recompute::None,
         RecomputeChoice::Auto => Recompute::Block,
     };
     let fitting = (left / bytes(recompute)).clamp(plan.data.max_length as u64, tokens);

@@ -38,6 +38,7 @@ pub mod figures;
 mod finetune;
 mod loaded;
 mod mixture;
+mod output;
 mod plan;
 mod prepared;
 mod typed;
@@ -166,7 +167,7 @@ pub struct TrainRecipe {
     #[serde(deserialize_with = "bounds::at_least::<_, 1>")]
     pub steps: Option<u64>,
     /// Passes over the training data, instead of `steps`.
-    #[serde(deserialize_with = "bounds::positive")]
+    #[serde(deserialize_with = "bounds::epochs")]
     pub epochs: Option<f64>,
     /// Rows of a batch.
     #[serde(deserialize_with = "bounds::count::<_, 1>")]
@@ -188,10 +189,10 @@ pub struct TrainRecipe {
     /// Gradients are scaled down to this norm; 0: never.
     #[serde(deserialize_with = "bounds::not_negative")]
     pub max_grad_norm: Option<f64>,
-    /// Steps between evaluations; 0: only at the end.
+    /// Steps between evaluations, one before the first step and one at the end; 0: only at the end.
     #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
     pub eval_every: Option<u64>,
-    /// Steps between checkpoints; 0: only at the end.
+    /// Steps between checkpoints, one at the end; 0: only at the end.
     #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
     pub save_every: Option<u64>,
     /// Checkpoints that are kept, the newest.

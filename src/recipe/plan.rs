@@ -96,9 +96,9 @@ pub struct TrainPlan {
     pub weight_decay: f64,
     /// Gradients are scaled down to this norm; 0: never.
     pub max_grad_norm: f64,
-    /// Steps between evaluations; 0: only at the end.
+    /// Steps between evaluations, one before the first step and one at the end; 0: only at the end.
     pub eval_every: u64,
-    /// Steps between checkpoints; 0: only at the end.
+    /// Steps between checkpoints, one at the end; 0: only at the end.
     pub save_every: u64,
     /// Checkpoints that are kept, the newest.
     pub keep: usize,

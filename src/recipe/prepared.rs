@@ -106,7 +106,7 @@ impl Prepared {
     /// What the model is evaluated on.
     #[must_use]
     pub fn eval_batches(&self, plan: &Plan) -> Vec<Batch> {
-        eval_batches(&self.dataset.eval, plan.data.max_length * plan.train.batch_size)
+        eval_batches(&self.dataset.eval, plan.data.max_length.saturating_mul(plan.train.batch_size))
     }
 
     /// What a resumed run must have in common with its beginning: data, model and everything that decides a value.
@@ -162,7 +162,7 @@ impl Trainee {
                 .with_hint("give a rank such as 16, or train all weights with `train.full = true`"));
         }
         let placements = match &from {
-            Some(adapter) => adapter.fit(base)?,
+            Some(adapter) => adapter.fit(base).at(&adapter.source)?,
             None => resolve(&config, base.config())?,
         };
         Ok(Self::Adapter(Box::new(PlacedAdapter { config, placements, from })))

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
+use super::metrics::FILE as METRICS;
 use super::optimizer::AdamW;
 use crate::error::{Context, Error, Result};
 use crate::ops::Trainables;
-use crate::weights::{Staged, write_safetensors};
+use crate::weights::{Staged, remove_folder, write_safetensors};
 
 /// What a run trains, on disk.
 pub trait Artifact {
@@ -39,6 +40,9 @@ pub struct TrainerState {
     pub best: Option<Best>,
     /// What must not change when the run goes on: a digest of data and settings.
     pub fingerprint: String,
+    /// [`Settings::piece_tokens`](super::Settings::piece_tokens) of the whole run: sums over other pieces would differ
+    /// in their last bits, and a machine has not the same memory free each time.
+    pub piece_tokens: usize,
 }
 
 /// The best evaluation of a run.
@@ -50,7 +54,14 @@ pub struct Best {
     pub eval_loss: f64,
 }
 
+/// A number with 15 digits, as many as survive being written as JSON and read again.
+pub(super) fn restorable(number: f64) -> f64 {
+    format!("{number:.14e}").parse().unwrap_or(number)
+}
+
 const PREFIX: &str = "checkpoint-";
+/// The folder of the best evaluation.
+pub(super) const BEST: &str = "best";
 
 /// The checkpoints in a run folder with their steps, oldest first.
 pub(super) fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
@@ -61,13 +72,35 @@ pub(super) fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     for entry in std::fs::read_dir(output).at(output)? {
         let entry = entry.at(output)?;
         let name = entry.file_name();
-        let step = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|n| n.parse().ok());
-        if let Some(step) = step {
+        if let Some(step) = name.to_str().and_then(step_of) {
             found.push((step, entry.path()));
         }
     }
     found.sort();
     Ok(found)
+}
+
+fn step_of(name: &str) -> Option<u64> {
+    name.strip_prefix(PREFIX)?.parse().ok()
+}
+
+/// Whether the loop writes something of this name into the run folder.
+#[must_use]
+pub fn is_of_run(name: &str) -> bool {
+    name == BEST || name == METRICS || step_of(name).is_some()
+}
+
+/// Whether the run in `output` may go on with data and settings of this digest; one without a checkpoint may.
+pub fn can_resume(output: &Path, fingerprint: &str) -> Result<bool> {
+    match list(output)?.pop() {
+        None => Ok(true),
+        Some((_, path)) => Ok(read_state(&path)?.fingerprint == fingerprint),
+    }
+}
+
+fn read_state(path: &Path) -> Result<TrainerState> {
+    let file = path.join("trainer_state.json");
+    serde_json::from_slice(&std::fs::read(&file).at(&file)?).at(&file)
 }
 
 /// Writes a checkpoint and removes all but the last `keep`.
@@ -85,11 +118,23 @@ pub(super) fn save(
         let file = folder.join("trainer_state.json");
         std::fs::write(&file, serde_json::to_vec_pretty(state)?).at(&file)
     })?;
-    let all = list(output)?;
-    for (_, old) in &all[..all.len().saturating_sub(keep.max(1))] {
-        std::fs::remove_dir_all(old).at(old)?;
-    }
+    prune(output, keep)?;
     Ok(path)
+}
+
+/// Removes all checkpoints but the last `keep`.
+pub(super) fn prune(output: &Path, keep: usize) -> Result<()> {
+    let all = list(output)?;
+    all[..all.len().saturating_sub(keep.max(1))].iter().try_for_each(|(_, old)| remove_folder(old))
+}
+
+/// Removes the best evaluation of a run that was killed before its first checkpoint, and begins again.
+pub(super) fn forget_best(output: &Path) -> Result<()> {
+    let best = output.join(BEST);
+    if best.join("adapter_config.json").exists() || best.join("config.json").exists() {
+        remove_folder(best)?;
+    }
+    Ok(())
 }
 
 /// Restores what is trained and the optimizer from the checkpoint at `path`, and gives the run's state.
@@ -100,8 +145,7 @@ pub(super) fn restore(
     trainables: &Trainables,
     fingerprint: &str,
 ) -> Result<TrainerState> {
-    let file = path.join("trainer_state.json");
-    let state: TrainerState = serde_json::from_slice(&std::fs::read(&file).at(&file)?).at(&file)?;
+    let state = read_state(path)?;
     if state.fingerprint != fingerprint {
         return Err(Error::request("the run was started with other data or other settings").with_hint(
             "resume with the recipe and the files it was started with, or start anew with another `--output`",

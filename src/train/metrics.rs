@@ -10,6 +10,9 @@ use serde_json::Value;
 use crate::error::{Context, Result};
 use crate::weights::write_atomic;
 
+/// The file in a run folder.
+pub(super) const FILE: &str = "metrics.jsonl";
+
 /// The file, open for appending.
 #[derive(Debug)]
 pub(super) struct Metrics {
@@ -20,7 +23,7 @@ pub(super) struct Metrics {
 impl Metrics {
     /// Opens the file of a run that stands after `step`; lines of later steps, which are made again, are taken out.
     pub(super) fn open(output: &Path, step: u64) -> Result<Self> {
-        let path = output.join("metrics.jsonl");
+        let path = output.join(FILE);
         if path.exists() {
             let earlier = std::fs::read_to_string(&path).at(&path)?;
             let kept: String =
@@ -39,6 +42,11 @@ impl Metrics {
         let mut text = serde_json::to_string(line)?;
         text.push('\n');
         self.file.write_all(text.as_bytes()).at(&self.path)
+    }
+
+    /// Makes the lines so far durable: a checkpoint must not outlive the lines of its steps.
+    pub(super) fn sync(&self) -> Result<()> {
+        self.file.sync_data().at(&self.path)
     }
 }
 

@@ -37,15 +37,16 @@ pub struct Settings {
     pub optimizer: AdamWConfig,
     /// Gradients are scaled down to this norm; 0 leaves them.
     pub max_grad_norm: f64,
-    /// Evaluate after every so many updates; 0: only before and after.
+    /// Evaluate before the first update and after every so many; 0: only after the last.
     pub eval_every: u64,
-    /// Save a checkpoint after every so many updates; 0: none.
+    /// Save a checkpoint after every so many updates, and the last; 0: only after the last.
     pub save_every: u64,
     /// Checkpoints kept.
     pub keep: usize,
     /// What the forward keeps for the backward.
     pub recompute: Recompute,
-    /// The most tokens of a batch that are computed at once; batches are cut between documents.
+    /// The most tokens of a batch that are computed at once; batches are cut between documents. A resumed run keeps
+    /// what it began with.
     pub piece_tokens: usize,
 }
 
@@ -86,23 +87,32 @@ pub struct Summary {
 pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -> Result<Summary> {
     let begin = Instant::now();
     let mut optimizer = AdamW::new(settings.optimizer, job.trainables, !job.artifact.is_exact())?;
-    let mut state = TrainerState { fingerprint: job.fingerprint.clone(), ..TrainerState::default() };
-    if job.resume
-        && let Some((_, path)) = checkpoint::list(job.output)?.pop()
-    {
-        state = checkpoint::restore(&path, job.artifact, &mut optimizer, job.trainables, &job.fingerprint)?;
-    }
+    let mut state = match checkpoint::list(job.output)?.pop().filter(|_| job.resume) {
+        Some((_, path)) => {
+            checkpoint::prune(job.output, settings.keep)?;
+            checkpoint::restore(&path, job.artifact, &mut optimizer, job.trainables, &job.fingerprint)?
+        }
+        None => {
+            checkpoint::forget_best(job.output)?;
+            TrainerState {
+                fingerprint: job.fingerprint.clone(),
+                piece_tokens: settings.piece_tokens,
+                ..TrainerState::default()
+            }
+        }
+    };
     let mut metrics = Metrics::open(job.output, state.step)?;
     reporter.report(&Event::Start { step: state.step, steps: settings.steps });
     let mut last_eval_loss = None;
-    if state.step == 0 {
+    if state.step == 0 && settings.eval_every > 0 {
         last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
-        state.first_eval_loss = last_eval_loss;
+        state.first_eval_loss = last_eval_loss.map(checkpoint::restorable);
     }
     let mut arrival = Arrival::of(job.trainables);
     let mut saved_at = state.step;
     while state.step < settings.steps {
         if job.interrupt.load(Ordering::Relaxed) {
+            metrics.sync()?;
             return Err(interrupted(&job, &optimizer, &state, settings, saved_at, reporter)?);
         }
         let report = update(&mut job, &mut optimizer, &mut state, &mut arrival, settings)?;
@@ -112,7 +122,8 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
         if last || is_due(state.step, settings.eval_every) {
             last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
         }
-        if is_due(state.step, settings.save_every) || (last && settings.save_every > 0) {
+        if last || is_due(state.step, settings.save_every) {
+            metrics.sync()?;
             let path = checkpoint::save(job.output, job.artifact, &optimizer, &state, settings.keep)?;
             saved_at = state.step;
             reporter.report(&Event::Checkpoint { step: state.step, path });
@@ -120,6 +131,9 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     }
     Ok(Summary { state, last_eval_loss, seconds: begin.elapsed().as_secs_f64() })
 }
+
+/// What to do about a loss that is not a number.
+const REMEDY: &str = "start anew with a lower `train.learning_rate`, or look at the data";
 
 fn is_due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
@@ -136,15 +150,17 @@ fn update(
     let begin = Instant::now();
     let first = state.step * settings.accumulate;
     let batches: Vec<Batch> = (first..first + settings.accumulate)
-        .flat_map(|index| job.train.batch(index).pieces(settings.piece_tokens))
+        .flat_map(|index| job.train.batch(index).pieces(state.piece_tokens))
         .collect();
     let step = step_gradients(job.model, job.trainables, &batches, Some(state.step), settings.recompute)?;
     let number = state.step + 1;
     if !step.loss.is_finite() || !step.norm.is_finite() {
         let what = if step.loss.is_finite() { "gradient norm" } else { "loss" };
         let value = if step.loss.is_finite() { step.norm } else { step.loss };
-        return Err(Error::invalid(format!("the {what} of step {number} is {value}; nothing of it is saved"))
-            .with_hint("lower `train.learning_rate`, or look at the data of this step; `--resume` goes on from the last checkpoint"));
+        return Err(Error::invalid(format!(
+            "the {what} of step {number} is {value}; nothing of it is saved"
+        ))
+        .with_hint(REMEDY));
     }
     if !arrival.is_done() {
         arrival.check(job.trainables, &step.gradients)?;
@@ -188,13 +204,22 @@ fn evaluation(
         return Ok(None);
     }
     let eval_loss = evaluate(job.model, job.eval)?.nll();
+    if !eval_loss.is_finite() {
+        let step = state.step;
+        return Err(Error::invalid(format!(
+            "the loss on the evaluation data after step {step} is {eval_loss}"
+        ))
+        .with_hint(REMEDY));
+    }
     let best = state.best.is_none_or(|best| eval_loss < best.eval_loss);
     if best {
         // The model before the first step is what the user has already.
         if state.step > 0 {
-            checkpoint::replace_folder(&job.output.join("best"), |folder| job.artifact.write(folder))?;
+            checkpoint::replace_folder(&job.output.join(checkpoint::BEST), |folder| {
+                job.artifact.write(folder)
+            })?;
         }
-        state.best = Some(Best { step: state.step, eval_loss });
+        state.best = Some(Best { step: state.step, eval_loss: checkpoint::restorable(eval_loss) });
     }
     metrics.append(&json!({ "step": state.step, "eval_loss": eval_loss }))?;
     reporter.report(&Event::Evaluation { step: state.step, eval_loss, best });

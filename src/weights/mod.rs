@@ -40,7 +40,7 @@ use hub::HubId;
 pub use hub::{HubSettings, OnProgress};
 pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
-pub use write::{Staged, write_atomic};
+pub use write::{Staged, refuse_below_file, remove_folder, remove_stale, write_atomic};
 
 /// A tensor as its file has it, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -346,7 +346,14 @@ fn map(path: &Path) -> Result<Mmap> {
 
 /// Reads a JSON file.
 fn read_json(path: &Path) -> Result<Value> {
-    let text = std::fs::read(path).at(path)?;
+    let text = match std::fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::invalid("there is no such file")
+                .with_hint("give the folder of a model as transformers saves it, with all its files"))
+            .at(path);
+        }
+        read => read.at(path)?,
+    };
     serde_json::from_slice(&text).at(path)
 }
 

@@ -18,6 +18,15 @@ use tempfile::{NamedTempFile, TempDir};
 
 use crate::error::{Context, Error, Result};
 
+/// How the names of temporaries end: `.checkpoint-20.Ab12Cd.partial`.
+const SUFFIX: &str = ".partial";
+/// Random characters in them.
+const RANDOM: usize = 6;
+/// What a folder is called while another takes its place, inside a temporary.
+const PREVIOUS: &str = "previous";
+/// What it is called while it is removed.
+const REMOVED: &str = "removed";
+
 /// A folder that is being written beside the place it will have.
 #[derive(Debug)]
 pub struct Staged {
@@ -41,6 +50,7 @@ impl Staged {
         if !replace {
             refuse_occupied(target)?;
         }
+        refuse_below_file(target)?;
         let parent = parent(target)?;
         fs::create_dir_all(parent).at(parent)?;
         let temporary = named(target, &mut |builder| shared(builder, 0o777).tempdir_in(parent))?;
@@ -69,14 +79,14 @@ impl Staged {
         // A rename takes the place of an empty folder, but not of a full one.
         let previous = if self.replace && self.target.exists() {
             let aside = named(&self.target, &mut |builder| builder.tempdir_in(parent))?;
-            fs::rename(&self.target, aside.path().join("previous")).at(&self.target)?;
+            fs::rename(&self.target, aside.path().join(PREVIOUS)).at(&self.target)?;
             Some(aside)
         } else {
             None
         };
         if let Err(error) = fs::rename(self.temporary.path(), &self.target) {
             if let Some(aside) = &previous {
-                fs::rename(aside.path().join("previous"), &self.target).at(&self.target)?;
+                fs::rename(aside.path().join(PREVIOUS), &self.target).at(&self.target)?;
             }
             return Err(error).at(&self.target);
         }
@@ -84,6 +94,59 @@ impl Staged {
         let _ = self.temporary.keep();
         sync_folder(parent)
     }
+
+    /// Syncs what was written and moves it, file by file, into the folder that the new one would be in: each file is
+    /// replaced whole, and what else is there stays.
+    pub fn commit_files(self) -> Result<()> {
+        sync_all(self.path())?;
+        let parent = parent(&self.target)?;
+        for entry in fs::read_dir(self.path()).at(self.path())? {
+            let entry = entry.at(self.path())?;
+            let target = parent.join(entry.file_name());
+            fs::rename(entry.path(), &target).at(&target)?;
+        }
+        sync_folder(parent)
+    }
+}
+
+/// Removes a folder that others may look for: it loses its name first, so that nobody sees half of it.
+pub fn remove_folder(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    let parent = parent(path)?;
+    let aside = named(path, &mut |builder| builder.tempdir_in(parent))?;
+    fs::rename(path, aside.path().join(REMOVED)).at(path)?;
+    aside.close().at(path)
+}
+
+/// Removes the temporaries that a killed process left in `folder`; `is_ours` is asked for the names of what they were to
+/// become. A folder that had been put aside for another, which then did not come, gets its name back.
+pub fn remove_stale(folder: impl AsRef<Path>, is_ours: impl Fn(&str) -> bool) -> Result<()> {
+    let folder = folder.as_ref();
+    for entry in fs::read_dir(folder).at(folder)? {
+        let entry = entry.at(folder)?;
+        let name = entry.file_name();
+        let Some(target) = name.to_str().and_then(target_of).filter(|target| is_ours(target)) else {
+            continue;
+        };
+        let (path, target) = (entry.path(), folder.join(target));
+        if !entry.file_type().at(&path)?.is_dir() {
+            fs::remove_file(&path).at(&path)?;
+            continue;
+        }
+        let previous = path.join(PREVIOUS);
+        if previous.exists() && !target.exists() {
+            fs::rename(&previous, &target).at(&target)?;
+        }
+        fs::remove_dir_all(&path).at(&path)?;
+    }
+    Ok(())
+}
+
+/// `best` of `.best.Ab12Cd.partial`.
+fn target_of(temporary: &str) -> Option<&str> {
+    let (target, random) = temporary.strip_prefix('.')?.strip_suffix(SUFFIX)?.rsplit_once('.')?;
+    let is_random = random.len() == RANDOM && random.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    is_random.then_some(target)
 }
 
 /// Writes a file whole or not at all; folders above it are made.
@@ -110,7 +173,7 @@ fn named<T>(
 ) -> Result<T> {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     let prefix = format!(".{name}.");
-    make(tempfile::Builder::new().prefix(&prefix).suffix(".partial")).at(target)
+    make(tempfile::Builder::new().prefix(&prefix).rand_bytes(RANDOM).suffix(SUFFIX)).at(target)
 }
 
 /// Gives what other programs would, before the process's mask; temporary files are private otherwise.
@@ -123,6 +186,19 @@ fn shared<'a, 'b, 'c>(
     #[cfg(not(unix))]
     let _ = mode;
     builder
+}
+
+/// Refuses a folder that cannot be made because something above it is a file.
+pub fn refuse_below_file(target: &Path) -> Result<()> {
+    let above = target.ancestors().skip(1).find_map(|folder| Some((folder, fs::metadata(folder).ok()?)));
+    match above {
+        Some((file, found)) if !found.is_dir() => {
+            Err(Error::request("is a file, so there can be no folder in it")
+                .with_hint("choose another folder with `--output`"))
+            .at(file)
+        }
+        _ => Ok(()),
+    }
 }
 
 fn refuse_occupied(target: &Path) -> Result<()> {

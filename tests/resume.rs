@@ -1,0 +1,327 @@
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::DType;
+use peft::recipe::{Document, Plan, Recipe};
+use peft::train::{Event, Reporter};
+use serde_json::Value;
+
+use crate::place::{Place, Tree, assert_same, refusal, tree};
+
+/// A recipe with everything that a resumed run could get wrong: dropout, packing, accumulation, a last epoch that is not
+/// whole, a rate that falls.
+const MANY_STEPS: &str = r#"
+task = "finetune"
+output = "run"
+model = { source = "model", dtype = "f32" }
+adapter = { rank = 4, dropout = 0.2 }
+data = { train = [{ path = "data.jsonl" }], eval_share = 0.2, max_length = 24, pack = true }
+
+[train]
+epochs = 12.5
+batch_size = 1
+accumulate = 2
+learning_rate = 3e-3
+schedule = "cosine"
+warmup = 0.1
+weight_decay = 0.01
+eval_every = 3
+save_every = 2
+keep = 2
+"#;
+
+/// The lines of `metrics.jsonl` without what depends on the machine.
+fn metrics(run: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let line = |line: &str| {
+        let mut line: Value = serde_json::from_str(line).unwrap();
+        let fields = line.as_object_mut().unwrap();
+        fields.remove("tokens_per_second");
+        fields.remove("peak_rss_bytes");
+        line
+    };
+    text.lines().map(line).collect()
+}
+
+/// A run directory without the files that name it or hold times.
+fn results(run: &Path) -> Tree {
+    tree(run).into_iter().filter(|(name, _)| name != "metrics.jsonl" && name != "recipe.toml").collect()
+}
+
+/// Two runs of one recipe are the same to the last bit.
+fn assert_equal_runs(found: &Path, expected: &Path) {
+    assert_same(&results(found), &results(expected));
+    assert_eq!(metrics(found), metrics(expected));
+    let steps = metrics(found).iter().filter(|line| line["loss"].is_number()).count() as u64;
+    let numbers: Vec<u64> = metrics(found)
+        .iter()
+        .filter(|line| line["loss"].is_number())
+        .map(|line| line["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(numbers, (1..=steps).collect::<Vec<_>>());
+}
+
+#[cfg(unix)]
+mod signals {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Child, Stdio};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// SplitMix64: moments of chance that a failure can name.
+    struct Chance(u64);
+
+    impl Chance {
+        fn below(&mut self, end: u64) -> u64 {
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut mixed = self.0;
+            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            (mixed ^ (mixed >> 31)) % end
+        }
+    }
+
+    fn temporaries(run: &Path) -> Vec<String> {
+        tree(run).into_keys().filter(|name| name.contains(".partial") && !name.contains('/')).collect()
+    }
+
+    fn send(child: &Child, signal: i32) {
+        // SAFETY: the signal goes to a child that has not been waited for, so that its id is still its own.
+        unsafe { libc::kill(child.id() as libc::pid_t, signal) };
+    }
+
+    /// Each kill comes some steps and some milliseconds after the start, so that it falls into loading, steps,
+    /// evaluations, checkpoints and the cleaning of the one before.
+    #[test]
+    fn ten_kills_change_nothing() {
+        let place = Place::new();
+        fs::write(place.path("recipe.toml"), MANY_STEPS).unwrap();
+        place.run(&["finetune", "recipe.toml", "--output", "whole", "--log", "silent"]);
+        let parts = place.path("parts");
+        let arguments = ["finetune", "recipe.toml", "--output", "parts", "--resume", "--log", "json"];
+        let seed = 20_260_727;
+        println!("seed {seed}");
+        let mut chance = Chance(seed);
+        for kill in 0..10 {
+            let (steps, milliseconds) = (chance.below(7), chance.below(40));
+            // Another number of threads each time: results must not depend on it.
+            let threads = (1 + kill % 3).to_string();
+            let mut child = place
+                .command(&arguments)
+                .env("RAYON_NUM_THREADS", threads)
+                .stdin(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let events = BufReader::new(child.stderr.take().unwrap()).lines().map(|line| line.unwrap());
+            let is_step = |line: &String| line.contains("\"event\":\"step\"");
+            let mut made = events.filter(is_step).take(steps as usize);
+            let last = made.by_ref().last();
+            std::thread::sleep(Duration::from_millis(milliseconds));
+            send(&child, libc::SIGKILL);
+            assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL), "the run ended before the kill");
+            let step = last.map(|line| serde_json::from_str::<Value>(&line).unwrap()["step"].clone());
+            let left = temporaries(&parts);
+            println!("kill {kill}: {milliseconds} ms after {steps} steps, at step {step:?}, left {left:?}");
+        }
+        place.run(&arguments);
+        assert_equal_runs(&parts, &place.path("whole"));
+        let names = tree(&parts).into_keys();
+        assert_eq!(names.filter(|name| name.contains(".partial")).collect::<Vec<_>>(), [""; 0]);
+        let recipe = |run: &str| fs::read_to_string(place.path(run).join("recipe.toml")).unwrap();
+        assert_eq!(recipe("parts").replace("\"parts\"", "\"whole\""), recipe("whole"));
+    }
+
+    #[test]
+    fn an_interrupted_run_is_resumed_to_the_same_bits() {
+        let place = Place::new();
+        fs::write(place.path("recipe.toml"), MANY_STEPS).unwrap();
+        let never = ["--set", "train.save_every=0", "--log", "json"];
+        let of =
+            |output: &'static str| [&["finetune", "recipe.toml", "--output", output], &never[..]].concat();
+        place.run(&of("whole"));
+
+        let mut child =
+            place.command(&of("parts")).stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let begin = Instant::now();
+        let lines =
+            || fs::read_to_string(place.path("parts/metrics.jsonl")).map_or(0, |text| text.lines().count());
+        while lines() < 4 {
+            assert!(begin.elapsed() < Duration::from_secs(60), "the run does not begin");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        send(&child, libc::SIGINT);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        let names = place.names_in("parts");
+        let saved: Vec<&String> = names.iter().filter(|name| name.starts_with("checkpoint-")).collect();
+        assert_eq!(saved.len(), 1, "{names:?}");
+        assert!(!names.iter().any(|name| name == "adapter_model.safetensors"), "the run was over: {names:?}");
+
+        place.run(&[&of("parts")[..], &["--resume"]].concat());
+        // The checkpoint of the interruption stays.
+        fs::remove_dir_all(place.path("parts").join(saved[0])).unwrap();
+        assert_equal_runs(&place.path("parts"), &place.path("whole"));
+    }
+
+    #[test]
+    fn one_run_directory_has_one_run() {
+        let place = Place::new();
+        fs::create_dir(place.path("run")).unwrap();
+        let held = fs::File::open(place.path("run")).unwrap();
+        held.lock().unwrap();
+        insta::assert_snapshot!(refusal(&place, &["finetune", "recipe.toml", "--resume"]), @"");
+        assert_eq!(tree(&place.path("run")), Tree::new());
+    }
+}
+
+/// Sets the flag that Ctrl-C sets, after some steps.
+struct Stop<'a> {
+    after: &'a [u64],
+    flag: &'a AtomicBool,
+}
+
+impl Reporter for Stop<'_> {
+    fn report(&mut self, event: &Event) {
+        if let Event::Step(report) = event {
+            self.flag.store(self.after.contains(&report.step), Ordering::Relaxed);
+        }
+    }
+}
+
+/// Trains all weights in one go, and again with interruptions; both leave the same. Gives the run directory's tree.
+fn all_weights(stored: DType, computed: &str) -> Tree {
+    let place = Place::with(stored);
+    let plan = |output: &str| {
+        let recipe = MANY_STEPS
+            .replace("adapter = { rank = 4, dropout = 0.2 }", "")
+            .replace("epochs = 12.5", "full = true\nsteps = 9")
+            .replace("\"f32\"", &format!("\"{computed}\""))
+            .replace("\"run\"", &format!("{:?}", place.path(output)))
+            .replace("\"model\"", &format!("{:?}", place.path("model")))
+            .replace("\"data.jsonl\"", &format!("{:?}", place.path("data.jsonl")));
+        Plan::of(&Recipe::read(&Document::parse("test.toml", &recipe).unwrap()).unwrap(), "test")
+    };
+    let run = |output: &str, resume: bool, after: &[u64]| {
+        let flag = AtomicBool::new(false);
+        peft::recipe::finetune(&plan(output), resume, &flag, &mut Stop { after, flag: &flag })
+    };
+    run("whole", false, &[]).unwrap();
+    for (resume, after) in [(false, 3), (true, 4), (true, 7)] {
+        let error = run("parts", resume, &[after]).unwrap_err();
+        assert_eq!(error.exit_code(), 130, "{error}");
+        assert!(place.path(&format!("parts/checkpoint-{after}")).exists());
+    }
+    run("parts", true, &[]).unwrap();
+    assert_equal_runs(&place.path("parts"), &place.path("whole"));
+    tree(&place.path("whole"))
+}
+
+fn has_masters(run: &Tree) -> bool {
+    let optimizer = run["checkpoint-9/optimizer.safetensors"].as_ref().unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(optimizer).unwrap();
+    tensors.names().iter().any(|name| name.ends_with(".master"))
+}
+
+#[test]
+fn all_weights_in_bf16_go_on_to_the_same_bits() {
+    assert!(has_masters(&all_weights(DType::BF16, "bf16")));
+}
+
+#[test]
+fn weights_that_are_written_rounded_go_on_to_the_same_bits() {
+    assert!(has_masters(&all_weights(DType::BF16, "f32")));
+}
+
+#[test]
+fn resuming_nothing_is_beginning() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--output", "whole", "--log", "silent"]);
+    place.run(&["finetune", "recipe.toml", "--output", "none", "--resume", "--log", "silent"]);
+    fs::create_dir(place.path("empty")).unwrap();
+    place.run(&["finetune", "recipe.toml", "--output", "empty", "--resume", "--log", "silent"]);
+    for run in ["none", "empty"] {
+        assert_equal_runs(&place.path(run), &place.path("whole"));
+    }
+}
+
+#[test]
+fn a_run_goes_on_with_what_it_began_with() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let before = tree(&place.path("run"));
+    let resume = ["finetune", "recipe.toml", "--resume", "--log", "silent"];
+    let changed = ["--set", "train.learning_rate=1e-3", "--set", "adapter.targets=all-linear"];
+    insta::assert_snapshot!(refusal(&place, &[&resume[..], &changed[..]].concat()), @"");
+    assert_same(&tree(&place.path("run")), &before);
+
+    let data = fs::read_to_string(place.path("data.jsonl")).unwrap();
+    fs::write(place.path("data.jsonl"), data.replace("box 7", "box 8")).unwrap();
+    insta::assert_snapshot!(refusal(&place, &resume), @"");
+    assert_same(&tree(&place.path("run")), &before);
+
+    // Bytes that make no other documents are no change.
+    fs::write(place.path("data.jsonl"), data.replace('\n', "\r\n\r\n")).unwrap();
+    place.run(&resume);
+    assert_same(&tree(&place.path("run")), &before);
+}
+
+/// What a killed run was writing goes; what only looks like it stays.
+#[test]
+fn only_our_own_temporaries_are_removed() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let run = place.path("run");
+    let theirs = [
+        "notes.txt",
+        ".hidden.partial",
+        ".mine.Ab12Cd.partial",
+        ".best.Ab12C.partial",
+        ".best.Ab1-Cd.partial",
+        ".checkpoint-x.Ab12Cd.partial",
+        "best.Ab12Cd.partial",
+    ];
+    for name in theirs {
+        fs::write(run.join(name), name).unwrap();
+    }
+    let before = tree(&run);
+
+    for name in [".metrics.jsonl.Ab12Cd.partial", ".recipe.toml.000000.partial"] {
+        fs::write(run.join(name), "half").unwrap();
+    }
+    for name in
+        [".checkpoint-8.Ab12Cd.partial", ".result.Zz9Zz9.partial", ".checkpoint-2.Ab12Cd.partial/removed"]
+    {
+        fs::create_dir_all(run.join(name)).unwrap();
+        fs::write(run.join(name).join("adapter_model.safetensors"), "half").unwrap();
+    }
+    // Killed between the two renames that exchange a folder, between saving and removing what is too old, and in the
+    // middle of a line.
+    fs::create_dir(run.join(".best.Ab12Cd.partial")).unwrap();
+    fs::rename(run.join("best"), run.join(".best.Ab12Cd.partial/previous")).unwrap();
+    fs::create_dir(run.join("checkpoint-2")).unwrap();
+    let mut torn = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    torn.push_str("{\"step\":6,\"lo");
+    fs::write(run.join("metrics.jsonl"), torn).unwrap();
+
+    place.run(&["finetune", "recipe.toml", "--resume", "--log", "silent"]);
+    assert_same(&tree(&run), &before);
+}
+
+#[test]
+fn every_zero_steps_is_at_the_end() {
+    let place = Place::new();
+    let never = ["--set", "train.save_every=0", "--set", "train.eval_every=0", "--log", "silent"];
+    place.run(&[&["finetune", "recipe.toml"], &never[..]].concat());
+    let names = place.names_in("run");
+    let saved: Vec<&String> = names.iter().filter(|name| name.starts_with("checkpoint-")).collect();
+    assert_eq!(saved, ["checkpoint-6"]);
+    let evaluated: Vec<Value> = metrics(&place.path("run"))
+        .into_iter()
+        .filter(|line| line["eval_loss"].is_number())
+        .map(|line| line["step"].clone())
+        .collect();
+    assert_eq!(evaluated, [6]);
+}
