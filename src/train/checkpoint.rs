@@ -53,7 +53,7 @@ pub struct Best {
 const PREFIX: &str = "checkpoint-";
 
 /// The checkpoints in a run folder with their steps, oldest first.
-pub(super) fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
+pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     if !output.is_dir() {
         return Ok(found);
