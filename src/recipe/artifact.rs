@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
 use crate::train::Artifact;
-use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec};
+use crate::weights::{DEFAULT_SHARD_BYTES, PARTIAL, ShardedWriter, TensorSpec};
 
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {
@@ -123,7 +123,7 @@ fn set_all(trainables: &Trainables, mut tensors: BTreeMap<String, Tensor>) -> Re
 
 /// Writes the result of a run beside what the run directory holds already: each file whole, or not at all.
 pub(super) fn publish(artifact: &dyn Artifact, output: &Path) -> Result<()> {
-    let staged = tempfile::Builder::new().prefix(".result-").tempdir_in(output).at(output)?;
+    let staged = tempfile::Builder::new().prefix(".result.").suffix(PARTIAL).tempdir_in(output).at(output)?;
     artifact.write(staged.path())?;
     for entry in fs::read_dir(staged.path()).at(staged.path())? {
         let entry = entry.at(staged.path())?;

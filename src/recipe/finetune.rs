@@ -17,7 +17,7 @@ use crate::generate::{Limits, Sampling, Session};
 use crate::model::{Decoder, Recompute};
 use crate::ops::Trainables;
 use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary};
-use crate::weights::write_atomic;
+use crate::weights::{remove_partial, write_atomic};
 
 /// Tokens of a sample that shows what the model says.
 const SAMPLE_TOKENS: usize = 48;
@@ -30,6 +30,7 @@ pub fn finetune(
     interrupt: &AtomicBool,
     reporter: &mut dyn Reporter,
 ) -> Result<Summary> {
+    refuse_occupied(&plan.output, resume)?;
     let prepared = Prepared::of(plan)?;
     prepare_output(&plan.output, resume)?;
     for text in describe(plan, &prepared) {
@@ -40,7 +41,10 @@ pub fn finetune(
     }
     let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;
     let (trainables, artifact) = make_trainable(plan, &prepared, &mut model)?;
-    write_atomic(plan.output.join("recipe.toml"), plan.to_toml()?.as_bytes())?;
+    // With a checkpoint the recipe is there already: going on with another one is refused, and must not replace it.
+    if !resume || train::checkpoints(&plan.output)?.is_empty() {
+        write_atomic(plan.output.join("recipe.toml"), plan.to_toml()?.as_bytes())?;
+    }
 
     let sample_row = prepared.dataset.eval.first();
     sample(&prepared, &model, sample_row, 0, reporter)?;
@@ -63,15 +67,39 @@ pub fn finetune(
     Ok(summary)
 }
 
-/// A run directory that is empty, or whose run is to go on.
-fn prepare_output(output: &Path, resume: bool) -> Result<()> {
-    let occupied = output.join("recipe.toml").exists() || output.join("metrics.jsonl").exists();
-    if occupied && !resume {
+/// A run directory is new or empty, or holds the run that is to go on: results are renamed over what is there.
+fn refuse_occupied(output: &Path, resume: bool) -> Result<()> {
+    if output.as_os_str().is_empty() {
+        return Err(Error::request("`output` is empty, expected a folder"));
+    }
+    let holds_run = output.join("recipe.toml").exists() || output.join("metrics.jsonl").exists();
+    if holds_run && !resume {
         return Err(Error::request("holds a run already")
             .with_hint("go on with `--resume`, or choose another folder with `--output`"))
         .at(output);
     }
-    std::fs::create_dir_all(output).at(output)
+    if !holds_run && output.exists() && holds_files(output).at(output)? {
+        return Err(Error::request("holds files that are not of a run")
+            .with_hint("choose a new or an empty folder with `--output`"))
+        .at(output);
+    }
+    Ok(())
+}
+
+/// Hidden files do not count: a run that was killed early leaves one.
+fn holds_files(folder: &Path) -> std::io::Result<bool> {
+    for entry in std::fs::read_dir(folder)? {
+        if !entry?.file_name().to_string_lossy().starts_with('.') {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Makes the run directory; of a run that goes on, clears what its end left half-written.
+fn prepare_output(output: &Path, resume: bool) -> Result<()> {
+    std::fs::create_dir_all(output).at(output)?;
+    if resume { remove_partial(output) } else { Ok(()) }
 }
 
 fn make_trainable<'a>(

@@ -40,7 +40,7 @@ use hub::HubId;
 pub use hub::{HubSettings, OnProgress};
 pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
-pub use write::{Staged, write_atomic};
+pub use write::{PARTIAL, Staged, remove_partial, write_atomic};
 
 /// A tensor as its file has it, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -18,6 +18,9 @@ use tempfile::{NamedTempFile, TempDir};
 
 use crate::error::{Context, Error, Result};
 
+/// How the names end that files and folders have, behind a dot, while they are written.
+pub const PARTIAL: &str = ".partial";
+
 /// A folder that is being written beside the place it will have.
 #[derive(Debug)]
 pub struct Staged {
@@ -92,6 +95,20 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     replace_file(path, |file| Ok(file.write_all(bytes)?))
 }
 
+/// Removes from a folder what a process that was killed left half-written.
+pub fn remove_partial(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).at(folder)? {
+        let entry = entry.at(folder)?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.to_string_lossy();
+        if !name.starts_with('.') || !name.ends_with(PARTIAL) {
+            continue;
+        }
+        if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.at(&path)?;
+    }
+    Ok(())
+}
+
 /// Writes a file through `write`, which gets it empty, whole or not at all.
 pub(super) fn replace_file(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let folder = parent(path)?;
@@ -110,7 +127,7 @@ fn named<T>(
 ) -> Result<T> {
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     let prefix = format!(".{name}.");
-    make(tempfile::Builder::new().prefix(&prefix).suffix(".partial")).at(target)
+    make(tempfile::Builder::new().prefix(&prefix).suffix(PARTIAL)).at(target)
 }
 
 /// Gives what other programs would, before the process's mask; temporary files are private otherwise.
