@@ -37,6 +37,9 @@ pub struct TrainerState {
     pub first_eval_loss: Option<f64>,
     /// The evaluation with the lowest loss.
     pub best: Option<Best>,
+    /// The most tokens that are computed at once, as the run began with: another cut would round sums otherwise, and the
+    /// memory that it was chosen for may be another when the run goes on.
+    pub piece_tokens: usize,
     /// What must not change when the run goes on: a digest of data and settings.
     pub fingerprint: String,
 }

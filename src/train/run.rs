@@ -45,7 +45,8 @@ pub struct Settings {
     pub keep: usize,
     /// What the forward keeps for the backward.
     pub recompute: Recompute,
-    /// The most tokens of a batch that are computed at once; batches are cut between documents.
+    /// The most tokens of a batch that are computed at once; batches are cut between documents. A resumed run keeps the
+    /// number that it began with.
     pub piece_tokens: usize,
 }
 
@@ -86,7 +87,11 @@ pub struct Summary {
 pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -> Result<Summary> {
     let begin = Instant::now();
     let mut optimizer = AdamW::new(settings.optimizer, job.trainables, !job.artifact.is_exact())?;
-    let mut state = TrainerState { fingerprint: job.fingerprint.clone(), ..TrainerState::default() };
+    let mut state = TrainerState {
+        fingerprint: job.fingerprint.clone(),
+        piece_tokens: settings.piece_tokens,
+        ..TrainerState::default()
+    };
     if job.resume
         && let Some((_, path)) = checkpoint::list(job.output)?.pop()
     {
@@ -136,7 +141,7 @@ fn update(
     let begin = Instant::now();
     let first = state.step * settings.accumulate;
     let batches: Vec<Batch> = (first..first + settings.accumulate)
-        .flat_map(|index| job.train.batch(index).pieces(settings.piece_tokens))
+        .flat_map(|index| job.train.batch(index).pieces(state.piece_tokens))
         .collect();
     let step = step_gradients(job.model, job.trainables, &batches, Some(state.step), settings.recompute)?;
     let number = state.step + 1;
