@@ -159,12 +159,12 @@ fn memory_choice(plan: &Plan, prepared: &Prepared) -> (Recompute, usize) {
     let config = prepared.base.config();
     let weights = (config.num_parameters() * prepared.dtype.size_in_bytes()) as u64;
     let left = budget.saturating_sub(weights);
-    let tokens = (plan.data.max_length * plan.train.batch_size) as u64;
+    let tokens = plan.data.max_length.saturating_mul(plan.train.batch_size) as u64;
     let bytes = |recompute| config.activation_bytes_per_token(prepared.dtype, recompute).max(1);
     let recompute = match plan.train.checkpoint {
         RecomputeChoice::None => Recompute::None,
         RecomputeChoice::Block => Recompute::Block,
-        RecomputeChoice::Auto if tokens * bytes(Recompute::None) <= left => Recompute::None,
+        RecomputeChoice::Auto if tokens.saturating_mul(bytes(Recompute::None)) <= left => Recompute::None,
         RecomputeChoice::Auto => Recompute::Block,
     };
     let fitting = (left / bytes(recompute)).clamp(plan.data.max_length as u64, tokens);
