@@ -111,7 +111,9 @@ fn check_knows_a_run_before_it_begins() {
 fn a_model_answers_with_and_without_its_adapter() {
     let place = Place::new();
     place.run(&["finetune", "recipe.toml", "--log", "silent"]);
-    let prompt = ["generate", "--model", "model", "--prompt", "Where is kite 3?", "--max-new-tokens", "8"];
+    // As it was trained: prompts and completions know no template.
+    let prompt =
+        ["generate", "--model", "model", "--prompt", "Where is kite 3?", "--max-new-tokens", "8", "--raw"];
     let adapted = [&prompt[..], &["--adapter", "run"]].concat();
     let (plain, adapted_once, adapted_twice) =
         (place.run(&prompt).0, place.run(&adapted).0, place.run(&adapted).0);
