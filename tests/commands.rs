@@ -71,7 +71,7 @@ fn check_knows_a_run_before_it_begins() {
 #[test]
 fn a_model_answers_with_and_without_its_adapter() {
     let place = Place::new();
-    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=30"]);
     let prompt = ["generate", "--model", "model", "--prompt", "Where is kite 3?", "--max-new-tokens", "8"];
     let adapted = [&prompt[..], &["--adapter", "run"]].concat();
     let (plain, adapted_once, adapted_twice) =
