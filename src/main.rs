@@ -2,10 +2,13 @@
 
 use std::process::ExitCode;
 
-/// A run allocates and frees the same large buffers step after step; glibc gives their pages back to the system each
-/// time, and touching them anew costs more than the arithmetic in them. mimalloc keeps them.
+use mimalloc::MiMalloc;
+use peft::ops::KeepBuffers;
+
+/// A run allocates and frees the same large buffers step after step, and the system's fresh pages cost more than the
+/// arithmetic in them.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: KeepBuffers<MiMalloc> = KeepBuffers::new(MiMalloc);
 
 fn main() -> ExitCode {
     peft::cli::run(std::env::args_os())

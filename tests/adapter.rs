@@ -36,7 +36,7 @@ fn linears(decoder: &DecoderConfig) -> Vec<Linear> {
         .map(|linear| {
             let shape = (linear.out_features, linear.in_features);
             let weight = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-            let weight = Weight::Dense(Parameter::new(format!("{}.weight", linear.path), weight));
+            let weight = Weight::Dense(Parameter::new(format!("{}.weight", linear.path), &weight));
             Linear { path: linear.path, weight, bias: None, low_rank: None }
         })
         .collect()

@@ -44,7 +44,7 @@ fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
 
 fn parameter(name: &str, tensor: &Tensor, trainables: &mut Trainables) -> Parameter {
     let variable = Var::from_tensor(tensor).unwrap();
-    let parameter = Parameter::new(name, variable.as_tensor().clone());
+    let parameter = Parameter::new(name, variable.as_tensor());
     trainables.insert(name.into(), variable);
     parameter
 }
@@ -167,7 +167,7 @@ fn linear_with_low_rank_and_dropout_agrees() {
 fn a_gradient_that_is_not_wanted_is_not_computed() {
     let documents = Documents::new(vec![0, 2], vec![0]);
     let pass = Pass::inference(&documents);
-    let weight = Weight::Dense(Parameter::new("w", random(&[3, 4], 1)));
+    let weight = Weight::Dense(Parameter::new("w", &random(&[3, 4], 1)));
     let layer = linear::Layer { weight: &weight, bias: None, low_rank: None };
     let mut gradients = Gradients::of(&Trainables::new());
     let (y, saved) = linear::forward(&random(&[2, 4], 2), &layer, &pass).unwrap();
@@ -258,7 +258,7 @@ fn nan_and_infinity_pass_through() {
     x[3] = f32::NAN;
     let x = Tensor::from_vec(x, (2, 8), &CPU).unwrap();
     let poisoned = |t: &Tensor| t.narrow(0, 0, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let weight = Parameter::new("w", random(&[8], 61));
+    let weight = Parameter::new("w", &random(&[8], 61));
     assert!(poisoned(&rms_norm::forward(&x, &weight, 1e-5).unwrap().0).iter().any(|v| v.is_nan()));
     for activation in [Activation::Silu, Activation::Relu, Activation::Gelu, Activation::GeluTanh] {
         let y = glu::forward(x.clone(), random(&[2, 8], 62), activation).unwrap().0;
@@ -268,7 +268,7 @@ fn nan_and_infinity_pass_through() {
     let documents = Documents::new(vec![0, 2], vec![0]);
     let o = attention::forward(x.clone(), x.clone(), x.clone(), &heads, &documents).unwrap().0;
     assert!(poisoned(&o)[0].is_nan());
-    let nll = cross_entropy::evaluate(&x, &Parameter::new("h", random(&[5, 8], 63)), &[1, 2]).unwrap();
+    let nll = cross_entropy::evaluate(&x, &Parameter::new("h", &random(&[5, 8], 63)), &[1, 2]).unwrap();
     assert!(nll[0].is_nan() && nll[1].is_finite());
 }
 
@@ -286,7 +286,6 @@ fn bf16_follows_f32() {
     let (narrow_dq, ..) = attention::backward(&narrow.1, &heads, &documents, &to(&d_o)).unwrap();
     assert_close("dq", &narrow_dq, &dq, 3e-2);
     let weight = random(&[32], 74);
-    let norm =
-        |x: &Tensor, w: &Tensor| rms_norm::forward(x, &Parameter::new("w", w.clone()), 1e-5).unwrap().0;
+    let norm = |x: &Tensor, w: &Tensor| rms_norm::forward(x, &Parameter::new("w", w), 1e-5).unwrap().0;
     assert_close("norm", &norm(&to(&q), &to(&weight)), &norm(&q, &weight), 1e-2);
 }

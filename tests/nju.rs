@@ -25,7 +25,7 @@ fn kaiming_normal(inputs: usize, outputs: usize, seed: u64) -> Linear {
 fn linear(weight: Tensor) -> Linear {
     Linear {
         path: String::new(),
-        weight: Weight::Dense(Parameter::new("weight", weight)),
+        weight: Weight::Dense(Parameter::new("weight", &weight)),
         bias: None,
         low_rank: None,
     }
@@ -35,7 +35,7 @@ fn linear(weight: Tensor) -> Linear {
 fn term(seed: u64) -> Linear {
     let (a, b) = nju_pair(Activation::Silu, HIDDEN, HIDDEN, RANK, seed);
     let parameter = |values, shape: (usize, usize)| {
-        Parameter::new("low_rank", Tensor::from_vec(values, shape, &Device::Cpu).unwrap())
+        Parameter::new("low_rank", &Tensor::from_vec(values, shape, &Device::Cpu).unwrap())
     };
     let low_rank = LowRank {
         a: parameter(a, (RANK, HIDDEN)),

@@ -61,7 +61,7 @@ pub fn attach<'m>(
             }
             let name: Arc<str> = name.into();
             let var = Var::from_tensor(&values.to_dtype(DType::F32)?).in_tensor(&name)?;
-            let parameter = Parameter::new(Arc::clone(&name), var.as_tensor().clone());
+            let parameter = Parameter::new(Arc::clone(&name), var.as_tensor());
             trainables.insert(name, var);
             Ok(Some(parameter))
         };

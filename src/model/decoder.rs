@@ -81,7 +81,7 @@ impl Decoder {
     ) -> Result<Self> {
         let mut parameter = |name: String| -> Result<Parameter> {
             let tensor = read(&name)?;
-            Ok(Parameter::new(name, tensor))
+            Ok(Parameter::new(name, &tensor))
         };
         let embedding = parameter("model.embed_tokens.weight".to_string())?;
         let blocks = config
@@ -260,7 +260,7 @@ impl Decoder {
 
 fn make_variable(parameter: &mut Parameter, trainables: &mut Trainables) -> Result<()> {
     let variable = Var::from_tensor(parameter.tensor())?;
-    parameter.replace(variable.as_tensor().clone());
+    parameter.replace(variable.as_tensor());
     trainables.insert(Arc::from(parameter.name()), variable);
     Ok(())
 }

@@ -7,6 +7,7 @@
 //! Shape legend of this room: `tokens` rows of a flat batch, `d` a width, `out`/`in` of a linear layer, `rank`.
 
 pub mod attention;
+mod buffers;
 pub mod cross_entropy;
 mod documents;
 pub mod dropout;
@@ -21,6 +22,7 @@ pub mod rms_norm;
 pub mod rotary;
 mod weight;
 
+pub use buffers::KeepBuffers;
 pub use documents::{Documents, Pass};
 pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};

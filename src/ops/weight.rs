@@ -13,8 +13,11 @@ pub struct Parameter {
 
 impl Parameter {
     /// `name` is the tensor's name in a Hugging Face checkpoint or adapter.
-    pub fn new(name: impl Into<Arc<str>>, tensor: Tensor) -> Self {
-        Self { name: name.into(), tensor }
+    ///
+    /// Of a variable, the storage is shared and the variable's updates are seen, but candle's autograd is kept out: it
+    /// would hold every intermediate tensor alive.
+    pub fn new(name: impl Into<Arc<str>>, tensor: &Tensor) -> Self {
+        Self { name: name.into(), tensor: tensor.detach() }
     }
 
     /// The tensor's name in a Hugging Face checkpoint or adapter.
@@ -30,9 +33,9 @@ impl Parameter {
     }
 
     /// Puts other values of the same shape under the same name.
-    pub fn replace(&mut self, tensor: Tensor) {
+    pub fn replace(&mut self, tensor: &Tensor) {
         debug_assert_eq!(self.tensor.shape(), tensor.shape());
-        self.tensor = tensor;
+        self.tensor = tensor.detach();
     }
 }
 
