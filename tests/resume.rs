@@ -95,6 +95,7 @@ mod signals {
 
     /// Each kill comes some steps and some milliseconds after the start, so that it falls into loading, steps,
     /// evaluations, checkpoints and the cleaning of the one before.
+    #[expect(clippy::print_stdout, reason = "the moments are there to be read when the test fails")]
     #[test]
     fn ten_kills_change_nothing() {
         let place = Place::new();
