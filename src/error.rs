@@ -113,7 +113,14 @@ impl Error {
             Self::At { source, .. } | Self::AtLine { source, .. } | Self::InTensor { source, .. } => {
                 source.hint()
             }
-            Self::Io(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            Self::Io(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::StorageFull
+                        | std::io::ErrorKind::QuotaExceeded
+                        | std::io::ErrorKind::FileTooLarge
+                ) =>
+            {
                 Some("free some space, or choose another output folder with `--output`")
             }
             Self::Io(error)

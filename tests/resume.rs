@@ -95,6 +95,7 @@ mod signals {
 
     /// Each kill comes some steps and some milliseconds after the start, so that it falls into loading, steps,
     /// evaluations, checkpoints and the cleaning of the one before.
+    #[expect(clippy::print_stdout, reason = "the moments are there to be read when the test fails")]
     #[test]
     fn ten_kills_change_nothing() {
         let place = Place::new();
@@ -172,7 +173,11 @@ mod signals {
         fs::create_dir(place.path("run")).unwrap();
         let held = fs::File::open(place.path("run")).unwrap();
         held.lock().unwrap();
-        insta::assert_snapshot!(refusal(&place, &["finetune", "recipe.toml", "--resume"]), @"");
+        insta::assert_snapshot!(refusal(&place, &["finetune", "recipe.toml", "--resume"]), @"
+        exit 2
+        error: run: another process is training here
+        hint: wait until it has ended, or choose another folder with `--output`
+        ");
         assert_eq!(tree(&place.path("run")), Tree::new());
     }
 }
@@ -254,12 +259,20 @@ fn a_run_goes_on_with_what_it_began_with() {
     let before = tree(&place.path("run"));
     let resume = ["finetune", "recipe.toml", "--resume", "--log", "silent"];
     let changed = ["--set", "train.learning_rate=1e-3", "--set", "adapter.targets=all-linear"];
-    insta::assert_snapshot!(refusal(&place, &[&resume[..], &changed[..]].concat()), @"");
+    insta::assert_snapshot!(refusal(&place, &[&resume[..], &changed[..]].concat()), @r#"
+    exit 2
+    error: run: the run was started with another recipe: `adapter.targets` was `["gate_proj", "up_proj", "down_proj"]` and is `"all-linear"` now; `train.learning_rate` was `0.01` and is `0.001` now
+    hint: resume with the recipe it was started with, or start anew with another `--output`
+    "#);
     assert_same(&tree(&place.path("run")), &before);
 
     let data = fs::read_to_string(place.path("data.jsonl")).unwrap();
     fs::write(place.path("data.jsonl"), data.replace("box 7", "box 8")).unwrap();
-    insta::assert_snapshot!(refusal(&place, &resume), @"");
+    insta::assert_snapshot!(refusal(&place, &resume), @"
+    exit 2
+    error: run: the data or the model are not those that the run was started with
+    hint: resume with the files it was started with, or start anew with another `--output`
+    ");
     assert_same(&tree(&place.path("run")), &before);
 
     // Bytes that make no other documents are no change.

@@ -312,7 +312,7 @@ fn broken_folders_are_refused_by_what_is_wrong_with_them() {
         (
             "llama",
             Box::new(|f| fs::remove_file(f.join("config.json")).unwrap()),
-            "[folder]/config.json: No such file",
+            "[folder]/config.json: there is no such file",
         ),
         (
             "llama",

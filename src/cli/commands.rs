@@ -130,7 +130,10 @@ fn recipe_text(recipe: &str) -> Result<(PathBuf, String)> {
         .at(path);
     }
     if path.exists() {
-        return Ok((path.to_path_buf(), std::fs::read_to_string(path).at(path)?));
+        let text = String::from_utf8(std::fs::read(path).at(path)?)
+            .map_err(|_| Error::request("not valid UTF-8, expected a recipe in TOML"))
+            .at(path)?;
+        return Ok((path.to_path_buf(), text));
     }
     if let Some(builtin) = Builtin::find(recipe) {
         return Ok((PathBuf::from(format!("{recipe}.toml")), builtin.text.to_string()));

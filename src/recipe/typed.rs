@@ -127,6 +127,7 @@ impl serde::de::Error for Fault {
             Unexpected::Str(text) => format!("the string \"{text}\""),
             Unexpected::Signed(number) => format!("`{number}`"),
             Unexpected::Unsigned(number) => format!("`{number}`"),
+            Unexpected::Float(number) if number.abs() >= 1e15 => format!("`{number:e}`"),
             Unexpected::Float(number) => format!("`{number}`"),
             Unexpected::Bool(flag) => format!("`{flag}`"),
             other => other.to_string(),

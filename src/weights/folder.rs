@@ -151,9 +151,15 @@ fn explain(error: safetensors::SafeTensorError, map: &[u8]) -> Error {
         let metadata: Metadata = serde_json::from_slice(map.get(8..end)?).ok()?;
         end.checked_add(metadata.data_len())
     };
+    let header = map.get(..8).and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?)));
     match promised() {
         Some(expected) if expected != map.len() => {
             Error::invalid(format!("the file has {} bytes, its header promises {expected}", map.len()))
+                .with_hint("a download or copy was cut short; fetch the file again")
+        }
+        // The longest header that the format allows.
+        None if header.is_some_and(|bytes| bytes <= 100_000_000 && bytes + 8 > map.len() as u64) => {
+            Error::invalid(format!("the file has {} bytes, and ends within its header", map.len()))
                 .with_hint("a download or copy was cut short; fetch the file again")
         }
         _ => Error::from(error),

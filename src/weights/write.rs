@@ -47,10 +47,10 @@ impl Staged {
     }
 
     fn new(target: &Path, replace: bool) -> Result<Self> {
+        refuse_below_file(target)?;
         if !replace {
             refuse_occupied(target)?;
         }
-        refuse_below_file(target)?;
         let parent = parent(target)?;
         fs::create_dir_all(parent).at(parent)?;
         let temporary = named(target, &mut |builder| shared(builder, 0o777).tempdir_in(parent))?;
