@@ -163,7 +163,7 @@ fn help_of_merge() {
     Usage: peft merge [OPTIONS] --model <MODEL> --adapter <DIR> --output <DIR>
 
     Options:
-          --model <MODEL>  A folder or a Hub id (`org/name[@revision]`)
+          --model <MODEL>  A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>  The folder of an adapter; given again, the sum of all is folded in
           --output <DIR>   The folder to write; must not exist yet
           --dtype <DTYPE>  The number format of the written weights [default: each tensor keeps its own] [possible values: f32, bf16, f16]

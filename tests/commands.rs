@@ -42,6 +42,45 @@ fn a_run_leaves_what_the_plan_promises() {
     assert_eq!(refused.status.code(), Some(2), "a run is not overwritten");
 }
 
+#[test]
+fn a_folder_of_something_else_is_left_alone() {
+    let place = Place::new();
+    fs::create_dir(place.path("notes")).unwrap();
+    fs::write(place.path("notes/README.md"), "mine").unwrap();
+    for more in [&[][..], &["--resume"]] {
+        let refused = place
+            .command(&[&["finetune", "recipe.toml", "--output", "notes"], more].concat())
+            .output()
+            .unwrap();
+        assert_eq!(refused.status.code(), Some(2));
+        assert_eq!(place.names_in("notes"), ["README.md"]);
+    }
+    assert_eq!(fs::read_to_string(place.path("notes/README.md")).unwrap(), "mine");
+}
+
+#[test]
+fn a_resume_with_other_settings_changes_nothing() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let files = ["recipe.toml", "metrics.jsonl", "adapter_model.safetensors"];
+    let read = || files.map(|name| fs::read(place.path("run").join(name)).unwrap());
+    let before = read();
+    let refused =
+        place.command(&["finetune", "recipe.toml", "--resume", "--set", "train.steps=9"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(before == read());
+}
+
+#[test]
+fn what_a_killed_run_left_half_written_is_cleared() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    fs::create_dir(place.path("run/.checkpoint-6.abc.partial")).unwrap();
+    fs::write(place.path("run/.recipe.toml.abc.partial"), "half").unwrap();
+    place.run(&["finetune", "recipe.toml", "--resume", "--log", "silent"]);
+    assert!(place.names_in("run").iter().all(|name| !name.starts_with('.')));
+}
+
 /// The recipe in a run directory makes the run again, to the last bit.
 #[test]
 fn the_resolved_recipe_makes_the_same_run() {
@@ -71,8 +110,10 @@ fn check_knows_a_run_before_it_begins() {
 #[test]
 fn a_model_answers_with_and_without_its_adapter() {
     let place = Place::new();
-    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=30"]);
-    let prompt = ["generate", "--model", "model", "--prompt", "Where is kite 3?", "--max-new-tokens", "8"];
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    // As it was trained: prompts and completions know no template.
+    let prompt =
+        ["generate", "--model", "model", "--prompt", "Where is kite 3?", "--max-new-tokens", "8", "--raw"];
     let adapted = [&prompt[..], &["--adapter", "run"]].concat();
     let (plain, adapted_once, adapted_twice) =
         (place.run(&prompt).0, place.run(&adapted).0, place.run(&adapted).0);

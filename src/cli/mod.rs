@@ -122,7 +122,7 @@ struct ModelArguments {
 
 #[derive(Debug, Args)]
 struct Merge {
-    /// A folder or a Hub id (`org/name[@revision]`)
+    /// A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
     #[arg(long)]
     model: String,
     /// The folder of an adapter; given again, the sum of all is folded in

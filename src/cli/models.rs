@@ -109,6 +109,9 @@ fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     let (rows, _) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
     let evaluation = evaluate(&loaded.model, &eval_batches(&rows, EVAL_TOKENS))?;
     let (nll, perplexity, tokens) = (evaluation.nll(), evaluation.perplexity(), evaluation.tokens);
+    if !nll.is_finite() {
+        return Err(Error::invalid(format!("the model's loss on this data is {nll}")));
+    }
     if arguments.json {
         let document = serde_json::json!({ "nll": nll, "perplexity": perplexity, "tokens": tokens });
         return terminal.write_json(&document);

@@ -115,6 +115,9 @@ impl Conversation {
         match format {
             Format::Text => Ok(Self::Text(filled("text", take("text"))?)),
             Format::PromptCompletion => match (take("prompt"), take("completion")) {
+                (Value::Array(_), Value::Array(completion)) if completion.is_empty() => {
+                    Err(Error::invalid("`completion` is empty"))
+                }
                 (Value::Array(prompt), Value::Array(completion)) => {
                     let learn_from = prompt.len();
                     let messages = messages(prompt.into_iter().chain(completion).collect())?;

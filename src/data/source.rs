@@ -322,6 +322,7 @@ mod tests {
             (r#"{"text": 3}"#.into(), "`text` is a number, expected a string"),
             (r#"{"text": " \n"}"#.into(), "`text` is empty"),
             (r#"{"prompt": "p", "completion": ""}"#.into(), "`completion` is empty"),
+            (r#"{"prompt": [], "completion": []}"#.into(), "`completion` is empty"),
             (r#"{"messages": "m"}"#.into(), "`messages` is a string, expected a list of messages"),
             (message(""), "`messages` is empty"),
             (message("3"), "message 1 of 1: found a number, expected an object"),

@@ -87,7 +87,7 @@ pub struct Dropout {
     pub probability: f64,
     /// The run's dropout seed.
     pub seed: u64,
-    /// The number of the module among those of the adapter, in the order of names.
+    /// The number of the module among all linear layers of the model, in the order of their paths.
     pub module: u64,
 }
 

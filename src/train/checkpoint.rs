@@ -38,11 +38,11 @@ pub struct TrainerState {
     pub first_eval_loss: Option<f64>,
     /// The evaluation with the lowest loss.
     pub best: Option<Best>,
+    /// The most tokens that are computed at once, as the run began with: another cut would round sums otherwise, and the
+    /// memory that it was chosen for may be another when the run goes on.
+    pub piece_tokens: usize,
     /// What must not change when the run goes on: a digest of data and settings.
     pub fingerprint: String,
-    /// [`Settings::piece_tokens`](super::Settings::piece_tokens) of the whole run: sums over other pieces would differ
-    /// in their last bits, and a machine has not the same memory free each time.
-    pub piece_tokens: usize,
 }
 
 /// The best evaluation of a run.
@@ -64,7 +64,7 @@ const PREFIX: &str = "checkpoint-";
 pub(super) const BEST: &str = "best";
 
 /// The checkpoints in a run folder with their steps, oldest first.
-pub(super) fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
+pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     if !output.is_dir() {
         return Ok(found);

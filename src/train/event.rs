@@ -32,7 +32,7 @@ pub struct StepReport {
 /// A sample before or after training.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Sample {
-    /// What the model was asked, as the user wrote it.
+    /// What the model was asked, as it sees it: after the chat template, special tokens written out.
     pub prompt: String,
     /// What it answered, greedily.
     pub completion: String,

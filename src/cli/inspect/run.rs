@@ -10,6 +10,7 @@ use super::row;
 use crate::error::{Context, Error, Result};
 use crate::recipe::figures::{bytes, count};
 use crate::recipe::{Document, Plan, Recipe};
+use crate::train;
 
 /// The file that makes a folder a run.
 pub(super) const METRICS_FILE: &str = "metrics.jsonl";
@@ -79,7 +80,7 @@ impl Run {
             evaluations: evaluations.collect(),
             tokens_per_second: (!speeds.is_empty()).then(|| speeds.iter().sum::<f64>() / speeds.len() as f64),
             peak_rss_bytes: steps.iter().filter_map(|line| line.peak_rss_bytes).max(),
-            checkpoints: checkpoints(path)?,
+            checkpoints: train::checkpoints(path)?.into_iter().map(|(step, _)| step).collect(),
         })
     }
 }
@@ -91,17 +92,6 @@ fn model_of(recipe: &Path) -> Result<Option<String>> {
     }
     let document = Document::parse(recipe, &fs::read_to_string(recipe).at(recipe)?)?;
     Ok(Some(Plan::of(&Recipe::read(&document)?, "run").model.source))
-}
-
-fn checkpoints(path: &Path) -> Result<Vec<u64>> {
-    let mut steps = Vec::new();
-    for entry in fs::read_dir(path).at(path)? {
-        let name = entry.at(path)?.file_name();
-        let step: Option<u64> = name.to_str().and_then(|name| name.strip_prefix("checkpoint-")?.parse().ok());
-        steps.extend(step);
-    }
-    steps.sort_unstable();
-    Ok(steps)
 }
 
 impl Display for Run {
