@@ -71,16 +71,6 @@ fn a_resume_with_other_settings_changes_nothing() {
     assert!(before == read());
 }
 
-#[test]
-fn what_a_killed_run_left_half_written_is_cleared() {
-    let place = Place::new();
-    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
-    fs::create_dir(place.path("run/.checkpoint-6.abc.partial")).unwrap();
-    fs::write(place.path("run/.recipe.toml.abc.partial"), "half").unwrap();
-    place.run(&["finetune", "recipe.toml", "--resume", "--log", "silent"]);
-    assert!(place.names_in("run").iter().all(|name| !name.starts_with('.')));
-}
-
 /// The recipe in a run directory makes the run again, to the last bit.
 #[test]
 fn the_resolved_recipe_makes_the_same_run() {
