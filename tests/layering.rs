@@ -26,7 +26,8 @@ const ARROWS: &[(&str, &[&str])] = &[
             "recipe",
         ],
     ),
-    ("main", &["cli"]),
+    // The binary chooses its allocator.
+    ("main", &["cli", "ops"]),
 ];
 
 /// Names that say nothing about what is inside.

@@ -216,7 +216,7 @@ mod tests {
     use super::*;
 
     fn layout(size: usize) -> Layout {
-        Layout::from_size_align(size, 64).unwrap()
+        Layout::from_size_align(size, 64).expect("64 is a power of two")
     }
 
     #[test]
