@@ -6,7 +6,7 @@ use peft::adapter::{Init, LoraConfig, Targets};
 use peft::data::{Format, Source, TrainOn};
 use peft::recipe::{
     AdapterPlan, Bytes, DataPlan, Document, DtypeChoice, Evaluation, Length, MemoryBudget, ModelPlan, Plan,
-    Recipe, RecomputeChoice, TrainPlan, Trained,
+    Recipe, RecomputeChoice, Said, TrainPlan, Trained,
 };
 use peft::train::Schedule;
 use proptest::prelude::*;
@@ -321,7 +321,7 @@ fn trained() -> impl Strategy<Value = Trained> {
                 dropout_seed,
                 ..LoraConfig::default()
             };
-            Trained::Adapter(Box::new(AdapterPlan { config, from: from.map(PathBuf::from) }))
+            Trained::Adapter(Box::new(AdapterPlan { config, from: from.map(PathBuf::from), said: Said::ALL }))
         },
     );
     prop_oneof![4 => adapter, 1 => Just(Trained::Full)]

@@ -106,7 +106,14 @@ fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     let most = loaded.model.config().max_position_embeddings;
     let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
     let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
-    let (rows, _) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
+    let (rows, counts) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
+    if counts.truncated > 0 {
+        terminal.warn(&format!("{} records are cut to {max_length} tokens", counts.truncated));
+    }
+    let dropped = counts.dropped_by_truncation + counts.dropped_without_labels;
+    if dropped > 0 {
+        terminal.warn(&format!("{dropped} records have no token to predict and are left out"));
+    }
     let evaluation = evaluate(&loaded.model, &eval_batches(&rows, EVAL_TOKENS))?;
     let (nll, perplexity, tokens) = (evaluation.nll(), evaluation.perplexity(), evaluation.tokens);
     if !nll.is_finite() {

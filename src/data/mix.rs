@@ -17,13 +17,18 @@ pub struct Part {
     pub weight: f64,
 }
 
+/// An epoch that sees a document more often than this is a slip of the pen.
+const MOST: f64 = 1000.0;
+
 /// Refuses a weight that is no weight.
 pub(crate) fn check_weight(weight: f64) -> Result<f64> {
-    if weight.is_finite() && weight > 0.0 {
+    if weight > 0.0 && weight <= MOST {
         return Ok(weight);
     }
-    Err(Error::request(format!("the weight of a data source is `{weight}`, expected a number above 0"))
-        .with_hint("1 sees every document once per epoch; leave the source out to see none"))
+    Err(Error::request(format!(
+        "the weight of a data source is `{weight}`, expected a number above 0 and at most {MOST}"
+    ))
+    .with_hint("1 sees every document once per epoch; leave the source out to see none"))
 }
 
 /// What epoch number `epoch` sees, as (part, row) pairs in a fixed order.
@@ -146,7 +151,7 @@ mod tests {
     #[test]
     fn weights_are_positive_numbers() {
         assert!(check_weight(0.5).is_ok());
-        for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        for weight in [0.0, -1.0, 1e9, f64::NAN, f64::INFINITY] {
             assert_eq!(check_weight(weight).unwrap_err().exit_code(), 2);
         }
     }

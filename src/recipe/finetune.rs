@@ -125,7 +125,9 @@ fn memory_choice(plan: &Plan, prepared: &Prepared) -> (Recompute, usize) {
     };
     let config = prepared.base.config();
     let weights = (config.num_parameters() * prepared.dtype.size_in_bytes()) as u64;
-    let left = budget.saturating_sub(weights);
+    // Gradient, two moments and, at most, a value in f32 for each number that is trained.
+    let training = 16 * prepared.trainable().trainable;
+    let left = budget.saturating_sub(weights + training);
     let tokens = plan.data.max_length.saturating_mul(plan.train.batch_size) as u64;
     let bytes = |recompute| config.activation_bytes_per_token(prepared.dtype, recompute).max(1);
     let recompute = match plan.train.checkpoint {

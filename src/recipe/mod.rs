@@ -49,7 +49,7 @@ pub use document::Document;
 pub use finetune::finetune;
 pub use loaded::Loaded;
 pub use plan::{
-    AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, TrainPlan, Trained,
+    AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };
 pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
 

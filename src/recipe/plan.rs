@@ -49,8 +49,29 @@ pub enum Trained {
 pub struct AdapterPlan {
     /// Its rank, scale, targets and first values; alpha is always said.
     pub config: LoraConfig,
-    /// The adapter to go on training, whose rank, scale and targets have to be those of `config`; `None`: a fresh one.
+    /// The adapter to go on training; `None`: a fresh one.
     pub from: Option<PathBuf>,
+    /// Which values of `config` the recipe says itself. Those have to be the values of the adapter in `from`; the others
+    /// it brings along.
+    pub said: Said,
+}
+
+/// What a recipe says of an adapter. Of a fresh one a plan says everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Said {
+    /// `adapter.rank`
+    pub rank: bool,
+    /// `adapter.alpha`
+    pub alpha: bool,
+    /// `adapter.targets`
+    pub targets: bool,
+    /// `adapter.rslora`
+    pub rslora: bool,
+}
+
+impl Said {
+    /// Everything.
+    pub const ALL: Self = Self { rank: true, alpha: true, targets: true, rslora: true };
 }
 
 /// The data of a run.
@@ -155,7 +176,7 @@ impl Plan {
 }
 
 impl AdapterPlan {
-    pub(super) fn of(recipe: &AdapterRecipe, run_seed: u64) -> Self {
+    fn of(recipe: &AdapterRecipe, run_seed: u64) -> Self {
         let rank = recipe.rank.unwrap_or(16);
         let seed = recipe.seed.unwrap_or(run_seed);
         let config = LoraConfig {
@@ -174,7 +195,16 @@ impl AdapterPlan {
             dropout_seed: recipe.dropout_seed.unwrap_or((seed + 1) & i64::MAX as u64),
             ..LoraConfig::default()
         };
-        Self { config, from: recipe.from.clone() }
+        let said = match &recipe.from {
+            None => Said::ALL,
+            Some(_) => Said {
+                rank: recipe.rank.is_some(),
+                alpha: recipe.alpha.is_some(),
+                targets: recipe.targets.is_some(),
+                rslora: recipe.rslora.is_some(),
+            },
+        };
+        Self { config, from: recipe.from.clone(), said }
     }
 }
 
@@ -265,14 +295,15 @@ impl From<&Plan> for Recipe {
 impl From<&AdapterPlan> for AdapterRecipe {
     fn from(plan: &AdapterPlan) -> Self {
         let LoraConfig { rank, dropout, targets, init, rslora, seed, dropout_seed, .. } = &plan.config;
+        let said = plan.said;
         Self {
             method: Some(Method::Lora),
-            rank: Some(*rank),
-            alpha: Some(plan.config.alpha()),
+            rank: said.rank.then_some(*rank),
+            alpha: said.alpha.then(|| plan.config.alpha()),
             dropout: Some(*dropout),
-            targets: Some(targets.clone()),
+            targets: said.targets.then(|| targets.clone()),
             init: Some(*init),
-            rslora: Some(*rslora),
+            rslora: said.rslora.then_some(*rslora),
             seed: Some(*seed),
             dropout_seed: Some(*dropout_seed),
             from: plan.from.clone(),

@@ -1,12 +1,13 @@
 //! A plan against the files it names: everything that can be known before a weight is read.
 
+use std::collections::BTreeSet;
+
 use candle_core::{DType, Device};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::AdapterRecipe;
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
-use crate::adapter::{LoraConfig, Placements, hf, resolve};
+use crate::adapter::{LoraConfig, Placements, Targets, hf, resolve};
 use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
@@ -154,7 +155,7 @@ impl Trainee {
             None => None,
         };
         let config = match &from {
-            Some(adapter) => continued(&written.config, adapter)?,
+            Some(adapter) => continued(written, adapter)?,
             None => written.config.clone(),
         };
         if config.rank == 0 {
@@ -171,29 +172,37 @@ impl Trainee {
 
 /// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe. What the recipe
 /// says otherwise must not differ from it.
-fn continued(written: &LoraConfig, adapter: &hf::Adapter) -> Result<LoraConfig> {
+fn continued(written: &AdapterPlan, adapter: &hf::Adapter) -> Result<LoraConfig> {
+    let AdapterPlan { config: asked, said, .. } = written;
     let own = &adapter.config;
-    let default = AdapterPlan::of(&AdapterRecipe::default(), 0).config;
     let mut differing = Vec::new();
-    if written.rank != default.rank && written.rank != own.rank {
-        differing.push(format!("`adapter.rank` is {}, and its rank is {}", written.rank, own.rank));
+    if said.rank && asked.rank != own.rank {
+        differing.push(format!("`adapter.rank` is {}, and its rank is {}", asked.rank, own.rank));
     }
-    let alpha_is_said = written.alpha() != written.rank as f64;
-    if alpha_is_said && written.alpha() != own.alpha() {
-        differing.push(format!("`adapter.alpha` is {}, and its alpha is {}", written.alpha(), own.alpha()));
+    if said.alpha && asked.alpha() != own.alpha() {
+        differing.push(format!("`adapter.alpha` is {}, and its alpha is {}", asked.alpha(), own.alpha()));
     }
-    if written.targets != default.targets && written.targets != own.targets {
+    if said.rslora && asked.rslora != own.rslora {
+        differing.push(format!("`adapter.rslora` is {}, and its own is {}", asked.rslora, own.rslora));
+    }
+    if said.targets && !same_targets(&asked.targets, &own.targets) {
         differing.push("`adapter.targets` are not its targets".to_string());
     }
     if differing.is_empty() {
-        return Ok(LoraConfig {
-            dropout: written.dropout,
-            dropout_seed: written.dropout_seed,
-            ..own.clone()
-        });
+        return Ok(LoraConfig { dropout: asked.dropout, dropout_seed: asked.dropout_seed, ..own.clone() });
     }
     Err(Error::request(format!("the adapter in `adapter.from` is another one: {}", differing.join("; ")))
-        .with_hint("leave out `adapter.rank`, `adapter.alpha` and `adapter.targets`: it keeps its own"))
+        .with_hint("leave these keys out: it keeps its own"))
+}
+
+/// The same, in whatever order names are.
+fn same_targets(one: &Targets, other: &Targets) -> bool {
+    match (one, other) {
+        (Targets::Names(one), Targets::Names(other)) => {
+            BTreeSet::from_iter(one) == BTreeSet::from_iter(other)
+        }
+        _ => one == other,
+    }
 }
 
 /// What templates that write the date are told in training, so that a run depends on its recipe and not on the day:

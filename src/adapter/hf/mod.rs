@@ -1,7 +1,8 @@
 //! The adapter folder of Hugging Face PEFT: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 //!
-//! What is written loads in any PEFT since 0.10. What is read is checked as PEFT does not: every tensor must be used,
-//! every adapted layer complete, and whatever changes the mathematics and is not built here is refused by name.
+//! What is written has only keys that PEFT knows since 0.10, and newer ones where they are needed. What is read is
+//! checked as PEFT does not: every tensor must be used, every adapted layer complete, and whatever changes the
+//! mathematics and is not built here is refused by name.
 
 mod card;
 mod config;
