@@ -7,6 +7,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::kernel::{Element, Values, dispatch, to_tensor};
+use super::matmul::working;
 use super::{Gradients, Parameter, differentiate, matmul, matmul_f32};
 use crate::error::Result;
 
@@ -22,7 +23,8 @@ pub struct Saved {
 /// The negative log-likelihood of each row, nothing saved.
 pub fn evaluate(hidden: &Tensor, weight: &Parameter, targets: &[u32]) -> Result<Vec<f32>> {
     let mut nll = Vec::with_capacity(targets.len());
-    let wide = widened(weight)?;
+    // Once for all chunks.
+    let wide = working(weight.tensor())?;
     for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
         let logits = matmul_f32(&hidden.narrow(0, start, len)?, &wide.t()?)?;
         let targets = &targets[start..start + len];
@@ -48,7 +50,8 @@ pub fn forward(
 ) -> Result<(Vec<f32>, Saved)> {
     let mut nll = Vec::with_capacity(targets.len());
     let mut d_hidden = Vec::new();
-    let wide = widened(weight)?;
+    // Once for all chunks.
+    let wide = working(weight.tensor())?;
     for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
         let (hidden, targets) = (hidden.narrow(0, start, len)?, &targets[start..start + len]);
         let logits = matmul_f32(&hidden, &wide.t()?)?;
@@ -90,12 +93,6 @@ fn reference_losses(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     let sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?;
     let logsumexp = (sum.log()? + max)?;
     Ok((logsumexp - logits.gather(&index, D::Minus1)?)?.squeeze(1)?)
-}
-
-/// The weight as products of a whole call use it: in f32 on the CPU, where it would be widened for every chunk.
-fn widened(weight: &Parameter) -> Result<Tensor> {
-    let tensor = weight.tensor();
-    Ok(if tensor.device().is_cpu() { tensor.to_dtype(DType::F32)? } else { tensor.clone() })
 }
 
 fn chunks(rows: usize, vocab: usize) -> impl Iterator<Item = (usize, usize)> {

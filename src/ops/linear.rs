@@ -1,12 +1,13 @@
 //! Linear layer with a low-rank term beside the weight:
 //! `y = x W^T + bias + scale * (dropout(x) A^T B^T + low_rank_bias)`.
 //!
-//! `x` is `[tokens, in]`, `W [out, in]`, `A [rank, in]`, `B [out, rank]`, `y [tokens, out]`. `A` and `B` are held in f32
-//! and rounded to the type of `x` for the products; gradients are computed in f32.
+//! `x` is `[tokens, in]`, `W [out, in]`, `A [rank, in]`, `B [out, rank]`, `y [tokens, out]`. `A` and `B` are held in f32.
+//! On the CPU everything is computed in f32 and rounded once to the type of `x`; gradients are in f32.
 
 use candle_core::{DType, Tensor};
 
-use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout, matmul, matmul_f32};
+use super::matmul::{matmul_f32, rounded, working};
+use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout};
 use crate::error::Result;
 
 /// What a linear layer computes with.
@@ -31,17 +32,18 @@ pub struct Saved {
 /// `y`, and what the backward needs.
 pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
     let Weight::Dense(weight) = layer.weight;
-    let mut y = matmul(x, &weight.tensor().t()?)?;
+    let wide = working(x)?;
+    let mut y = wide.matmul(&working(weight.tensor())?.t()?)?;
     if let Some(bias) = layer.bias {
-        y = y.broadcast_add(bias.tensor())?;
+        y = y.broadcast_add(&bias.tensor().to_dtype(y.dtype())?)?;
     }
     let mut inner = None;
     if let Some(low_rank) = layer.low_rank {
-        let (delta, u) = low_rank_forward(x, low_rank, pass)?;
+        let (delta, u) = low_rank_forward(&wide, low_rank, pass)?;
         y = (y + delta)?;
         inner = Some(u);
     }
-    Ok((y, Saved { x: x.clone(), inner }))
+    Ok((rounded(&y, x.dtype())?, Saved { x: x.clone(), inner }))
 }
 
 /// `dx` when `wants_dx`; the gradients of weight, bias, `A` and `B` go to `gradients` where wanted.
@@ -57,33 +59,34 @@ pub fn backward(
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
     let Weight::Dense(weight) = layer.weight;
+    let wide = working(dy)?;
     if gradients.wants(weight) {
-        gradients.add(weight, &matmul_f32(&dy.t()?, &saved.x)?)?;
+        gradients.add(weight, &matmul_f32(&wide.t()?, &saved.x)?)?;
     }
     if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
-        gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
+        gradients.add(bias, &wide.to_dtype(DType::F32)?.sum(0)?)?;
     }
-    let mut dx = if wants_dx { Some(matmul(dy, weight.tensor())?) } else { None };
+    let mut dx = if wants_dx { Some(wide.matmul(&working(weight.tensor())?)?) } else { None };
     if let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) {
-        let delta = low_rank_backward(&saved.x, inner, low_rank, pass, dy, wants_dx, gradients)?;
+        let delta = low_rank_backward(&saved.x, inner, low_rank, pass, &wide, wants_dx, gradients)?;
         dx = match (dx, delta) {
             (Some(dx), Some(delta)) => Some((dx + delta)?),
             (dx, _) => dx,
         };
     }
-    Ok(dx)
+    dx.map(|dx| rounded(&dx, dy.dtype())).transpose()
 }
 
 /// The low-rank term alone, and `u = dropout(x) A^T`.
 pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<(Tensor, Tensor)> {
     let a = low_rank.a.tensor().to_dtype(x.dtype())?;
     let b = low_rank.b.tensor().to_dtype(x.dtype())?;
-    let inner = matmul(&dropout::apply(x, &low_rank.dropout, pass)?, &a.t()?)?; // [tokens, rank]
-    let mut delta = matmul(&inner, &b.t()?)?; // [tokens, out]
+    let inner = dropout::apply(x, &low_rank.dropout, pass)?.matmul(&a.t()?)?; // [tokens, rank]
+    let mut delta = (&inner * low_rank.scale)?.matmul(&b.t()?)?; // [tokens, out]
     if let Some(bias) = &low_rank.bias {
-        delta = delta.broadcast_add(&bias.tensor().to_dtype(x.dtype())?)?;
+        delta = delta.broadcast_add(&(bias.tensor().to_dtype(x.dtype())? * low_rank.scale)?)?;
     }
-    Ok(((delta * low_rank.scale)?, inner))
+    Ok((delta, inner))
 }
 
 fn low_rank_backward(
@@ -106,15 +109,15 @@ fn low_rank_backward(
     if !wants_a && !wants_dx {
         return Ok(None);
     }
-    let d_inner = (matmul(dy, &b.tensor().to_dtype(dy.dtype())?)? * low_rank.scale)?; // [tokens, rank]
+    let d_inner = (dy.matmul(&b.tensor().to_dtype(dy.dtype())?)? * low_rank.scale)?; // [tokens, rank]
     if wants_a {
-        let dropped = dropout::apply(x, &low_rank.dropout, pass)?;
+        let dropped = dropout::apply(&working(x)?, &low_rank.dropout, pass)?;
         gradients.add(a, &matmul_f32(&d_inner.t()?, &dropped)?)?;
     }
     if !wants_dx {
         return Ok(None);
     }
-    let dx = matmul(&d_inner, &a.tensor().to_dtype(dy.dtype())?)?; // [tokens, in]
+    let dx = d_inner.matmul(&a.tensor().to_dtype(dy.dtype())?)?; // [tokens, in]
     Ok(Some(dropout::apply(&dx, &low_rank.dropout, pass)?))
 }
 
