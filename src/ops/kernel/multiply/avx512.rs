@@ -9,7 +9,12 @@ use std::arch::x86_64::{
     _mm512_setzero_ps, _mm512_setzero_si512, _mm512_store_ps,
 };
 use std::mem::transmute;
+use std::ops::Range;
 
+use half::bf16;
+
+use super::factor::Side;
+use super::pack::{self, Blocks};
 use super::split::{Inner, Segment};
 
 /// Lines of the left side at once.
@@ -24,11 +29,24 @@ impl Inner for Avx512 {
 
     unsafe fn end() {}
 
+    unsafe fn pack(
+        side: Side<'_>,
+        lines: Range<usize>,
+        depth: Range<usize>,
+        panel: &mut [bf16],
+        stride: usize,
+        before: usize,
+        scratch: &mut Vec<bf16>,
+    ) {
+        let blocks = Blocks::<{ Self::STRIPS }> { stride, before };
+        // SAFETY: the caller's promise.
+        unsafe { pack::right(side, lines, depth, panel, blocks, scratch) };
+    }
+
     unsafe fn block(
         segments: &[Segment],
         lines: usize,
         right: *const u8,
-        right_stride: usize,
         strips: usize,
         sums: *mut f32,
         accumulate: bool,
@@ -37,9 +55,9 @@ impl Inner for Avx512 {
             // SAFETY: as this function; `line` is below `lines`, which segments and sums cover rounded up to 16.
             unsafe {
                 match strips {
-                    1 => lines_by::<1>(segments, line, right, right_stride, sums, accumulate),
-                    2 => lines_by::<2>(segments, line, right, right_stride, sums, accumulate),
-                    _ => lines_by::<3>(segments, line, right, right_stride, sums, accumulate),
+                    1 => lines_by::<1>(segments, line, right, sums, accumulate),
+                    2 => lines_by::<2>(segments, line, right, sums, accumulate),
+                    _ => lines_by::<3>(segments, line, right, sums, accumulate),
                 }
             }
         }
@@ -53,7 +71,6 @@ unsafe fn lines_by<const N: usize>(
     segments: &[Segment],
     line: usize,
     right: *const u8,
-    right_stride: usize,
     sums: *mut f32,
     accumulate: bool,
 ) {
@@ -78,8 +95,8 @@ unsafe fn lines_by<const N: usize>(
             for pair in 0..16 {
                 let mut b = [_mm512_setzero_si512(); N];
                 for (j, b) in b.iter_mut().enumerate() {
-                    // SAFETY: a step of each strip is 16 vectors.
-                    *b = unsafe { _mm512_load_si512(right.add(j * right_stride + pair * 64).cast()) };
+                    // SAFETY: a step of each strip is 16 vectors, strips one after the other.
+                    *b = unsafe { _mm512_load_si512(right.add(j * 1024 + pair * 64).cast()) };
                 }
                 for (i, row) in sum.iter_mut().enumerate() {
                     // SAFETY: a step of each line is 16 pairs of 4 bytes; they need no alignment.
@@ -91,7 +108,7 @@ unsafe fn lines_by<const N: usize>(
                 }
             }
             // SAFETY: at most one past the last step.
-            (left, right) = unsafe { (left.add(segment.step), right.add(1024)) };
+            (left, right) = unsafe { (left.add(segment.step), right.add(Avx512::STRIPS * 1024)) };
         }
     }
     for (i, row) in sum.iter().enumerate() {

@@ -1,7 +1,7 @@
 //! Both sides of a product in the order in which the inner products read them.
 //!
-//! Right side: strips of 16 lines; a strip holds one 64-byte vector per pair of depth, `[depth / 2][16 lines][2]`. That is a
-//! transposition of pairs where lines lie along the stored rows, and an interleaving of two rows where they lie across.
+//! Right side: blocks of a few strips of 16 lines, `[depth / 32][STRIPS][16 pairs][16 lines][2]`, so that a product reads one
+//! stream. That is a transposition of pairs where lines lie along the stored rows, and an interleaving of two rows where they lie across.
 //! Left side: 32 lines, `[depth / 32][32 lines][32]`: a copy, or interleaving and transposition. Depth is filled up with
 //! zeros to a multiple of 32, lines to the next strip.
 
@@ -22,35 +22,53 @@ pub(super) const STRIP: usize = 16;
 /// Depth of a step: what one vector of bf16 holds.
 pub(super) const STEP: usize = 32;
 
-/// Packs `lines x depth` of the right side into `out`: strips `stride` values apart, each from `offset` on.
+/// Where packed strips of the right side lie in a panel.
+#[derive(Clone, Copy)]
+pub(super) struct Blocks<const STRIPS: usize> {
+    /// Values from one block to the next.
+    pub(super) stride: usize,
+    /// Depth before what is packed now, a multiple of 32.
+    pub(super) before: usize,
+}
+
+impl<const STRIPS: usize> Blocks<STRIPS> {
+    /// Where a strip has its pair at `depth`, which is even.
+    #[inline(always)]
+    fn at(self, strip: usize, depth: usize) -> usize {
+        let depth = self.before + depth;
+        let step = (depth / STEP * STRIPS + strip % STRIPS) * STEP * STRIP;
+        strip / STRIPS * self.stride + step + depth % STEP * STRIP
+    }
+}
+
+/// Packs `lines x depth` of the right side into `out`.
 ///
 /// # Safety
-/// The machine has avx512f and avx512bw. `out` is aligned to 64 bytes, `stride` and `offset` are multiples of 32, and
-/// all strips with depth filled up fit.
+/// The machine has avx512f and avx512bw. `out` is aligned to 64 bytes, and `blocks.stride` a multiple of 32.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn right(
+pub(super) unsafe fn right<const STRIPS: usize>(
     side: Side<'_>,
     lines: Range<usize>,
     depth: Range<usize>,
     out: &mut [bf16],
-    offset: usize,
-    stride: usize,
+    blocks: Blocks<STRIPS>,
     scratch: &mut Vec<bf16>,
 ) {
     let padded = depth.len().next_multiple_of(STEP);
-    assert!((lines.len().div_ceil(STRIP) - 1) * stride + offset + padded * STRIP <= out.len());
+    assert!(blocks.stride >= (blocks.before + padded) * STRIPS * STRIP);
+    assert!(lines.len().div_ceil(STRIPS * STRIP) * blocks.stride <= out.len());
     let out = out.as_mut_ptr();
     if side.along {
         let count = depth.len();
         side.pieces(lines.clone(), depth, scratch, |rows, values, row_stride| {
             for start in rows.clone().step_by(STRIP) {
                 let (height, first) = (STRIP.min(rows.end - start), (start - rows.start) * row_stride);
-                let strip = (start - lines.start) / STRIP * stride + offset;
+                let strip = (start - lines.start) / STRIP;
                 for at in (0..count).step_by(STEP) {
                     let mut vectors = load_rows(&values[first + at..], row_stride, height, count - at);
                     transpose(&mut vectors);
-                    // SAFETY: within the strip, which the assertion holds inside `out`.
-                    unsafe { store(out.add(strip + at * STRIP), &vectors) };
+                    // SAFETY: within a block, and the assertions hold all blocks inside `out`.
+                    unsafe { store(out.add(blocks.at(strip, at)), &vectors) };
                 }
             }
         });
@@ -66,7 +84,7 @@ pub(super) unsafe fn right(
         side.pieces(depth.clone(), columns, scratch, |rows, values, row_stride| {
             let height = rows.len();
             for row in (0..height.next_multiple_of(2)).step_by(2) {
-                let to = offset + (rows.start - depth.start + row) * STRIP;
+                let deep = rows.start - depth.start + row;
                 for at in (0..width).step_by(STEP) {
                     let low = load(&values[row * row_stride + at..], width - at);
                     let high = if row + 1 < height {
@@ -78,9 +96,9 @@ pub(super) unsafe fn right(
                     let strip = first + at / STRIP;
                     // SAFETY: as above; the second strip is there when the row reaches it.
                     unsafe {
-                        _mm512_store_si512(out.add(strip * stride + to).cast(), one);
+                        _mm512_store_si512(out.add(blocks.at(strip, deep)).cast(), one);
                         if width - at > STRIP {
-                            _mm512_store_si512(out.add((strip + 1) * stride + to).cast(), two);
+                            _mm512_store_si512(out.add(blocks.at(strip + 1, deep)).cast(), two);
                         }
                     }
                 }
@@ -93,10 +111,7 @@ pub(super) unsafe fn right(
         for at in (written..padded).step_by(2) {
             // SAFETY: as above.
             unsafe {
-                _mm512_store_si512(
-                    out.add(strip * stride + offset + at * STRIP).cast(),
-                    _mm512_setzero_si512(),
-                );
+                _mm512_store_si512(out.add(blocks.at(strip, at)).cast(), _mm512_setzero_si512());
             }
         }
     }
@@ -139,15 +154,19 @@ pub(super) unsafe fn left(
         for start in (0..rows.len()).step_by(STEP) {
             let at = rows.start - depth.start + start;
             let mut strips = [[_mm512_setzero_si512(); 16]; 2];
-            for pair in 0..(rows.len() - start).min(STEP).div_ceil(2) {
+            let [first, second] = &mut strips;
+            for (pair, (first, second)) in first.iter_mut().zip(second).enumerate() {
                 let row = start + 2 * pair;
+                if row >= rows.len() {
+                    break;
+                }
                 let low = load(&values[row * row_stride..], width);
                 let high = if row + 1 < rows.len() {
                     load(&values[(row + 1) * row_stride..], width)
                 } else {
                     _mm512_setzero_si512()
                 };
-                (strips[0][pair], strips[1][pair]) = interleave(low, high);
+                (*first, *second) = interleave(low, high);
             }
             for (half, vectors) in strips.iter_mut().enumerate().take(width.div_ceil(STRIP)) {
                 transpose(vectors);

@@ -12,6 +12,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::ptr;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -27,10 +28,12 @@ pub(super) const LEFT: usize = 32;
 const DEPTH: usize = 2048;
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
-/// Added to the length of a strip, so that strips do not all begin in the same set of a cache.
+/// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
 const SKEW: usize = 32;
 
 /// Left lines for a stretch of depth. Line `i` of step `s` (32 values) begins at `left + i stride + s step`, in bytes.
+/// Behind the last segment stands one without steps.
+#[derive(Clone)]
 #[repr(C)]
 pub(super) struct Segment {
     pub(super) left: *const u8,
@@ -56,17 +59,30 @@ pub(super) trait Inner {
     /// As above.
     unsafe fn end();
 
+    /// Packs part of the right side: [`pack::right`] for blocks of `STRIPS`.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn pack(
+        side: Side<'_>,
+        lines: Range<usize>,
+        depth: Range<usize>,
+        panel: &mut [bf16],
+        stride: usize,
+        before: usize,
+        scratch: &mut Vec<bf16>,
+    );
+
     /// `sums [32][STRIPS * 16] = left right`, added to what is there if `accumulate`.
     ///
     /// # Safety
-    /// There is a segment, and each has a step. Segments can be read for `lines`, rounded up to 16. `right` holds `strips`
-    /// strips `right_stride` bytes apart, each 1024 bytes for every step of all segments; it and `sums` are aligned to 64
-    /// bytes. Between `begin` and `end` on this thread.
+    /// There is a segment with steps before the one without. Segments can be read for `lines`, rounded up to 16. `right`
+    /// holds `STRIPS` KiB for each step of all segments, of which `strips` are used; it and `sums` are aligned to 64 bytes.
+    /// Between `begin` and `end` on this thread.
     unsafe fn block(
         segments: &[Segment],
         lines: usize,
         right: *const u8,
-        right_stride: usize,
         strips: usize,
         sums: *mut f32,
         accumulate: bool,
@@ -157,7 +173,9 @@ fn depth_of(panel: &[Part]) -> usize {
 
 /// Rows and columns of each task, which begin at multiples of 32; `width` columns are a block.
 fn tasks(work: &Work<'_>, width: usize, panels: &[Vec<Part>]) -> Vec<(Range<usize>, Range<usize>)> {
-    /// Columns that a stripe should not go below: each row is read for that many.
+    /// Columns of a stripe for which reading the rows costs little, and those it should not go below: each row is read
+    /// once for that many.
+    const WIDE: usize = 384;
     const NARROW: usize = 96;
     /// Rows that a task should not go below: each panel is packed for that many.
     const SHORT: usize = 128;
@@ -168,10 +186,13 @@ fn tasks(work: &Work<'_>, width: usize, panels: &[Vec<Part>]) -> Vec<(Range<usiz
     let unit = if width.is_multiple_of(32) { width } else { 2 * width };
     let units = work.columns.div_ceil(unit);
     let widest = (PANEL / depth_of(&panels[0]) / unit).max(1);
-    let stripe = units.div_ceil(4 * threads).max(NARROW / unit).min(widest);
+    // The same number for each thread if possible, else rows are split as well.
+    let stripes = (work.columns / WIDE / threads).clamp(1, 4) * threads;
+    let stripes = stripes.max(units.div_ceil(widest).next_multiple_of(threads));
+    let stripe = units.div_ceil(stripes).max(NARROW / unit).min(widest);
     let stripes = units.div_ceil(stripe);
     let mut height = work.rows;
-    if stripes < 3 * threads {
+    if stripes < threads {
         height = work.rows.div_ceil((3 * threads).div_ceil(stripes)).max(SHORT);
     }
     if panels.len() > 1 {
@@ -204,14 +225,14 @@ unsafe fn task<I: Inner, T: Target>(
     let sums = sums.at_least(waiting * LEFT * width);
     for (number, panel) in panels.iter().enumerate() {
         let depth = depth_of(panel);
-        let stride = depth * STRIP + SKEW;
-        let packed = packed.at_least(columns.len().div_ceil(STRIP) * stride);
+        let stride = depth * width + SKEW;
+        let packed = packed.at_least(blocks * stride);
         let packed_left = packed_left.at_least(LEFT * depth);
         for part in panel {
             let side = work.terms[part.term].1;
-            let (lines, offset) = (columns.clone(), part.before * STRIP);
+            let (lines, depth) = (columns.clone(), part.depth.clone());
             // SAFETY: instructions by the caller's promise; the buffer is aligned, `stride` is a multiple of 32.
-            unsafe { pack::right(side, lines, part.depth.clone(), packed, offset, stride, scratch) };
+            unsafe { I::pack(side, lines, depth, packed, stride, part.before, scratch) };
         }
         for (strip, row) in rows.clone().step_by(LEFT).enumerate() {
             let lines = row..rows.end.min(row + LEFT);
@@ -222,6 +243,8 @@ unsafe fn task<I: Inner, T: Target>(
                 // SAFETY: instructions by the caller's promise.
                 unsafe { lay_out(side, lines.clone(), part.depth.clone(), &mut free, scratch, segments) };
             }
+            segments.push(END);
+            let last = number + 1 == panels.len();
             for block in 0..blocks {
                 let column = columns.start + block * width;
                 let within = column..columns.end.min(column + width);
@@ -232,14 +255,13 @@ unsafe fn task<I: Inner, T: Target>(
                     I::block(
                         segments,
                         lines.len(),
-                        packed.as_ptr().add(block * I::STRIPS * stride).cast(),
-                        stride * size_of::<bf16>(),
+                        packed.as_ptr().add(block * stride).cast(),
                         within.len().div_ceil(STRIP),
                         sums.as_mut_ptr(),
                         number > 0,
                     );
                 }
-                if number + 1 == panels.len() {
+                if last {
                     let turned = turned.at_least(LEFT * width);
                     // SAFETY: the caller's promise: this block of the result is this task's.
                     unsafe { write_block(out, work, lines.clone(), within, sums, width, turned) };
@@ -271,7 +293,13 @@ unsafe fn lay_out(
         let stride = side.factor.stride;
         let all = &values[lines.start * stride + start..(lines.end - 1) * stride + start + steps * STEP];
         let size = size_of::<bf16>();
-        segments.push(Segment { left: all.as_ptr().cast(), stride: stride * size, step: STEP * size, steps });
+        segments.push(Segment {
+            left: all.as_ptr().cast(),
+            stride: stride * size,
+            step: STEP * size,
+            steps,
+            ..END
+        });
         start += steps * STEP;
     }
     if start == depth.end {
@@ -288,8 +316,11 @@ unsafe fn lay_out(
         stride: STEP * size,
         step: LEFT * STEP * size,
         steps,
+        ..END
     });
 }
+
+const END: Segment = Segment { left: ptr::null(), stride: 0, step: 0, steps: 0 };
 
 /// Scales, adds, rounds and stores one block.
 ///
