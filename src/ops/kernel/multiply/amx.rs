@@ -11,8 +11,9 @@ use std::ops::Range;
 use half::bf16;
 
 use super::factor::Side;
-use super::pack::{self, Blocks};
-use super::split::{Inner, LEFT, Segment};
+use super::pack::{self, Blocks, STRIP};
+use super::split::{Block, Inner, LEFT, Previous, Segment};
+use super::target::Target;
 
 /// Layout of LDTILECFG's operand, palette 1.
 #[repr(C, align(64))]
@@ -38,21 +39,23 @@ static FULL_TILES: Configuration = {
 
 pub(super) struct Amx;
 
-/// One block: `$load` and `$store` move the sums between memory and tiles, `$step` multiplies 32 values of depth.
-/// `{stride}` holds the distance of two rows: of the sums before and after, of the left side in between.
+/// One block: `$load` and `$store` move the sums between memory and tiles, `$step` multiplies 32 values of depth, `$write`
+/// writes two rows of the block before. `{stride}` holds the distance of two rows: of the sums before and after, of the
+/// left side in between.
 macro_rules! block {
-    ($segments:ident, $right:ident, $sums:ident, $accumulate:ident, load: [$($load:literal)*], zero: [$($zero:literal)*],
-     step: [$($step:literal)*], store: [$($store:literal)*]) => {
-        // SAFETY: tiles are configured (`Amx::begin`); segments and pointers hold what `Inner::block` demands.
+    ($call:ident, $load:expr, $zero:expr, $step:expr, $store:expr $(, $write:expr, $previous:ident, $writes:ident)?) => {
+        // SAFETY: tiles are configured (`Amx::begin`); segments and pointers hold what `Inner::block` demands. Rows of the
+        // block before are as many as are written.
         unsafe {
             asm!(
+                $("vbroadcastss zmm18, [{to}]", "mov {to}, [{to} + 8]", concat!("/* ", stringify!($previous), " */"),)?
                 "mov {stride:e}, 128",
                 "test {steps:e}, {steps:e}",
                 "jz 2f",
-                $($load,)*
+                $load,
                 "jmp 3f",
                 "2:",
-                $($zero,)*
+                $zero,
                 "3:",
                 "mov {left}, [{segment}]",
                 "mov {stride}, [{segment} + 8]",
@@ -60,32 +63,183 @@ macro_rules! block {
                 "mov {left_next}, {stride}",
                 "shl {left_next}, 4",
                 "add {left_next}, {left}",
+                $(
+                    "test {writes}, {writes}",
+                    "jz 4f",
+                    "5:",
+                    $step,
+                    $write,
+                    "add {from}, 256",
+                    "add {left}, [{segment} + 16]",
+                    "add {left_next}, [{segment} + 16]",
+                    "add {right}, 2048",
+                    "dec {steps}",
+                    "dec {writes}",
+                    "jnz 5b",
+                    "test {steps}, {steps}",
+                    "jz 6f",
+                )?
                 "4:",
-                $($step,)*
+                $step,
                 "add {left}, [{segment} + 16]",
                 "add {left_next}, [{segment} + 16]",
                 "add {right}, 2048",
                 "dec {steps}",
                 "jnz 4b",
+                "6:",
                 "add {segment}, 32",
                 "cmp {steps}, [{segment} + 24]",
                 "jne 3b",
                 "mov {stride:e}, 128",
-                $($store,)*
-                segment = inout(reg) $segments.as_ptr() => _,
+                $store,
+                segment = inout(reg) $call.segments.as_ptr() => _,
                 left = out(reg) _,
                 left_next = out(reg) _,
                 stride = out(reg) _,
-                steps = inout(reg) u64::from($accumulate) => _,
-                right = inout(reg) $right => _,
-                sums = in(reg) $sums,
+                steps = inout(reg) u64::from($call.accumulate) => _,
+                right = inout(reg) $call.right => _,
+                sums = in(reg) $call.sums,
                 line = in(reg) 64usize,
+                $(
+                    from = inout(reg) $previous.sums => _,
+                    to = inout(reg) $previous => _,
+                    apart = in(reg) $previous.apart,
+                    writes = inout(reg) $writes => _,
+                    out("zmm16") _, out("zmm17") _, out("zmm18") _,
+                )?
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }
     };
+}
+
+/// The instructions of a block of 32 by 32, or of its upper half, left half or upper left quarter.
+macro_rules! instructions {
+    (load 0) => { "tileloadd tmm0, [{sums} + {stride}]\n" };
+    (load 1) => { "tileloadd tmm1, [{sums} + {stride} + 64]\n" };
+    (load 2) => { "tileloadd tmm2, [{sums} + {stride} + 2048]\n" };
+    (load 3) => { "tileloadd tmm3, [{sums} + {stride} + 2112]\n" };
+    (zero 0) => { "tilezero tmm0\n" };
+    (zero 1) => { "tilezero tmm1\n" };
+    (zero 2) => { "tilezero tmm2\n" };
+    (zero 3) => { "tilezero tmm3\n" };
+    (store 0) => { "tilestored [{sums} + {stride}], tmm0\n" };
+    (store 1) => { "tilestored [{sums} + {stride} + 64], tmm1\n" };
+    (store 2) => { "tilestored [{sums} + {stride} + 2048], tmm2\n" };
+    (store 3) => { "tilestored [{sums} + {stride} + 2112], tmm3\n" };
+    (left 0) => { "tileloadd tmm4, [{left} + {stride}]\n" };
+    (left 1) => { "tileloadd tmm5, [{left_next} + {stride}]\n" };
+    (right 0) => { "tileloadd tmm6, [{right} + {line}]\n" };
+    (right 1) => { "tileloadd tmm7, [{right} + {line} + 1024]\n" };
+    (multiply 0) => { "tdpbf16ps tmm0, tmm4, tmm6\n" };
+    (multiply 1) => { "tdpbf16ps tmm1, tmm4, tmm7\n" };
+    (multiply 2) => { "tdpbf16ps tmm2, tmm5, tmm6\n" };
+    (multiply 3) => { "tdpbf16ps tmm3, tmm5, tmm7\n" };
+    (write bf16) => {
+        "vmulps zmm16, zmm18, [{from}]
+        vmulps zmm17, zmm18, [{from} + 64]
+        vcvtne2ps2bf16 zmm16, zmm17, zmm16
+        vmovdqu32 [{to}], zmm16
+        add {to}, {apart}
+        vmulps zmm16, zmm18, [{from} + 128]
+        vmulps zmm17, zmm18, [{from} + 192]
+        vcvtne2ps2bf16 zmm16, zmm17, zmm16
+        vmovdqu32 [{to}], zmm16
+        add {to}, {apart}\n"
+    };
+    (write f32) => {
+        "vmulps zmm16, zmm18, [{from}]
+        vmulps zmm17, zmm18, [{from} + 64]
+        vmovups [{to}], zmm16
+        vmovups [{to} + 64], zmm17
+        add {to}, {apart}
+        vmulps zmm16, zmm18, [{from} + 128]
+        vmulps zmm17, zmm18, [{from} + 192]
+        vmovups [{to}], zmm16
+        vmovups [{to} + 64], zmm17
+        add {to}, {apart}\n"
+    };
+    ($($kind:ident $number:tt),+) => { concat!($(instructions!($kind $number)),+) };
+}
+
+/// # Safety
+/// As [`Inner::block`].
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn tiles<T: Target>(
+    call: &Block<'_>,
+    lines: usize,
+    strips: usize,
+    previous: Option<&Previous>,
+) -> usize {
+    const { assert!(LEFT == 32 && size_of::<Segment>() == 32) };
+    let writes = previous.map_or(0, |_| call.segments[0].steps.min(LEFT / 2));
+    match (lines > STRIP, strips > 1, previous) {
+        (true, true, Some(previous)) if size_of::<T>() == 2 => {
+            block!(
+                call,
+                instructions!(load 0, load 1, load 2, load 3),
+                instructions!(zero 0, zero 1, zero 2, zero 3),
+                instructions!(left 0, right 0, right 1, left 1, multiply 0, multiply 1, multiply 2, multiply 3),
+                instructions!(store 0, store 1, store 2, store 3),
+                instructions!(write bf16),
+                previous,
+                writes
+            );
+            return 2 * writes;
+        }
+        (true, true, Some(previous)) => {
+            block!(
+                call,
+                instructions!(load 0, load 1, load 2, load 3),
+                instructions!(zero 0, zero 1, zero 2, zero 3),
+                instructions!(left 0, right 0, right 1, left 1, multiply 0, multiply 1, multiply 2, multiply 3),
+                instructions!(store 0, store 1, store 2, store 3),
+                instructions!(write f32),
+                previous,
+                writes
+            );
+            return 2 * writes;
+        }
+        (true, true, None) => {
+            block!(
+                call,
+                instructions!(load 0, load 1, load 2, load 3),
+                instructions!(zero 0, zero 1, zero 2, zero 3),
+                instructions!(left 0, right 0, right 1, left 1, multiply 0, multiply 1, multiply 2, multiply 3),
+                instructions!(store 0, store 1, store 2, store 3)
+            );
+        }
+        (true, false, _) => {
+            block!(
+                call,
+                instructions!(load 0, load 2),
+                instructions!(zero 0, zero 2),
+                instructions!(right 0, left 0, left 1, multiply 0, multiply 2),
+                instructions!(store 0, store 2)
+            );
+        }
+        (false, true, _) => {
+            block!(
+                call,
+                instructions!(load 0, load 1),
+                instructions!(zero 0, zero 1),
+                instructions!(left 0, right 0, right 1, multiply 0, multiply 1),
+                instructions!(store 0, store 1)
+            );
+        }
+        (false, false, _) => {
+            block!(
+                call,
+                instructions!(load 0),
+                instructions!(zero 0),
+                instructions!(left 0, right 0, multiply 0),
+                instructions!(store 0)
+            );
+        }
+    }
+    0
 }
 
 impl Inner for Amx {
@@ -116,47 +270,13 @@ impl Inner for Amx {
         unsafe { pack::right(side, lines, depth, panel, blocks, scratch) };
     }
 
-    unsafe fn block(
-        segments: &[Segment],
+    unsafe fn block<T: Target>(
+        call: &Block<'_>,
         lines: usize,
-        right: *const u8,
         strips: usize,
-        sums: *mut f32,
-        accumulate: bool,
-    ) {
-        const { assert!(LEFT == 32 && size_of::<Segment>() == 32) };
-        debug_assert!(segments.len() > 1 && segments.last().is_some_and(|end| end.steps == 0));
-        match (lines > 16, strips > 1) {
-            (true, true) => block!(segments, right, sums, accumulate,
-                load: ["tileloadd tmm0, [{sums} + {stride}]" "tileloadd tmm1, [{sums} + {stride} + 64]"
-                    "tileloadd tmm2, [{sums} + {stride} + 2048]" "tileloadd tmm3, [{sums} + {stride} + 2112]"],
-                zero: ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
-                step: ["tileloadd tmm4, [{left} + {stride}]" "tileloadd tmm6, [{right} + {line}]"
-                    "tileloadd tmm7, [{right} + {line} + 1024]" "tileloadd tmm5, [{left_next} + {stride}]"
-                    "tdpbf16ps tmm0, tmm4, tmm6" "tdpbf16ps tmm1, tmm4, tmm7"
-                    "tdpbf16ps tmm2, tmm5, tmm6" "tdpbf16ps tmm3, tmm5, tmm7"],
-                store: ["tilestored [{sums} + {stride}], tmm0" "tilestored [{sums} + {stride} + 64], tmm1"
-                    "tilestored [{sums} + {stride} + 2048], tmm2" "tilestored [{sums} + {stride} + 2112], tmm3"]),
-            (true, false) => block!(segments, right, sums, accumulate,
-                load: ["tileloadd tmm0, [{sums} + {stride}]" "tileloadd tmm2, [{sums} + {stride} + 2048]"],
-                zero: ["tilezero tmm0" "tilezero tmm2"],
-                step: ["tileloadd tmm6, [{right} + {line}]" "tileloadd tmm4, [{left} + {stride}]"
-                    "tileloadd tmm5, [{left_next} + {stride}]"
-                    "tdpbf16ps tmm0, tmm4, tmm6" "tdpbf16ps tmm2, tmm5, tmm6"],
-                store: ["tilestored [{sums} + {stride}], tmm0" "tilestored [{sums} + {stride} + 2048], tmm2"]),
-            (false, true) => block!(segments, right, sums, accumulate,
-                load: ["tileloadd tmm0, [{sums} + {stride}]" "tileloadd tmm1, [{sums} + {stride} + 64]"],
-                zero: ["tilezero tmm0" "tilezero tmm1"],
-                step: ["tileloadd tmm4, [{left} + {stride}]" "tileloadd tmm6, [{right} + {line}]"
-                    "tileloadd tmm7, [{right} + {line} + 1024]"
-                    "tdpbf16ps tmm0, tmm4, tmm6" "tdpbf16ps tmm1, tmm4, tmm7"],
-                store: ["tilestored [{sums} + {stride}], tmm0" "tilestored [{sums} + {stride} + 64], tmm1"]),
-            (false, false) => block!(segments, right, sums, accumulate,
-                load: ["tileloadd tmm0, [{sums} + {stride}]"],
-                zero: ["tilezero tmm0"],
-                step: ["tileloadd tmm4, [{left} + {stride}]" "tileloadd tmm6, [{right} + {line}]"
-                    "tdpbf16ps tmm0, tmm4, tmm6"],
-                store: ["tilestored [{sums} + {stride}], tmm0"]),
-        }
+        previous: Option<&Previous>,
+    ) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { tiles::<T>(call, lines, strips, previous) }
     }
 }

@@ -15,7 +15,8 @@ use half::bf16;
 
 use super::factor::Side;
 use super::pack::{self, Blocks};
-use super::split::{Inner, Segment};
+use super::split::{Block, Inner, Previous};
+use super::target::Target;
 
 /// Lines of the left side at once.
 const LINES: usize = 8;
@@ -43,37 +44,31 @@ impl Inner for Avx512 {
         unsafe { pack::right(side, lines, depth, panel, blocks, scratch) };
     }
 
-    unsafe fn block(
-        segments: &[Segment],
+    unsafe fn block<T: Target>(
+        call: &Block<'_>,
         lines: usize,
-        right: *const u8,
         strips: usize,
-        sums: *mut f32,
-        accumulate: bool,
-    ) {
+        _previous: Option<&Previous>,
+    ) -> usize {
         for line in (0..lines).step_by(LINES) {
             // SAFETY: as this function; `line` is below `lines`, which segments and sums cover rounded up to 16.
             unsafe {
                 match strips {
-                    1 => lines_by::<1>(segments, line, right, sums, accumulate),
-                    2 => lines_by::<2>(segments, line, right, sums, accumulate),
-                    _ => lines_by::<3>(segments, line, right, sums, accumulate),
+                    1 => lines_by::<1>(call, line),
+                    2 => lines_by::<2>(call, line),
+                    _ => lines_by::<3>(call, line),
                 }
             }
         }
+        0
     }
 }
 
 /// # Safety
 /// As [`Inner::block`], for `LINES` lines from `line` on and `N` strips.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn lines_by<const N: usize>(
-    segments: &[Segment],
-    line: usize,
-    right: *const u8,
-    sums: *mut f32,
-    accumulate: bool,
-) {
+unsafe fn lines_by<const N: usize>(call: &Block<'_>, line: usize) {
+    let Block { segments, right, sums, accumulate } = *call;
     const WIDTH: usize = Avx512::STRIPS * 16;
     let mut sum: [[__m512; N]; LINES] = [[_mm512_setzero_ps(); N]; LINES];
     // SAFETY: the caller's promise covers all `LINES x N` vectors of sums, each at a multiple of 64 bytes.

@@ -2,10 +2,10 @@
 //!
 //! - A *task* is a stripe of result columns by a range of result rows. Stripes are narrow enough that each thread gets
 //!   several tasks, and rows are split only when there are too few stripes, because every task packs its own panel.
-//! - A *panel* is the right side of a stripe, up to 2048 of depth, packed: at most 1 MiB, half of a usual L2 cache. It is
-//!   read once per 32 result rows. Depth that exceeds 2048 goes panel by panel, with sums in f32 in between.
+//! - A *panel* is the right side of a stripe, up to 2304 of depth, packed: about 1 MiB at most, half of a usual L2 cache. It is
+//!   read once per 32 result rows. More depth goes panel by panel, with sums in f32 in between.
 //! - A *block* is 32 rows by 32 or 48 columns of sums. Its left side is read where it is stored, if it can be: 32 rows by
-//!   2048 fit the L1 and L2 caches and are used for all blocks of the stripe. Ends that fill no whole block are packed.
+//!   2304 fit the L1 and L2 caches and are used for all blocks of the stripe. Ends that fill no whole block are packed.
 //!
 //! Where a result is cut depends on the number of threads, in which order it is summed does not: panels are cut by depth
 //! alone.
@@ -24,8 +24,8 @@ use super::target::{Target, finish};
 
 /// Rows of a block.
 pub(super) const LEFT: usize = 32;
-/// Depth of a panel.
-const DEPTH: usize = 2048;
+/// Depth of a panel: a usual width and, behind it, the rank of an adapter.
+const DEPTH: usize = 2304;
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
 /// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
@@ -73,20 +73,38 @@ pub(super) trait Inner {
         scratch: &mut Vec<bf16>,
     );
 
-    /// `sums [32][STRIPS * 16] = left right`, added to what is there if `accumulate`.
+    /// Computes a block, and meanwhile writes as many rows of `previous` as it returns.
     ///
     /// # Safety
-    /// There is a segment with steps before the one without. Segments can be read for `lines`, rounded up to 16. `right`
-    /// holds `STRIPS` KiB for each step of all segments, of which `strips` are used; it and `sums` are aligned to 64 bytes.
-    /// Between `begin` and `end` on this thread.
-    unsafe fn block(
-        segments: &[Segment],
+    /// What [`Block`] and [`Previous`] say holds, for `lines` and `strips` in use. Between `begin` and `end` on this thread.
+    unsafe fn block<T: Target>(
+        call: &Block<'_>,
         lines: usize,
-        right: *const u8,
         strips: usize,
-        sums: *mut f32,
-        accumulate: bool,
-    );
+        previous: Option<&Previous>,
+    ) -> usize;
+}
+
+/// `sums [32][STRIPS * 16] = left right`, added to what is there if `accumulate`.
+pub(super) struct Block<'a> {
+    /// One with steps at least, then the one without. Can be read for the lines in use, rounded up to 16.
+    pub(super) segments: &'a [Segment],
+    /// `STRIPS` KiB for each step of all segments. Aligned to 64 bytes, as `sums`.
+    pub(super) right: *const u8,
+    pub(super) sums: *mut f32,
+    pub(super) accumulate: bool,
+}
+
+/// A block that has been summed and waits to be written, whole and to nothing added: while the next one is multiplied, the
+/// processor has room for it.
+#[repr(C)]
+pub(super) struct Previous {
+    pub(super) alpha: f32,
+    /// The first row of the result, the others `apart` bytes from each other.
+    pub(super) to: *mut u8,
+    pub(super) apart: usize,
+    /// `[32][STRIPS * 16]`.
+    pub(super) sums: *const f32,
 }
 
 /// What is multiplied and where it goes: `out [left lines, right lines] = beta out + alpha sum of left right`.
@@ -221,8 +239,12 @@ unsafe fn task<I: Inner, T: Target>(
     let width = I::STRIPS * STRIP;
     let Workspace { panel: packed, left: packed_left, sums, turned, rows: scratch, segments } = workspace;
     let blocks = columns.len().div_ceil(width);
-    let waiting = if panels.len() > 1 { rows.len().div_ceil(LEFT) * blocks } else { 1 };
-    let sums = sums.at_least(waiting * LEFT * width);
+    let size = LEFT * width;
+    // Two take turns: one is summed while the other is written.
+    let several = panels.len() > 1;
+    let kept = if several { rows.len().div_ceil(LEFT) * blocks } else { 2 };
+    let sums = sums.at_least(kept * size);
+    let turned = turned.at_least(size);
     for (number, panel) in panels.iter().enumerate() {
         let depth = depth_of(panel);
         let stride = depth * width + SKEW;
@@ -234,6 +256,7 @@ unsafe fn task<I: Inner, T: Target>(
             // SAFETY: instructions by the caller's promise; the buffer is aligned, `stride` is a multiple of 32.
             unsafe { I::pack(side, lines, depth, packed, stride, part.before, scratch) };
         }
+        let mut summed: Option<Summed> = None;
         for (strip, row) in rows.clone().step_by(LEFT).enumerate() {
             let lines = row..rows.end.min(row + LEFT);
             segments.clear();
@@ -244,29 +267,37 @@ unsafe fn task<I: Inner, T: Target>(
                 unsafe { lay_out(side, lines.clone(), part.depth.clone(), &mut free, scratch, segments) };
             }
             segments.push(END);
-            let last = number + 1 == panels.len();
             for block in 0..blocks {
                 let column = columns.start + block * width;
                 let within = column..columns.end.min(column + width);
-                let at = if waiting > 1 { (strip * blocks + block) * LEFT * width } else { 0 };
-                let sums = &mut sums[at..at + LEFT * width];
+                let index = strip * blocks + block;
+                let at = if several { index } else { index % 2 } * size;
+                let call = Block {
+                    segments,
+                    right: packed[block * stride..].as_ptr().cast(),
+                    sums: sums[at..at + size].as_mut_ptr(),
+                    accumulate: number > 0,
+                };
+                let previous = summed.as_ref().and_then(|summed| summed.previous(&out, work, sums, width));
                 // SAFETY: segments cover the lines, the panel all strips of the block; both hold until the next strip.
-                unsafe {
-                    I::block(
-                        segments,
-                        lines.len(),
-                        packed.as_ptr().add(block * stride).cast(),
-                        within.len().div_ceil(STRIP),
-                        sums.as_mut_ptr(),
-                        number > 0,
-                    );
+                // The previous block is whole and this task's, and its sums are not those of this one.
+                let written = unsafe {
+                    let strips = within.len().div_ceil(STRIP);
+                    I::block::<T>(&call, lines.len(), strips, previous.as_ref())
+                };
+                if number + 1 < panels.len() {
+                    continue;
                 }
-                if last {
-                    let turned = turned.at_least(LEFT * width);
-                    // SAFETY: the caller's promise: this block of the result is this task's.
-                    unsafe { write_block(out, work, lines.clone(), within, sums, width, turned) };
+                let next = Summed { rows: lines.clone(), columns: within, at };
+                if let Some(summed) = summed.replace(next) {
+                    // SAFETY: instructions by the caller's promise; this part of the result is this task's.
+                    unsafe { summed.write(out, work, written, sums, width, turned) };
                 }
             }
+        }
+        if let Some(summed) = summed {
+            // SAFETY: as above.
+            unsafe { summed.write(out, work, 0, sums, width, turned) };
         }
     }
 }
@@ -322,31 +353,59 @@ unsafe fn lay_out(
 
 const END: Segment = Segment { left: ptr::null(), stride: 0, step: 0, steps: 0 };
 
-/// Scales, adds, rounds and stores one block.
-///
-/// # Safety
-/// The machine has the instructions of [`finish`]; nobody else uses this part of `out`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn write_block<T: Target>(
-    out: Disjoint<T>,
-    work: &Work<'_>,
+/// A block whose sums are complete: its place in the result, and where they are.
+struct Summed {
     rows: Range<usize>,
     columns: Range<usize>,
-    sums: &[f32],
-    width: usize,
-    turned: &mut [f32],
-) {
-    let (lines, across, length, sums, stride) = if work.exchanged {
-        pack::turn(sums, width, turned, LEFT);
-        (columns, rows, work.rows, &*turned, LEFT)
-    } else {
-        (rows, columns, work.columns, sums, width)
-    };
-    for (i, line) in lines.enumerate() {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let row = out.part(line * length + across.start, across.len());
-            finish(row, &sums[i * stride..], work.alpha, work.beta);
+    at: usize,
+}
+
+impl Summed {
+    /// What an inner product needs to write it, if it is whole and replaces what is there.
+    fn previous<T>(
+        &self,
+        out: &Disjoint<T>,
+        work: &Work<'_>,
+        sums: &[f32],
+        width: usize,
+    ) -> Option<Previous> {
+        let whole = self.rows.len() == LEFT && self.columns.len() == width;
+        (whole && work.beta == 0.0 && !work.exchanged).then(|| Previous {
+            alpha: work.alpha,
+            to: out.address(self.rows.start * work.columns + self.columns.start).cast(),
+            apart: work.columns * size_of::<T>(),
+            sums: sums[self.at..].as_ptr(),
+        })
+    }
+
+    /// Scales, adds, rounds and stores, from the row `written` on.
+    ///
+    /// # Safety
+    /// The machine has the instructions of [`finish`]; nobody else uses this part of `out`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn write<T: Target>(
+        self,
+        out: Disjoint<T>,
+        work: &Work<'_>,
+        written: usize,
+        sums: &[f32],
+        width: usize,
+        turned: &mut [f32],
+    ) {
+        let Self { rows, columns, at } = self;
+        let sums = &sums[at..at + LEFT * width];
+        let (lines, across, length, sums, stride) = if work.exchanged {
+            pack::turn(sums, width, turned, LEFT);
+            (columns, rows, work.rows, &*turned, LEFT)
+        } else {
+            (rows, columns, work.columns, sums, width)
+        };
+        for (i, line) in lines.enumerate().skip(written) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let row = out.part(line * length + across.start, across.len());
+                finish(row, &sums[i * stride..], work.alpha, work.beta);
+            }
         }
     }
 }
