@@ -1,6 +1,7 @@
 //! What lies below the ops on the CPU: values of a tensor as a slice, element types, rows over threads, products.
 
 mod element;
+mod multiply;
 mod product;
 mod rows;
 

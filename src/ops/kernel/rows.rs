@@ -84,4 +84,9 @@ impl<T> Disjoint<T> {
         // SAFETY: in bounds by the assertion; alive and not overlapping by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
+    /// Where value `index` lies; writing there is for who might have it as a [`part`](Self::part).
+    pub(crate) fn address(&self, index: usize) -> *mut T {
+        assert!(index < self.len, "value {index} of a buffer of {}", self.len);
+        self.start.wrapping_add(index)
+    }
 }

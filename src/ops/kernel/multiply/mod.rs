@@ -1,0 +1,117 @@
+//! Matrix products of bf16 with sums in f32, on all threads.
+//!
+//! `c = beta c + alpha (a1 b1 + a2 b2 + ..)`, shapes `[m, n] = [m, k1] [k1, n] + [m, k2] [k2, n] + ..`; sums are kept in f32 over
+//! all depths and terms and rounded once. One formula covers what training multiplies, for `x [m, k]`, `dy [m, n]` and a
+//! weight `w [n, k]` as in a checkpoint:
+//!
+//! - forward `y = x w^T`: `(x, w.t())`
+//! - forward with an adapter `y = x w^T + u b^T`, one rounding and one pass over `y`: `(x, w.t())`, `(u, b.t())`
+//! - gradient of the input `dx = dy w`: `(dy, w)`
+//! - gradient of a weight `dw = dy^T x`, in f32 and added to what is there: `(dy.t(), x)`
+//!
+//! A frozen weight is stored once: each direction packs the panel that it needs on the way.
+
+#![cfg_attr(not(test), expect(dead_code, unused_imports, reason = "the ops do not call it yet"))]
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod decode;
+mod factor;
+#[cfg(target_arch = "x86_64")]
+mod pack;
+mod path;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod split;
+mod target;
+
+pub(crate) use factor::{Factor, Fill};
+pub(crate) use path::Path;
+pub(crate) use target::Target;
+
+use factor::Side;
+
+/// `c = beta c + alpha (a1 b1 + a2 b2 + ..)` over `terms`; `beta` 0 does not read `c`. Rows of `c` lie end to end.
+pub(crate) fn multiply<T: Target>(c: &mut [T], beta: f32, alpha: f32, terms: &[(Factor<'_>, Factor<'_>)]) {
+    multiply_by(Path::best(), c, beta, alpha, terms);
+}
+
+/// As [`multiply`], on a given path of those that the machine has.
+pub(crate) fn multiply_by<T: Target>(
+    path: Path,
+    c: &mut [T],
+    beta: f32,
+    alpha: f32,
+    terms: &[(Factor<'_>, Factor<'_>)],
+) {
+    let Some((a, b)) = terms.first() else { return scale(c, beta) };
+    let (m, n) = (a.rows(), b.columns());
+    assert_eq!(c.len(), m * n, "values of a {m}x{n} product");
+    let mut sides: Vec<(Side<'_>, Side<'_>)> = Vec::with_capacity(terms.len());
+    for (a, b) in terms {
+        assert_eq!(a.columns(), b.rows(), "inner dimensions of a product");
+        assert!(a.rows() == m && b.columns() == n, "terms of a {m}x{n} product");
+        if a.columns() > 0 {
+            sides.push((a.left(), b.right()));
+        }
+    }
+    if c.is_empty() {
+        return;
+    }
+    if sides.is_empty() {
+        return scale(c, beta);
+    }
+    assert!(Path::all().contains(&path), "this machine has no path {path:?}");
+    match path {
+        Path::Portable => portable::multiply(c, &sides, (m, n), alpha, beta),
+        #[cfg(target_arch = "x86_64")]
+        Path::Amx | Path::Avx512 => {
+            if decode::takes(path, &sides, m) {
+                // SAFETY: the machine has the path, and with it these instructions.
+                unsafe { decode::multiply(c, &sides, (m, n), alpha, beta) };
+                return;
+            }
+            let exchanged = exchange(&sides, m, n);
+            if exchanged {
+                for side in &mut sides {
+                    *side = (side.1, side.0);
+                }
+            }
+            let (rows, columns) = if exchanged { (n, m) } else { (m, n) };
+            let work = split::Work { terms: &sides, rows, columns, exchanged, alpha, beta };
+            // SAFETY: the machine has the path.
+            unsafe {
+                if path == Path::Amx {
+                    split::multiply::<amx::Amx, T>(c, &work);
+                } else {
+                    split::multiply::<avx512::Avx512, T>(c, &work);
+                }
+            }
+        }
+    }
+}
+
+/// Whether to compute the transposed result with sides exchanged: the right side is always packed, the left one only
+/// where its lines are not in place. So the smaller side goes right when both lie along, and left when both lie across.
+#[cfg(target_arch = "x86_64")]
+fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
+    let (left, right) = &sides[0];
+    match (left.in_place(), right.in_place()) {
+        (Some(_), Some(_)) => m < n && m <= 64,
+        (None, None) => !left.along && !right.along && m > n,
+        (None, Some(_)) => true,
+        (Some(_), None) => false,
+    }
+}
+
+fn scale<T: Target>(c: &mut [T], beta: f32) {
+    for value in c {
+        *value = T::narrow(if beta == 0.0 { 0.0 } else { beta * value.widen() });
+    }
+}
+
+#[cfg(test)]
+mod tests;

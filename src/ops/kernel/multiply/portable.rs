@@ -1,0 +1,134 @@
+//! The product anywhere: both sides widened to f32, piece by piece, and multiplied by the `gemm` crate.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::super::rows::Disjoint;
+use super::factor::Side;
+use super::target::Target;
+
+/// Right lines of a task, left lines of a piece, depth of a piece: 512 KiB and 256 KiB of f32.
+const COLUMNS: usize = 256;
+const ROWS: usize = 128;
+const DEPTH: usize = 512;
+
+#[derive(Default)]
+struct Workspace {
+    left: Vec<f32>,
+    right: Vec<f32>,
+    sums: Vec<f32>,
+    rows: Vec<bf16>,
+}
+
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+}
+
+/// `out [m, n] = beta out + alpha sum of left right`.
+pub(super) fn multiply<T: Target>(
+    out: &mut [T],
+    terms: &[(Side<'_>, Side<'_>)],
+    (m, n): (usize, usize),
+    alpha: f32,
+    beta: f32,
+) {
+    let out = Disjoint::new(out);
+    let stripes = n.div_ceil(COLUMNS);
+    // At least two tasks for each thread where the result is narrow; the right side is widened in each.
+    let parts = (2 * rayon::current_num_threads()).div_ceil(stripes);
+    let height = m.div_ceil(parts).max(ROWS).next_multiple_of(32);
+    (0..stripes * m.div_ceil(height)).into_par_iter().for_each(|task| {
+        let (column, row) = (task % stripes * COLUMNS, task / stripes * height);
+        let (rows, columns) = (row..m.min(row + height), column..n.min(column + COLUMNS));
+        WORKSPACE.with_borrow_mut(|workspace| {
+            sum(terms, rows.clone(), columns.clone(), workspace);
+            for (row, sums) in rows.zip(workspace.sums.chunks_exact(columns.len())) {
+                // SAFETY: tasks do not overlap, and `out` is borrowed until all have ended.
+                let values = unsafe { out.part(row * n + columns.start, columns.len()) };
+                for (value, sum) in values.iter_mut().zip(sums) {
+                    let old = if beta == 0.0 { 0.0 } else { beta * value.widen() };
+                    *value = T::narrow(old + alpha * sum);
+                }
+            }
+        });
+    });
+}
+
+/// The sums of one task into `workspace.sums`.
+fn sum(terms: &[(Side<'_>, Side<'_>)], rows: Range<usize>, columns: Range<usize>, workspace: &mut Workspace) {
+    let Workspace { left, right, sums, rows: scratch } = workspace;
+    let n = columns.len();
+    sums.clear();
+    sums.resize(rows.len() * n, 0.0);
+    for (left_side, right_side) in terms {
+        let depth = left_side.depth();
+        for start in (0..depth).step_by(DEPTH) {
+            let part = start..depth.min(start + DEPTH);
+            widen(*right_side, columns.clone(), part.clone(), right, scratch);
+            for (row, sums) in rows.clone().step_by(ROWS).zip(sums.chunks_mut(ROWS * n)) {
+                let lines = row..rows.end.min(row + ROWS);
+                widen(*left_side, lines.clone(), part.clone(), left, scratch);
+                let (m, k) = (lines.len(), part.len());
+                let (left_line, left_deep) = strides(*left_side, m, k);
+                let (right_line, right_deep) = strides(*right_side, n, k);
+                assert!(sums.len() == m * n && left.len() == m * k && right.len() == n * k);
+                // SAFETY: all three matrices fill their slices, whose lengths have just been checked, and `sums` is
+                // borrowed mutably.
+                unsafe {
+                    gemm::gemm(
+                        m,
+                        n,
+                        k,
+                        sums.as_mut_ptr(),
+                        1,
+                        n as isize,
+                        true,
+                        left.as_ptr(),
+                        left_deep,
+                        left_line,
+                        right.as_ptr(),
+                        right_line,
+                        right_deep,
+                        1.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        gemm::Parallelism::None,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Distances of neighbouring lines and of neighbours in depth in what [`widen`] writes.
+fn strides(side: Side<'_>, lines: usize, depth: usize) -> (isize, isize) {
+    if side.along { (depth as isize, 1) } else { (1, lines as isize) }
+}
+
+/// `lines x depth` in f32, laid out as stored, without gaps.
+fn widen(
+    side: Side<'_>,
+    lines: Range<usize>,
+    depth: Range<usize>,
+    out: &mut Vec<f32>,
+    scratch: &mut Vec<bf16>,
+) {
+    let (rows, columns) = if side.along { (lines, depth) } else { (depth, lines) };
+    let width = columns.len();
+    out.clear();
+    side.pieces(rows, columns, scratch, |rows, values, stride| {
+        for row in 0..rows.len() {
+            out.extend(values[row * stride..][..width].iter().map(|value| widened(*value)));
+        }
+    });
+}
+
+/// Without branches, so that loops over it vectorise.
+fn widened(value: bf16) -> f32 {
+    f32::from_bits(u32::from(value.to_bits()) << 16)
+}

@@ -1,0 +1,111 @@
+//! The type that a product is written in, rounded once from f32.
+
+use half::bf16;
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m256bh, __m256i, __m512, __mmask16, _mm256_mask_storeu_epi16, _mm256_maskz_loadu_epi16,
+    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32,
+};
+
+/// A type of results: f32 or bf16.
+pub(crate) trait Target: Copy + Send + Sync {
+    fn widen(self) -> f32;
+    fn narrow(value: f32) -> Self;
+
+    /// The values that `mask` names, from `from` on.
+    ///
+    /// # Safety
+    /// They can be read, and the machine has avx512f, avx512bw, avx512vl.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load(from: *const Self, mask: __mmask16) -> __m512;
+
+    /// # Safety
+    /// The values that `mask` names can be written, and the machine has avx512f, avx512bw, avx512vl, avx512bf16.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn store(to: *mut Self, mask: __mmask16, values: __m512);
+}
+
+impl Target for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+
+    fn narrow(value: f32) -> Self {
+        value
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(from: *const Self, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_maskz_loadu_ps(mask, from) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store(to: *mut Self, mask: __mmask16, values: __m512) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_mask_storeu_ps(to, mask, values) }
+    }
+}
+
+impl Target for bf16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    fn narrow(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(from: *const Self, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise.
+        let bits = unsafe { _mm256_maskz_loadu_epi16(mask, from.cast()) };
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn store(to: *mut Self, mask: __mmask16, values: __m512) {
+        let rounded = _mm512_cvtneps_pbh(values);
+        // SAFETY: both types are 256 bits without invalid values; the rest is the caller's promise.
+        unsafe {
+            _mm256_mask_storeu_epi16(to.cast(), mask, std::mem::transmute::<__m256bh, __m256i>(rounded))
+        }
+    }
+}
+
+/// `row = beta row + alpha sums`, for as many sums as the row has values; `beta` 0 does not read the row.
+///
+/// # Safety
+/// The machine has what [`Target::store`] asks for.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn finish<T: Target>(row: &mut [T], sums: &[f32], alpha: f32, beta: f32) {
+    assert!(sums.len() >= row.len().next_multiple_of(16));
+    let (scale, keep) = (_mm512_set1_ps(alpha), _mm512_set1_ps(beta));
+    for at in (0..row.len()).step_by(16) {
+        let mask = match row.len() - at {
+            left @ 1..16 => (1 << left) - 1,
+            _ => !0,
+        };
+        // SAFETY: the mask names values of the row; the sums reach to the next multiple of 16.
+        unsafe {
+            let to = row.as_mut_ptr().add(at);
+            let mut values = _mm512_mul_ps(_mm512_loadu_ps(sums.as_ptr().add(at)), scale);
+            if beta != 0.0 {
+                values = _mm512_fmadd_ps(T::load(to, mask), keep, values);
+            }
+            T::store(to, mask, values);
+        }
+    }
+}
