@@ -7,7 +7,6 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::kernel::{Element, Values, dispatch, to_tensor};
-use super::matmul::working;
 use super::{Gradients, Parameter, differentiate, matmul, matmul_f32};
 use crate::error::Result;
 
@@ -23,10 +22,8 @@ pub struct Saved {
 /// The negative log-likelihood of each row, nothing saved.
 pub fn evaluate(hidden: &Tensor, weight: &Parameter, targets: &[u32]) -> Result<Vec<f32>> {
     let mut nll = Vec::with_capacity(targets.len());
-    // Once for all chunks.
-    let wide = working(weight.tensor())?;
     for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
-        let logits = matmul_f32(&hidden.narrow(0, start, len)?, &wide.t()?)?;
+        let logits = matmul_f32(&hidden.narrow(0, start, len)?, &weight.tensor().t()?)?;
         let targets = &targets[start..start + len];
         if logits.device().is_cpu() {
             nll.extend(row_losses(&logits, targets)?.into_iter().map(|(nll, _)| nll));
@@ -50,11 +47,9 @@ pub fn forward(
 ) -> Result<(Vec<f32>, Saved)> {
     let mut nll = Vec::with_capacity(targets.len());
     let mut d_hidden = Vec::new();
-    // Once for all chunks.
-    let wide = working(weight.tensor())?;
     for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
         let (hidden, targets) = (hidden.narrow(0, start, len)?, &targets[start..start + len]);
-        let logits = matmul_f32(&hidden, &wide.t()?)?;
+        let logits = matmul_f32(&hidden, &weight.tensor().t()?)?;
         let d_logits = if logits.device().is_cpu() {
             let losses = row_losses(&logits, targets)?;
             nll.extend(losses.iter().map(|(nll, _)| nll));
@@ -67,7 +62,7 @@ pub fn forward(
                 .remove(0)
                 .to_dtype(hidden.dtype())?
         };
-        d_hidden.push(matmul(&d_logits, &wide)?);
+        d_hidden.push(matmul(&d_logits, weight.tensor())?);
         if gradients.wants(weight) {
             gradients.add(weight, &matmul_f32(&d_logits.t()?, &hidden)?)?;
         }

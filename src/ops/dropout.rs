@@ -9,6 +9,14 @@ use super::kernel::{Element, Values, dispatch, for_rows, to_tensor};
 use super::{Dropout, Pass};
 use crate::error::Result;
 
+impl Dropout {
+    /// Whether anything is dropped in `pass`.
+    #[must_use]
+    pub fn drops(&self, pass: &Pass<'_>) -> bool {
+        self.probability > 0.0 && pass.dropout_step.is_some()
+    }
+}
+
 /// `x [tokens, d]` with dropped values zero and the others divided by `1 - probability`; `x` itself where nothing is
 /// dropped. Its backward is the same function of `dy`.
 pub fn apply(x: &Tensor, dropout: &Dropout, pass: &Pass<'_>) -> Result<Tensor> {

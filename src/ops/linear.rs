@@ -1,13 +1,12 @@
 //! Linear layer with a low-rank term beside the weight:
 //! `y = x W^T + bias + scale * (dropout(x) A^T B^T + low_rank_bias)`.
 //!
-//! `x` is `[tokens, in]`, `W [out, in]`, `A [rank, in]`, `B [out, rank]`, `y [tokens, out]`. `A` and `B` are held in f32.
-//! On the CPU everything is computed in f32 and rounded once to the type of `x`; gradients are in f32.
+//! `x` is `[tokens, in]`, `W [out, in]`, `A [rank, in]`, `B [out, rank]`, `y [tokens, out]`. `A` and `B` are held in f32;
+//! beside bf16 they are rounded for the products. Sums are in f32 and rounded once; gradients are in f32.
 
 use candle_core::{DType, Tensor};
 
-use super::matmul::{matmul_f32, rounded, working};
-use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout};
+use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout, matmul, matmul_f32, sum_of_products};
 use crate::error::Result;
 
 /// What a linear layer computes with.
@@ -32,18 +31,22 @@ pub struct Saved {
 /// `y`, and what the backward needs.
 pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
     let Weight::Dense(weight) = layer.weight;
-    let wide = working(x)?;
-    let mut y = wide.matmul(&working(weight.tensor())?.t()?)?;
+    let weight = weight.tensor().t()?;
+    let (mut y, inner) = match layer.low_rank {
+        None => (matmul(x, &weight)?, None),
+        Some(low_rank) => {
+            let inner = inner(x, low_rank, pass)?;
+            let terms = [(x, &weight), (&(&inner * low_rank.scale)?, &low_rank.b.tensor().t()?)];
+            (sum_of_products(&terms, x.dtype())?, Some(inner))
+        }
+    };
     if let Some(bias) = layer.bias {
-        y = y.broadcast_add(&bias.tensor().to_dtype(y.dtype())?)?;
+        y = y.broadcast_add(&bias.tensor().to_dtype(x.dtype())?)?;
     }
-    let mut inner = None;
-    if let Some(low_rank) = layer.low_rank {
-        let (delta, u) = low_rank_forward(&wide, low_rank, pass)?;
-        y = (y + delta)?;
-        inner = Some(u);
+    if let Some((bias, scale)) = layer.low_rank.and_then(|l| l.bias.as_ref().map(|bias| (bias, l.scale))) {
+        y = y.broadcast_add(&(bias.tensor() * scale)?.to_dtype(x.dtype())?)?;
     }
-    Ok((rounded(&y, x.dtype())?, Saved { x: x.clone(), inner }))
+    Ok((y, Saved { x: x.clone(), inner }))
 }
 
 /// `dx` when `wants_dx`; the gradients of weight, bias, `A` and `B` go to `gradients` where wanted.
@@ -59,36 +62,43 @@ pub fn backward(
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
     let Weight::Dense(weight) = layer.weight;
-    let wide = working(dy)?;
     if gradients.wants(weight) {
-        gradients.add(weight, &matmul_f32(&wide.t()?, &saved.x)?)?;
+        gradients.add(weight, &matmul_f32(&dy.t()?, &saved.x)?)?;
     }
     if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
-        gradients.add(bias, &wide.to_dtype(DType::F32)?.sum(0)?)?;
+        gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
     }
-    let mut dx = if wants_dx { Some(wide.matmul(&working(weight.tensor())?)?) } else { None };
-    if let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) {
-        let delta = low_rank_backward(&saved.x, inner, low_rank, pass, &wide, wants_dx, gradients)?;
-        dx = match (dx, delta) {
-            (Some(dx), Some(delta)) => Some((dx + delta)?),
-            (dx, _) => dx,
-        };
+    let weight = weight.tensor();
+    let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) else {
+        return if wants_dx { Ok(Some(matmul(dy, weight)?)) } else { Ok(None) };
+    };
+    let Some(d_inner) = low_rank_backward(&saved.x, inner, low_rank, pass, dy, wants_dx, gradients)? else {
+        return Ok(None);
+    };
+    let a = low_rank.a.tensor();
+    if !low_rank.dropout.drops(pass) {
+        return Ok(Some(sum_of_products(&[(dy, weight), (&d_inner, a)], dy.dtype())?));
     }
-    dx.map(|dx| rounded(&dx, dy.dtype())).transpose()
+    let through = dropout::apply(&matmul_f32(&d_inner, a)?, &low_rank.dropout, pass)?; // [tokens, in]
+    Ok(Some((matmul(dy, weight)? + through.to_dtype(dy.dtype())?)?))
 }
 
-/// The low-rank term alone, and `u = dropout(x) A^T`.
-pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<(Tensor, Tensor)> {
-    let a = low_rank.a.tensor().to_dtype(x.dtype())?;
-    let b = low_rank.b.tensor().to_dtype(x.dtype())?;
-    let inner = dropout::apply(x, &low_rank.dropout, pass)?.matmul(&a.t()?)?; // [tokens, rank]
-    let mut delta = (&inner * low_rank.scale)?.matmul(&b.t()?)?; // [tokens, out]
-    if let Some(bias) = &low_rank.bias {
-        delta = delta.broadcast_add(&(bias.tensor().to_dtype(x.dtype())? * low_rank.scale)?)?;
+/// The low-rank term alone, `[tokens, out]` in f32.
+pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
+    let inner = (inner(x, low_rank, pass)? * low_rank.scale)?;
+    let delta = matmul_f32(&inner, &low_rank.b.tensor().t()?)?;
+    match &low_rank.bias {
+        None => Ok(delta),
+        Some(bias) => Ok(delta.broadcast_add(&(bias.tensor() * low_rank.scale)?)?),
     }
-    Ok((delta, inner))
 }
 
+/// `u = dropout(x) A^T`, `[tokens, rank]` in f32.
+fn inner(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
+    matmul_f32(&dropout::apply(x, &low_rank.dropout, pass)?, &low_rank.a.tensor().t()?)
+}
+
+/// The gradients of `A`, `B` and the bias where wanted, and `du` when `wants_dx`.
 fn low_rank_backward(
     x: &Tensor,
     inner: &Tensor,
@@ -99,26 +109,21 @@ fn low_rank_backward(
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
     let (a, b) = (&low_rank.a, &low_rank.b);
-    let wants_a = gradients.wants(a);
     if gradients.wants(b) {
         gradients.add(b, &(matmul_f32(&dy.t()?, inner)? * low_rank.scale)?)?;
     }
     if let Some(bias) = low_rank.bias.as_ref().filter(|bias| gradients.wants(bias)) {
         gradients.add(bias, &(dy.to_dtype(DType::F32)?.sum(0)? * low_rank.scale)?)?;
     }
-    if !wants_a && !wants_dx {
+    if !gradients.wants(a) && !wants_dx {
         return Ok(None);
     }
-    let d_inner = (dy.matmul(&b.tensor().to_dtype(dy.dtype())?)? * low_rank.scale)?; // [tokens, rank]
-    if wants_a {
-        let dropped = dropout::apply(&working(x)?, &low_rank.dropout, pass)?;
+    let d_inner = (matmul_f32(dy, b.tensor())? * low_rank.scale)?; // [tokens, rank]
+    if gradients.wants(a) {
+        let dropped = dropout::apply(x, &low_rank.dropout, pass)?;
         gradients.add(a, &matmul_f32(&d_inner.t()?, &dropped)?)?;
     }
-    if !wants_dx {
-        return Ok(None);
-    }
-    let dx = d_inner.matmul(&a.tensor().to_dtype(dy.dtype())?)?; // [tokens, in]
-    Ok(Some(dropout::apply(&dx, &low_rank.dropout, pass)?))
+    Ok(wants_dx.then_some(d_inner))
 }
 
 /// The same composed of candle primitives; `mask` holds the dropout factors, `[tokens, in]`.

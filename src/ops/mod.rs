@@ -26,6 +26,6 @@ pub use buffers::KeepBuffers;
 pub use documents::{Documents, Pass};
 pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};
-pub use matmul::{matmul, matmul_f32};
+pub use matmul::{matmul, matmul_f32, sum_of_products};
 pub use reference::differentiate;
 pub use weight::{Dropout, LowRank, Parameter, Weight};

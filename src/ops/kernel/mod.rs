@@ -6,5 +6,6 @@ mod product;
 mod rows;
 
 pub(super) use element::{Element, Values, dispatch, to_tensor};
+pub(super) use multiply::{Factor, Target, multiply};
 pub(super) use product::{Matrix, product};
 pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows};

@@ -10,9 +10,9 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::block::{Block, Inner, LEFT, Previous, Segment};
 use super::factor::Side;
 use super::pack::{self, Blocks, STRIP};
-use super::split::{Block, Inner, LEFT, Previous, Segment};
 use super::target::Target;
 
 /// Layout of LDTILECFG's operand, palette 1.

@@ -13,9 +13,9 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::block::{Block, Inner, Previous};
 use super::factor::Side;
 use super::pack::{self, Blocks};
-use super::split::{Block, Inner, Previous};
 use super::target::Target;
 
 /// Lines of the left side at once.

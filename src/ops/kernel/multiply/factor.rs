@@ -41,6 +41,7 @@ impl<'a> Factor<'a> {
     }
 
     /// A matrix whose values are produced while they are packed.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for weights that stay quantized"))]
     pub(crate) fn filled(fill: &'a dyn Fill, rows: usize, columns: usize) -> Self {
         Self::stored(Source::Fill(fill), rows, columns)
     }
@@ -88,10 +89,6 @@ pub(super) struct Side<'a> {
 }
 
 impl Side<'_> {
-    pub(super) fn lines(&self) -> usize {
-        if self.along { self.factor.stored_rows } else { self.factor.stored_columns }
-    }
-
     pub(super) fn depth(&self) -> usize {
         if self.along { self.factor.stored_columns } else { self.factor.stored_rows }
     }

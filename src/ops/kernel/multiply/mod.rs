@@ -11,12 +11,14 @@
 //!
 //! A frozen weight is stored once: each direction packs the panel that it needs on the way.
 
-#![cfg_attr(not(test), expect(dead_code, unused_imports, reason = "the ops do not call it yet"))]
-
+#[cfg(target_arch = "x86_64")]
+mod aligned;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod block;
 #[cfg(target_arch = "x86_64")]
 mod decode;
 mod factor;
@@ -28,7 +30,7 @@ mod portable;
 mod split;
 mod target;
 
-pub(crate) use factor::{Factor, Fill};
+pub(crate) use factor::Factor;
 pub(crate) use path::Path;
 pub(crate) use target::Target;
 

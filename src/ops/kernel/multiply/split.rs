@@ -18,94 +18,18 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::super::rows::Disjoint;
+use super::aligned::Aligned;
+use super::block::{Block, Inner, LEFT, Previous, Segment};
 use super::factor::Side;
 use super::pack::{self, STEP, STRIP};
 use super::target::{Target, finish};
 
-/// Rows of a block.
-pub(super) const LEFT: usize = 32;
 /// Depth of a panel: a usual width and, behind it, the rank of an adapter.
 const DEPTH: usize = 2304;
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
 /// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
 const SKEW: usize = 32;
-
-/// Left lines for a stretch of depth. Line `i` of step `s` (32 values) begins at `left + i stride + s step`, in bytes.
-/// Behind the last segment stands one without steps.
-#[derive(Clone)]
-#[repr(C)]
-pub(super) struct Segment {
-    pub(super) left: *const u8,
-    pub(super) stride: usize,
-    pub(super) step: usize,
-    pub(super) steps: usize,
-}
-
-/// A way to compute one block.
-pub(super) trait Inner {
-    /// Strips of 16 columns in a block.
-    const STRIPS: usize;
-
-    /// Before a task, on its thread.
-    ///
-    /// # Safety
-    /// The machine has the instructions, and so for the other two.
-    unsafe fn begin();
-
-    /// After a task.
-    ///
-    /// # Safety
-    /// As above.
-    unsafe fn end();
-
-    /// Packs part of the right side: [`pack::right`] for blocks of `STRIPS`.
-    ///
-    /// # Safety
-    /// As there.
-    unsafe fn pack(
-        side: Side<'_>,
-        lines: Range<usize>,
-        depth: Range<usize>,
-        panel: &mut [bf16],
-        stride: usize,
-        before: usize,
-        scratch: &mut Vec<bf16>,
-    );
-
-    /// Computes a block, and meanwhile writes as many rows of `previous` as it returns.
-    ///
-    /// # Safety
-    /// What [`Block`] and [`Previous`] say holds, for `lines` and `strips` in use. Between `begin` and `end` on this thread.
-    unsafe fn block<T: Target>(
-        call: &Block<'_>,
-        lines: usize,
-        strips: usize,
-        previous: Option<&Previous>,
-    ) -> usize;
-}
-
-/// `sums [32][STRIPS * 16] = left right`, added to what is there if `accumulate`.
-pub(super) struct Block<'a> {
-    /// One with steps at least, then the one without. Can be read for the lines in use, rounded up to 16.
-    pub(super) segments: &'a [Segment],
-    /// `STRIPS` KiB for each step of all segments. Aligned to 64 bytes, as `sums`.
-    pub(super) right: *const u8,
-    pub(super) sums: *mut f32,
-    pub(super) accumulate: bool,
-}
-
-/// A block that has been summed and waits to be written, whole and to nothing added: while the next one is multiplied, the
-/// processor has room for it.
-#[repr(C)]
-pub(super) struct Previous {
-    pub(super) alpha: f32,
-    /// The first row of the result, the others `apart` bytes from each other.
-    pub(super) to: *mut u8,
-    pub(super) apart: usize,
-    /// `[32][STRIPS * 16]`.
-    pub(super) sums: *const f32,
-}
 
 /// What is multiplied and where it goes: `out [left lines, right lines] = beta out + alpha sum of left right`.
 pub(super) struct Work<'a> {
@@ -324,13 +248,7 @@ unsafe fn lay_out(
         let stride = side.factor.stride;
         let all = &values[lines.start * stride + start..(lines.end - 1) * stride + start + steps * STEP];
         let size = size_of::<bf16>();
-        segments.push(Segment {
-            left: all.as_ptr().cast(),
-            stride: stride * size,
-            step: STEP * size,
-            steps,
-            ..END
-        });
+        segments.push(Segment { left: all.as_ptr().cast(), stride: stride * size, step: STEP * size, steps });
         start += steps * STEP;
     }
     if start == depth.end {
@@ -347,7 +265,6 @@ unsafe fn lay_out(
         stride: STEP * size,
         step: LEFT * STEP * size,
         steps,
-        ..END
     });
 }
 
@@ -407,38 +324,5 @@ impl Summed {
                 finish(row, &sums[i * stride..], work.alpha, work.beta);
             }
         }
-    }
-}
-
-/// A buffer that begins at a multiple of 64 bytes.
-struct Aligned<T> {
-    lines: Vec<Line>,
-    element: std::marker::PhantomData<T>,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-impl<T> Default for Aligned<T> {
-    fn default() -> Self {
-        Self { lines: Vec::new(), element: std::marker::PhantomData }
-    }
-}
-
-/// A type of which any bits are a value.
-trait Plain {}
-impl Plain for bf16 {}
-impl Plain for f32 {}
-
-impl<T: Plain> Aligned<T> {
-    /// The first `len` values, whatever they are.
-    fn at_least(&mut self, len: usize) -> &mut [T] {
-        let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
-        if self.lines.len() < lines {
-            self.lines.resize(lines, Line([0; 64]));
-        }
-        // SAFETY: that many bytes are there and written, and any bits are a value of `T`.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
     }
 }

@@ -2,7 +2,8 @@
 
 use half::bf16;
 
-use super::{Factor, Fill, Path, Target, multiply, multiply_by};
+use super::factor::Fill;
+use super::{Factor, Path, Target, multiply, multiply_by};
 
 fn values(len: usize, seed: u64) -> Vec<bf16> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
