@@ -281,7 +281,7 @@ fn help_of_eval() {
               The number format of the weights
 
               Possible values:
-              - auto: What the files have, and what the machine multiplies fast
+              - auto: What the files have, f32 where they have another type
               - f32:  32-bit floats
               - bf16: bfloat16
 

@@ -230,7 +230,7 @@ enum Measure {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Dtype {
-    /// What the files have, and what the machine multiplies fast
+    /// What the files have, f32 where they have another type
     Auto,
     /// 32-bit floats
     F32,

@@ -23,7 +23,7 @@ pub enum Task {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DtypeChoice {
-    /// What the files have, and what the machine multiplies fast.
+    /// What the files have, f32 where they have another type.
     #[default]
     Auto,
     /// 32-bit floats.
