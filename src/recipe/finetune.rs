@@ -49,7 +49,17 @@ pub fn finetune(
     directory.write_recipe(plan)?;
 
     let sample_row = prepared.dataset.eval.first();
-    sample(&prepared, &model, sample_row, 0, reporter)?;
+    let resumed = train::checkpoints(&plan.output)?.pop().filter(|_| resume);
+    if resume {
+        let text = match &resumed {
+            Some((_, path)) => format!("going on from {}", path.display()),
+            None => format!("no checkpoint in {}: starting from the beginning", plan.output.display()),
+        };
+        reporter.report(&Event::Note { text });
+    }
+    if resumed.is_none() {
+        sample(&prepared, &model, sample_row, 0, reporter)?;
+    }
     let eval = prepared.eval_batches(plan);
     let job = Job {
         model: &model,
