@@ -20,6 +20,7 @@ mod matmul;
 pub mod reference;
 pub mod rms_norm;
 pub mod rotary;
+mod sum;
 mod weight;
 
 pub use buffers::KeepBuffers;
@@ -28,4 +29,5 @@ pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};
 pub use matmul::{matmul, matmul_f32, sum_of_products};
 pub use reference::differentiate;
+pub use sum::{add, add_to_rows};
 pub use weight::{Dropout, LowRank, Parameter, Weight};

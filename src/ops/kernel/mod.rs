@@ -4,8 +4,10 @@ mod element;
 mod multiply;
 mod product;
 mod rows;
+mod vectorized;
 
-pub(super) use element::{Element, Values, dispatch, to_tensor};
+pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
 pub(super) use multiply::{Factor, Target, multiply};
 pub(super) use product::{Matrix, product};
-pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows};
+pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows, written};
+pub(super) use vectorized::{Vectors, exp, sum_of, vectorized};
