@@ -20,6 +20,7 @@ mod matmul;
 pub mod reference;
 pub mod rms_norm;
 pub mod rotary;
+pub mod rows;
 mod sum;
 mod weight;
 
