@@ -24,8 +24,11 @@ use super::factor::Side;
 use super::pack::{self, STEP, STRIP};
 use super::target::{Target, finish};
 
-/// Depth of a panel: a usual width and, behind it, the rank of an adapter.
+/// Depth of a panel that is the only one: a usual width and, behind it, the rank of an adapter.
 const DEPTH: usize = 2304;
+/// Depth of a panel among several: less, so that stripes are wide and the left side is read less often. It outweighs that
+/// sums are read and written for each panel.
+const DEPTH_OF_SEVERAL: usize = 1536;
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
 /// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
@@ -87,16 +90,18 @@ pub(super) unsafe fn multiply<I: Inner, T: Target>(out: &mut [T], work: &Work<'_
 
 /// Depth cut into panels, all terms after one another.
 fn panels(terms: &[(Side<'_>, Side<'_>)]) -> Vec<Vec<Part>> {
+    let all: usize = terms.iter().map(|(left, _)| left.depth().next_multiple_of(STEP)).sum();
+    let most = if all <= DEPTH { DEPTH } else { DEPTH_OF_SEVERAL };
     let mut panels = vec![Vec::new()];
     let mut before = 0;
     for (term, (left, _)) in terms.iter().enumerate() {
         let mut start = 0;
         while start < left.depth() {
-            if before == DEPTH {
+            if before == most {
                 panels.push(Vec::new());
                 before = 0;
             }
-            let depth = start..left.depth().min(start + DEPTH - before);
+            let depth = start..left.depth().min(start + most - before);
             let (end, padded) = (depth.end, depth.len().next_multiple_of(STEP));
             if let Some(panel) = panels.last_mut() {
                 panel.push(Part { term, depth, before });
@@ -117,12 +122,12 @@ fn depth_of(panel: &[Part]) -> usize {
 fn tasks(work: &Work<'_>, width: usize, panels: &[Vec<Part>]) -> Vec<(Range<usize>, Range<usize>)> {
     /// Columns of a stripe for which reading the rows costs little, and those it should not go below: each row is read
     /// once for that many.
-    const WIDE: usize = 384;
+    const WIDE: usize = 768;
     const NARROW: usize = 96;
     /// Rows that a task should not go below: each panel is packed for that many.
     const SHORT: usize = 128;
     /// Rows of a task whose sums wait for the next panel.
-    const WAITING: usize = 1024;
+    const WAITING: usize = 2048;
 
     let threads = rayon::current_num_threads();
     let unit = if width.is_multiple_of(32) { width } else { 2 * width };
