@@ -8,11 +8,10 @@ use std::arch::x86_64::{
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
-use super::super::rows::Disjoint;
 use super::avx512::as_bf16;
 use super::factor::Side;
+use super::out::{Crew, Out};
 use super::path::Path;
 use super::target::Target;
 
@@ -33,20 +32,20 @@ pub(super) fn takes(path: Path, sides: &[(Side<'_>, Side<'_>)], m: usize) -> boo
 /// # Safety
 /// The machine has avx512f, avx512bw, avx512bf16.
 pub(super) unsafe fn multiply<T: Target>(
-    out: &mut [T],
+    out: &Out<'_, T>,
     sides: &[(Side<'_>, Side<'_>)],
     (m, n): (usize, usize),
     alpha: f32,
     beta: f32,
+    crew: Crew,
 ) {
-    let out = Disjoint::new(out);
     let write = |row: usize, column: usize, sum: f32| {
         // SAFETY: each value belongs to one task, and `out` is borrowed until all have ended.
-        let value = &mut unsafe { out.part(row * n + column, 1) }[0];
+        let value = &mut unsafe { out.part(row, column..column + 1) }[0];
         let old = if beta == 0.0 { 0.0 } else { beta * value.widen() };
         *value = T::narrow(old + alpha * sum);
     };
-    (0..n.div_ceil(TASK)).into_par_iter().for_each(|task| {
+    crew.share(n.div_ceil(TASK), |task| {
         let end = n.min((task + 1) * TASK);
         for column in (task * TASK..end).step_by(LINES) {
             let columns = column..end.min(column + LINES);
