@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::target::Target;
+
 /// Rows of a matrix that are not held in bf16, for instance quantized blocks: written where they are packed.
 pub(crate) trait Fill: Sync {
     /// Writes the values of row `row` from `column` on into `out`; `column` is a multiple of 32.
@@ -11,7 +13,7 @@ pub(crate) trait Fill: Sync {
 }
 
 #[derive(Clone, Copy)]
-pub(super) enum Source<'a> {
+pub(crate) enum Source<'a> {
     Bf16(&'a [bf16]),
     F32(&'a [f32]),
     Fill(&'a dyn Fill),
@@ -38,6 +40,18 @@ impl<'a> Factor<'a> {
     /// As [`bf16`](Self::bf16) for values in f32.
     pub(crate) fn f32(values: &'a [f32], columns: usize) -> Self {
         Self::stored(Source::F32(values), rows_of(values.len(), columns), columns)
+    }
+
+    /// Rows of `columns` values that begin `stride` apart, as those of one head among several.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for attention"))]
+    pub(crate) fn strided<T: Target>(values: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
+        let ends = rows == 0 || columns == 0 || (rows - 1) * stride + columns <= values.len();
+        assert!(
+            ends && (rows <= 1 || columns <= stride),
+            "{rows} rows of {columns} values, {stride} apart, in {} values",
+            values.len()
+        );
+        Self { stride, ..Self::stored(T::source(values), rows, columns) }
     }
 
     /// A matrix whose values are produced while they are packed.

@@ -1,13 +1,12 @@
 //! The product anywhere: both sides widened to f32, piece by piece, and multiplied by the `gemm` crate.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
-use super::super::rows::Disjoint;
 use super::factor::Side;
+use super::out::{Crew, Out};
 use super::target::Target;
 
 /// Right lines of a task, left lines of a piece, depth of a piece: 512 KiB and 256 KiB of f32.
@@ -24,36 +23,37 @@ struct Workspace {
 }
 
 thread_local! {
-    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+    /// Taken out while in use.
+    static WORKSPACE: Cell<Workspace> = Cell::default();
 }
 
 /// `out [m, n] = beta out + alpha sum of left right`.
 pub(super) fn multiply<T: Target>(
-    out: &mut [T],
+    out: &Out<'_, T>,
     terms: &[(Side<'_>, Side<'_>)],
     (m, n): (usize, usize),
     alpha: f32,
     beta: f32,
+    crew: Crew,
 ) {
-    let out = Disjoint::new(out);
     let stripes = n.div_ceil(COLUMNS);
     // At least two tasks for each thread where the result is narrow; the right side is widened in each.
-    let parts = (2 * rayon::current_num_threads()).div_ceil(stripes);
+    let parts = (2 * crew.size()).div_ceil(stripes);
     let height = m.div_ceil(parts).max(ROWS).next_multiple_of(32);
-    (0..stripes * m.div_ceil(height)).into_par_iter().for_each(|task| {
+    crew.share(stripes * m.div_ceil(height), |task| {
         let (column, row) = (task % stripes * COLUMNS, task / stripes * height);
         let (rows, columns) = (row..m.min(row + height), column..n.min(column + COLUMNS));
-        WORKSPACE.with_borrow_mut(|workspace| {
-            sum(terms, rows.clone(), columns.clone(), workspace);
-            for (row, sums) in rows.zip(workspace.sums.chunks_exact(columns.len())) {
-                // SAFETY: tasks do not overlap, and `out` is borrowed until all have ended.
-                let values = unsafe { out.part(row * n + columns.start, columns.len()) };
-                for (value, sum) in values.iter_mut().zip(sums) {
-                    let old = if beta == 0.0 { 0.0 } else { beta * value.widen() };
-                    *value = T::narrow(old + alpha * sum);
-                }
+        let mut workspace = WORKSPACE.take();
+        sum(terms, rows.clone(), columns.clone(), &mut workspace);
+        for (row, sums) in rows.zip(workspace.sums.chunks_exact(columns.len())) {
+            // SAFETY: tasks do not overlap, and `out` is borrowed until all have ended.
+            let values = unsafe { out.part(row, columns.clone()) };
+            for (value, sum) in values.iter_mut().zip(sums) {
+                let old = if beta == 0.0 { 0.0 } else { beta * value.widen() };
+                *value = T::narrow(old + alpha * sum);
             }
-        });
+        }
+        WORKSPACE.set(workspace);
     });
 }
 

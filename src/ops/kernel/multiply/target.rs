@@ -9,10 +9,14 @@ use std::arch::x86_64::{
     _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32,
 };
 
+use super::factor::Source;
+
 /// A type of results: f32 or bf16.
 pub(crate) trait Target: Copy + Send + Sync {
     fn widen(self) -> f32;
     fn narrow(value: f32) -> Self;
+    /// As one side of a product.
+    fn source(values: &[Self]) -> Source<'_>;
 
     /// The values that `mask` names, from `from` on.
     ///
@@ -34,6 +38,10 @@ impl Target for f32 {
 
     fn narrow(value: f32) -> Self {
         value
+    }
+
+    fn source(values: &[Self]) -> Source<'_> {
+        Source::F32(values)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -60,6 +68,10 @@ impl Target for bf16 {
 
     fn narrow(value: f32) -> Self {
         Self::from_f32(value)
+    }
+
+    fn source(values: &[Self]) -> Source<'_> {
+        Source::Bf16(values)
     }
 
     #[cfg(target_arch = "x86_64")]
