@@ -8,8 +8,6 @@ mod vectorized;
 
 pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
 pub(super) use multiply::{Factor, Target, multiply};
-#[expect(unused_imports, reason = "for attention")]
-pub(super) use multiply::{Out, multiply_here};
 pub(super) use product::{Matrix, product};
 pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows, written};
 pub(super) use vectorized::{Vectors, exp, sum_of, vectorized};
