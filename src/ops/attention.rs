@@ -6,16 +6,15 @@
 //! `i` stands at position `start + i`, and `keys = start + tokens`.
 
 use std::ops::Range;
-
-use candle_core::{D, DType, Tensor};
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::kernel::{
-    Disjoint, Element, Matrix, Values, dispatch, exp, for_rows, product, sum_of, to_tensor, vectorized,
-    written,
+    Disjoint, Element, Matrix, Values, dispatch, exp, for_rows, largest, product, sum, sum_of_pairs,
+    to_tensor, vectorized, written,
 };
 use super::{Documents, Op, differentiate};
 use crate::error::Result;
+use candle_core::{D, DType, Tensor};
 
 /// Rows of a block in the forward: queries times the query heads that share a key head.
 const FORWARD_ROWS: usize = 192;
@@ -248,7 +247,7 @@ fn forward_blocks<T: Element>(
     let sums = Disjoint::new(&mut logsumexp);
     let o = written::<T>(qs.values.len(), |o| {
         let o = Disjoint::new(o);
-        let compute = |scratch: &mut Scratch<T>, (first, kv_head, block): (usize, usize, Block)| {
+        let compute = |scratch: &mut Scratch<T>, &(first, kv_head, block): &(usize, usize, Block)| {
             let (rows, width) = (block.rows(), block.width());
             let token = |row: usize| first + block.from + row % rows;
             let head = |row: usize| kv_head * group + row / rows;
@@ -259,12 +258,13 @@ fn forward_blocks<T: Element>(
             let scores = part(&mut scratch.scores, group * rows * width);
             let keys = ks.head(first + block.low, width, kv_head);
             let q = Matrix::rows(q, group * rows, d, d);
-            product(scores, 0.0, heads.scale as f32, q, keys.t());
+            product(scores, 0.0, 1.0, q, keys.t());
             let p = part(&mut scratch.p, group * rows * width);
             let inverse = part(&mut scratch.inverse, group * rows);
-            for (row, (p, scores)) in p.chunks_exact_mut(width).zip(scores.chunks_exact(width)).enumerate() {
+            let rows_of_scores = scores.chunks_exact_mut(width);
+            for (row, (p, scores)) in p.chunks_exact_mut(width).zip(rows_of_scores).enumerate() {
                 let seen = block.seen(row % rows, start, heads);
-                let (max, sum) = powers(p, scores, seen.start, seen.end);
+                let (max, sum) = powers(p, scores, seen, heads.scale as f32);
                 inverse[row] = 1.0 / sum;
                 // SAFETY: a value for each head and token, and each pair belongs to one task.
                 unsafe { sums.part(head(row) * tokens + token(row), 1)[0] = max + sum.ln() };
@@ -278,41 +278,48 @@ fn forward_blocks<T: Element>(
                 scale_into(o, out, inverse[row]);
             }
         };
-        for_each_with_scratch(tasks, compute);
+        for_each_with_scratch(&tasks, compute);
     });
     Ok((to_tensor(o, q.dims())?, logsumexp))
 }
 
-/// On all threads, unless there is one task only.
-fn for_each_with_scratch<K: Send, T: Element>(tasks: Vec<K>, f: impl Fn(&mut Scratch<T>, K) + Sync + Send) {
+/// On all threads, each with buffers of its own; the tasks are taken in their order.
+fn for_each_with_scratch<K: Sync, T: Element>(tasks: &[K], f: impl Fn(&mut Scratch<T>, &K) + Sync) {
     if tasks.len() == 1 {
-        return tasks.into_iter().for_each(|task| f(&mut Scratch::default(), task));
+        return f(&mut Scratch::default(), &tasks[0]);
     }
-    tasks.into_par_iter().with_max_len(1).for_each_init(Scratch::default, f);
+    let next = AtomicUsize::new(0);
+    rayon::broadcast(|_| {
+        let mut scratch = Scratch::default();
+        while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
+            f(&mut scratch, task);
+        }
+    });
+}
+
+/// Scores that no query sees become minus infinity as far as whole vectors reach, so that rows have no ends that are
+/// computed one by one: from where to where there is something to compute.
+#[inline(always)]
+fn hide(scores: &mut [f32], seen: &Range<usize>) -> Range<usize> {
+    let (from, to) = (seen.start / 16 * 16, seen.end.next_multiple_of(16).min(scores.len()));
+    scores[from..seen.start].fill(f32::NEG_INFINITY);
+    scores[seen.end..to].fill(f32::NEG_INFINITY);
+    from..to
 }
 
 vectorized! {
-    /// Writes `exp(score - max)` where it is seen and zeros elsewhere: the largest score and the sum.
-    fn powers<T: Element>(p: &mut [T], scores: &[f32], from: usize, to: usize) -> (f32, f32) {
-        p[..from].fill(T::zero());
-        p[to..].fill(T::zero());
-        let (p, scores) = (&mut p[from..to], &scores[from..to]);
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        let (whole, rest) = scores.split_at(scores.len() / 16 * 16);
-        for part in whole.chunks_exact(16) {
-            for (lane, value) in lanes.iter_mut().zip(part) {
-                *lane = if *value > *lane { *value } else { *lane };
-            }
-        }
-        let mut max = f32::NEG_INFINITY;
-        for value in lanes.iter().chain(rest) {
-            max = if *value > max { *value } else { max };
-        }
+    /// Writes `exp(scale (score - max))` where it is seen and zeros elsewhere: the largest score, scaled, and the sum.
+    fn powers<T: Element>(p: &mut [T], scores: &mut [f32], seen: Range<usize>, scale: f32) -> (f32, f32) {
+        let within = hide(scores, &seen);
+        p[..within.start].fill(T::zero());
+        p[within.end..].fill(T::zero());
+        let (p, scores) = (&mut p[within.clone()], &scores[within]);
+        let max = scale * largest(scores);
         for (p, score) in p.iter_mut().zip(scores) {
-            *p = T::narrow(exp(score - max));
+            *p = T::narrow(exp(scale * *score - max));
         }
         // What is divided by is the sum of what is multiplied with, rounding included.
-        (max, sum_of(p.len(), |i| p[i].widen()))
+        (max, sum(p, |p| p))
     }
 }
 
@@ -326,32 +333,32 @@ vectorized! {
 
 vectorized! {
     fn dot<T: Element>(x: &[T], y: &[T]) -> f32 {
-        let y = &y[..x.len()];
-        sum_of(x.len(), |i| x[i].widen() * y[i].widen())
+        sum_of_pairs(x, y, |x, y| x * y)
     }
 }
 
 vectorized! {
-    /// `p = exp(score - logsumexp)` and `ds = p (dp - dot)` where it is seen, zeros elsewhere.
+    /// `p = exp(scale score - logsumexp)` and `ds = p (dp - dot)` where it is seen, zeros elsewhere.
     fn weights_and_slopes<T: Element>(
         p: &mut [T],
         ds: &mut [T],
-        scores: &[f32],
+        scores: &mut [f32],
         dp: &[f32],
-        from: usize,
-        to: usize,
+        seen: Range<usize>,
+        scale: f32,
         logsumexp: f32,
         dot: f32,
     ) {
-        for zeros in [&mut p[..from], &mut ds[..from]] {
+        let within = hide(scores, &seen);
+        for zeros in [&mut p[..within.start], &mut ds[..within.start]] {
             zeros.fill(T::zero());
         }
-        for zeros in [&mut p[to..], &mut ds[to..]] {
+        for zeros in [&mut p[within.end..], &mut ds[within.end..]] {
             zeros.fill(T::zero());
         }
-        let (p, ds) = (&mut p[from..to], &mut ds[from..to]);
-        for (((p, ds), score), dp) in p.iter_mut().zip(ds).zip(&scores[from..to]).zip(&dp[from..to]) {
-            let weight = exp(score - logsumexp);
+        let (p, ds) = (&mut p[within.clone()], &mut ds[within.clone()]);
+        for (((p, ds), score), dp) in p.iter_mut().zip(ds).zip(&scores[within.clone()]).zip(&dp[within]) {
+            let weight = exp(scale * *score - logsumexp);
             *p = T::narrow(weight);
             *ds = T::narrow(weight * (dp - dot));
         }
@@ -377,24 +384,32 @@ fn backward_blocks<T: Element>(
         .collect();
     tasks.sort_by_key(|(range, _)| std::cmp::Reverse(range.len()));
     // `[heads, tokens, d]` each.
-    let (mut dks, mut dvs) =
-        (vec![0.0f32; heads.num_heads * tokens * d], vec![0.0f32; heads.num_heads * tokens * d]);
-    let (dk_parts, dv_parts) = (Disjoint::new(&mut dks), Disjoint::new(&mut dvs));
-    let dq = written::<T>(qs.values.len(), |dq| {
+    let parts = heads.num_heads * tokens * d;
+    let (mut dks, mut dvs) = (Vec::new(), Vec::new());
+    let compute_all = |dq: &mut [T], dks: &mut [f32], dvs: &mut [f32]| {
+        let [dk_parts, dv_parts] = [dks, dvs].map(Disjoint::new);
         let dq = Disjoint::new(dq);
-        let compute = |scratch: &mut Scratch<T>, (range, head): (Range<usize>, usize)| {
-            let (first, len, kv_head) = (range.start, range.len(), head / group);
+        let compute = |scratch: &mut Scratch<T>, (range, head): &(Range<usize>, usize)| {
+            let (first, len, head, kv_head) = (range.start, range.len(), *head, head / group);
             let own = (head * tokens + first) * d;
             // SAFETY: the rows of this document in this head belong to this task alone.
             let (dk, dv) = unsafe { (dk_parts.part(own, len * d), dv_parts.part(own, len * d)) };
-            for block in blocks(heads, len, 0, BACKWARD_ROWS) {
+            if heads.window.is_some() {
+                dk.fill(0.0);
+                dv.fill(0.0);
+            }
+            // The last block sees all keys, if there is no window: it writes what the others add to.
+            let mut blocks: Vec<Block> = blocks(heads, len, 0, BACKWARD_ROWS).collect();
+            blocks.reverse();
+            for (number, block) in blocks.into_iter().enumerate() {
+                let beta = if number == 0 && heads.window.is_none() { 0.0 } else { 1.0 };
                 let (rows, width) = (block.rows(), block.width());
                 let (queries, keys) = (first + block.from, first + block.low);
                 let (q, d_o) = (qs.head(queries, rows, head), d_os.head(queries, rows, head));
                 let (k, v) = (ks.head(keys, width, kv_head), vs.head(keys, width, kv_head));
                 let scores = part(&mut scratch.scores, rows * width);
                 let dp = part(&mut scratch.slopes, rows * width);
-                product(scores, 0.0, heads.scale as f32, q, k.t());
+                product(scores, 0.0, 1.0, q, k.t());
                 product(dp, 0.0, 1.0, d_o, v.t());
                 let (p, ds) = (part(&mut scratch.p, rows * width), part(&mut scratch.ds, rows * width));
                 for row in 0..rows {
@@ -405,10 +420,10 @@ fn backward_blocks<T: Element>(
                     weights_and_slopes(
                         &mut p[all.clone()],
                         &mut ds[all.clone()],
-                        &scores[all.clone()],
+                        &mut scores[all.clone()],
                         &dp[all],
-                        seen.start,
-                        seen.end,
+                        seen,
+                        heads.scale as f32,
                         saved.logsumexp[head * tokens + token],
                         dot,
                     );
@@ -422,29 +437,52 @@ fn backward_blocks<T: Element>(
                     scale_into(dq, out, heads.scale as f32);
                 }
                 let keys = block.low * d..block.high * d;
-                product(&mut dk[keys.clone()], 1.0, heads.scale as f32, ds.t(), q);
-                product(&mut dv[keys], 1.0, 1.0, p.t(), d_o);
+                product(&mut dk[keys.clone()], beta, 1.0, ds.t(), q);
+                product(&mut dv[keys], beta, 1.0, p.t(), d_o);
             }
         };
-        for_each_with_scratch(tasks, compute);
+        for_each_with_scratch(&tasks, compute);
+    };
+    let dq = written(qs.values.len(), |dq| {
+        dks = written(parts, |dks| dvs = written(parts, |dvs| compute_all(dq, dks, dvs)));
     });
     let shape = saved.k.dims();
-    let (dk, dv) = (sum_of_heads::<T>(&dks, heads, tokens), sum_of_heads::<T>(&dvs, heads, tokens));
+    let (dk, dv) = (
+        sum_of_heads::<T>(&dks, heads, tokens, heads.scale as f32),
+        sum_of_heads::<T>(&dvs, heads, tokens, 1.0),
+    );
     Ok((to_tensor(dq, saved.q.dims())?, to_tensor(dk, shape)?, to_tensor(dv, shape)?))
 }
 
-/// `[heads, tokens, d]` to `[tokens, kv_heads * d]`, query heads of one key head summed in their order.
-fn sum_of_heads<T: Element>(parts: &[f32], heads: &Heads, tokens: usize) -> Vec<T> {
+/// `[heads, tokens, d]` to `[tokens, kv_heads * d]`: query heads of one key head summed in their order, times `scale`.
+fn sum_of_heads<T: Element>(parts: &[f32], heads: &Heads, tokens: usize, scale: f32) -> Vec<T> {
     let (d, group) = (heads.head_dim, heads.group());
     written(tokens * heads.num_kv_heads * d, |sums| {
         for_rows(sums, heads.num_kv_heads * d, |token, row| {
             for (kv_head, sum) in row.chunks_exact_mut(d).enumerate() {
-                let rows = (kv_head * group..(kv_head + 1) * group)
-                    .map(|head| &parts[(head * tokens + token) * d..][..d]);
-                for (i, sum) in sum.iter_mut().enumerate() {
-                    *sum = T::narrow(rows.clone().map(|row| row[i]).sum());
-                }
+                let first = (kv_head * group * tokens + token) * d;
+                sum_rows(sum, &parts[first..], tokens * d, group, scale);
             }
         });
     })
+}
+
+vectorized! {
+    /// `sum = scale (rows[0] + rows[1] + ..)`, `count` rows whose beginnings are `apart`.
+    fn sum_rows<T: Element>(sum: &mut [T], rows: &[f32], apart: usize, count: usize, scale: f32) {
+        const LANES: usize = 64;
+        let d = sum.len();
+        for start in (0..d).step_by(LANES) {
+            let end = d.min(start + LANES);
+            let mut lanes = [0.0f32; LANES];
+            for row in 0..count {
+                for (lane, value) in lanes.iter_mut().zip(&rows[row * apart + start..row * apart + end]) {
+                    *lane += value;
+                }
+            }
+            for (sum, lane) in sum[start..end].iter_mut().zip(&lanes) {
+                *sum = T::narrow(scale * lane);
+            }
+        }
+    }
 }

@@ -6,7 +6,9 @@
 use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
-use super::kernel::{Element, Values, dispatch, exp, into_values, sum_of, to_tensor, vectorized};
+use super::kernel::{
+    Element, Values, dispatch, exp, into_values, largest, sum as sum_of, to_tensor, vectorized,
+};
 use super::{Gradients, Op, Parameter, differentiate, matmul, matmul_f32};
 use crate::error::Result;
 
@@ -111,7 +113,7 @@ fn row_losses(logits: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
     let (values, vocab) = (Values::<f32>::of(logits)?, logits.dim(1)?);
     let values: &[f32] = &values;
     let row_loss = |(row, &target): (&[f32], &u32)| {
-        let max = largest(row);
+        let max = maximum(row);
         max + sum_of_powers(row, max).ln() as f32 - row[target as usize]
     };
     Ok(values.par_chunks(vocab).zip(targets).map(row_loss).collect())
@@ -131,7 +133,7 @@ fn losses_and_gradients<T: Element>(
         .map_init(
             || vec![0.0f32; vocab],
             |powers, (row, &target)| {
-                let max = largest(row);
+                let max = maximum(row);
                 let sum = powers_and_sum(powers, row, max);
                 let loss = max + sum.ln() as f32 - row[target as usize].widen();
                 let share = (f64::from(scale) / sum) as f32;
@@ -145,22 +147,8 @@ fn losses_and_gradients<T: Element>(
 }
 
 vectorized! {
-    /// The largest value of a row; NaN if there is one.
-    fn largest<T: Element>(row: &[T]) -> f32 {
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        let (whole, rest) = row.split_at(row.len() / 16 * 16);
-        for part in whole.chunks_exact(16) {
-            for (lane, value) in lanes.iter_mut().zip(part) {
-                let value = value.widen();
-                // A NaN compares as nothing: it must win all the same.
-                *lane = if value <= *lane { *lane } else { value };
-            }
-        }
-        let mut most = f32::NEG_INFINITY;
-        for value in lanes.into_iter().chain(rest.iter().map(|value| value.widen())) {
-            most = if value <= most || most.is_nan() { most } else { value };
-        }
-        most
+    fn maximum<T: Element>(row: &[T]) -> f32 {
+        largest(row)
     }
 }
 
@@ -172,7 +160,7 @@ vectorized! {
     fn sum_of_powers<T: Element>(row: &[T], max: f32) -> f64 {
         let mut sum = 0.0f64;
         for part in row.chunks(STRETCH) {
-            sum += f64::from(sum_of(part.len(), |i| exp(part[i].widen() - max)));
+            sum += f64::from(sum_of(part, |l| exp(l - max)));
         }
         sum
     }
@@ -186,7 +174,7 @@ vectorized! {
             for (power, l) in powers.iter_mut().zip(row) {
                 *power = exp(l.widen() - max);
             }
-            sum += f64::from(sum_of(powers.len(), |i| powers[i]));
+            sum += f64::from(sum_of(powers, |power| power));
         }
         sum
     }

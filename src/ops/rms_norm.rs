@@ -6,7 +6,8 @@
 use candle_core::{D, DType, Tensor};
 
 use super::kernel::{
-    Element, Values, chunked_sum, dispatch, for_row_pairs, for_rows, sum_of, to_tensor, vectorized, written,
+    Element, Values, chunked_sum, dispatch, for_row_pairs, for_rows, sum, sum_of_triples, to_tensor,
+    vectorized, written,
 };
 use super::{Gradients, Op, Parameter, differentiate};
 use crate::error::Result;
@@ -85,7 +86,7 @@ pub fn reference(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 
 #[inline(always)]
 fn inverse_rms<T: Element>(row: &[T], eps: f32) -> f32 {
-    let squares = sum_of(row.len(), |i| row[i].widen() * row[i].widen());
+    let squares = sum(row, |x| x * x);
     1.0 / (squares / row.len() as f32 + eps).sqrt()
 }
 
@@ -111,7 +112,7 @@ vectorized! {
         let d = dx.len();
         let (x, weight, dy) = (&x[..d], &weight[..d], &dy[..d]);
         let r = inverse_rms(x, eps);
-        let mean = sum_of(d, |i| dy[i].widen() * weight[i].widen() * x[i].widen()) * r / d as f32;
+        let mean = sum_of_triples(dy, weight, x, |dy, w, x| dy * w * x) * r / d as f32;
         let value = |i: usize| r * (dy[i].widen() * weight[i].widen() - x[i].widen() * r * mean);
         if residual.is_empty() {
             for (i, dx) in dx.iter_mut().enumerate() {

@@ -4,6 +4,8 @@
 
 use std::sync::LazyLock;
 
+use super::Element;
+
 /// The vectors that this machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Vectors {
@@ -114,24 +116,88 @@ pub(crate) fn exp(x: f32) -> f32 {
     }
 }
 
-/// A sum over `0..len` in 16 lanes, so that it vectorises and does not depend on the machine.
+/// Values that are summed side by side, so that sums vectorise and do not depend on the machine. So many that the
+/// compiler makes a loop of them and not single steps.
+const LANES: usize = 64;
+
+/// The sum of `f(x)`.
 #[inline(always)]
-pub(crate) fn sum_of(len: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let whole = len / 16 * 16;
-    for start in (0..whole).step_by(16) {
-        for (lane, value) in lanes.iter_mut().enumerate() {
-            *value += f(start + lane);
+pub(crate) fn sum<T: Element>(x: &[T], f: impl Fn(f32) -> f32) -> f32 {
+    let (whole, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [0.0f32; LANES];
+    for x in whole {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane += f(x.widen());
         }
     }
-    let mut sum = 0.0;
-    for i in whole..len {
-        sum += f(i);
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x.widen());
     }
-    for lane in lanes {
-        sum += lane;
+    folded(lanes, |x, y| x + y)
+}
+
+/// The sum of `f(x, y)` over pairs.
+#[inline(always)]
+pub(crate) fn sum_of_pairs<T: Element>(x: &[T], y: &[T], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let ((whole_x, rest_x), (whole_y, rest_y)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let mut lanes = [0.0f32; LANES];
+    for (x, y) in whole_x.iter().zip(whole_y) {
+        for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
+            *lane += f(x.widen(), y.widen());
+        }
     }
-    sum
+    for ((lane, x), y) in lanes.iter_mut().zip(rest_x).zip(rest_y) {
+        *lane += f(x.widen(), y.widen());
+    }
+    folded(lanes, |x, y| x + y)
+}
+
+/// The sum of `f(x, y, z)` over triples.
+#[inline(always)]
+pub(crate) fn sum_of_triples<T: Element>(x: &[T], y: &[T], z: &[T], f: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    let ((whole_x, rest_x), (whole_y, rest_y)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let (whole_z, rest_z) = z.as_chunks::<LANES>();
+    let mut lanes = [0.0f32; LANES];
+    for ((x, y), z) in whole_x.iter().zip(whole_y).zip(whole_z) {
+        for (((lane, x), y), z) in lanes.iter_mut().zip(x).zip(y).zip(z) {
+            *lane += f(x.widen(), y.widen(), z.widen());
+        }
+    }
+    for (((lane, x), y), z) in lanes.iter_mut().zip(rest_x).zip(rest_y).zip(rest_z) {
+        *lane += f(x.widen(), y.widen(), z.widen());
+    }
+    folded(lanes, |x, y| x + y)
+}
+
+/// The largest value, [`f32::NEG_INFINITY`] of none. A NaN may be passed over.
+#[inline(always)]
+pub(crate) fn largest<T: Element>(x: &[T]) -> f32 {
+    let larger = |x: f32, y: f32| if x > y { x } else { y };
+    let (whole, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for x in whole {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = larger(x.widen(), *lane);
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(x.widen(), *lane);
+    }
+    folded(lanes, larger)
+}
+
+/// Halves are combined until one value is left.
+#[inline(always)]
+fn folded(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut len = LANES / 2;
+    while len > 0 {
+        let (low, high) = lanes.split_at_mut(len);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low = f(*low, *high);
+        }
+        len /= 2;
+    }
+    lanes[0]
 }
 
 #[cfg(test)]
