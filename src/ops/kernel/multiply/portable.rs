@@ -3,9 +3,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use half::bf16;
-
-use super::factor::Side;
+use super::factor::{Scratch, Side};
 use super::out::{Crew, Out};
 use super::target::Target;
 
@@ -19,7 +17,7 @@ struct Workspace {
     left: Vec<f32>,
     right: Vec<f32>,
     sums: Vec<f32>,
-    rows: Vec<bf16>,
+    scratch: Scratch,
 }
 
 thread_local! {
@@ -59,7 +57,7 @@ pub(super) fn multiply<T: Target>(
 
 /// The sums of one task into `workspace.sums`.
 fn sum(terms: &[(Side<'_>, Side<'_>)], rows: Range<usize>, columns: Range<usize>, workspace: &mut Workspace) {
-    let Workspace { left, right, sums, rows: scratch } = workspace;
+    let Workspace { left, right, sums, scratch } = workspace;
     let n = columns.len();
     sums.clear();
     sums.resize(rows.len() * n, 0.0);
@@ -116,19 +114,14 @@ fn widen(
     lines: Range<usize>,
     depth: Range<usize>,
     out: &mut Vec<f32>,
-    scratch: &mut Vec<bf16>,
+    scratch: &mut Scratch,
 ) {
     let (rows, columns) = if side.along { (lines, depth) } else { (depth, lines) };
     let width = columns.len();
     out.clear();
     side.pieces(rows, columns, scratch, |rows, values, stride| {
         for row in 0..rows.len() {
-            out.extend(values[row * stride..][..width].iter().map(|value| widened(*value)));
+            out.extend(values[row * stride..][..width].iter().map(|value| value.widen()));
         }
     });
-}
-
-/// Without branches, so that loops over it vectorise.
-fn widened(value: bf16) -> f32 {
-    f32::from_bits(u32::from(value.to_bits()) << 16)
 }

@@ -18,7 +18,7 @@ use half::bf16;
 
 use super::aligned::Aligned;
 use super::block::{Block, Inner, LEFT, Previous, Segment};
-use super::factor::Side;
+use super::factor::{Scratch, Side};
 use super::out::{Crew, Out};
 use super::pack::{self, STEP, STRIP};
 use super::target::{Target, finish};
@@ -59,7 +59,7 @@ struct Workspace {
     left: Aligned<bf16>,
     sums: Aligned<f32>,
     turned: Aligned<f32>,
-    rows: Vec<bf16>,
+    scratch: Scratch,
     segments: Vec<Segment>,
 }
 
@@ -170,7 +170,7 @@ unsafe fn task<I: Inner, T: Target>(
     workspace: &mut Workspace,
 ) {
     let width = I::STRIPS * STRIP;
-    let Workspace { panel: packed, left: packed_left, sums, turned, rows: scratch, segments } = workspace;
+    let Workspace { panel: packed, left: packed_left, sums, turned, scratch, segments } = workspace;
     let blocks = columns.len().div_ceil(width);
     let size = LEFT * width;
     // Two take turns: one is summed while the other is written.
@@ -245,7 +245,7 @@ unsafe fn lay_out(
     lines: Range<usize>,
     depth: Range<usize>,
     free: &mut &mut [bf16],
-    scratch: &mut Vec<bf16>,
+    scratch: &mut Scratch,
     segments: &mut Vec<Segment>,
 ) {
     let mut start = depth.start;
