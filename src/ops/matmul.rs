@@ -1,5 +1,5 @@
-//! Matrix products of tensors. On the CPU, bf16 goes through the kernels of `kernel::multiply`, with sums in f32 that are
-//! rounded once; f32 goes through candle.
+//! Matrix products of tensors, on the CPU through `kernel::multiply`, elsewhere through candle. Sums are in f32 and rounded
+//! once.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
@@ -20,10 +20,9 @@ pub fn matmul_f32(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// The sum of the products of all pairs, `[m, n]` in `dtype`, rounded once. Where one of the factors is bf16, the others
 /// are rounded to it too.
 pub fn sum_of_products(terms: &[(&Tensor, &Tensor)], dtype: DType) -> Result<Tensor> {
-    let narrow = terms.iter().any(|(a, b)| a.dtype() == DType::BF16 || b.dtype() == DType::BF16);
     let on_cpu = terms.iter().all(|(a, _)| a.device().is_cpu());
     match dtype {
-        DType::F32 if narrow && on_cpu => multiplied::<f32>(terms),
+        DType::F32 if on_cpu => multiplied::<f32>(terms),
         DType::BF16 if on_cpu => multiplied::<bf16>(terms),
         _ => composed(terms, dtype),
     }
