@@ -183,7 +183,7 @@ impl<'a, T: Element> Columns<'a, T> {
     }
 
     /// Rows of one head, where they lie.
-    fn head(&self, first: usize, rows: usize, head: usize) -> Matrix<'a, T> {
+    fn head(&self, first: usize, rows: usize, head: usize) -> Matrix<'a> {
         let stride = self.count * self.d;
         Matrix::rows(&self.values[first * stride + head * self.d..], rows, self.d, stride)
     }

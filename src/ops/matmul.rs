@@ -1,10 +1,10 @@
-//! Matrix products of tensors. On the CPU, bf16 goes through the kernels of `kernel::multiply`, with sums in f32 that are
-//! rounded once; f32 goes through candle.
+//! Matrix products of tensors, on the CPU through `kernel::multiply`, elsewhere through candle. Sums are in f32 and rounded
+//! once.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
 
-use super::kernel::{Element, Factor, Target, Values, multiply, to_tensor};
+use super::kernel::{Element, Factor, Values, multiply, to_tensor, written};
 use crate::error::{Error, Result};
 
 /// `a [m, k]` times `b [k, n]`, in the type of `a`.
@@ -20,10 +20,9 @@ pub fn matmul_f32(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// The sum of the products of all pairs, `[m, n]` in `dtype`, rounded once. Where one of the factors is bf16, the others
 /// are rounded to it too.
 pub fn sum_of_products(terms: &[(&Tensor, &Tensor)], dtype: DType) -> Result<Tensor> {
-    let narrow = terms.iter().any(|(a, b)| a.dtype() == DType::BF16 || b.dtype() == DType::BF16);
     let on_cpu = terms.iter().all(|(a, _)| a.device().is_cpu());
     match dtype {
-        DType::F32 if narrow && on_cpu => multiplied::<f32>(terms),
+        DType::F32 if on_cpu => multiplied::<f32>(terms),
         DType::BF16 if on_cpu => multiplied::<bf16>(terms),
         _ => composed(terms, dtype),
     }
@@ -42,7 +41,7 @@ fn composed(terms: &[(&Tensor, &Tensor)], dtype: DType) -> Result<Tensor> {
     sum.ok_or_else(|| Error::invalid("a sum of no products"))
 }
 
-fn multiplied<T: Element + Target>(terms: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
+fn multiplied<T: Element>(terms: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
     let stored: Vec<Stored> =
         terms.iter().flat_map(|(a, b)| [Stored::of(a), Stored::of(b)]).collect::<Result<_>>()?;
     let views: Vec<View<'_>> = stored.iter().map(Stored::view).collect::<Result<_>>()?;
@@ -51,8 +50,7 @@ fn multiplied<T: Element + Target>(terms: &[(&Tensor, &Tensor)]) -> Result<Tenso
         factors.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
     let Some((a, b)) = terms.first() else { return Err(Error::invalid("a sum of no products")) };
     let shape = [a.dim(0)?, b.dim(1)?];
-    let mut out = vec![T::zero(); shape[0] * shape[1]];
-    multiply(&mut out, 0.0, 1.0, &pairs);
+    let out = written::<T>(shape[0] * shape[1], |out| multiply(out, 0.0, 1.0, &pairs));
     to_tensor(out, &shape)
 }
 

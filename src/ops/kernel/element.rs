@@ -7,53 +7,14 @@ use std::ops::{Deref, Range};
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
 use half::bf16;
 
-use super::product::{self, Matrix};
+use super::multiply::Target;
 use crate::error::{Error, Result};
 
 /// A type that activations are held in. Arithmetic inside an op is in f32.
-pub(crate) trait Element: WithDType + Copy + Send + Sync {
-    fn widen(self) -> f32;
-    fn narrow(value: f32) -> Self;
-    /// [`product::product`] for values of this type.
-    fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, Self>, b: Matrix<'_, Self>);
-}
+pub(crate) trait Element: WithDType + Target {}
 
-impl Element for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-
-    #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        value
-    }
-
-    fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, Self>, b: Matrix<'_, Self>) {
-        product::of_f32(c, beta, alpha, a, b);
-    }
-}
-
-impl Element for bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-
-    /// Rounds to nearest even; written without branches on the value so that loops over it vectorise.
-    #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        let bits = value.to_bits();
-        let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        // A NaN whose payload sits in the low half must not round to infinity.
-        let nan = (bits >> 16) | 0x40;
-        Self::from_bits(if value.is_nan() { nan } else { rounded } as u16)
-    }
-
-    fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, Self>, b: Matrix<'_, Self>) {
-        product::of_bf16(c, beta, alpha, a, b);
-    }
-}
+impl Element for f32 {}
+impl Element for bf16 {}
 
 /// The values of a contiguous tensor on the CPU, borrowed.
 pub(crate) struct Values<'a, T> {

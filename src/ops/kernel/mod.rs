@@ -7,7 +7,7 @@ mod rows;
 mod vectorized;
 
 pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
-pub(super) use multiply::{Factor, Target, multiply};
+pub(super) use multiply::{Factor, multiply};
 pub(super) use product::{Matrix, product};
 pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows, written};
 pub(super) use vectorized::{Vectors, exp, largest, sum, sum_of_pairs, sum_of_triples, vectorized};

@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::Element;
+use super::multiply::Target;
 
 /// Rows per task: enough work to be worth a task, and the unit in which reductions are split.
 const ROWS: usize = 64;
@@ -24,7 +24,7 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &
 }
 
 /// A vector of `len` values, all of which `write` writes before anything is read: fresh memory need not be zeroed first.
-pub(crate) fn written<T: Element>(len: usize, write: impl FnOnce(&mut [T])) -> Vec<T> {
+pub(crate) fn written<T: Target>(len: usize, write: impl FnOnce(&mut [T])) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     // SAFETY: the memory is this vector's own. Its values are plain numbers, for which any bits will do; they are written
     // before they are read.

@@ -15,6 +15,8 @@ use super::factor::Source;
 pub(crate) trait Target: Copy + Send + Sync {
     fn widen(self) -> f32;
     fn narrow(value: f32) -> Self;
+    /// The same place, if this is f32.
+    fn as_f32(place: *mut Self) -> Option<*mut f32>;
     /// As one side of a product.
     fn source(values: &[Self]) -> Source<'_>;
 
@@ -32,12 +34,18 @@ pub(crate) trait Target: Copy + Send + Sync {
 }
 
 impl Target for f32 {
+    #[inline(always)]
     fn widen(self) -> f32 {
         self
     }
 
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
         value
+    }
+
+    fn as_f32(place: *mut Self) -> Option<*mut f32> {
+        Some(place)
     }
 
     fn source(values: &[Self]) -> Source<'_> {
@@ -62,12 +70,22 @@ impl Target for f32 {
 }
 
 impl Target for bf16 {
+    #[inline(always)]
     fn widen(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        // A NaN whose payload sits in the low half must not round to infinity.
+        let nan = (bits >> 16) | 0x40;
+        Self::from_bits(if value.is_nan() { nan } else { rounded } as u16)
+    }
+
+    fn as_f32(_: *mut Self) -> Option<*mut f32> {
+        None
     }
 
     fn source(values: &[Self]) -> Source<'_> {
