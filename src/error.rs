@@ -129,7 +129,7 @@ impl Error {
                     std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
                 ) =>
             {
-                Some("choose a folder that can be written with `--output`, or change its permissions")
+                Some("change the permissions, or choose an output folder that can be written with `--output`")
             }
             _ => None,
         }

@@ -230,7 +230,7 @@ fn targets_that_match_nothing() {
     insta::assert_snapshot!(refused_with(&Place::new(), "adapter.targets=[\"c_attn\"]"), @"
     exit 2
     error: `c_attn` in `targets` matches no linear layer of the model
-    hint: the model has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`, `lm_head`
+    hint: the model has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`
     ");
 }
 
@@ -245,7 +245,7 @@ fn ranks_that_cannot_be() {
     insta::assert_snapshot!(refused_with(&place, "adapter.rank=129"), @"
     exit 2
     error: rank larger than a dimension of the weight: `model.layers.0.mlp.gate_proj` is [384, 128] and its rank 129; `model.layers.0.mlp.up_proj` is [384, 128] and its rank 129; `model.layers.0.mlp.down_proj` is [128, 384] and its rank 129; `model.layers.1.mlp.gate_proj` is [384, 128] and its rank 129; `model.layers.1.mlp.up_proj` is [384, 128] and its rank 129; `model.layers.1.mlp.down_proj` is [128, 384] and its rank 129; `model.layers.2.mlp.gate_proj` is [384, 128] and its rank 129; `model.layers.2.mlp.up_proj` is [384, 128] and its rank 129; and 7 more
-    hint: choose a smaller `rank`, or one for these layers in `rank_pattern`
+    hint: choose a smaller `adapter.rank`, or leave these layers out of `adapter.targets`
     ");
 }
 
@@ -364,7 +364,7 @@ fn documents_of_which_nothing_is_left() {
     let place = Place::new();
     insta::assert_snapshot!(refused_with(&place, "data.max_length=2"), @"
     exit 1
-    error: data.jsonl: none of the 24 documents has a token to learn within `max_length` = 2 tokens: 24 have their first one later
+    error: data.jsonl: none of the 24 documents has a token to learn within `data.max_length` = 2 tokens: 24 have their first one later
     hint: raise `data.max_length`: the longest document has 17 tokens, 95 of 100 have at most 17
     ");
     insta::assert_snapshot!(refused_with(&place, "data.max_length=513"), @"
@@ -438,7 +438,7 @@ fn a_folder_that_may_not_be_written() {
     insta::assert_snapshot!(refused(&place, &arguments), @"
     exit 1
     error: closed/run: Permission denied (os error 13)
-    hint: choose a folder that can be written with `--output`, or change its permissions
+    hint: change the permissions, or choose an output folder that can be written with `--output`
     ");
 }
 

@@ -253,7 +253,7 @@ fn nothing_left(counts: &Counts, max_length: usize) -> Error {
         return Error::invalid(format!("none of the {records} documents has a token to learn"));
     }
     Error::invalid(format!(
-        "none of the {records} documents has a token to learn within `max_length` = {max_length} tokens: \
+        "none of the {records} documents has a token to learn within `data.max_length` = {max_length} tokens: \
          {dropped_by_truncation} have their first one later"
     ))
     .with_hint(format!(
@@ -317,7 +317,7 @@ mod tests {
         let error = load(&source, &chatml(), 4, TrainOn::Completion, 0).unwrap_err();
         assert!(
             error.to_string().ends_with(
-                "none of the 1 documents has a token to learn within `max_length` = 4 tokens: 1 have their first one later"
+                "none of the 1 documents has a token to learn within `data.max_length` = 4 tokens: 1 have their first one later"
             ),
             "{error}"
         );
