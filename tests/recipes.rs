@@ -250,7 +250,7 @@ fn messages_name_keys_that_recipes_have() {
             }
         }
     }
-    assert!(keys.len() > 12, "{keys:?}");
+    assert!(keys.len() >= 12, "{keys:?}");
     for key in keys {
         let mut document = Document::parse("test.toml", SHORTEST).unwrap();
         document.set(&key, toml::de::DeValue::Boolean(true), "here").unwrap();

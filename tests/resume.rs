@@ -270,10 +270,27 @@ fn a_run_goes_on_with_what_it_began_with() {
     fs::write(place.path("data.jsonl"), data.replace("box 7", "box 8")).unwrap();
     insta::assert_snapshot!(refusal(&place, &resume), @"
     exit 2
-    error: run: the data or the model are not those that the run was started with
+    error: run: the data are not those that the run was started with
     hint: resume with the files it was started with, or start anew with another `--output`
     ");
     assert_same(&tree(&place.path("run")), &before);
+
+    fs::write(place.path("data.jsonl"), &data).unwrap();
+
+    // Weights of the same shapes that something else was trained into.
+    let path = place.path("model/model.safetensors");
+    let weights = fs::read(&path).unwrap();
+    let mut other = weights.clone();
+    let header = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    other[header..].chunks_exact_mut(4).for_each(|value| value[0] ^= 1);
+    fs::write(&path, other).unwrap();
+    insta::assert_snapshot!(refusal(&place, &resume), @"
+    exit 2
+    error: run: the weights of `model` are not those that the run was started with
+    hint: resume with the files it was started with, or start anew with another `--output`
+    ");
+    assert_same(&tree(&place.path("run")), &before);
+    fs::write(&path, weights).unwrap();
 
     // Bytes that make no other documents are no change.
     fs::write(place.path("data.jsonl"), data.replace('\n', "\r\n\r\n")).unwrap();

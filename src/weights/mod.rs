@@ -14,6 +14,7 @@
 //! ```
 
 mod convert;
+mod digest;
 mod folder;
 mod gguf;
 mod gguf_text;
