@@ -57,7 +57,7 @@ fn help() {
 
               Possible values:
               - auto:   A live bar on a terminal, lines elsewhere
-              - lines:  Plain lines, at most about a hundred for the steps
+              - lines:  Plain lines; for the steps about a hundred, and one a minute at least
               - json:   Every event as a line of JSON
               - silent: Warnings and errors only
 
@@ -112,7 +112,7 @@ fn help_of_finetune() {
 
               Possible values:
               - auto:   A live bar on a terminal, lines elsewhere
-              - lines:  Plain lines, at most about a hundred for the steps
+              - lines:  Plain lines; for the steps about a hundred, and one a minute at least
               - json:   Every event as a line of JSON
               - silent: Warnings and errors only
 
@@ -299,7 +299,7 @@ fn help_of_eval() {
 
               Possible values:
               - auto:   A live bar on a terminal, lines elsewhere
-              - lines:  Plain lines, at most about a hundred for the steps
+              - lines:  Plain lines; for the steps about a hundred, and one a minute at least
               - json:   Every event as a line of JSON
               - silent: Warnings and errors only
 

@@ -143,6 +143,39 @@ fn a_chat_answers_each_line() {
     assert!(output.stdout.ends_with(b"\n"));
 }
 
+/// What a command writes to a terminal of this kind.
+#[cfg(target_os = "linux")]
+fn on_terminal(place: &Place, kind: &str, arguments: &[&str]) -> String {
+    use std::io::Read;
+    use std::os::fd::{FromRawFd, OwnedFd};
+
+    let (mut ours, mut theirs) = (0, 0);
+    let (name, settings, size) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
+    // SAFETY: both numbers are ours to write to; name, settings and size are left to the system.
+    let opened = unsafe { libc::openpty(&raw mut ours, &raw mut theirs, name, settings, size) };
+    assert_eq!(opened, 0);
+    // SAFETY: the call has just opened both, and nobody else knows them.
+    let (ours, theirs) = unsafe { (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)) };
+    let mut command = place.command(arguments);
+    let mut child = command.env("TERM", kind).stderr(theirs).stdout(Stdio::null()).spawn().unwrap();
+    drop(command);
+    let (mut bytes, mut ours) = (Vec::new(), fs::File::from(ours));
+    // The end of a terminal is an error.
+    let _ = ours.read_to_end(&mut bytes);
+    assert!(child.wait().unwrap().success());
+    String::from_utf8(bytes).unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn steps_are_lines_where_nothing_can_be_drawn() {
+    let place = Place::new();
+    let dumb = on_terminal(&place, "dumb", &["finetune", "recipe.toml"]);
+    assert!(dumb.contains("step 6/6  loss ") && !dumb.contains('\u{1b}'), "{dumb}");
+    let drawn = on_terminal(&place, "xterm", &["finetune", "recipe.toml", "--output", "again"]);
+    assert!(drawn.contains("6/6 ━") && !drawn.contains("step 6/6  loss "), "{drawn}");
+}
+
 #[test]
 fn progress_in_json_is_json_throughout() {
     let place = Place::new();
