@@ -9,9 +9,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::Result;
+use crate::weights::report_downloads;
 
 mod builtin;
 mod commands;
+mod downloads;
 mod inspect;
 mod interrupt;
 mod models;
@@ -257,6 +259,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => error.exit(),
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
+    report_downloads(downloads::downloads(arguments.log));
     match dispatch(arguments.command, &mut terminal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if terminal.stdout_is_closed() => {

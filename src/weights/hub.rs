@@ -4,7 +4,7 @@
 //! during a download is never mixed. Only what a model needs is fetched; pickled weights never are.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hf_hub::api::Progress;
@@ -15,6 +15,15 @@ use crate::error::{Context, Error, Result};
 
 /// Told about a download: the file, the bytes that are there, and the bytes it will have.
 pub type OnProgress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
+
+/// Like the variables of the environment, one for the whole process: a model is opened in many places, and none of them
+/// has anything to do with a terminal.
+static TOLD: OnceLock<OnProgress> = OnceLock::new();
+
+/// Tells `told` about the downloads of models that are opened by name alone. Only the first call counts.
+pub fn report_downloads(told: OnProgress) {
+    let _ = TOLD.set(told);
+}
 
 /// Where the Hub is and how to talk to it.
 #[derive(Clone)]
@@ -44,10 +53,12 @@ impl std::fmt::Debug for HubSettings {
 }
 
 impl HubSettings {
-    /// From `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` (or the file `token` in `HF_HOME`) and `HF_HUB_OFFLINE`.
+    /// From `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` (or the file `token` in `HF_HOME`) and `HF_HUB_OFFLINE`;
+    /// downloads are told to whom [`report_downloads`] names.
     #[must_use]
     pub fn from_env() -> Self {
-        Self::from_variables(|name| std::env::var(name).ok())
+        let on_progress = TOLD.get().cloned();
+        Self { on_progress, ..Self::from_variables(|name| std::env::var(name).ok()) }
     }
 
     /// From variables that `get` knows, empty ones as if they were not set.
