@@ -177,6 +177,25 @@ impl<T, E: Into<Error>> Context<T> for Result<T, E> {
     }
 }
 
+/// The path that is there and spelt most like `wanted`, part by part; its end has to fit.
+pub fn nearest_path(wanted: &Path, fits: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    let mut found = PathBuf::new();
+    for part in wanted.components() {
+        let next = found.join(part);
+        if next.exists() {
+            found = next;
+            continue;
+        }
+        let folder = if found.as_os_str().is_empty() { Path::new(".") } else { &found };
+        let names =
+            std::fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let names: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+        let near = nearest(part.as_os_str().to_str()?, names.iter().map(String::as_str), 1);
+        found.push(near.first()?);
+    }
+    Some(found).filter(|path| fits(path))
+}
+
 /// Of `candidates`, those nearest to `wanted` in spelling, nearest first, at most `most`.
 pub fn nearest<'a>(wanted: &str, candidates: impl IntoIterator<Item = &'a str>, most: usize) -> Vec<&'a str> {
     let mut scored: Vec<(f64, &str)> = candidates

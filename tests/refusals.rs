@@ -157,6 +157,48 @@ fn no_model() {
     ");
 }
 
+/// Without a server that could answer: the Hub must not be asked.
+#[test]
+fn a_path_with_a_slip_in_it() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("models/tiny-llama")).unwrap();
+    let generate = |model: &str| {
+        let mut command = place.command(&["generate", "--model", model, "--prompt", "x"]);
+        told_of(&place, &command.env("HF_ENDPOINT", "http://127.0.0.1:9").output().unwrap())
+    };
+    insta::assert_snapshot!(generate("models/tiny-lama"), @"
+    exit 2
+    error: `models/tiny-lama` is neither a folder nor a .gguf file
+    hint: did you mean `models/tiny-llama`? a model on the Hub is written `models/tiny-lama@main`
+    ");
+    insta::assert_snapshot!(generate("./model/tiny-llama"), @"
+    exit 2
+    error: `./model/tiny-llama` is neither a folder nor a .gguf file
+    hint: a model on the Hub is written `org/name`
+    ");
+    insta::assert_snapshot!(generate("./modles/tiny-llama"), @"
+    exit 2
+    error: `./modles/tiny-llama` is neither a folder nor a .gguf file
+    hint: did you mean `./models/tiny-llama`?
+    ");
+    insta::assert_snapshot!(generate("models/other/tiny.gguf"), @"
+    exit 2
+    error: `models/other/tiny.gguf` is neither a folder nor a .gguf file
+    hint: a model on the Hub is written `org/name`
+    ");
+    assert!(generate("models/tiny-lama@main").contains("cannot be reached"));
+    insta::assert_snapshot!(refused_with(&place, "adapter.from=modle"), @"
+    exit 2
+    error: there is no adapter folder `modle`
+    hint: did you mean `model`?
+    ");
+    insta::assert_snapshot!(refused(&place, &["inspect", "dota.jsonl"]), @"
+    exit 2
+    error: dota.jsonl: there is no such file
+    hint: did you mean `data.jsonl`?
+    ");
+}
+
 #[test]
 fn a_model_without_its_configuration() {
     let place = Place::new();
@@ -315,9 +357,9 @@ fn no_adapter() {
 #[test]
 fn no_data() {
     let place = Place::new();
-    insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"none.jsonl\" }]"), @"
+    insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"elsewhere/none.jsonl\" }]"), @"
     exit 2
-    error: none.jsonl: there is no such file
+    error: elsewhere/none.jsonl: there is no such file
     hint: relative paths are relative to the folder that the command runs in
     ");
     insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"model\" }]"), @"

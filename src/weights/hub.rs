@@ -11,7 +11,7 @@ use hf_hub::api::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, nearest_path};
 
 /// Told about a download: the file, the bytes that are there, and the bytes it will have.
 pub type OnProgress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
@@ -115,8 +115,43 @@ impl HubId {
     }
 }
 
+/// The folder of a model that is no path on this machine.
+pub(super) fn find(source: &str, settings: &HubSettings) -> Result<PathBuf> {
+    let message = format!("`{source}` is neither a folder nor a .gguf file");
+    let is_gguf = |path: &Path| path.extension().is_some_and(|ending| ending == "gguf");
+    let parsed = HubId::parse(source).filter(|_| !is_gguf(Path::new(source)));
+    let hub = match parsed {
+        Some(hub) if !is_below_what_is_here(source) => hub,
+        parsed => {
+            let id = if parsed.is_some() { format!("{source}@main") } else { "org/name".to_string() };
+            let hub = format!("a model on the Hub is written `{id}`");
+            let near = nearest_path(Path::new(source), |path| path.is_dir() || is_gguf(path));
+            let near = near.map(|near| format!("did you mean `{}`?", near.display()));
+            let hint = match near {
+                Some(near) if parsed.is_some() => format!("{near} {hub}"),
+                near => near.unwrap_or(hub),
+            };
+            return Err(Error::request(message).with_hint(hint));
+        }
+    };
+    fetch(&hub, settings).map_err(|error| {
+        let both = format!("{message}, nor could it be fetched from the Hub: {error}");
+        let both = if error.exit_code() == 2 { Error::request(both) } else { Error::invalid(both) };
+        match error.hint() {
+            Some(hint) => both.with_hint(hint),
+            None => both,
+        }
+    })
+}
+
+/// Whether what could be an id is more likely a path with a slip in it: what it would be in is here. With a revision it
+/// is an id whatever is here.
+fn is_below_what_is_here(source: &str) -> bool {
+    !source.contains('@') && Path::new(source).parent().is_some_and(Path::exists)
+}
+
 /// The folder of a model in the cache, all of its files there.
-pub(super) fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
+fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
     let cache = Cache::new(settings.cache.clone());
     if settings.offline {
         return cached(&cache, hub).ok_or_else(|| {

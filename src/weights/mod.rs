@@ -37,7 +37,6 @@ use crate::error::{Context, Error, Result, nearest};
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::GgufMetadata;
-use hub::HubId;
 pub use hub::{HubSettings, OnProgress, report_downloads};
 pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
@@ -157,19 +156,7 @@ impl Checkpoint {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
         } else {
-            let message = format!("`{source}` is neither a folder nor a .gguf file");
-            let Some(id) = HubId::parse(source) else {
-                return Err(Error::request(message).with_hint("a model on the Hub is written `org/name`"));
-            };
-            let fetched = hub::fetch(&id, settings).map_err(|error| {
-                let both =
-                    Error::request(format!("{message}, nor could it be fetched from the Hub: {error}"));
-                match error.hint() {
-                    Some(hint) => both.with_hint(hint),
-                    None => both,
-                }
-            })?;
-            Store::folder(&fetched)?
+            Store::folder(&hub::find(source, settings)?)?
         };
         Ok(Self { source: source.to_string(), store, tensors })
     }

@@ -17,7 +17,7 @@ use candle_core::{DType, Device, Tensor};
 use super::config::LoraConfig;
 use super::lora::tensor_names;
 use super::target::{Placements, few, place};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, nearest_path};
 use crate::model::Pretrained;
 use crate::model::config::DecoderConfig;
 use crate::weights::write_atomic;
@@ -194,7 +194,11 @@ pub fn write<'t>(
 fn no_adapter(folder: &Path) -> Error {
     let at = folder.display();
     if !folder.exists() {
-        return Error::request(format!("there is no adapter folder `{at}`"));
+        let error = Error::request(format!("there is no adapter folder `{at}`"));
+        return match nearest_path(folder, Path::is_dir) {
+            Some(near) => error.with_hint(format!("did you mean `{}`?", near.display())),
+            None => error,
+        };
     }
     let error = Error::request(format!("`{at}` is not an adapter: it has no `{CONFIG_FILE}`"));
     if folder.join("config.json").exists() {
