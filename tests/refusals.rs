@@ -199,6 +199,26 @@ fn a_path_with_a_slip_in_it() {
     ");
 }
 
+/// A built-in recipe runs anywhere; the files that it names are in the repository.
+#[test]
+fn files_that_a_recipe_of_ours_names_and_that_are_not_here() {
+    let place = Place::new();
+    insta::assert_snapshot!(refused(&place, &["finetune", "quickstart"]), @"
+    exit 2
+    error: `examples/tiny-llama`, `datasets/quickstart.jsonl`, `datasets/quickstart-eval.jsonl` are not here
+    hint: they belong to peft's repository: run in a clone of it, or name your own with `--set model.source=…`, `--set data.train=…`, `--set data.eval=…`
+    ");
+    let shown = place.run(&["recipes", "show", "tiny-llama-pretrain"]).0;
+    fs::write(place.path("mine.toml"), shown).unwrap();
+    let data =
+        ["--set", "data.train=[{ path = \"data.jsonl\" }]", "--set", "data.eval=[{ path = \"data.jsonl\" }]"];
+    insta::assert_snapshot!(refused(&place, &[&["check", "mine.toml"], &data[..]].concat()), @"
+    exit 2
+    error: `datasets/generated/tiny-llama` is not here
+    hint: it belongs to peft's repository: run in a clone of it, or name your own with `--set model.source=…`; `peft recipes show tiny-llama-pretrain` begins with the commands that make what is generated
+    ");
+}
+
 #[test]
 fn a_model_without_its_configuration() {
     let place = Place::new();

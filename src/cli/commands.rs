@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 
-use super::builtin::Builtin;
+use super::builtin::{self, Builtin};
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
 use super::{
@@ -114,7 +114,9 @@ fn plan(arguments: &RecipeArguments, output: Option<&str>) -> Result<Plan> {
     if let Some(output) = output {
         lay_string(&mut document, "output", output, "--output")?;
     }
-    Ok(Plan::of(&Recipe::read(&document)?, &name))
+    let plan = Plan::of(&Recipe::read(&document)?, &name);
+    builtin::refuse_absent(&plan)?;
+    Ok(plan)
 }
 
 /// The text of a recipe file or a built-in recipe, and what errors call it.
