@@ -49,6 +49,7 @@ fn random(model: &Pretrained, config: LoraConfig, size: f64) -> Adapter {
         revision: None,
         tensors,
         copies: BTreeMap::new(),
+        metadata: BTreeMap::new(),
         warnings: Vec::new(),
     }
 }
@@ -72,6 +73,7 @@ fn on_the_head(model: &Pretrained) -> Adapter {
             ("lm_head.lora_B.weight".to_string(), tensor((vocab, 2), 0.25)),
         ]),
         copies: BTreeMap::new(),
+        metadata: BTreeMap::new(),
         warnings: Vec::new(),
     }
 }

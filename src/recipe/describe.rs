@@ -3,7 +3,7 @@
 use super::figures;
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
-use crate::data::Counts;
+use crate::data::{Counts, Layout};
 
 /// The model, what is trained, the data and the course of training.
 pub(super) fn describe(plan: &Plan, prepared: &Prepared) -> Vec<String> {
@@ -51,8 +51,13 @@ fn trained(plan: &Plan, prepared: &Prepared) -> Vec<String> {
 
 fn data(use_: &str, counts: &Counts) -> String {
     let number = |n: usize| figures::count(n as u64);
+    let layout = match Layout::of(std::slice::from_ref(counts)) {
+        Layout::Template => "through the chat template".to_string(),
+        Layout::Plain => "plain text without the chat template".to_string(),
+        Layout::Mixed => format!("{} through the chat template, the others plain", number(counts.templated)),
+    };
     let mut line = format!(
-        "{use_}: {} ({}), {} documents, {} tokens, {} to learn",
+        "{use_}: {} ({}, {layout}), {} documents, {} tokens, {} to learn",
         counts.path.display(),
         counts.format.name(),
         number(counts.rows),

@@ -48,6 +48,8 @@ pub struct Adapter {
     /// Copies of the model's own embedding or head, which PEFT adds where these are targeted: [`Adapter::fit`] makes
     /// sure that they are copies.
     pub copies: BTreeMap<String, Tensor>,
+    /// What its trainer noted in the tensors' file.
+    pub metadata: BTreeMap<String, String>,
     /// What was found and left aside because it changes nothing.
     pub warnings: Vec<String>,
 }
@@ -64,7 +66,8 @@ impl Adapter {
         if !path.exists() {
             return Err(missing_tensors(folder));
         }
-        let tensors::Read { tensors, copies } = tensors::read(&path, read.config.lora_bias, device)?;
+        let tensors::Read { tensors, copies, metadata } =
+            tensors::read(&path, read.config.lora_bias, device)?;
         Ok(Self {
             source: folder.display().to_string(),
             config: read.config,
@@ -72,6 +75,7 @@ impl Adapter {
             revision: read.revision,
             tensors,
             copies,
+            metadata,
             warnings: read.warnings,
         })
     }
