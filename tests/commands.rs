@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::place::Place;
+use crate::place::{Place, refusal};
 
 #[test]
 fn a_run_leaves_what_the_plan_promises() {
@@ -141,6 +141,37 @@ fn a_chat_answers_each_line() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.stdout.ends_with(b"\n"));
+}
+
+#[test]
+fn a_run_that_has_not_ended_names_its_newest_checkpoint() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let as_model = || refusal(&place, &["generate", "--model", "run", "--prompt", "x"]);
+    assert!(as_model().contains("it is an adapter\n"), "{}", as_model());
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::remove_file(place.path("run").join(name)).unwrap();
+    }
+    let with_adapter =
+        |command: &[&str]| refusal(&place, &[command, &["--model", "model", "--adapter", "run"]].concat());
+    let said = with_adapter(&["generate", "--prompt", "x"]);
+    insta::assert_snapshot!(said, @"
+    exit 2
+    error: `run` is a run that has not ended, so there is no adapter in it yet
+    hint: its newest checkpoint is `run/checkpoint-6`; `peft finetune --resume` goes on with the run
+    ");
+    assert_eq!(with_adapter(&["merge", "--output", "merged"]), said);
+    assert_eq!(with_adapter(&["eval", "perplexity", "--data", "data.jsonl"]), said);
+    let from = ["finetune", "recipe.toml", "--output", "more", "--set", "adapter.from=run"];
+    assert_eq!(refusal(&place, &from), said);
+    for name in ["checkpoint-4", "checkpoint-6"] {
+        fs::remove_dir_all(place.path("run").join(name)).unwrap();
+    }
+    insta::assert_snapshot!(with_adapter(&["chat"]), @"
+    exit 2
+    error: `run` is a run that has not ended, so there is no adapter in it yet
+    hint: it has no checkpoint either; `peft finetune --resume` goes on with it
+    ");
 }
 
 /// What a command writes to a terminal of this kind.

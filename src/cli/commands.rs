@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 
 use super::builtin::{self, Builtin};
 use super::overrides::{lay_over, lay_string};
@@ -10,7 +10,6 @@ use super::terminal::Terminal;
 use super::{
     Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype, interrupt,
 };
-use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result, nearest};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
@@ -47,8 +46,8 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
 
 pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     let base = Pretrained::open(&arguments.model)?;
-    let read = |folder: &PathBuf| Adapter::read(folder, &Device::Cpu);
-    let adapters = arguments.adapter.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let adapters = arguments.adapter.iter().map(|folder| recipe::read_adapter(folder));
+    let adapters = adapters.collect::<Result<Vec<_>>>()?;
     let dtype = arguments.dtype.map(|dtype| match dtype {
         WrittenDtype::F32 => DType::F32,
         WrittenDtype::Bf16 => DType::BF16,

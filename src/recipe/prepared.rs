@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::loaded::read_adapter;
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
 use crate::adapter::{LoraConfig, Placements, Targets, hf, resolve};
 use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
@@ -153,7 +154,7 @@ impl Trainee {
     fn of(plan: &Plan, base: &Pretrained) -> Result<Self> {
         let Trained::Adapter(written) = &plan.trained else { return Ok(Self::Full) };
         let from = match &written.from {
-            Some(path) => Some(hf::Adapter::read(path, &Device::Cpu)?),
+            Some(path) => Some(read_adapter(path)?),
             None => None,
         };
         let config = match &from {
