@@ -126,21 +126,89 @@ fn a_model_answers_with_and_without_its_adapter() {
     assert!((nll(&merged) - nll(&after)).abs() < 1e-4, "{merged} is not {after}");
 }
 
+/// What a chat with the model of chance writes to stdout and stderr.
+fn chat(place: &Place, lines: &str, more: &[&str]) -> (Vec<u8>, String) {
+    let arguments = [&["chat", "--model", "model", "--max-new-tokens", "8"], more].concat();
+    let mut command = place.command(&arguments);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    (output.stdout, stderr)
+}
+
 #[test]
 fn a_chat_answers_each_line() {
     let place = Place::new();
-    let mut child = place
-        .command(&["chat", "--model", "model"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // A model of chance says nothing that could be looked at.
-    child.stdin.take().unwrap().write_all(b"Hello.\n\n").unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(output.stdout.ends_with(b"\n"));
+    let (one, stderr) = chat(&place, "Hello.\n", &[]);
+    assert!(one.ends_with(b"\n") && stderr.is_empty());
+    let (two, _) = chat(&place, "Hello.\nAnd now?\n", &[]);
+    assert!(two.len() > one.len() && two.starts_with(&one));
+    // Blank lines say nothing; the end of the input ends the chat.
+    assert_eq!(chat(&place, "\nHello.\n\n  \nAnd now?\n\n", &[]).0, two);
+}
+
+#[test]
+fn a_chat_is_sampled_as_a_prompt_is() {
+    let place = Place::new();
+    let hot = |seed| chat(&place, "Hello.\n", &["--temperature", "2", "--seed", seed, "--dtype", "f32"]).0;
+    assert_eq!(hot("1"), hot("1"));
+    assert_ne!(hot("1"), hot("2"));
+}
+
+#[test]
+fn a_chat_goes_on_when_the_model_sees_no_more() {
+    let place = Place::new();
+    let (long, too_long) = ("kite ".repeat(200), "kite ".repeat(600));
+    let said = format!("{long}\n{long}\n{long}\n{long}\n{too_long}\n{long}\n");
+    let (_, stderr) = chat(&place, &said, &[]);
+    insta::with_settings!({ filters => vec![(r"takes \d+ tokens", "takes [N] tokens")] }, {
+        insta::assert_snapshot!(stderr, @"
+        warning: the model sees 512 tokens, and the chat is longer: the oldest exchange is forgotten
+        warning: the model sees 512 tokens, and the chat is longer: the oldest exchange is forgotten
+        warning: this takes [N] tokens, and the model sees 512 with the answer: it is left out; say less
+        warning: the model sees 512 tokens, and the chat is longer: the oldest exchange is forgotten
+        ");
+    });
+}
+
+/// What a model was trained with it should be asked with.
+#[test]
+fn a_run_says_how_its_data_was_laid_out_and_the_adapter_remembers() {
+    let place = Place::new();
+    let messages: String = (0..24)
+        .map(|n| {
+            format!(
+                "{{\"messages\": [{{\"role\": \"user\", \"content\": \"Where is kite {n}?\"}}, \
+                 {{\"role\": \"assistant\", \"content\": \"In box {n}.\"}}]}}\n"
+            )
+        })
+        .collect();
+    fs::write(place.path("messages.jsonl"), messages).unwrap();
+    let (said, _) = place.run(&["check", "recipe.toml"]);
+    assert!(said.contains("(prompt-completion, plain text without the chat template)"), "{said}");
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let set = ["--set", "data.train=[{ path = \"messages.jsonl\" }]", "--set", "data.max_length=64"];
+    let (_, said) = place.run(&[&["finetune", "recipe.toml", "--output", "talk"], &set[..]].concat());
+    assert!(said.contains("(messages, through the chat template)"), "{said}");
+
+    let generate = |more: &[&str]| {
+        let prompt = ["generate", "--model", "model", "--prompt", "Where?", "--max-new-tokens", "2"];
+        place.run(&[&prompt[..], more].concat()).1
+    };
+    insta::assert_snapshot!(generate(&["--adapter", "run"]), @"
+    warning: the adapter was trained on plain text, and what is said goes through the chat template; `--raw` leaves it out
+    ");
+    insta::assert_snapshot!(generate(&["--adapter", "talk", "--raw"]), @"
+    warning: the adapter was trained through the chat template, and `--raw` gives the prompt without it
+    ");
+    assert_eq!(generate(&["--adapter", "run", "--raw"]), "");
+    assert_eq!(generate(&["--adapter", "talk"]), "");
+    insta::assert_snapshot!(chat(&place, "", &["--adapter", "run"]).1, @"
+    warning: the adapter was trained on plain text, and what is said goes through the chat template; `peft generate --raw` leaves it out
+    ");
 }
 
 #[test]

@@ -120,6 +120,28 @@ struct ModelArguments {
     /// The folder of an adapter
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// The number format of the weights
+    #[arg(long, default_value = "auto")]
+    dtype: Dtype,
+}
+
+#[derive(Debug, Args)]
+struct SamplingArguments {
+    /// Divides the logits before sampling; 0 takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
+    temperature: f64,
+    /// Sample among the K most likely tokens
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..))]
+    top_k: Option<u64>,
+    /// Sample among the fewest tokens that have this probability together
+    #[arg(long, value_name = "P", value_parser = probability)]
+    top_p: Option<f64>,
+    /// Divides the logits of tokens that occurred; 1 changes nothing
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
+    repetition_penalty: f64,
+    /// The seed of sampling
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
 }
 
 #[derive(Debug, Args)]
@@ -148,21 +170,8 @@ struct Generate {
     /// The most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_new_tokens: usize,
-    /// Divides the logits before sampling; 0 takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
-    temperature: f64,
-    /// Sample among the K most likely tokens
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..))]
-    top_k: Option<u64>,
-    /// Sample among the fewest tokens that have this probability together
-    #[arg(long, value_name = "P", value_parser = probability)]
-    top_p: Option<f64>,
-    /// Divides the logits of tokens that occurred; 1 changes nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
-    repetition_penalty: f64,
-    /// The seed of sampling
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
+    #[command(flatten)]
+    sampling: SamplingArguments,
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]
     raw: bool,
@@ -172,6 +181,11 @@ struct Generate {
 struct Chat {
     #[command(flatten)]
     model: ModelArguments,
+    /// The most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    max_new_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArguments,
 }
 
 #[derive(Debug, Args)]
@@ -186,9 +200,6 @@ struct Eval {
     /// Cut each record to this many tokens
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..))]
     max_length: Option<u64>,
-    /// The number format of the weights
-    #[arg(long, default_value = "auto")]
-    dtype: Dtype,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
