@@ -276,6 +276,16 @@ fn steps_are_lines_where_nothing_can_be_drawn() {
 }
 
 #[test]
+fn a_flag_with_epochs_takes_the_place_of_steps() {
+    let place = Place::new();
+    let (said, note) = place.run(&["check", "recipe.toml", "--set", "train.epochs=2"]);
+    assert!(said.contains("course: 2 epochs (20 steps) of "), "{said}");
+    assert_eq!(note, "`--set train.epochs=2` takes the place of `train.steps`\n");
+    let (said, note) = place.run(&["check", "recipe.toml"]);
+    assert!(said.contains("course: 6 steps (0.6 epochs) of ") && note.is_empty(), "{said}");
+}
+
+#[test]
 fn progress_in_json_is_json_throughout() {
     let place = Place::new();
     let (_, stderr) = place.run(&["finetune", "recipe.toml", "--log", "json"]);

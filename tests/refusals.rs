@@ -210,10 +210,10 @@ fn files_that_a_recipe_of_ours_names_and_that_are_not_here() {
     ");
     let shown = place.run(&["recipes", "show", "tiny-llama-pretrain"]).0;
     fs::write(place.path("mine.toml"), shown).unwrap();
-    let data =
-        ["--set", "data.train=[{ path = \"data.jsonl\" }]", "--set", "data.eval=[{ path = \"data.jsonl\" }]"];
+    let data = ["--set", "data.train=[{ path = \"data.jsonl\" }]", "--set", "data.eval_share=0.1"];
     insta::assert_snapshot!(refused(&place, &[&["check", "mine.toml"], &data[..]].concat()), @"
     exit 2
+    `--set data.eval_share=0.1` takes the place of `data.eval`
     error: `datasets/generated/tiny-llama` is not here
     hint: it belongs to peft's repository: run in a clone of it, or name your own with `--set model.source=…`; `peft recipes show tiny-llama-pretrain` begins with the commands that make what is generated
     ");

@@ -16,14 +16,14 @@ use crate::model::Pretrained;
 use crate::recipe::{self, Document, Plan, Recipe, Segment};
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
-    let plan = plan(&arguments.recipe, arguments.output.as_deref())?;
+    let plan = plan(&arguments.recipe, arguments.output.as_deref(), terminal)?;
     let mut reporter = terminal.reporter();
     recipe::finetune(&plan, arguments.resume, interrupt::listen(terminal)?, reporter.as_mut())?;
     Ok(())
 }
 
 pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
-    let report = recipe::check(&plan(&arguments.recipe, None)?)?;
+    let report = recipe::check(&plan(&arguments.recipe, None, terminal)?)?;
     if arguments.json {
         return terminal.write_json(&report);
     }
@@ -103,12 +103,14 @@ fn unbuilt(command: &str) -> Error {
 }
 
 /// The plan of a recipe with the flags laid over it.
-fn plan(arguments: &RecipeArguments, output: Option<&str>) -> Result<Plan> {
+fn plan(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) -> Result<Plan> {
     let (path, text) = recipe_text(&arguments.recipe)?;
     let name = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
     let mut document = Document::parse(path, &text)?;
     for set in &arguments.set {
-        lay_over(&mut document, set)?;
+        if let Some(replaced) = lay_over(&mut document, set)? {
+            terminal.say(format_args!("`--set {set}` takes the place of `{replaced}`"));
+        }
     }
     if let Some(output) = output {
         lay_string(&mut document, "output", output, "--output")?;

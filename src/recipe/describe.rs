@@ -83,7 +83,7 @@ fn course(plan: &Plan, prepared: &Prepared) -> String {
     let per_epoch = prepared.sampler(plan).batches_in(0).div_ceil(train.accumulate as u64);
     let length = match train.length {
         Length::Steps(_) => format!("{steps} steps ({:.1} epochs)", prepared.steps as f64 / per_epoch as f64),
-        Length::Epochs(epochs) => format!("{steps} steps ({epochs} epochs)"),
+        Length::Epochs(epochs) => format!("{epochs} epochs ({steps} steps)"),
     };
     let kind = if plan.data.pack { "packed rows" } else { "documents" };
     let (batch, accumulate, most) = (train.batch_size, train.accumulate, plan.data.max_length);
