@@ -83,7 +83,7 @@ fn help_of_finetune() {
     ----- stdout
     Train an adapter, or all weights, as a recipe says
 
-    Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C saves a checkpoint first; `--resume` goes on from the newest one.
+    Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C and SIGTERM save a checkpoint first; `--resume` goes on from the newest one.
 
     Usage: peft finetune [OPTIONS] <RECIPE>
 

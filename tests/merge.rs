@@ -23,7 +23,7 @@ fn adapter(fixture: &Fixture) -> Adapter {
 }
 
 fn fold(model: &Pretrained, adapters: &[Adapter], to: &Path, dtype: Option<DType>) -> peft::Result<Receipt> {
-    merge(model, adapters, to, dtype, &mut |_| ())
+    merge(model, adapters, to, dtype, &mut |_| true)
 }
 
 fn open(folder: &Path) -> Pretrained {
@@ -162,6 +162,7 @@ fn everything_else_is_the_base_byte_for_byte() {
         let receipt = merge(&fixture.pretrained(), &[adapter], &output, None, &mut |progress| {
             calls += 1;
             assert_eq!(progress.done, calls);
+            true
         })
         .unwrap();
         let (base, merged) = (fixture.pretrained(), open(&output));
@@ -201,6 +202,24 @@ fn everything_else_is_the_base_byte_for_byte() {
                 "{tensor:?}"
             );
         }
+    }
+}
+
+#[test]
+fn a_merge_that_is_ended_leaves_nothing() {
+    let fixture = Fixture::open("llama");
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("merged");
+    let adapters = [adapter(&fixture)];
+    let all = 2 * fixture.pretrained().names().count();
+    for last in [1, all / 2, all - 1] {
+        let mut go_on = |progress: peft::merge::Progress| progress.done < last;
+        let error = merge(&fixture.pretrained(), &adapters, &output, None, &mut go_on).unwrap_err();
+        assert_eq!(
+            (error.exit_code(), error.to_string().as_str()),
+            (130, "interrupted; nothing was written")
+        );
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }
 

@@ -1,15 +1,15 @@
 //! What each command does: reads its request, calls the library, writes the answer.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use candle_core::DType;
 
 use super::builtin::{self, Builtin};
+use super::interrupt::{self, BeginsWithTraining};
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
-use super::{
-    Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype, interrupt,
-};
+use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype};
 use crate::error::{Context, Error, Result, nearest};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
@@ -17,8 +17,10 @@ use crate::recipe::{self, Document, Plan, Recipe, Segment};
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
     let plan = plan(&arguments.recipe, arguments.output.as_deref(), terminal)?;
-    let mut reporter = terminal.reporter();
-    recipe::finetune(&plan, arguments.resume, interrupt::listen(terminal)?, reporter.as_mut())?;
+    let promise = "saving a checkpoint after this step; press Ctrl-C again to stop at once";
+    let interrupted = interrupt::listen(terminal, promise)?;
+    let mut reporter = BeginsWithTraining(terminal.reporter());
+    recipe::finetune(&plan, arguments.resume, interrupted, &mut reporter)?;
     Ok(())
 }
 
@@ -54,7 +56,13 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
         WrittenDtype::F16 => DType::F16,
     });
     let counter = terminal.counter("folding and reading back");
-    let mut progress = |now: merge::Progress| counter.at(now.done as u64, now.total as u64);
+    let promise = "removing what was written; press Ctrl-C again to stop at once";
+    let interrupted = interrupt::listen(terminal, promise)?;
+    interrupt::begin();
+    let mut progress = |now: merge::Progress| {
+        counter.at(now.done as u64, now.total as u64);
+        !interrupted.load(Ordering::SeqCst)
+    };
     let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut progress)?;
     drop(counter);
     for warning in &receipt.warnings {

@@ -48,8 +48,8 @@ struct Arguments {
 enum Command {
     /// Train an adapter, or all weights, as a recipe says
     ///
-    /// Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C saves a checkpoint first;
-    /// `--resume` goes on from the newest one.
+    /// Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C and SIGTERM save a checkpoint
+    /// first; `--resume` goes on from the newest one.
     Finetune(Finetune),
     /// Say everything about a recipe that can be known before training
     ///

@@ -23,24 +23,24 @@ use crate::weights::{Checkpoint, Staged, write_atomic};
 /// Writes `model` with `adapters` folded in to the new folder `output`, which any loader of the model reads.
 ///
 /// Weights keep their types and files unless a `dtype` is asked for; of a quantized base they become f32. Tokenizer,
-/// templates and generation settings are copied. `progress` is called after every tensor.
+/// templates and generation settings are copied. `progress` is called after every tensor, and between the parts in which
+/// large files are copied; `false` from there ends the merge, and nothing of it stays.
 pub fn merge(
     model: &Pretrained,
     adapters: &[Adapter],
     output: &Path,
     dtype: Option<DType>,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Receipt> {
     folder::refuse_base(model, output)?;
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
     let mut done = Progress { done: 0, total: plan.tensors.len() * 2 };
+    let mut sink = Sink::new(model, &plan, staged.path(), &mut || go_on(progress(done)))?;
     let mut advance = || {
         done.done += 1;
-        progress(done);
+        go_on(progress(done))
     };
-
-    let mut sink = Sink::new(model, &plan, staged.path())?;
     let mut totals = Totals::default();
     let mut tensors = Vec::new();
     for (name, output) in &plan.tensors {
@@ -55,7 +55,7 @@ pub fn merge(
             tensors.push(receipt(name, output, &bytes, &sums)?);
         }
         model.checkpoint().release(&output.from);
-        advance();
+        advance()?;
     }
     sink.finish()?;
     folder::write_companions(model, &plan, staged.path())?;
@@ -81,6 +81,11 @@ pub fn merge(
     write_atomic(staged.path().join(RECEIPT_FILE), text.as_bytes())?;
     staged.commit()?;
     Ok(receipt)
+}
+
+fn go_on(wanted: bool) -> Result<()> {
+    let message = "interrupted; nothing was written".to_string();
+    if wanted { Ok(()) } else { Err(Error::Interrupted { message, hint: None }) }
 }
 
 /// The bytes of a tensor that no adapter goes to, in the type of the output.
@@ -155,7 +160,7 @@ fn verify(
     plan: &MergePlan<'_>,
     tensors: &[TensorReceipt],
     folder: &Path,
-    advance: &mut dyn FnMut(),
+    advance: &mut dyn FnMut() -> Result<()>,
 ) -> Result<(usize, usize)> {
     let written = Checkpoint::open(&folder.display().to_string())?;
     let names: Vec<&String> = written.tensors().keys().collect();
@@ -184,7 +189,7 @@ fn verify(
         }
         written.release(name);
         model.checkpoint().release(&output.from);
-        advance();
+        advance()?;
     }
     Ok((identical, converted))
 }
