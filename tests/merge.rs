@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use crate::fixture::{Fixture, MODELS, difference, logits, values};
+use crate::place::Place;
 use crate::weights::gguf::tokenizers::byte_level;
 use crate::weights::gguf::{converted, write};
 
@@ -203,6 +204,36 @@ fn everything_else_is_the_base_byte_for_byte() {
             );
         }
     }
+}
+
+/// The delta is made a quarter as large as the distance of neighbours in bf16, so that rounding takes most of it.
+#[test]
+fn a_delta_that_rounding_loses_is_warned_of() {
+    let place = Place::with(DType::BF16);
+    let base = open(&place.path("model"));
+    let config = LoraConfig { targets: Targets::names(["up_proj", "down_proj"]), ..LoraConfig::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let fold = |size: f64, dtype: Option<DType>, name: &str| {
+        fold(&base, &[random(&base, config.clone(), size)], &folder.path().join(name), dtype).unwrap()
+    };
+    let whole = fold(1.0, None, "whole");
+    let rms = whole.tensors[0].delta_norm / (whole.tensors[0].values as f64).sqrt();
+    assert!(rms > 1e-3 && whole.survived > 0.99 && whole.warnings.is_empty(), "{rms} {whole:?}");
+    // A weight is about 0.06, and the values around it in bf16 are 2.4e-4 apart.
+    let size = (6e-5 / rms).sqrt();
+    let lost = fold(size, None, "lost");
+    assert!(lost.survived < 0.7, "{}", lost.survived);
+    assert_eq!(lost.warnings.len(), 1);
+    let percent = format!("{:.0}", 100.0 * (1.0 - lost.survived));
+    assert_eq!(
+        lost.warnings[0],
+        format!(
+            "rounding to bf16 lost {percent}% of what the adapter adds; `--dtype f32` keeps all of it, as the \
+             unmerged adapter does"
+        )
+    );
+    let kept = fold(size, Some(DType::F32), "kept");
+    assert!(kept.survived > 0.9999 && kept.warnings.is_empty(), "{kept:?}");
 }
 
 #[test]

@@ -20,6 +20,9 @@ use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::weights::{Checkpoint, Staged, write_atomic};
 
+/// The share of the delta whose loss one is warned of: its error is then half as large as itself.
+const SIZEABLE: f64 = 0.25;
+
 /// Writes `model` with `adapters` folded in to the new folder `output`, which any loader of the model reads.
 ///
 /// Weights keep their types and files unless a `dtype` is asked for; of a quantized base they become f32. Tokenizer,
@@ -73,8 +76,9 @@ pub fn merge(
         kept: totals.kept(),
         written: totals.written(),
         lost: totals.lost(),
+        survived: totals.survived(),
         untied: plan.untied,
-        warnings: warnings(model, adapters, &receipts, plan.untied),
+        warnings: warnings(model, adapters, &receipts, &totals, &plan),
         adapters: receipts,
     };
     let text = serde_json::to_string_pretty(&receipt)? + "\n";
@@ -149,6 +153,7 @@ fn receipt(name: &str, output: &Output<'_>, bytes: &[u8], sums: &Totals) -> Resu
         kept: sums.kept(),
         written: sums.written(),
         lost: sums.lost(),
+        survived: sums.survived(),
         zero: sums.delta == 0.0,
         sha256: sha256(bytes),
     })
@@ -221,7 +226,8 @@ fn warnings(
     model: &Pretrained,
     adapters: &[Adapter],
     receipts: &[AdapterReceipt],
-    untied: bool,
+    totals: &Totals,
+    plan: &MergePlan<'_>,
 ) -> Vec<String> {
     let mut warnings = Vec::new();
     for (adapter, receipt) in adapters.iter().zip(receipts) {
@@ -231,7 +237,16 @@ fn warnings(
             warnings.push(format!("the adapter `{}` is zero: it changes nothing", adapter.source));
         }
     }
-    if untied {
+    let lost = 1.0 - totals.survived();
+    if lost > SIZEABLE {
+        let dtype = plan.main_dtype().as_str();
+        let percent = 100.0 * lost;
+        warnings.push(format!(
+            "rounding to {dtype} lost {percent:.0}% of what the adapter adds; `--dtype f32` keeps all of it, as the \
+             unmerged adapter does"
+        ));
+    }
+    if plan.untied {
         warnings.push(
             "`lm_head` shared the embedding's weight and has its own now: `tie_word_embeddings` is false"
                 .to_string(),
