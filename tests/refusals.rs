@@ -69,6 +69,53 @@ fn refused_adapter(adapter: &str) -> String {
     said
 }
 
+/// 2 where the request has to be another one, 1 where the request was right and what it names is not.
+#[test]
+fn exit_statuses_are_even() {
+    let place = Place::new();
+    fs::write(place.path("broken.jsonl"), "{").unwrap();
+    let perplexity = ["eval", "perplexity", "--model"];
+    let generate = ["generate", "--prompt", "x", "--model"];
+    let merge = ["merge", "--output", "merged", "--model"];
+    let broken = "data.train=[{ path = \"broken.jsonl\" }]";
+    for (status, command, more) in [
+        (2, &perplexity[..], &["model", "--data", "elsewhere.jsonl"][..]),
+        (2, &perplexity, &["nothing", "--data", "data.jsonl"]),
+        (2, &perplexity, &["model", "--data", "model"]),
+        (1, &perplexity, &["model", "--data", "broken.jsonl"]),
+        (2, &["eval", "choices", "--model"], &["model", "--data", "data.jsonl"]),
+        (2, &generate, &["nothing"]),
+        (2, &generate, &["data.jsonl/model"]),
+        (2, &generate, &["model", "--adapter", "nowhere"]),
+        (2, &generate, &["model", "--adapter", "model"]),
+        (2, &generate, &["model", "--dtype", "f64"]),
+        (2, &["chat", "--model"], &["nothing"]),
+        (2, &merge, &["nothing", "--adapter", "model"]),
+        (2, &merge, &["model", "--adapter", "nowhere"]),
+        (2, &["inspect"], &["nothing"]),
+        (2, &["inspect"], &["."]),
+        (2, &["inspect"], &["elsewhere.jsonl"]),
+        (1, &["inspect"], &["broken.jsonl"]),
+        (2, &["recipes", "show"], &["nothing"]),
+        (2, &["check"], &["nothing.toml"]),
+        (2, &["check", "recipe.toml", "--set"], &["adapter.from=nowhere"]),
+        (2, &["check", "recipe.toml", "--set"], &["data.max_length=2"]),
+        (1, &["check", "recipe.toml", "--set"], &[broken]),
+        (2, &["upcycle"], &["recipe.toml"]),
+    ] {
+        let arguments = [command, more].concat();
+        let said = refused(&place, &arguments);
+        assert!(said.starts_with(&format!("exit {status}\n")), "{arguments:?}: {said}");
+    }
+    let asks = |name: &str, value: &str| {
+        let mut command = place.command(&[&generate[..], &["org/name"]].concat());
+        command.env("HF_HOME", place.path("home")).env(name, value).output().unwrap().status.code()
+    };
+    // Nobody listens there; and what was forbidden cannot be asked for.
+    assert_eq!(asks("HF_ENDPOINT", "http://127.0.0.1:9"), Some(1));
+    assert_eq!(asks("HF_HUB_OFFLINE", "1"), Some(2));
+}
+
 // Recipes. What is wrong within one, key by key: `recipes.rs`. Arguments: `cli.rs`.
 
 #[test]
@@ -224,7 +271,7 @@ fn a_model_without_its_configuration() {
     let place = Place::new();
     fs::remove_file(place.path("model/config.json")).unwrap();
     insta::assert_snapshot!(refused(&place, &["finetune", "recipe.toml"]), @"
-    exit 1
+    exit 2
     error: model/config.json: there is no such file
     hint: give the folder of a model as transformers saves it, with all its files
     ");
@@ -425,7 +472,7 @@ fn wrong_roles() {
 fn documents_of_which_nothing_is_left() {
     let place = Place::new();
     insta::assert_snapshot!(refused_with(&place, "data.max_length=2"), @"
-    exit 1
+    exit 2
     error: data.jsonl: none of the 24 documents has a token to learn within `data.max_length` = 2 tokens: 24 have their first one later
     hint: raise `data.max_length`: the longest document has 17 tokens, 95 of 100 have at most 17
     ");

@@ -299,7 +299,7 @@ fn nothing_left(counts: &Counts, max_length: usize) -> Error {
     if *dropped_by_truncation == 0 {
         return Error::invalid(format!("none of the {records} documents has a token to learn"));
     }
-    Error::invalid(format!(
+    Error::request(format!(
         "none of the {records} documents has a token to learn within `data.max_length` = {max_length} tokens: \
          {dropped_by_truncation} have their first one later"
     ))

@@ -173,7 +173,7 @@ fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
         // Like Python's tools: without a network, what the cache has is good enough.
         Answer::Unreachable(reason) => {
             return cached(&cache, hub).ok_or_else(|| {
-                Error::request(format!(
+                Error::invalid(format!(
                     "{} cannot be reached ({reason}), and `{}` is not in the cache",
                     settings.endpoint, hub.id
                 ))
@@ -219,7 +219,7 @@ fn resolve(api: &Api, hub: &HubId, settings: &HubSettings) -> Result<Answer> {
             .with_hint("check the spelling; a private model needs HF_TOKEN"));
         }
         500.. => return Ok(Answer::Unreachable(format!("status {status}"))),
-        _ => return Err(Error::request(format!("{} answered {status} for `{}`", settings.endpoint, hub.id))),
+        _ => return Err(Error::invalid(format!("{} answered {status} for `{}`", settings.endpoint, hub.id))),
     }
     let info: hf_hub::api::RepoInfo = response.body_mut().read_json().map_err(|error| {
         Error::invalid(format!("{} sent an unreadable answer: {error}", settings.endpoint))

@@ -336,7 +336,7 @@ fn map(path: &Path) -> Result<Mmap> {
 fn read_json(path: &Path) -> Result<Value> {
     let text = match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::invalid("there is no such file")
+            return Err(Error::request("there is no such file")
                 .with_hint("give the folder of a model as transformers saves it, with all its files"))
             .at(path);
         }
