@@ -129,7 +129,7 @@ impl Error {
                     std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
                 ) =>
             {
-                Some("choose a folder that can be written with `--output`, or change its permissions")
+                Some("change the permissions, or choose an output folder that can be written with `--output`")
             }
             _ => None,
         }
@@ -175,6 +175,25 @@ impl<T, E: Into<Error>> Context<T> for Result<T, E> {
     fn in_tensor(self, name: &str) -> Result<T> {
         self.map_err(|e| Error::InTensor { name: name.to_string(), source: Box::new(e.into()) })
     }
+}
+
+/// The path that is there and spelt most like `wanted`, part by part; its end has to fit.
+pub fn nearest_path(wanted: &Path, fits: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    let mut found = PathBuf::new();
+    for part in wanted.components() {
+        let next = found.join(part);
+        if next.exists() {
+            found = next;
+            continue;
+        }
+        let folder = if found.as_os_str().is_empty() { Path::new(".") } else { &found };
+        let names =
+            std::fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let names: Vec<String> = names.filter(|name| !name.starts_with('.')).collect();
+        let near = nearest(part.as_os_str().to_str()?, names.iter().map(String::as_str), 1);
+        found.push(near.first()?);
+    }
+    Some(found).filter(|path| fits(path))
 }
 
 /// Of `candidates`, those nearest to `wanted` in spelling, nearest first, at most `most`.

@@ -57,7 +57,7 @@ fn help() {
 
               Possible values:
               - auto:   A live bar on a terminal, lines elsewhere
-              - lines:  Plain lines, at most about a hundred for the steps
+              - lines:  Plain lines; for the steps about a hundred, and one a minute at least
               - json:   Every event as a line of JSON
               - silent: Warnings and errors only
 
@@ -83,7 +83,7 @@ fn help_of_finetune() {
     ----- stdout
     Train an adapter, or all weights, as a recipe says
 
-    Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C saves a checkpoint first; `--resume` goes on from the newest one.
+    Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C and SIGTERM save a checkpoint first; `--resume` goes on from the newest one.
 
     Usage: peft finetune [OPTIONS] <RECIPE>
 
@@ -112,7 +112,7 @@ fn help_of_finetune() {
 
               Possible values:
               - auto:   A live bar on a terminal, lines elsewhere
-              - lines:  Plain lines, at most about a hundred for the steps
+              - lines:  Plain lines; for the steps about a hundred, and one a minute at least
               - json:   Every event as a line of JSON
               - silent: Warnings and errors only
 
@@ -210,6 +210,7 @@ fn help_of_generate() {
     Options:
           --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>           The folder of an adapter
+          --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
           --prompt <TEXT>           What to continue
           --max-new-tokens <N>      The most tokens to generate [default: 256]
           --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
@@ -236,9 +237,16 @@ fn help_of_chat() {
     Usage: peft chat [OPTIONS] --model <MODEL>
 
     Options:
-          --model <MODEL>  A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
-          --adapter <DIR>  The folder of an adapter
-      -h, --help           Print help (see more with '--help')
+          --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
+          --adapter <DIR>           The folder of an adapter
+          --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
+          --max-new-tokens <N>      The most tokens of an answer [default: 1024]
+          --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
+          --top-k <K>               Sample among the K most likely tokens
+          --top-p <P>               Sample among the fewest tokens that have this probability together
+          --repetition-penalty <R>  Divides the logits of tokens that occurred; 1 changes nothing [default: 1]
+          --seed <SEED>             The seed of sampling [default: 42]
+      -h, --help                    Print help (see more with '--help')
 
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
@@ -271,12 +279,6 @@ fn help_of_eval() {
           --adapter <DIR>
               The folder of an adapter
 
-          --data <FILE>
-              A `.jsonl` or `.json` file
-
-          --max-length <N>
-              Cut each record to this many tokens
-
           --dtype <DTYPE>
               The number format of the weights
 
@@ -286,6 +288,12 @@ fn help_of_eval() {
               - bf16: bfloat16
 
               [default: auto]
+
+          --data <FILE>
+              A `.jsonl` or `.json` file
+
+          --max-length <N>
+              Cut each record to this many tokens
 
           --json
               Print one JSON document
@@ -299,7 +307,7 @@ fn help_of_eval() {
 
               Possible values:
               - auto:   A live bar on a terminal, lines elsewhere
-              - lines:  Plain lines, at most about a hundred for the steps
+              - lines:  Plain lines; for the steps about a hundred, and one a minute at least
               - json:   Every event as a line of JSON
               - silent: Warnings and errors only
 

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use crate::place::Place;
+use crate::place::{Place, refusal};
 
 #[test]
 fn a_run_leaves_what_the_plan_promises() {
@@ -126,21 +126,163 @@ fn a_model_answers_with_and_without_its_adapter() {
     assert!((nll(&merged) - nll(&after)).abs() < 1e-4, "{merged} is not {after}");
 }
 
+/// What a chat with the model of chance writes to stdout and stderr.
+fn chat(place: &Place, lines: &str, more: &[&str]) -> (Vec<u8>, String) {
+    let arguments = [&["chat", "--model", "model", "--max-new-tokens", "8"], more].concat();
+    let mut command = place.command(&arguments);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    (output.stdout, stderr)
+}
+
 #[test]
 fn a_chat_answers_each_line() {
     let place = Place::new();
-    let mut child = place
-        .command(&["chat", "--model", "model"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // A model of chance says nothing that could be looked at.
-    child.stdin.take().unwrap().write_all(b"Hello.\n\n").unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(output.stdout.ends_with(b"\n"));
+    let (one, stderr) = chat(&place, "Hello.\n", &[]);
+    assert!(one.ends_with(b"\n") && stderr.is_empty());
+    let (two, _) = chat(&place, "Hello.\nAnd now?\n", &[]);
+    assert!(two.len() > one.len() && two.starts_with(&one));
+    // Blank lines say nothing; the end of the input ends the chat.
+    assert_eq!(chat(&place, "\nHello.\n\n  \nAnd now?\n\n", &[]).0, two);
+}
+
+#[test]
+fn a_chat_is_sampled_as_a_prompt_is() {
+    let place = Place::new();
+    let hot = |seed| chat(&place, "Hello.\n", &["--temperature", "2", "--seed", seed, "--dtype", "f32"]).0;
+    assert_eq!(hot("1"), hot("1"));
+    assert_ne!(hot("1"), hot("2"));
+}
+
+#[test]
+fn a_chat_goes_on_when_the_model_sees_no_more() {
+    let place = Place::new();
+    let (long, too_long) = ("kite ".repeat(200), "kite ".repeat(600));
+    let said = format!("{long}\n{long}\n{long}\n{long}\n{too_long}\n{long}\n");
+    let (_, stderr) = chat(&place, &said, &[]);
+    insta::with_settings!({ filters => vec![(r"takes \d+ tokens", "takes [N] tokens")] }, {
+        insta::assert_snapshot!(stderr, @"
+        warning: the model sees 512 tokens, and the chat is longer: the oldest exchange is forgotten
+        warning: the model sees 512 tokens, and the chat is longer: the oldest exchange is forgotten
+        warning: this takes [N] tokens, and the model sees 512 with the answer: it is left out; say less
+        warning: the model sees 512 tokens, and the chat is longer: the oldest exchange is forgotten
+        ");
+    });
+}
+
+/// What a model was trained with it should be asked with.
+#[test]
+fn a_run_says_how_its_data_was_laid_out_and_the_adapter_remembers() {
+    let place = Place::new();
+    let messages: String = (0..24)
+        .map(|n| {
+            format!(
+                "{{\"messages\": [{{\"role\": \"user\", \"content\": \"Where is kite {n}?\"}}, \
+                 {{\"role\": \"assistant\", \"content\": \"In box {n}.\"}}]}}\n"
+            )
+        })
+        .collect();
+    fs::write(place.path("messages.jsonl"), messages).unwrap();
+    let (said, _) = place.run(&["check", "recipe.toml"]);
+    assert!(said.contains("(prompt-completion, plain text without the chat template)"), "{said}");
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let set = ["--set", "data.train=[{ path = \"messages.jsonl\" }]", "--set", "data.max_length=64"];
+    let (_, said) = place.run(&[&["finetune", "recipe.toml", "--output", "talk"], &set[..]].concat());
+    assert!(said.contains("(messages, through the chat template)"), "{said}");
+
+    let generate = |more: &[&str]| {
+        let prompt = ["generate", "--model", "model", "--prompt", "Where?", "--max-new-tokens", "2"];
+        place.run(&[&prompt[..], more].concat()).1
+    };
+    insta::assert_snapshot!(generate(&["--adapter", "run"]), @"
+    warning: the adapter was trained on plain text, and what is said goes through the chat template; `--raw` leaves it out
+    ");
+    insta::assert_snapshot!(generate(&["--adapter", "talk", "--raw"]), @"
+    warning: the adapter was trained through the chat template, and `--raw` gives the prompt without it
+    ");
+    assert_eq!(generate(&["--adapter", "run", "--raw"]), "");
+    assert_eq!(generate(&["--adapter", "talk"]), "");
+    insta::assert_snapshot!(chat(&place, "", &["--adapter", "run"]).1, @"
+    warning: the adapter was trained on plain text, and what is said goes through the chat template; `peft generate --raw` leaves it out
+    ");
+}
+
+#[test]
+fn a_run_that_has_not_ended_names_its_newest_checkpoint() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let as_model = || refusal(&place, &["generate", "--model", "run", "--prompt", "x"]);
+    assert!(as_model().contains("it is an adapter\n"), "{}", as_model());
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::remove_file(place.path("run").join(name)).unwrap();
+    }
+    let with_adapter =
+        |command: &[&str]| refusal(&place, &[command, &["--model", "model", "--adapter", "run"]].concat());
+    let said = with_adapter(&["generate", "--prompt", "x"]);
+    insta::assert_snapshot!(said, @"
+    exit 2
+    error: `run` is a run that has not ended, so there is no adapter in it yet
+    hint: its newest checkpoint is `run/checkpoint-6`; `peft finetune --resume` goes on with the run
+    ");
+    assert_eq!(with_adapter(&["merge", "--output", "merged"]), said);
+    assert_eq!(with_adapter(&["eval", "perplexity", "--data", "data.jsonl"]), said);
+    let from = ["finetune", "recipe.toml", "--output", "more", "--set", "adapter.from=run"];
+    assert_eq!(refusal(&place, &from), said);
+    for name in ["checkpoint-4", "checkpoint-6"] {
+        fs::remove_dir_all(place.path("run").join(name)).unwrap();
+    }
+    insta::assert_snapshot!(with_adapter(&["chat"]), @"
+    exit 2
+    error: `run` is a run that has not ended, so there is no adapter in it yet
+    hint: it has no checkpoint either; `peft finetune --resume` goes on with it
+    ");
+}
+
+/// What a command writes to a terminal of this kind.
+#[cfg(target_os = "linux")]
+fn on_terminal(place: &Place, kind: &str, arguments: &[&str]) -> String {
+    use std::io::Read;
+    use std::os::fd::{FromRawFd, OwnedFd};
+
+    let (mut ours, mut theirs) = (0, 0);
+    let (name, settings, size) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
+    // SAFETY: both numbers are ours to write to; name, settings and size are left to the system.
+    let opened = unsafe { libc::openpty(&raw mut ours, &raw mut theirs, name, settings, size) };
+    assert_eq!(opened, 0);
+    // SAFETY: the call has just opened both, and nobody else knows them.
+    let (ours, theirs) = unsafe { (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)) };
+    let mut command = place.command(arguments);
+    let mut child = command.env("TERM", kind).stderr(theirs).stdout(Stdio::null()).spawn().unwrap();
+    drop(command);
+    let (mut bytes, mut ours) = (Vec::new(), fs::File::from(ours));
+    // The end of a terminal is an error.
+    let _ = ours.read_to_end(&mut bytes);
+    assert!(child.wait().unwrap().success());
+    String::from_utf8(bytes).unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn steps_are_lines_where_nothing_can_be_drawn() {
+    let place = Place::new();
+    let dumb = on_terminal(&place, "dumb", &["finetune", "recipe.toml"]);
+    assert!(dumb.contains("step 6/6  loss ") && !dumb.contains('\u{1b}'), "{dumb}");
+    let drawn = on_terminal(&place, "xterm", &["finetune", "recipe.toml", "--output", "again"]);
+    assert!(drawn.contains("6/6 ━") && !drawn.contains("step 6/6  loss "), "{drawn}");
+}
+
+#[test]
+fn a_flag_with_epochs_takes_the_place_of_steps() {
+    let place = Place::new();
+    let (said, note) = place.run(&["check", "recipe.toml", "--set", "train.epochs=2"]);
+    assert!(said.contains("course: 2 epochs (20 steps) of "), "{said}");
+    assert_eq!(note, "`--set train.epochs=2` takes the place of `train.steps`\n");
+    let (said, note) = place.run(&["check", "recipe.toml"]);
+    assert!(said.contains("course: 6 steps (0.6 epochs) of ") && note.is_empty(), "{said}");
 }
 
 #[test]

@@ -389,6 +389,28 @@ fn downloads_are_reported() {
 }
 
 #[test]
+fn the_program_tells_of_downloads_a_line_per_file() {
+    let server = Server::start("llama");
+    let cache = tempfile::tempdir().unwrap();
+    let inspect = |log: &str| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_peft"));
+        command.args(["inspect", "org/name", "--json", "--log", log]).current_dir(cache.path());
+        command.env("HF_ENDPOINT", &server.address).env("HF_HOME", cache.path().join(log));
+        let output = command.env_remove("HF_HUB_OFFLINE").env_remove("HF_HUB_CACHE").output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let told = inspect("auto");
+    assert_eq!(told.lines().count(), 5, "{told}");
+    assert!(told.contains("fetching model.safetensors ("), "{told}");
+    assert_eq!(inspect("auto"), "", "nothing is fetched twice");
+    assert_eq!(inspect("silent"), "");
+    for line in inspect("json").lines() {
+        assert_eq!(serde_json::from_str::<serde_json::Value>(line).unwrap()["event"], "note");
+    }
+}
+
+#[test]
 fn settings_come_from_the_variables_that_pythons_tools_know() {
     let home = tempfile::tempdir().unwrap();
     fs::write(home.path().join("token"), "from a file\n").unwrap();

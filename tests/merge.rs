@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use crate::fixture::{Fixture, MODELS, difference, logits, values};
+use crate::place::Place;
 use crate::weights::gguf::tokenizers::byte_level;
 use crate::weights::gguf::{converted, write};
 
@@ -23,7 +24,7 @@ fn adapter(fixture: &Fixture) -> Adapter {
 }
 
 fn fold(model: &Pretrained, adapters: &[Adapter], to: &Path, dtype: Option<DType>) -> peft::Result<Receipt> {
-    merge(model, adapters, to, dtype, &mut |_| ())
+    merge(model, adapters, to, dtype, &mut |_| true)
 }
 
 fn open(folder: &Path) -> Pretrained {
@@ -49,6 +50,7 @@ fn random(model: &Pretrained, config: LoraConfig, size: f64) -> Adapter {
         revision: None,
         tensors,
         copies: BTreeMap::new(),
+        metadata: BTreeMap::new(),
         warnings: Vec::new(),
     }
 }
@@ -72,6 +74,7 @@ fn on_the_head(model: &Pretrained) -> Adapter {
             ("lm_head.lora_B.weight".to_string(), tensor((vocab, 2), 0.25)),
         ]),
         copies: BTreeMap::new(),
+        metadata: BTreeMap::new(),
         warnings: Vec::new(),
     }
 }
@@ -160,6 +163,7 @@ fn everything_else_is_the_base_byte_for_byte() {
         let receipt = merge(&fixture.pretrained(), &[adapter], &output, None, &mut |progress| {
             calls += 1;
             assert_eq!(progress.done, calls);
+            true
         })
         .unwrap();
         let (base, merged) = (fixture.pretrained(), open(&output));
@@ -199,6 +203,54 @@ fn everything_else_is_the_base_byte_for_byte() {
                 "{tensor:?}"
             );
         }
+    }
+}
+
+/// The delta is made a quarter as large as the distance of neighbours in bf16, so that rounding takes most of it.
+#[test]
+fn a_delta_that_rounding_loses_is_warned_of() {
+    let place = Place::with(DType::BF16);
+    let base = open(&place.path("model"));
+    let config = LoraConfig { targets: Targets::names(["up_proj", "down_proj"]), ..LoraConfig::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let fold = |size: f64, dtype: Option<DType>, name: &str| {
+        fold(&base, &[random(&base, config.clone(), size)], &folder.path().join(name), dtype).unwrap()
+    };
+    let whole = fold(1.0, None, "whole");
+    let rms = whole.tensors[0].delta_norm / (whole.tensors[0].values as f64).sqrt();
+    assert!(rms > 1e-3 && whole.survived > 0.99 && whole.warnings.is_empty(), "{rms} {whole:?}");
+    // A weight is about 0.06, and the values around it in bf16 are 2.4e-4 apart.
+    let size = (6e-5 / rms).sqrt();
+    let lost = fold(size, None, "lost");
+    assert!(lost.survived < 0.7, "{}", lost.survived);
+    assert_eq!(lost.warnings.len(), 1);
+    let percent = format!("{:.0}", 100.0 * (1.0 - lost.survived));
+    assert_eq!(
+        lost.warnings[0],
+        format!(
+            "rounding to bf16 lost {percent}% of what the adapter adds; `--dtype f32` keeps all of it, as the \
+             unmerged adapter does"
+        )
+    );
+    let kept = fold(size, Some(DType::F32), "kept");
+    assert!(kept.survived > 0.9999 && kept.warnings.is_empty(), "{kept:?}");
+}
+
+#[test]
+fn a_merge_that_is_ended_leaves_nothing() {
+    let fixture = Fixture::open("llama");
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("merged");
+    let adapters = [adapter(&fixture)];
+    let all = 2 * fixture.pretrained().names().count();
+    for last in [1, all / 2, all - 1] {
+        let mut go_on = |progress: peft::merge::Progress| progress.done < last;
+        let error = merge(&fixture.pretrained(), &adapters, &output, None, &mut go_on).unwrap_err();
+        assert_eq!(
+            (error.exit_code(), error.to_string().as_str()),
+            (130, "interrupted; nothing was written")
+        );
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }
 

@@ -227,6 +227,38 @@ fn what_is_not_built_is_refused_and_what_is_off_is_not() {
     assert_eq!(plan(&format!("{SHORTEST}{off}")).unwrap(), plan(SHORTEST).unwrap());
 }
 
+/// Whatever a message calls by the name of a recipe's key is one.
+#[test]
+fn messages_name_keys_that_recipes_have() {
+    let mut files = Vec::new();
+    files_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+    let mut keys = std::collections::BTreeSet::new();
+    for file in files {
+        let text = fs::read_to_string(file).unwrap();
+        let text = text.split("\n#[cfg(test)]\n").next().unwrap();
+        for line in text.lines().filter(|line| !line.trim_start().starts_with("//")) {
+            for quoted in line.split('`').skip(1).step_by(2) {
+                let key = quoted.split([' ', '=', '{']).next().unwrap_or_default();
+                let names_tensor = ["model.safetensors", "model.layers", "model.norm", "model.embed_tokens"];
+                let is_key = |c: char| c.is_ascii_lowercase() || c == '_' || c == '.';
+                if ["model.", "adapter.", "data.", "train."].iter().any(|table| key.starts_with(table))
+                    && key.chars().all(is_key)
+                    && !names_tensor.iter().any(|name| key.starts_with(name))
+                {
+                    keys.insert(key.to_string());
+                }
+            }
+        }
+    }
+    assert!(keys.len() >= 12, "{keys:?}");
+    for key in keys {
+        let mut document = Document::parse("test.toml", SHORTEST).unwrap();
+        document.set(&key, toml::de::DeValue::Boolean(true), "here").unwrap();
+        let said = Recipe::read(&document).map_or_else(|error| error.to_string(), |_| String::new());
+        assert!(!said.contains("unknown key"), "{said}");
+    }
+}
+
 #[test]
 fn broken_toml_is_told_with_its_place() {
     insta::assert_snapshot!(refusal("task = \"finetune\"\nmodel = = 3"), @"test.toml:2: not valid TOML at column 9: extra `=`, expected nothing");

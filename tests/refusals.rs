@@ -69,6 +69,53 @@ fn refused_adapter(adapter: &str) -> String {
     said
 }
 
+/// 2 where the request has to be another one, 1 where the request was right and what it names is not.
+#[test]
+fn exit_statuses_are_even() {
+    let place = Place::new();
+    fs::write(place.path("broken.jsonl"), "{").unwrap();
+    let perplexity = ["eval", "perplexity", "--model"];
+    let generate = ["generate", "--prompt", "x", "--model"];
+    let merge = ["merge", "--output", "merged", "--model"];
+    let broken = "data.train=[{ path = \"broken.jsonl\" }]";
+    for (status, command, more) in [
+        (2, &perplexity[..], &["model", "--data", "elsewhere.jsonl"][..]),
+        (2, &perplexity, &["nothing", "--data", "data.jsonl"]),
+        (2, &perplexity, &["model", "--data", "model"]),
+        (1, &perplexity, &["model", "--data", "broken.jsonl"]),
+        (2, &["eval", "choices", "--model"], &["model", "--data", "data.jsonl"]),
+        (2, &generate, &["nothing"]),
+        (2, &generate, &["data.jsonl/model"]),
+        (2, &generate, &["model", "--adapter", "nowhere"]),
+        (2, &generate, &["model", "--adapter", "model"]),
+        (2, &generate, &["model", "--dtype", "f64"]),
+        (2, &["chat", "--model"], &["nothing"]),
+        (2, &merge, &["nothing", "--adapter", "model"]),
+        (2, &merge, &["model", "--adapter", "nowhere"]),
+        (2, &["inspect"], &["nothing"]),
+        (2, &["inspect"], &["."]),
+        (2, &["inspect"], &["elsewhere.jsonl"]),
+        (1, &["inspect"], &["broken.jsonl"]),
+        (2, &["recipes", "show"], &["nothing"]),
+        (2, &["check"], &["nothing.toml"]),
+        (2, &["check", "recipe.toml", "--set"], &["adapter.from=nowhere"]),
+        (2, &["check", "recipe.toml", "--set"], &["data.max_length=2"]),
+        (1, &["check", "recipe.toml", "--set"], &[broken]),
+        (2, &["upcycle"], &["recipe.toml"]),
+    ] {
+        let arguments = [command, more].concat();
+        let said = refused(&place, &arguments);
+        assert!(said.starts_with(&format!("exit {status}\n")), "{arguments:?}: {said}");
+    }
+    let asks = |name: &str, value: &str| {
+        let mut command = place.command(&[&generate[..], &["org/name"]].concat());
+        command.env("HF_HOME", place.path("home")).env(name, value).output().unwrap().status.code()
+    };
+    // Nobody listens there; and what was forbidden cannot be asked for.
+    assert_eq!(asks("HF_ENDPOINT", "http://127.0.0.1:9"), Some(1));
+    assert_eq!(asks("HF_HUB_OFFLINE", "1"), Some(2));
+}
+
 // Recipes. What is wrong within one, key by key: `recipes.rs`. Arguments: `cli.rs`.
 
 #[test]
@@ -157,12 +204,74 @@ fn no_model() {
     ");
 }
 
+/// Without a server that could answer: the Hub must not be asked.
+#[test]
+fn a_path_with_a_slip_in_it() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("models/tiny-llama")).unwrap();
+    let generate = |model: &str| {
+        let mut command = place.command(&["generate", "--model", model, "--prompt", "x"]);
+        told_of(&place, &command.env("HF_ENDPOINT", "http://127.0.0.1:9").output().unwrap())
+    };
+    insta::assert_snapshot!(generate("models/tiny-lama"), @"
+    exit 2
+    error: `models/tiny-lama` is neither a folder nor a .gguf file
+    hint: did you mean `models/tiny-llama`? a model on the Hub is written `models/tiny-lama@main`
+    ");
+    insta::assert_snapshot!(generate("./model/tiny-llama"), @"
+    exit 2
+    error: `./model/tiny-llama` is neither a folder nor a .gguf file
+    hint: a model on the Hub is written `org/name`
+    ");
+    insta::assert_snapshot!(generate("./modles/tiny-llama"), @"
+    exit 2
+    error: `./modles/tiny-llama` is neither a folder nor a .gguf file
+    hint: did you mean `./models/tiny-llama`?
+    ");
+    insta::assert_snapshot!(generate("models/other/tiny.gguf"), @"
+    exit 2
+    error: `models/other/tiny.gguf` is neither a folder nor a .gguf file
+    hint: a model on the Hub is written `org/name`
+    ");
+    assert!(generate("models/tiny-lama@main").contains("cannot be reached"));
+    insta::assert_snapshot!(refused_with(&place, "adapter.from=modle"), @"
+    exit 2
+    error: there is no adapter folder `modle`
+    hint: did you mean `model`?
+    ");
+    insta::assert_snapshot!(refused(&place, &["inspect", "dota.jsonl"]), @"
+    exit 2
+    error: dota.jsonl: there is no such file
+    hint: did you mean `data.jsonl`?
+    ");
+}
+
+/// A built-in recipe runs anywhere; the files that it names are in the repository.
+#[test]
+fn files_that_a_recipe_of_ours_names_and_that_are_not_here() {
+    let place = Place::new();
+    insta::assert_snapshot!(refused(&place, &["finetune", "quickstart"]), @"
+    exit 2
+    error: `examples/tiny-llama`, `datasets/quickstart.jsonl`, `datasets/quickstart-eval.jsonl` are not here
+    hint: they belong to peft's repository: run in a clone of it, or name your own with `--set model.source=…`, `--set data.train=…`, `--set data.eval=…`
+    ");
+    let shown = place.run(&["recipes", "show", "tiny-llama-pretrain"]).0;
+    fs::write(place.path("mine.toml"), shown).unwrap();
+    let data = ["--set", "data.train=[{ path = \"data.jsonl\" }]", "--set", "data.eval_share=0.1"];
+    insta::assert_snapshot!(refused(&place, &[&["check", "mine.toml"], &data[..]].concat()), @"
+    exit 2
+    `--set data.eval_share=0.1` takes the place of `data.eval`
+    error: `datasets/generated/tiny-llama` is not here
+    hint: it belongs to peft's repository: run in a clone of it, or name your own with `--set model.source=…`; `peft recipes show tiny-llama-pretrain` begins with the commands that make what is generated
+    ");
+}
+
 #[test]
 fn a_model_without_its_configuration() {
     let place = Place::new();
     fs::remove_file(place.path("model/config.json")).unwrap();
     insta::assert_snapshot!(refused(&place, &["finetune", "recipe.toml"]), @"
-    exit 1
+    exit 2
     error: model/config.json: there is no such file
     hint: give the folder of a model as transformers saves it, with all its files
     ");
@@ -230,7 +339,7 @@ fn targets_that_match_nothing() {
     insta::assert_snapshot!(refused_with(&Place::new(), "adapter.targets=[\"c_attn\"]"), @"
     exit 2
     error: `c_attn` in `targets` matches no linear layer of the model
-    hint: the model has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`, `lm_head`
+    hint: the model has `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`
     ");
 }
 
@@ -245,7 +354,7 @@ fn ranks_that_cannot_be() {
     insta::assert_snapshot!(refused_with(&place, "adapter.rank=129"), @"
     exit 2
     error: rank larger than a dimension of the weight: `model.layers.0.mlp.gate_proj` is [384, 128] and its rank 129; `model.layers.0.mlp.up_proj` is [384, 128] and its rank 129; `model.layers.0.mlp.down_proj` is [128, 384] and its rank 129; `model.layers.1.mlp.gate_proj` is [384, 128] and its rank 129; `model.layers.1.mlp.up_proj` is [384, 128] and its rank 129; `model.layers.1.mlp.down_proj` is [128, 384] and its rank 129; `model.layers.2.mlp.gate_proj` is [384, 128] and its rank 129; `model.layers.2.mlp.up_proj` is [384, 128] and its rank 129; and 7 more
-    hint: choose a smaller `rank`, or one for these layers in `rank_pattern`
+    hint: choose a smaller `adapter.rank`, or leave these layers out of `adapter.targets`
     ");
 }
 
@@ -315,9 +424,9 @@ fn no_adapter() {
 #[test]
 fn no_data() {
     let place = Place::new();
-    insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"none.jsonl\" }]"), @"
+    insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"elsewhere/none.jsonl\" }]"), @"
     exit 2
-    error: none.jsonl: there is no such file
+    error: elsewhere/none.jsonl: there is no such file
     hint: relative paths are relative to the folder that the command runs in
     ");
     insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"model\" }]"), @"
@@ -363,8 +472,8 @@ fn wrong_roles() {
 fn documents_of_which_nothing_is_left() {
     let place = Place::new();
     insta::assert_snapshot!(refused_with(&place, "data.max_length=2"), @"
-    exit 1
-    error: data.jsonl: none of the 24 documents has a token to learn within `max_length` = 2 tokens: 24 have their first one later
+    exit 2
+    error: data.jsonl: none of the 24 documents has a token to learn within `data.max_length` = 2 tokens: 24 have their first one later
     hint: raise `data.max_length`: the longest document has 17 tokens, 95 of 100 have at most 17
     ");
     insta::assert_snapshot!(refused_with(&place, "data.max_length=513"), @"
@@ -438,7 +547,7 @@ fn a_folder_that_may_not_be_written() {
     insta::assert_snapshot!(refused(&place, &arguments), @"
     exit 1
     error: closed/run: Permission denied (os error 13)
-    hint: choose a folder that can be written with `--output`, or change its permissions
+    hint: change the permissions, or choose an output folder that can be written with `--output`
     ");
 }
 

@@ -138,6 +138,15 @@ mod signals {
 
     #[test]
     fn an_interrupted_run_is_resumed_to_the_same_bits() {
+        interrupted_and_resumed(libc::SIGINT);
+    }
+
+    #[test]
+    fn a_terminated_run_is_resumed_to_the_same_bits() {
+        interrupted_and_resumed(libc::SIGTERM);
+    }
+
+    fn interrupted_and_resumed(signal: i32) {
         let place = Place::new();
         fs::write(place.path("recipe.toml"), MANY_STEPS).unwrap();
         let never = ["--set", "train.save_every=0", "--log", "json"];
@@ -154,7 +163,7 @@ mod signals {
             assert!(begin.elapsed() < Duration::from_secs(60), "the run does not begin");
             std::thread::sleep(Duration::from_millis(2));
         }
-        send(&child, libc::SIGINT);
+        send(&child, signal);
         assert_eq!(child.wait().unwrap().code(), Some(130));
         let names = place.names_in("parts");
         let saved: Vec<&String> = names.iter().filter(|name| name.starts_with("checkpoint-")).collect();
@@ -165,6 +174,43 @@ mod signals {
         // The checkpoint of the interruption stays.
         fs::remove_dir_all(place.path("parts").join(saved[0])).unwrap();
         assert_equal_runs(&place.path("parts"), &place.path("whole"));
+    }
+
+    /// A pipe for a model keeps the program from ever coming to its first step.
+    #[test]
+    fn before_the_first_step_there_is_nothing_to_save() {
+        let place = Place::new();
+        let pipe = std::ffi::CString::new(place.path("slow.jsonl").to_str().unwrap()).unwrap();
+        // SAFETY: the name ends with a zero.
+        assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
+        let slow = ["finetune", "recipe.toml", "--set", "data.train=[{ path = \"slow.jsonl\" }]"];
+        let mut child = place.command(&slow).stderr(Stdio::piped()).spawn().unwrap();
+        // Opening a pipe waits for its reader.
+        let _data = fs::OpenOptions::new().write(true).open(place.path("slow.jsonl")).unwrap();
+        send(&child, libc::SIGTERM);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        assert!(!place.path("run").exists());
+    }
+
+    #[test]
+    fn an_interrupted_merge_leaves_nothing() {
+        let place = Place::new();
+        place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+        let before = tree(&place.path(""));
+        let merge = ["merge", "--model", "model", "--adapter", "run", "--output", "merged"];
+        for signal in [libc::SIGINT, libc::SIGTERM] {
+            let mut child = place.command(&merge).stderr(Stdio::piped()).spawn().unwrap();
+            let is_partial = |name: &String| name.ends_with(".partial");
+            let begin = Instant::now();
+            while !place.names_in("").iter().any(is_partial) {
+                assert!(begin.elapsed() < Duration::from_secs(60), "the merge does not begin");
+                std::hint::spin_loop();
+            }
+            send(&child, signal);
+            let code = child.wait().unwrap().code();
+            assert_eq!(code, Some(130), "the merge was over before the signal");
+            assert_same(&tree(&place.path("")), &before);
+        }
     }
 
     #[test]
@@ -270,10 +316,27 @@ fn a_run_goes_on_with_what_it_began_with() {
     fs::write(place.path("data.jsonl"), data.replace("box 7", "box 8")).unwrap();
     insta::assert_snapshot!(refusal(&place, &resume), @"
     exit 2
-    error: run: the data or the model are not those that the run was started with
+    error: run: the data are not those that the run was started with
     hint: resume with the files it was started with, or start anew with another `--output`
     ");
     assert_same(&tree(&place.path("run")), &before);
+
+    fs::write(place.path("data.jsonl"), &data).unwrap();
+
+    // Weights of the same shapes that something else was trained into.
+    let path = place.path("model/model.safetensors");
+    let weights = fs::read(&path).unwrap();
+    let mut other = weights.clone();
+    let header = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    other[header..].chunks_exact_mut(4).for_each(|value| value[0] ^= 1);
+    fs::write(&path, other).unwrap();
+    insta::assert_snapshot!(refusal(&place, &resume), @"
+    exit 2
+    error: run: the weights of `model` are not those that the run was started with
+    hint: resume with the files it was started with, or start anew with another `--output`
+    ");
+    assert_same(&tree(&place.path("run")), &before);
+    fs::write(&path, weights).unwrap();
 
     // Bytes that make no other documents are no change.
     fs::write(place.path("data.jsonl"), data.replace('\n', "\r\n\r\n")).unwrap();

@@ -94,7 +94,7 @@ pub fn resolve(config: &LoraConfig, model: &DecoderConfig) -> Result<Placements>
     }
     if resolved.placements.iter().any(|placement| placement.linear.projection == Projection::Head) {
         return Err(Error::request("an adapter on `lm_head` cannot be trained")
-            .with_hint("leave `lm_head` out of the targets, or exclude it"));
+            .with_hint("leave `lm_head` out of `adapter.targets`"));
     }
     if resolved.placements.is_empty() {
         return Err(Error::request("the targets, less what is excluded, leave no layer to adapt"));
@@ -268,7 +268,7 @@ fn module_numbers(linears: &[LinearConfig]) -> Vec<u64> {
     numbers
 }
 
-/// Refuses the targets or exclusions that match nothing.
+/// Refuses the targets or exclusions that match nothing. The head, which cannot be trained, is not proposed.
 fn some_match(key: &str, unmatched: Vec<&str>, targets: &Targets, linears: &[LinearConfig]) -> Result<()> {
     let Some(first) = unmatched.first() else { return Ok(()) };
     let verb = if unmatched.len() == 1 { "matches" } else { "match" };
@@ -276,7 +276,8 @@ fn some_match(key: &str, unmatched: Vec<&str>, targets: &Targets, linears: &[Lin
         "`{}` in `{key}` {verb} no linear layer of the model",
         unmatched.join("`, `")
     ));
-    let kinds = kinds(linears);
+    let trained = linears.iter().filter(|linear| linear.projection != Projection::Head);
+    let kinds = kinds(trained.clone());
     if let Targets::Pattern(pattern) = targets
         && pattern == first
     {
@@ -289,7 +290,7 @@ fn some_match(key: &str, unmatched: Vec<&str>, targets: &Targets, linears: &[Lin
     let mut near: Vec<&str> = Vec::new();
     for name in &unmatched {
         near.extend(match name.contains('.') {
-            true => nearest(name, linears.iter().map(|linear| linear.path.as_str()), 3),
+            true => nearest(name, trained.clone().map(|linear| linear.path.as_str()), 3),
             false => nearest(name, kinds.iter().copied(), 3),
         });
     }
@@ -300,7 +301,7 @@ fn some_match(key: &str, unmatched: Vec<&str>, targets: &Targets, linears: &[Lin
 }
 
 /// The distinct last parts of paths, in order of appearance.
-fn kinds(linears: &[LinearConfig]) -> Vec<&'static str> {
+fn kinds<'l>(linears: impl Iterator<Item = &'l LinearConfig>) -> Vec<&'static str> {
     let mut kinds = Vec::new();
     for linear in linears {
         if !kinds.contains(&linear.projection.name()) {
@@ -348,7 +349,7 @@ fn check_ranks(placements: &[Placement]) -> Result<()> {
         return Ok(());
     }
     Err(Error::request(format!("rank larger than a dimension of the weight: {}", few(&too_large)))
-        .with_hint("choose a smaller `rank`, or one for these layers in `rank_pattern`"))
+        .with_hint("choose a smaller `adapter.rank`, or leave these layers out of `adapter.targets`"))
 }
 
 /// The first few of many, and how many more there are.

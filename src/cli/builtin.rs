@@ -1,6 +1,9 @@
 //! The recipes built into the binary.
 
+use std::path::PathBuf;
+
 use crate::error::{Error, Result, nearest};
+use crate::recipe::{Document, Evaluation, Plan, Recipe};
 
 /// Path below `recipes/` without its ending, and text.
 const RECIPES: &[(&str, &str)] = &[
@@ -40,10 +43,55 @@ impl Builtin {
         })
     }
 
+    fn plan(self) -> Result<Plan> {
+        Ok(Plan::of(&Recipe::read(&Document::parse(self.name, self.text)?)?, self.name))
+    }
+
     /// What it teaches: the first line of its header comment.
     pub(super) fn about(self) -> &'static str {
         self.text.lines().next().unwrap_or_default().trim_start_matches('#').trim()
     }
+}
+
+/// Refuses a plan that names files of this project's repository where they are not: a built-in recipe runs anywhere, its
+/// files do not come along.
+pub(super) fn refuse_absent(plan: &Plan) -> Result<()> {
+    let ours: Vec<(Builtin, PathBuf)> = Builtin::all()
+        .filter_map(|recipe| Some((recipe, recipe.plan().ok()?)))
+        .flat_map(|(recipe, plan)| files(&plan).into_iter().map(move |(_, path)| (recipe, path)))
+        .filter(|(_, path)| path.starts_with("examples") || path.starts_with("datasets"))
+        .collect();
+    let (mut absent, mut flags, mut made) = (Vec::new(), Vec::new(), None);
+    for (key, path) in files(plan) {
+        let Some((recipe, _)) = ours.iter().find(|(_, ours)| *ours == path && !path.exists()) else {
+            continue;
+        };
+        absent.push(format!("`{}`", path.display()));
+        if !flags.contains(&key) {
+            flags.push(key);
+        }
+        made = made.or(path.starts_with("datasets/generated").then_some(recipe.name));
+    }
+    if absent.is_empty() {
+        return Ok(());
+    }
+    let (verb, they) = if absent.len() == 1 { ("is", "it belongs") } else { ("are", "they belong") };
+    let own = flags.iter().map(|key| format!("`--set {key}=…`")).collect::<Vec<_>>().join(", ");
+    let mut hint = format!("{they} to peft's repository: run in a clone of it, or name your own with {own}");
+    if let Some(name) = made {
+        hint += &format!("; `peft recipes show {name}` begins with the commands that make what is generated");
+    }
+    Err(Error::request(format!("{} {verb} not here", absent.join(", "))).with_hint(hint))
+}
+
+/// The files that a plan names, and the keys that name them.
+fn files(plan: &Plan) -> Vec<(&'static str, PathBuf)> {
+    let mut files = vec![("model.source", PathBuf::from(&plan.model.source))];
+    files.extend(plan.data.train.iter().map(|source| ("data.train", source.path.clone())));
+    if let Evaluation::Files(eval) = &plan.data.eval {
+        files.extend(eval.iter().map(|source| ("data.eval", source.path.clone())));
+    }
+    files
 }
 
 #[cfg(test)]

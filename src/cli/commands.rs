@@ -1,30 +1,31 @@
 //! What each command does: reads its request, calls the library, writes the answer.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 
-use super::builtin::Builtin;
+use super::builtin::{self, Builtin};
+use super::interrupt::{self, BeginsWithTraining};
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
-use super::{
-    Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype, interrupt,
-};
-use crate::adapter::hf::Adapter;
+use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype};
 use crate::error::{Context, Error, Result, nearest};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
 use crate::recipe::{self, Document, Plan, Recipe, Segment};
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
-    let plan = plan(&arguments.recipe, arguments.output.as_deref())?;
-    let mut reporter = terminal.reporter();
-    recipe::finetune(&plan, arguments.resume, interrupt::listen(terminal)?, reporter.as_mut())?;
+    let plan = plan(&arguments.recipe, arguments.output.as_deref(), terminal)?;
+    let promise = "saving a checkpoint after this step; press Ctrl-C again to stop at once";
+    let interrupted = interrupt::listen(terminal, promise)?;
+    let mut reporter = BeginsWithTraining(terminal.reporter());
+    recipe::finetune(&plan, arguments.resume, interrupted, &mut reporter)?;
     Ok(())
 }
 
 pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
-    let report = recipe::check(&plan(&arguments.recipe, None)?)?;
+    let report = recipe::check(&plan(&arguments.recipe, None, terminal)?)?;
     if arguments.json {
         return terminal.write_json(&report);
     }
@@ -47,15 +48,21 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
 
 pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     let base = Pretrained::open(&arguments.model)?;
-    let read = |folder: &PathBuf| Adapter::read(folder, &Device::Cpu);
-    let adapters = arguments.adapter.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let adapters = arguments.adapter.iter().map(|folder| recipe::read_adapter(folder));
+    let adapters = adapters.collect::<Result<Vec<_>>>()?;
     let dtype = arguments.dtype.map(|dtype| match dtype {
         WrittenDtype::F32 => DType::F32,
         WrittenDtype::Bf16 => DType::BF16,
         WrittenDtype::F16 => DType::F16,
     });
     let counter = terminal.counter("folding and reading back");
-    let mut progress = |now: merge::Progress| counter.at(now.done as u64, now.total as u64);
+    let promise = "removing what was written; press Ctrl-C again to stop at once";
+    let interrupted = interrupt::listen(terminal, promise)?;
+    interrupt::begin();
+    let mut progress = |now: merge::Progress| {
+        counter.at(now.done as u64, now.total as u64);
+        !interrupted.load(Ordering::SeqCst)
+    };
     let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut progress)?;
     drop(counter);
     for warning in &receipt.warnings {
@@ -69,10 +76,7 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     };
     terminal
         .say(format_args!("folded {adapters} into {folded} tensors; {share:.1}% of their values changed"));
-    terminal.say(format_args!(
-        "kept {:.4} of the delta after rounding, lost {:.4} of it",
-        receipt.kept, receipt.lost
-    ));
+    terminal.say(format_args!("{:.1}% of what they add survived rounding", 100.0 * receipt.survived));
     terminal.say(format_args!(
         "{} other tensors are byte-identical to the base, {} were converted",
         receipt.identical, receipt.converted
@@ -104,17 +108,21 @@ fn unbuilt(command: &str) -> Error {
 }
 
 /// The plan of a recipe with the flags laid over it.
-fn plan(arguments: &RecipeArguments, output: Option<&str>) -> Result<Plan> {
+fn plan(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) -> Result<Plan> {
     let (path, text) = recipe_text(&arguments.recipe)?;
     let name = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
     let mut document = Document::parse(path, &text)?;
     for set in &arguments.set {
-        lay_over(&mut document, set)?;
+        if let Some(replaced) = lay_over(&mut document, set)? {
+            terminal.say(format_args!("`--set {set}` takes the place of `{replaced}`"));
+        }
     }
     if let Some(output) = output {
         lay_string(&mut document, "output", output, "--output")?;
     }
-    Ok(Plan::of(&Recipe::read(&document)?, &name))
+    let plan = Plan::of(&Recipe::read(&document)?, &name);
+    builtin::refuse_absent(&plan)?;
+    Ok(plan)
 }
 
 /// The text of a recipe file or a built-in recipe, and what errors call it.

@@ -9,9 +9,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::Result;
+use crate::weights::report_downloads;
 
 mod builtin;
 mod commands;
+mod downloads;
 mod inspect;
 mod interrupt;
 mod models;
@@ -46,8 +48,8 @@ struct Arguments {
 enum Command {
     /// Train an adapter, or all weights, as a recipe says
     ///
-    /// Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C saves a checkpoint first;
-    /// `--resume` goes on from the newest one.
+    /// Writes a run directory that Hugging Face PEFT loads as an adapter. Ctrl-C and SIGTERM save a checkpoint
+    /// first; `--resume` goes on from the newest one.
     Finetune(Finetune),
     /// Say everything about a recipe that can be known before training
     ///
@@ -118,6 +120,28 @@ struct ModelArguments {
     /// The folder of an adapter
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// The number format of the weights
+    #[arg(long, default_value = "auto")]
+    dtype: Dtype,
+}
+
+#[derive(Debug, Args)]
+struct SamplingArguments {
+    /// Divides the logits before sampling; 0 takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
+    temperature: f64,
+    /// Sample among the K most likely tokens
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..))]
+    top_k: Option<u64>,
+    /// Sample among the fewest tokens that have this probability together
+    #[arg(long, value_name = "P", value_parser = probability)]
+    top_p: Option<f64>,
+    /// Divides the logits of tokens that occurred; 1 changes nothing
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
+    repetition_penalty: f64,
+    /// The seed of sampling
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
 }
 
 #[derive(Debug, Args)]
@@ -146,21 +170,8 @@ struct Generate {
     /// The most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_new_tokens: usize,
-    /// Divides the logits before sampling; 0 takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
-    temperature: f64,
-    /// Sample among the K most likely tokens
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..))]
-    top_k: Option<u64>,
-    /// Sample among the fewest tokens that have this probability together
-    #[arg(long, value_name = "P", value_parser = probability)]
-    top_p: Option<f64>,
-    /// Divides the logits of tokens that occurred; 1 changes nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
-    repetition_penalty: f64,
-    /// The seed of sampling
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
+    #[command(flatten)]
+    sampling: SamplingArguments,
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]
     raw: bool,
@@ -170,6 +181,11 @@ struct Generate {
 struct Chat {
     #[command(flatten)]
     model: ModelArguments,
+    /// The most tokens of an answer
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    max_new_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArguments,
 }
 
 #[derive(Debug, Args)]
@@ -184,9 +200,6 @@ struct Eval {
     /// Cut each record to this many tokens
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..))]
     max_length: Option<u64>,
-    /// The number format of the weights
-    #[arg(long, default_value = "auto")]
-    dtype: Dtype,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -257,6 +270,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => error.exit(),
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
+    report_downloads(downloads::downloads(arguments.log));
     match dispatch(arguments.command, &mut terminal) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if terminal.stdout_is_closed() => {

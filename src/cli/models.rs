@@ -3,20 +3,18 @@
 use std::io::{BufRead, IsTerminal};
 
 use super::terminal::{Terminal, message};
-use super::{Chat, Dtype, Eval, Generate, Measure, ModelArguments};
-use crate::data::{self, Message, Role, Source, Text, eval_batches};
+use super::{Chat, Dtype, Eval, Generate, Measure, ModelArguments, SamplingArguments};
+use crate::data::{self, Layout, Message, Role, Source, Text, eval_batches};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
-use crate::generate::{Limits, Sampling, Session};
+use crate::generate::{Ended, Limits, Sampling, Session};
 use crate::recipe::{DtypeChoice, Loaded};
 
 /// Tokens of a batch in evaluation.
 const EVAL_TOKENS: usize = 2048;
-/// The most tokens of an answer in a chat.
-const ANSWER_TOKENS: usize = 1024;
 
 pub(super) fn generate(arguments: &Generate, terminal: &mut Terminal) -> Result<()> {
-    let loaded = open(&arguments.model, DtypeChoice::Auto, terminal)?;
+    let loaded = open(&arguments.model, terminal)?;
     let text = &loaded.text;
     let prompt = if arguments.raw {
         text.encode_document(&arguments.prompt)?
@@ -26,16 +24,35 @@ pub(super) fn generate(arguments: &Generate, terminal: &mut Terminal) -> Result<
         return Err(Error::request("the model has no chat template")
             .with_hint("give the prompt as it is with `--raw`"));
     };
+    match (loaded.layout, arguments.raw) {
+        (Some(Layout::Plain), false) => terminal.warn(&format!("{TRAINED_PLAIN}; `--raw` leaves it out")),
+        (Some(Layout::Template), true) => terminal.warn(
+            "the adapter was trained through the chat template, and `--raw` gives the prompt without it",
+        ),
+        _ => {}
+    }
     let limits = Limits { max_new_tokens: arguments.max_new_tokens, stop: text.eos_ids().to_vec() };
-    let sampling = Sampling {
-        temperature: arguments.temperature,
-        top_k: arguments.top_k.map(|k| k as usize),
-        top_p: arguments.top_p.unwrap_or(1.0),
-        repetition_penalty: arguments.repetition_penalty,
-        seed: arguments.seed,
-    };
-    stream(&mut Session::new(&loaded.model), text, &prompt, &limits, sampling, terminal)?;
+    let sampling = arguments.sampling.sampling();
+    let mut session = Session::new(&loaded.model);
+    let (_, ended) = stream(&mut session, text, &prompt, &limits, sampling, terminal)?;
+    warn_if_full(ended, &loaded, terminal);
     Ok(())
+}
+
+/// What is said of a prompt that goes through the template all the same.
+const TRAINED_PLAIN: &str =
+    "the adapter was trained on plain text, and what is said goes through the chat template";
+
+impl SamplingArguments {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k.map(|k| k as usize),
+            top_p: self.top_p.unwrap_or(1.0),
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+        }
+    }
 }
 
 /// Writes an answer to stdout while it is generated, and gives it whole.
@@ -46,10 +63,10 @@ fn stream(
     limits: &Limits,
     sampling: Sampling,
     terminal: &mut Terminal,
-) -> Result<String> {
+) -> Result<(String, Ended)> {
     let mut decoder = text.decode_stream(true);
     let mut answer = String::new();
-    session.generate(prompt, limits, sampling, |token| {
+    let ended = session.generate(prompt, limits, sampling, |token| {
         let piece = decoder.push(token)?;
         terminal.write(format_args!("{piece}"))?;
         answer.push_str(&piece);
@@ -58,34 +75,82 @@ fn stream(
     let rest = decoder.finish()?;
     terminal.write(format_args!("{rest}\n"))?;
     answer.push_str(&rest);
-    Ok(answer)
+    Ok((answer, ended))
+}
+
+fn warn_if_full(ended: Ended, loaded: &Loaded, terminal: &Terminal) {
+    if ended == Ended::Context {
+        let most = loaded.model.config().max_position_embeddings;
+        terminal.warn(&format!("the answer ends here because the model sees no more than {most} tokens"));
+    }
 }
 
 pub(super) fn chat(arguments: &Chat, terminal: &mut Terminal) -> Result<()> {
-    let loaded = open(&arguments.model, DtypeChoice::Auto, terminal)?;
+    let loaded = open(&arguments.model, terminal)?;
     let text = &loaded.text;
     if !text.has_template() {
         return Err(Error::request("the model has no chat template")
             .with_hint("`peft generate --raw` continues a text without one"));
     }
+    if loaded.layout == Some(Layout::Plain) {
+        terminal.warn(&format!("{TRAINED_PLAIN}; `peft generate --raw` leaves it out"));
+    }
     let (stdin, is_terminal) = (std::io::stdin(), std::io::stdin().is_terminal());
     if is_terminal {
-        message(format_args!("say something; an empty line or Ctrl-D ends the chat"));
+        message(format_args!("say something; Ctrl-D ends the chat"));
     }
     let mut session = Session::new(&loaded.model);
-    let limits = Limits { max_new_tokens: ANSWER_TOKENS, stop: text.eos_ids().to_vec() };
+    let limits = Limits { max_new_tokens: arguments.max_new_tokens, stop: text.eos_ids().to_vec() };
+    let most = loaded.model.config().max_position_embeddings;
     let mut messages = Vec::new();
     for line in stdin.lock().lines() {
         let line = line?;
         if line.trim().is_empty() {
-            break;
+            continue;
         }
         messages.push(Message::new(Role::User, line));
-        let prompt = text.prompt_tokens(&messages)?;
-        let content = stream(&mut session, text, &prompt, &limits, Sampling::default(), terminal)?;
+        let Some(prompt) = fitting(&mut messages, text, most, &limits, terminal)? else { continue };
+        let sampling = arguments.sampling.sampling();
+        let (content, ended) = stream(&mut session, text, &prompt, &limits, sampling, terminal)?;
+        warn_if_full(ended, &loaded, terminal);
         messages.push(Message::new(Role::Assistant, content));
     }
     Ok(())
+}
+
+/// The prompt of a conversation that ends with a question, with room left for an answer. The oldest exchanges are
+/// forgotten when the model does not see the whole; a question that is too long on its own is taken back.
+fn fitting(
+    messages: &mut Vec<Message>,
+    text: &Text,
+    most: usize,
+    limits: &Limits,
+    terminal: &Terminal,
+) -> Result<Option<Vec<u32>>> {
+    let room = most - limits.max_new_tokens.clamp(1, most / 4);
+    let question = text.prompt_tokens(&messages[messages.len() - 1..])?.len();
+    if question > room {
+        messages.pop();
+        terminal.warn(&format!(
+            "this takes {question} tokens, and the model sees {most} with the answer: it is left out; say less"
+        ));
+        return Ok(None);
+    }
+    let mut forgotten = 0;
+    let mut prompt = text.prompt_tokens(messages)?;
+    while prompt.len() > room {
+        messages.drain(..2);
+        forgotten += 1;
+        prompt = text.prompt_tokens(messages)?;
+    }
+    if forgotten > 0 {
+        let oldest = match forgotten {
+            1 => "the oldest exchange is".to_string(),
+            more => format!("the {more} oldest exchanges are"),
+        };
+        terminal.warn(&format!("the model sees {most} tokens, and the chat is longer: {oldest} forgotten"));
+    }
+    Ok(Some(prompt))
 }
 
 pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
@@ -97,12 +162,7 @@ pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
 }
 
 fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
-    let dtype = match arguments.dtype {
-        Dtype::Auto => DtypeChoice::Auto,
-        Dtype::F32 => DtypeChoice::F32,
-        Dtype::Bf16 => DtypeChoice::Bf16,
-    };
-    let loaded = open(&arguments.model, dtype, terminal)?;
+    let loaded = open(&arguments.model, terminal)?;
     let most = loaded.model.config().max_position_embeddings;
     let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
     let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
@@ -126,7 +186,12 @@ fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     terminal.write(format_args!("nll {nll:.6}\nperplexity {perplexity:.4}\ntokens {tokens}\n"))
 }
 
-fn open(arguments: &ModelArguments, dtype: DtypeChoice, terminal: &Terminal) -> Result<Loaded> {
+fn open(arguments: &ModelArguments, terminal: &Terminal) -> Result<Loaded> {
+    let dtype = match arguments.dtype {
+        Dtype::Auto => DtypeChoice::Auto,
+        Dtype::F32 => DtypeChoice::F32,
+        Dtype::Bf16 => DtypeChoice::Bf16,
+    };
     let loaded = Loaded::open(&arguments.model, arguments.adapter.as_deref(), dtype)?;
     for warning in &loaded.warnings {
         terminal.warn(warning);

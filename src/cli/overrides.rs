@@ -8,8 +8,11 @@ use toml::de::DeValue;
 use crate::error::{Error, Result};
 use crate::recipe::Document;
 
-/// Lays `set`, the text of one `--set`, over `document`.
-pub(super) fn lay_over(document: &mut Document, set: &str) -> Result<()> {
+/// Keys that say one thing in two ways: a flag with one takes the place of the other, wherever that was said.
+const EITHER: [(&str, &str); 2] = [("train.steps", "train.epochs"), ("data.eval", "data.eval_share")];
+
+/// Lays `set`, the text of one `--set`, over `document`; gives the key that it took the place of, if that was another.
+pub(super) fn lay_over(document: &mut Document, set: &str) -> Result<Option<&'static str>> {
     let flag = format!("--set {set}");
     let (key, text) = set.split_once('=').ok_or_else(|| {
         Error::request(format!("`{flag}`: expected a key and a value"))
@@ -23,7 +26,14 @@ pub(super) fn lay_over(document: &mut Document, set: &str) -> Result<()> {
     if text.is_empty() {
         return Err(Error::request(format!("`{flag}`: the value is missing")));
     }
-    document.set(key, value(text).map_err(|message| Error::request(format!("`{flag}`: {message}")))?, &flag)
+    let value = value(text).map_err(|message| Error::request(format!("`{flag}`: {message}")))?;
+    document.set(key, value, &flag)?;
+    let other = EITHER.iter().find_map(|&(one, other)| match key {
+        _ if key == one => Some(other),
+        _ if key == other => Some(one),
+        _ => None,
+    });
+    Ok(other.filter(|other| document.remove(other)))
 }
 
 /// Sets `key` to a string that needs no reading: what a flag such as `--output` says.
@@ -104,6 +114,27 @@ mod tests {
     fn the_last_flag_wins() {
         let plan = plan(&["seed=1", "seed=2"]).unwrap();
         assert_eq!(plan.seed, 2);
+    }
+
+    #[test]
+    fn a_flag_takes_the_place_of_the_key_that_says_the_same_in_another_way() {
+        let recipe = format!("{RECIPE}\ntrain.steps = 100\ndata.eval_share = 0.5");
+        let laid = |sets: &[&str]| {
+            let mut document = Document::parse("test.toml", &recipe).unwrap();
+            let replaced: Vec<_> =
+                sets.iter().filter_map(|set| lay_over(&mut document, set).unwrap()).collect();
+            (Plan::of(&Recipe::read(&document).unwrap(), "test"), replaced)
+        };
+        let (plan, replaced) = laid(&["train.epochs=2"]);
+        assert_eq!((plan.train.length, &replaced[..]), (Length::Epochs(2.0), &["train.steps"][..]));
+        let (plan, replaced) = laid(&["train.epochs=2", "train.steps=7"]);
+        assert_eq!(
+            (plan.train.length, &replaced[..]),
+            (Length::Steps(7), &["train.steps", "train.epochs"][..])
+        );
+        assert_eq!(laid(&["train.steps=7"]).1, [""; 0]);
+        let (plan, _) = laid(&["data.eval=[{ path = \"e.jsonl\" }]"]);
+        assert!(matches!(plan.data.eval, crate::recipe::Evaluation::Files(_)));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! The forms in which a run is told on stderr: a live bar, plain lines, JSON lines, or silence.
 
-use std::io::{self, IsTerminal, Write};
-use std::time::Instant;
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::terminal::Label;
 use crate::recipe::figures::{bytes, count, duration};
@@ -15,7 +15,7 @@ use crate::train::{Event, Reporter, Sample, StepReport};
 pub(super) enum Log {
     /// A live bar on a terminal, lines elsewhere
     Auto,
-    /// Plain lines, at most about a hundred for the steps
+    /// Plain lines; for the steps about a hundred, and one a minute at least
     Lines,
     /// Every event as a line of JSON
     Json,
@@ -26,11 +26,16 @@ pub(super) enum Log {
 /// A reporter that writes to stderr.
 pub(super) fn reporter(log: Log, coloured: bool) -> Box<dyn Reporter> {
     match log {
-        Log::Auto if io::stderr().is_terminal() => Box::new(Bar::new(coloured)),
+        Log::Auto if can_draw() => Box::new(Bar::new(coloured)),
         Log::Auto | Log::Lines => Box::new(Lines::new(io::stderr(), coloured)),
         Log::Json => Box::new(Json(io::stderr())),
         Log::Silent => Box::new(Silent { out: io::stderr(), coloured }),
     }
+}
+
+/// Whether a bar on stderr would be seen: not in a file, and not on a terminal that says it is `dumb`.
+pub(super) fn can_draw() -> bool {
+    !ProgressDrawTarget::stderr().is_hidden()
 }
 
 /// How much of a run is done, to tell when it will end.
@@ -124,7 +129,7 @@ pub(super) struct Counter(Option<ProgressBar>);
 
 impl Counter {
     pub(super) fn new(log: Log, what: &'static str) -> Self {
-        let watched = log == Log::Auto && io::stderr().is_terminal();
+        let watched = log == Log::Auto && can_draw();
         Self(watched.then(|| {
             let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}");
             let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━─");
@@ -155,16 +160,29 @@ fn bar_message(step: &StepReport, left: f64) -> String {
     format!("loss {loss:.3} lr {learning_rate:.1e} norm {grad_norm:.1} {speed} tok/s {peak} eta {left}")
 }
 
+/// Of slow steps none is silent for longer than this.
+const SILENCE: Duration = Duration::from_secs(60);
+
 /// A line per event; of many steps only some.
 struct Lines<W> {
     out: W,
     progress: Progress,
+    /// When the last step was told.
+    told: Instant,
     coloured: bool,
 }
 
 impl<W: Write> Lines<W> {
     fn new(out: W, coloured: bool) -> Self {
-        Self { out, progress: Progress::new(), coloured }
+        Self { out, progress: Progress::new(), told: Instant::now(), coloured }
+    }
+
+    /// Whether a step gets a line: the first, the last, about a hundred, and whenever the last line is old.
+    fn is_due(&self, step: u64) -> bool {
+        let Progress { first, steps, .. } = self.progress;
+        let every = steps.div_ceil(100).max(1);
+        let marked = step == first + 1 || step == steps || step.is_multiple_of(every);
+        marked || self.told.elapsed() >= SILENCE
     }
 }
 
@@ -173,9 +191,8 @@ impl<W: Write> Reporter for Lines<W> {
         match event {
             Event::Start { step, steps } => self.progress.start(*step, *steps),
             Event::Step(step) => {
-                let Progress { first, steps, .. } = self.progress;
-                let every = steps.div_ceil(100).max(1);
-                if step.step == first + 1 || step.step == steps || step.step.is_multiple_of(every) {
+                if self.is_due(step.step) {
+                    self.told = Instant::now();
                     write_line(&mut self.out, &step_line(step, self.progress.left(step.step)));
                 }
             }
@@ -326,6 +343,20 @@ mod tests {
         assert_eq!(told[..3], ["8/1000", "10/1000", "20/1000"]);
         assert_eq!(told.last(), Some(&"1000/1000"));
         assert_eq!(told.len(), 101);
+    }
+
+    #[test]
+    fn slow_steps_are_told_one_by_one() {
+        let mut lines = Lines::new(Vec::new(), false);
+        lines.report(&Event::Start { step: 0, steps: 1000 });
+        lines.report(&step(1, 1000));
+        lines.report(&step(2, 1000));
+        lines.told = Instant::now().checked_sub(SILENCE).unwrap();
+        lines.report(&step(3, 1000));
+        lines.report(&step(4, 1000));
+        let text = String::from_utf8(lines.out).unwrap();
+        let told: Vec<&str> = text.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+        assert_eq!(told, ["1/1000", "3/1000"]);
     }
 
     #[test]

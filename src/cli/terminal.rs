@@ -68,13 +68,7 @@ impl Terminal {
 
     /// Says a fact on stderr, unless only errors and warnings are wanted.
     pub(super) fn say(&self, text: Arguments<'_>) {
-        match self.log {
-            Log::Silent => {}
-            Log::Json => {
-                message(format_args!("{}", serde_json::json!({ "event": "note", "text": text.to_string() })))
-            }
-            _ => message(text),
-        }
+        note(self.log, text);
     }
 
     /// Says on stderr what the user should look at.
@@ -121,6 +115,17 @@ impl Terminal {
         if let Some(hint) = error.hint() {
             message(format_args!("{} {hint}", Label::new("hint", AnsiColor::Cyan, self.coloured)));
         }
+    }
+}
+
+/// Says a fact on stderr in this form, unless only errors and warnings are wanted.
+pub(super) fn note(log: Log, text: Arguments<'_>) {
+    match log {
+        Log::Silent => {}
+        Log::Json => {
+            message(format_args!("{}", serde_json::json!({ "event": "note", "text": text.to_string() })))
+        }
+        _ => message(text),
     }
 }
 

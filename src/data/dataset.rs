@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::TrainOn;
 use super::batch::{Row, fingerprint};
+use super::conversation::Conversation;
 use super::mix::{self, Part};
 use super::sampler::all_rows;
 use super::source::{self, Format, Record, Source};
@@ -57,6 +58,8 @@ pub struct Counts {
     pub tokens: usize,
     /// Those of their tokens that are learned.
     pub supervised: usize,
+    /// Documents that went through the chat template; the others are plain text.
+    pub templated: usize,
     /// Documents that were longer than the maximum, dropped ones included.
     pub truncated: usize,
     /// Documents dropped because truncation left no token to learn.
@@ -67,6 +70,48 @@ pub struct Counts {
     pub first_dropped: Option<usize>,
     /// The lengths of all documents before truncation.
     pub lengths: Lengths,
+}
+
+/// How documents became text: what a model is trained with it should be asked with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Through the chat template.
+    Template,
+    /// As they are.
+    Plain,
+    /// Some in one way and some in the other.
+    Mixed,
+}
+
+impl Layout {
+    const ALL: [Self; 3] = [Self::Template, Self::Plain, Self::Mixed];
+
+    /// Of all that these sources held.
+    #[must_use]
+    pub fn of(counts: &[Counts]) -> Self {
+        let (templated, rows) = counts.iter().fold((0, 0), |(t, r), c| (t + c.templated, r + c.rows));
+        match templated {
+            0 => Self::Plain,
+            all if all == rows => Self::Template,
+            _ => Self::Mixed,
+        }
+    }
+
+    /// The word for it in files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Template => "template",
+            Self::Plain => "plain",
+            Self::Mixed => "mixed",
+        }
+    }
+
+    /// What a file calls by this word.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|layout| layout.name() == name)
+    }
 }
 
 /// How long documents are, in tokens.
@@ -203,6 +248,7 @@ fn rows(
         rows: 0,
         tokens: 0,
         supervised: 0,
+        templated: 0,
         truncated: 0,
         dropped_by_truncation: 0,
         dropped_without_labels: 0,
@@ -211,7 +257,7 @@ fn rows(
     };
     let mut lengths = Vec::with_capacity(records.len());
     let mut rows = Vec::with_capacity(records.len());
-    for ((Record { line, .. }, tokenised), document) in records.iter().zip(tokenised).zip(first..) {
+    for ((Record { line, conversation }, tokenised), document) in records.iter().zip(tokenised).zip(first..) {
         let Tokens { mut tokens, mut supervised } = tokenised.at_line(path, *line)?;
         lengths.push(tokens.len());
         let learnable = supervised.contains(&true);
@@ -227,6 +273,7 @@ fn rows(
         let row = Row { tokens, supervised, document };
         counts.tokens += row.tokens.len();
         counts.supervised += row.num_supervised();
+        counts.templated += usize::from(matches!(conversation, Conversation::Chat { .. }));
         rows.push(row);
     }
     counts.rows = rows.len();
@@ -252,8 +299,8 @@ fn nothing_left(counts: &Counts, max_length: usize) -> Error {
     if *dropped_by_truncation == 0 {
         return Error::invalid(format!("none of the {records} documents has a token to learn"));
     }
-    Error::invalid(format!(
-        "none of the {records} documents has a token to learn within `max_length` = {max_length} tokens: \
+    Error::request(format!(
+        "none of the {records} documents has a token to learn within `data.max_length` = {max_length} tokens: \
          {dropped_by_truncation} have their first one later"
     ))
     .with_hint(format!(
@@ -317,7 +364,7 @@ mod tests {
         let error = load(&source, &chatml(), 4, TrainOn::Completion, 0).unwrap_err();
         assert!(
             error.to_string().ends_with(
-                "none of the 1 documents has a token to learn within `max_length` = 4 tokens: 1 have their first one later"
+                "none of the 1 documents has a token to learn within `data.max_length` = 4 tokens: 1 have their first one later"
             ),
             "{error}"
         );

@@ -27,7 +27,9 @@ mod tokens;
 
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
-pub use dataset::{Counts, Dataset, Lengths, Preparation, Warning, load, load_for_perplexity, preview};
+pub use dataset::{
+    Counts, Dataset, Layout, Lengths, Preparation, Warning, load, load_for_perplexity, preview,
+};
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
 pub use source::{Format, Record, Source, read};

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::conversation::{Conversation, expected, keys, kind};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, nearest_path};
 
 /// A data file of the recipe.
 #[derive(Debug, Clone, PartialEq)]
@@ -72,9 +72,11 @@ pub struct Record {
 pub fn read(path: &Path, format: Format) -> Result<(Vec<Record>, Format)> {
     let bytes = match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::request("there is no such file")
-                .with_hint("relative paths are relative to the folder that the command runs in"))
-            .at(path);
+            let hint = match nearest_path(path, Path::is_file) {
+                Some(near) => format!("did you mean `{}`?", near.display()),
+                None => "relative paths are relative to the folder that the command runs in".to_string(),
+            };
+            return Err(Error::request("there is no such file").with_hint(hint)).at(path);
         }
         Err(_) if path.is_dir() => {
             return Err(Error::request("is a folder, expected a `.jsonl` or `.json` file")).at(path);

@@ -27,6 +27,19 @@ pub struct Limits {
     pub stop: Vec<u32>,
 }
 
+/// Why generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// The model said one of the tokens that end it.
+    Stop,
+    /// Whoever took the tokens wanted no more.
+    Caller,
+    /// [`Limits::max_new_tokens`] are there.
+    Limit,
+    /// The model sees no more tokens.
+    Context,
+}
+
 impl<'a> Session<'a> {
     /// A session that has seen nothing.
     #[must_use]
@@ -42,7 +55,7 @@ impl<'a> Session<'a> {
         limits: &Limits,
         sampling: Sampling,
         mut on_token: impl FnMut(u32) -> Result<bool>,
-    ) -> Result<()> {
+    ) -> Result<Ended> {
         let most = self.model.config().max_position_embeddings;
         if prompt.is_empty() {
             return Err(
@@ -68,11 +81,17 @@ impl<'a> Session<'a> {
                 return Err(Error::invalid("the model's logits are NaN"));
             }
             let token = sampler.next(logits, &self.seen);
-            if limits.stop.contains(&token) || !on_token(token)? || self.seen.len() + 1 >= most {
-                break;
+            if limits.stop.contains(&token) {
+                return Ok(Ended::Stop);
+            }
+            if !on_token(token)? {
+                return Ok(Ended::Caller);
+            }
+            if self.seen.len() + 1 >= most {
+                return Ok(Ended::Context);
             }
             next = vec![token];
         }
-        Ok(())
+        Ok(Ended::Limit)
     }
 }

@@ -20,27 +20,30 @@ use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::weights::{Checkpoint, Staged, write_atomic};
 
+/// The share of the delta whose loss one is warned of: its error is then half as large as itself.
+const SIZEABLE: f64 = 0.25;
+
 /// Writes `model` with `adapters` folded in to the new folder `output`, which any loader of the model reads.
 ///
 /// Weights keep their types and files unless a `dtype` is asked for; of a quantized base they become f32. Tokenizer,
-/// templates and generation settings are copied. `progress` is called after every tensor.
+/// templates and generation settings are copied. `progress` is called after every tensor, and between the parts in which
+/// large files are copied; `false` from there ends the merge, and nothing of it stays.
 pub fn merge(
     model: &Pretrained,
     adapters: &[Adapter],
     output: &Path,
     dtype: Option<DType>,
-    progress: &mut dyn FnMut(Progress),
+    progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Receipt> {
     folder::refuse_base(model, output)?;
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
     let mut done = Progress { done: 0, total: plan.tensors.len() * 2 };
+    let mut sink = Sink::new(model, &plan, staged.path(), &mut || go_on(progress(done)))?;
     let mut advance = || {
         done.done += 1;
-        progress(done);
+        go_on(progress(done))
     };
-
-    let mut sink = Sink::new(model, &plan, staged.path())?;
     let mut totals = Totals::default();
     let mut tensors = Vec::new();
     for (name, output) in &plan.tensors {
@@ -55,7 +58,7 @@ pub fn merge(
             tensors.push(receipt(name, output, &bytes, &sums)?);
         }
         model.checkpoint().release(&output.from);
-        advance();
+        advance()?;
     }
     sink.finish()?;
     folder::write_companions(model, &plan, staged.path())?;
@@ -73,14 +76,20 @@ pub fn merge(
         kept: totals.kept(),
         written: totals.written(),
         lost: totals.lost(),
+        survived: totals.survived(),
         untied: plan.untied,
-        warnings: warnings(model, adapters, &receipts, plan.untied),
+        warnings: warnings(model, adapters, &receipts, &totals, &plan),
         adapters: receipts,
     };
     let text = serde_json::to_string_pretty(&receipt)? + "\n";
     write_atomic(staged.path().join(RECEIPT_FILE), text.as_bytes())?;
     staged.commit()?;
     Ok(receipt)
+}
+
+fn go_on(wanted: bool) -> Result<()> {
+    let message = "interrupted; nothing was written".to_string();
+    if wanted { Ok(()) } else { Err(Error::Interrupted { message, hint: None }) }
 }
 
 /// The bytes of a tensor that no adapter goes to, in the type of the output.
@@ -144,6 +153,7 @@ fn receipt(name: &str, output: &Output<'_>, bytes: &[u8], sums: &Totals) -> Resu
         kept: sums.kept(),
         written: sums.written(),
         lost: sums.lost(),
+        survived: sums.survived(),
         zero: sums.delta == 0.0,
         sha256: sha256(bytes),
     })
@@ -155,7 +165,7 @@ fn verify(
     plan: &MergePlan<'_>,
     tensors: &[TensorReceipt],
     folder: &Path,
-    advance: &mut dyn FnMut(),
+    advance: &mut dyn FnMut() -> Result<()>,
 ) -> Result<(usize, usize)> {
     let written = Checkpoint::open(&folder.display().to_string())?;
     let names: Vec<&String> = written.tensors().keys().collect();
@@ -184,7 +194,7 @@ fn verify(
         }
         written.release(name);
         model.checkpoint().release(&output.from);
-        advance();
+        advance()?;
     }
     Ok((identical, converted))
 }
@@ -216,7 +226,8 @@ fn warnings(
     model: &Pretrained,
     adapters: &[Adapter],
     receipts: &[AdapterReceipt],
-    untied: bool,
+    totals: &Totals,
+    plan: &MergePlan<'_>,
 ) -> Vec<String> {
     let mut warnings = Vec::new();
     for (adapter, receipt) in adapters.iter().zip(receipts) {
@@ -226,7 +237,16 @@ fn warnings(
             warnings.push(format!("the adapter `{}` is zero: it changes nothing", adapter.source));
         }
     }
-    if untied {
+    let lost = 1.0 - totals.survived();
+    if lost > SIZEABLE {
+        let dtype = plan.main_dtype().as_str();
+        let percent = 100.0 * lost;
+        warnings.push(format!(
+            "rounding to {dtype} lost {percent:.0}% of what the adapter adds; `--dtype f32` keeps all of it, as the \
+             unmerged adapter does"
+        ));
+    }
+    if plan.untied {
         warnings.push(
             "`lm_head` shared the embedding's weight and has its own now: `tie_word_embeddings` is false"
                 .to_string(),

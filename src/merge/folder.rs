@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -13,6 +13,9 @@ use crate::model::Pretrained;
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, StoredType, TensorSpec, write_atomic};
 
 const INDEX: &str = "model.safetensors.index.json";
+
+/// Bytes of a file that are copied at once.
+const PART: u64 = 1 << 28;
 
 /// Refuses to write where the base is read from.
 pub(super) fn refuse_base(model: &Pretrained, output: &Path) -> Result<()> {
@@ -36,7 +39,13 @@ pub(super) enum Sink<'m> {
 
 impl<'m> Sink<'m> {
     /// Makes the files in `folder`: those of the base, with its names, header and order, if nothing but values changes.
-    pub(super) fn new(model: &'m Pretrained, plan: &MergePlan<'_>, folder: &Path) -> Result<Self> {
+    /// `go_on` is asked between the parts of large files.
+    pub(super) fn new(
+        model: &'m Pretrained,
+        plan: &MergePlan<'_>,
+        folder: &Path,
+        go_on: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Self> {
         if !plan.keeps_layout(model) {
             let mut specs = Vec::new();
             for (name, output) in &plan.tensors {
@@ -63,9 +72,12 @@ impl<'m> Sink<'m> {
                 continue;
             }
             let to = folder.join(from.file_name().unwrap_or_default());
-            // Not `fs::copy`: it would make a read-only copy of a read-only file.
+            // Not `fs::copy`: it would make a read-only copy of a read-only file, and cannot be interrupted.
             let mut file = File::create(&to).at(&to)?;
-            std::io::copy(&mut File::open(from).at(from)?, &mut file).at(&to)?;
+            let mut original = File::open(from).at(from)?;
+            while std::io::copy(&mut (&mut original).take(PART), &mut file).at(&to)? == PART {
+                go_on()?;
+            }
             files.insert(from.to_path_buf(), (to, file));
         }
         let sharded = files.keys().any(|file| !file.ends_with("model.safetensors"));

@@ -9,7 +9,7 @@
 //!
 //! let model = Pretrained::open("path/to/model")?;
 //! let adapter = Adapter::read(Path::new("path/to/adapter"), &candle_core::Device::Cpu)?;
-//! let receipt = merge(&model, &[adapter], Path::new("merged"), None, &mut |_| ())?;
+//! let receipt = merge(&model, &[adapter], Path::new("merged"), None, &mut |_| true)?;
 //! assert!(receipt.tensors.iter().all(|tensor| tensor.changed > 0));
 //! # Ok::<(), peft::Error>(())
 //! ```

@@ -28,6 +28,9 @@ pub struct Receipt {
     pub written: f64,
     /// `||R - (W + d)|| / ||d||` over all targeted tensors.
     pub lost: f64,
+    /// The share of the delta's energy that survives rounding, `1 - (||R - (W + d)||^2 - ||round(W) - W||^2) / ||d||^2`
+    /// over all targeted tensors, held within 0 and 1. What rounding costs the base itself does not count.
+    pub survived: f64,
     /// Whether a head that was the embedding became a tensor of its own.
     pub untied: bool,
     /// What one should know.
@@ -76,6 +79,8 @@ pub struct TensorReceipt {
     pub written: f64,
     /// As in [`Receipt`]; 0 for a delta of zero.
     pub lost: f64,
+    /// As in [`Receipt`]; 1 for a delta of zero.
+    pub survived: f64,
     /// Whether the delta is exactly zero (B is, as before training).
     pub zero: bool,
     /// SHA-256 of its bytes, the same when read back.

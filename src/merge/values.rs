@@ -29,6 +29,8 @@ pub(super) struct Totals {
     pub(super) written: f64,
     /// Of `(R - (W + d))^2`.
     pub(super) lost: f64,
+    /// Of `(round(W) - W)^2`: what writing the base in this type costs without any adapter.
+    pub(super) base: f64,
     pub(super) largest: f64,
 }
 
@@ -40,6 +42,7 @@ impl Totals {
         self.along += other.along;
         self.written += other.written;
         self.lost += other.lost;
+        self.base += other.base;
         self.largest = self.largest.max(other.largest);
     }
 
@@ -56,6 +59,12 @@ impl Totals {
     /// `||R - (W + d)|| / ||d||`.
     pub(super) fn lost(&self) -> f64 {
         if self.delta == 0.0 { 0.0 } else { (self.lost / self.delta).sqrt() }
+    }
+
+    /// `1 - (||R - (W + d)||^2 - ||round(W) - W||^2) / ||d||^2`, from 0 to 1: how much of the delta is left of it when it
+    /// is told from noise.
+    pub(super) fn survived(&self) -> f64 {
+        if self.delta == 0.0 { 1.0 } else { (1.0 - (self.lost - self.base) / self.delta).clamp(0.0, 1.0) }
     }
 }
 
@@ -75,6 +84,7 @@ pub(super) fn measure(before: &[f32], delta: &[f32], after: &[f32], dtype: DType
                 sums.along += moved * d;
                 sums.written += moved * moved;
                 sums.lost += (r - (w + d)).powi(2);
+                sums.base += (f64::from(rounded) - w).powi(2);
                 sums.largest = sums.largest.max(d.abs());
             }
             sums

@@ -8,11 +8,15 @@ use candle_core::{DType, Device, Tensor};
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
 use crate::adapter::hf::{self, Provenance};
+use crate::data::Layout;
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
 use crate::train::Artifact;
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec};
+
+/// Where the tensors' file of an adapter says how its training data was laid out.
+pub(super) const LAYOUT: &str = "peft_rs_layout";
 
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {
@@ -36,10 +40,10 @@ impl<'a> AdapterFiles<'a> {
         let provenance = Provenance {
             base_model: Some(base_model.to_string()),
             revision: revision.map(str::to_string),
-            metadata: BTreeMap::from([(
-                "peft_rs_version".to_string(),
-                env!("CARGO_PKG_VERSION").to_string(),
-            )]),
+            metadata: BTreeMap::from([
+                ("peft_rs_version".to_string(), env!("CARGO_PKG_VERSION").to_string()),
+                (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
+            ]),
         };
         Self { adapter, base: &prepared.base, trainables: trainables.clone(), provenance }
     }

@@ -3,7 +3,7 @@
 use super::figures;
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
-use crate::data::Counts;
+use crate::data::{Counts, Layout};
 
 /// The model, what is trained, the data and the course of training.
 pub(super) fn describe(plan: &Plan, prepared: &Prepared) -> Vec<String> {
@@ -51,8 +51,13 @@ fn trained(plan: &Plan, prepared: &Prepared) -> Vec<String> {
 
 fn data(use_: &str, counts: &Counts) -> String {
     let number = |n: usize| figures::count(n as u64);
+    let layout = match Layout::of(std::slice::from_ref(counts)) {
+        Layout::Template => "through the chat template".to_string(),
+        Layout::Plain => "plain text without the chat template".to_string(),
+        Layout::Mixed => format!("{} through the chat template, the others plain", number(counts.templated)),
+    };
     let mut line = format!(
-        "{use_}: {} ({}), {} documents, {} tokens, {} to learn",
+        "{use_}: {} ({}, {layout}), {} documents, {} tokens, {} to learn",
         counts.path.display(),
         counts.format.name(),
         number(counts.rows),
@@ -78,7 +83,7 @@ fn course(plan: &Plan, prepared: &Prepared) -> String {
     let per_epoch = prepared.sampler(plan).batches_in(0).div_ceil(train.accumulate as u64);
     let length = match train.length {
         Length::Steps(_) => format!("{steps} steps ({:.1} epochs)", prepared.steps as f64 / per_epoch as f64),
-        Length::Epochs(epochs) => format!("{steps} steps ({epochs} epochs)"),
+        Length::Epochs(epochs) => format!("{epochs} epochs ({steps} steps)"),
     };
     let kind = if plan.data.pack { "packed rows" } else { "documents" };
     let (batch, accumulate, most) = (train.batch_size, train.accumulate, plan.data.max_length);

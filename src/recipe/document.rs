@@ -92,6 +92,21 @@ impl Document {
         Ok(())
     }
 
+    /// Takes what is said at `key` out; gives whether there was anything.
+    pub fn remove(&mut self, key: &str) -> bool {
+        let (tables, last) = key.rsplit_once('.').unwrap_or(("", key));
+        let mut node = &mut self.root;
+        for part in tables.split('.').filter(|part| !part.is_empty()) {
+            let Value::Table(table) = &mut node.value else { return false };
+            let Some(inner) = table.get_mut(part) else { return false };
+            node = inner;
+        }
+        match &mut node.value {
+            Value::Table(table) => table.remove(last).is_some(),
+            _ => false,
+        }
+    }
+
     /// Says of `error` that it is about `key`: the line or the flag that the key, or the table it is missing in, has.
     pub(super) fn error_at(&self, key: &str, error: Error) -> Error {
         let mut node = &self.root;

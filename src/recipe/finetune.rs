@@ -33,10 +33,8 @@ pub fn finetune(
     let prepared = Prepared::of(plan)?;
     let fingerprint = prepared.fingerprint(plan)?;
     let directory = RunDirectory::take(&plan.output, resume)?;
-    if resume && !train::can_resume(&plan.output, &fingerprint)? {
-        return Err(Error::request("the data or the model are not those that the run was started with")
-            .with_hint("resume with the files it was started with, or start anew with another `--output`"))
-        .at(&plan.output);
+    if resume {
+        refuse_other(plan, &fingerprint)?;
     }
     for text in describe(plan, &prepared) {
         reporter.report(&Event::Note { text });
@@ -77,6 +75,26 @@ pub fn finetune(
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     reporter.report(&Event::End { path: plan.output.clone(), seconds: summary.seconds });
     Ok(summary)
+}
+
+/// Refuses to go on with other data or another model than the run began with, and says which of them it is.
+fn refuse_other(plan: &Plan, now: &str) -> Result<()> {
+    let Some(then) = train::fingerprint(&plan.output)? else { return Ok(()) };
+    let part =
+        |of: &str, name: &str| of.split(' ').skip_while(|word| *word != name).nth(1).map(str::to_string);
+    let same = |name: &str| part(&then, name) == part(now, name);
+    let what = match (same("data"), same("weights")) {
+        _ if then == now => return Ok(()),
+        (false, true) => "the data are not those that the run was started with".to_string(),
+        (true, false) => {
+            let model = &plan.model.source;
+            format!("the weights of `{model}` are not those that the run was started with")
+        }
+        _ => "the data and the model are not those that the run was started with".to_string(),
+    };
+    Err(Error::request(what)
+        .with_hint("resume with the files it was started with, or start anew with another `--output`"))
+    .at(&plan.output)
 }
 
 fn make_trainable<'a>(

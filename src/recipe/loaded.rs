@@ -4,12 +4,14 @@ use std::path::Path;
 
 use candle_core::Device;
 
+use super::artifact::LAYOUT;
 use super::choice::DtypeChoice;
 use super::prepared::text_of;
 use crate::adapter::{attach, hf};
-use crate::data::Text;
-use crate::error::{Context, Result};
+use crate::data::{Layout, Text};
+use crate::error::{Context, Error, Result};
 use crate::model::{Decoder, Pretrained};
+use crate::train;
 
 /// A model with its tokenizer.
 #[derive(Debug)]
@@ -18,6 +20,8 @@ pub struct Loaded {
     pub model: Decoder,
     /// Tokenizer and chat template.
     pub text: Text,
+    /// How the adapter's training data was laid out, where it says so.
+    pub layout: Option<Layout>,
     /// What the user should look at.
     pub warnings: Vec<String>,
 }
@@ -25,22 +29,54 @@ pub struct Loaded {
 impl Loaded {
     /// Opens a folder, a `.gguf` file or a Hub id, with an adapter beside its weights.
     pub fn open(source: &str, adapter: Option<&Path>, dtype: DtypeChoice) -> Result<Self> {
+        refuse_unfinished(Path::new(source), "config.json", "model")?;
         let base = Pretrained::open(source)?;
         let adapter = match adapter {
             Some(folder) => {
-                let adapter = hf::Adapter::read(folder, &Device::Cpu)?;
+                let adapter = read_adapter(folder)?;
                 Some((adapter.fit(&base).at(folder)?, adapter))
             }
             None => None,
         };
         let text = text_of(&base, None)?;
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
-        let mut warnings = Vec::new();
+        let (mut warnings, mut layout) = (Vec::new(), None);
         if let Some((placements, adapter)) = adapter {
             attach(model.linears_mut(), &placements.placements, &adapter.tensors, 0.0, 0)?;
+            layout = adapter.metadata.get(LAYOUT).and_then(|name| Layout::parse(name));
             warnings.extend(adapter.base_mismatch(source));
             warnings.extend(adapter.warnings);
         }
-        Ok(Self { model, text, warnings })
+        Ok(Self { model, text, layout, warnings })
     }
+}
+
+/// The adapter in a folder; says of a run that has not ended where it stands.
+pub fn read_adapter(folder: &Path) -> Result<hf::Adapter> {
+    refuse_unfinished(folder, hf::CONFIG_FILE, "adapter")?;
+    hf::Adapter::read(folder, &Device::Cpu)
+}
+
+/// A run leaves its result at its end; until then there are checkpoints, which hold the same files.
+fn refuse_unfinished(folder: &Path, file: &str, what: &str) -> Result<()> {
+    let has_ended = [hf::CONFIG_FILE, "config.json"].iter().any(|result| folder.join(result).is_file());
+    if has_ended || !train::is_run(folder) {
+        return Ok(());
+    }
+    let checkpoints = train::checkpoints(folder)?;
+    let newest = checkpoints.iter().rfind(|(_, path)| path.join(file).is_file());
+    let hint = match newest {
+        Some((_, path)) => format!(
+            "its newest checkpoint is `{}`; `peft finetune --resume` goes on with the run",
+            path.display()
+        ),
+        None if checkpoints.is_empty() => {
+            "it has no checkpoint either; `peft finetune --resume` goes on with it".to_string()
+        }
+        // What it trains is of the other kind, as whoever opens it will say.
+        None => return Ok(()),
+    };
+    let folder = folder.display();
+    Err(Error::request(format!("`{folder}` is a run that has not ended, so there is no {what} in it yet"))
+        .with_hint(hint))
 }

@@ -47,7 +47,7 @@ pub use check::{Report, Segment, Target, check};
 pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
 pub use document::Document;
 pub use finetune::finetune;
-pub use loaded::Loaded;
+pub use loaded::{Loaded, read_adapter};
 pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };

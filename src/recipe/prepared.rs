@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::loaded::read_adapter;
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
 use crate::adapter::{LoraConfig, Placements, Targets, hf, resolve};
 use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
@@ -110,14 +111,16 @@ impl Prepared {
         eval_batches(&self.dataset.eval, plan.data.max_length.saturating_mul(plan.train.batch_size))
     }
 
-    /// What a resumed run must have in common with its beginning: data, model and everything that decides a value.
+    /// What a resumed run must have in common with its beginning: data, weights and everything else that decides a
+    /// value. Each on its own, so that one can say which of them is another.
     pub fn fingerprint(&self, plan: &Plan) -> Result<String> {
         let plan = Plan { output: "".into(), ..plan.clone() };
         let mut hash = Sha256::new();
-        hash.update(self.dataset.fingerprint());
         hash.update(plan.to_toml()?);
         hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        let settings: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let (data, weights) = (self.dataset.fingerprint(), self.base.checkpoint().digest()?);
+        Ok(format!("data {data} weights {weights} settings {settings}"))
     }
 
     /// How many numbers are trained, and how many there are.
@@ -151,7 +154,7 @@ impl Trainee {
     fn of(plan: &Plan, base: &Pretrained) -> Result<Self> {
         let Trained::Adapter(written) = &plan.trained else { return Ok(Self::Full) };
         let from = match &written.from {
-            Some(path) => Some(hf::Adapter::read(path, &Device::Cpu)?),
+            Some(path) => Some(read_adapter(path)?),
             None => None,
         };
         let config = match &from {

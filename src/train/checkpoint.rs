@@ -90,11 +90,17 @@ pub fn is_of_run(name: &str) -> bool {
     name == BEST || name == METRICS || step_of(name).is_some()
 }
 
-/// Whether the run in `output` may go on with data and settings of this digest; one without a checkpoint may.
-pub fn can_resume(output: &Path, fingerprint: &str) -> Result<bool> {
+/// Whether a run has begun in `folder`.
+#[must_use]
+pub fn is_run(folder: &Path) -> bool {
+    folder.join(METRICS).is_file()
+}
+
+/// The fingerprint of the run in `output`; one without a checkpoint has none and may go on with anything.
+pub fn fingerprint(output: &Path) -> Result<Option<String>> {
     match list(output)?.pop() {
-        None => Ok(true),
-        Some((_, path)) => Ok(read_state(&path)?.fingerprint == fingerprint),
+        None => Ok(None),
+        Some((_, path)) => Ok(Some(read_state(&path)?.fingerprint)),
     }
 }
 

@@ -10,7 +10,7 @@ mod run;
 mod schedule;
 mod step;
 
-pub use checkpoint::{Artifact, Best, TrainerState, can_resume, is_of_run, list as checkpoints};
+pub use checkpoint::{Artifact, Best, TrainerState, fingerprint, is_of_run, is_run, list as checkpoints};
 pub use event::{Event, Reporter, Sample, StepReport};
 pub use memory::{available_bytes, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWConfig};

@@ -176,9 +176,8 @@ fn no_weights(path: &Path) -> Error {
     let any = |test: &dyn Fn(&str) -> bool| names.iter().any(|name| test(name));
     let missing = format!("holds neither `{SINGLE}` nor `{INDEX}`");
     if any(&|name| name == "adapter_config.json") {
-        return Error::request(format!("{missing}; it is an adapter")).with_hint(
-            "give the model the adapter was trained on with `--model`, and this folder with `--adapter`",
-        );
+        return Error::request(format!("{missing}; it is an adapter"))
+            .with_hint("give the model that it was trained on, and this folder as the adapter beside it");
     }
     if any(&|name| name.ends_with(".gguf")) {
         return Error::request(format!("{missing}, but a .gguf file"))

@@ -4,17 +4,26 @@
 //! during a download is never mixed. Only what a model needs is fetched; pickled weights never are.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hf_hub::api::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, nearest_path};
 
 /// Told about a download: the file, the bytes that are there, and the bytes it will have.
 pub type OnProgress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
+
+/// Like the variables of the environment, one for the whole process: a model is opened in many places, and none of them
+/// has anything to do with a terminal.
+static TOLD: OnceLock<OnProgress> = OnceLock::new();
+
+/// Tells `told` about the downloads of models that are opened by name alone. Only the first call counts.
+pub fn report_downloads(told: OnProgress) {
+    let _ = TOLD.set(told);
+}
 
 /// Where the Hub is and how to talk to it.
 #[derive(Clone)]
@@ -44,10 +53,12 @@ impl std::fmt::Debug for HubSettings {
 }
 
 impl HubSettings {
-    /// From `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` (or the file `token` in `HF_HOME`) and `HF_HUB_OFFLINE`.
+    /// From `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` (or the file `token` in `HF_HOME`) and `HF_HUB_OFFLINE`;
+    /// downloads are told to whom [`report_downloads`] names.
     #[must_use]
     pub fn from_env() -> Self {
-        Self::from_variables(|name| std::env::var(name).ok())
+        let on_progress = TOLD.get().cloned();
+        Self { on_progress, ..Self::from_variables(|name| std::env::var(name).ok()) }
     }
 
     /// From variables that `get` knows, empty ones as if they were not set.
@@ -104,8 +115,43 @@ impl HubId {
     }
 }
 
+/// The folder of a model that is no path on this machine.
+pub(super) fn find(source: &str, settings: &HubSettings) -> Result<PathBuf> {
+    let message = format!("`{source}` is neither a folder nor a .gguf file");
+    let is_gguf = |path: &Path| path.extension().is_some_and(|ending| ending == "gguf");
+    let parsed = HubId::parse(source).filter(|_| !is_gguf(Path::new(source)));
+    let hub = match parsed {
+        Some(hub) if !is_below_what_is_here(source) => hub,
+        parsed => {
+            let id = if parsed.is_some() { format!("{source}@main") } else { "org/name".to_string() };
+            let hub = format!("a model on the Hub is written `{id}`");
+            let near = nearest_path(Path::new(source), |path| path.is_dir() || is_gguf(path));
+            let near = near.map(|near| format!("did you mean `{}`?", near.display()));
+            let hint = match near {
+                Some(near) if parsed.is_some() => format!("{near} {hub}"),
+                near => near.unwrap_or(hub),
+            };
+            return Err(Error::request(message).with_hint(hint));
+        }
+    };
+    fetch(&hub, settings).map_err(|error| {
+        let both = format!("{message}, nor could it be fetched from the Hub: {error}");
+        let both = if error.exit_code() == 2 { Error::request(both) } else { Error::invalid(both) };
+        match error.hint() {
+            Some(hint) => both.with_hint(hint),
+            None => both,
+        }
+    })
+}
+
+/// Whether what could be an id is more likely a path with a slip in it: what it would be in is here. With a revision it
+/// is an id whatever is here.
+fn is_below_what_is_here(source: &str) -> bool {
+    !source.contains('@') && Path::new(source).parent().is_some_and(Path::exists)
+}
+
 /// The folder of a model in the cache, all of its files there.
-pub(super) fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
+fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
     let cache = Cache::new(settings.cache.clone());
     if settings.offline {
         return cached(&cache, hub).ok_or_else(|| {
@@ -127,7 +173,7 @@ pub(super) fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
         // Like Python's tools: without a network, what the cache has is good enough.
         Answer::Unreachable(reason) => {
             return cached(&cache, hub).ok_or_else(|| {
-                Error::request(format!(
+                Error::invalid(format!(
                     "{} cannot be reached ({reason}), and `{}` is not in the cache",
                     settings.endpoint, hub.id
                 ))
@@ -173,7 +219,7 @@ fn resolve(api: &Api, hub: &HubId, settings: &HubSettings) -> Result<Answer> {
             .with_hint("check the spelling; a private model needs HF_TOKEN"));
         }
         500.. => return Ok(Answer::Unreachable(format!("status {status}"))),
-        _ => return Err(Error::request(format!("{} answered {status} for `{}`", settings.endpoint, hub.id))),
+        _ => return Err(Error::invalid(format!("{} answered {status} for `{}`", settings.endpoint, hub.id))),
     }
     let info: hf_hub::api::RepoInfo = response.body_mut().read_json().map_err(|error| {
         Error::invalid(format!("{} sent an unreadable answer: {error}", settings.endpoint))

@@ -14,6 +14,7 @@
 //! ```
 
 mod convert;
+mod digest;
 mod folder;
 mod gguf;
 mod gguf_text;
@@ -36,8 +37,7 @@ use crate::error::{Context, Error, Result, nearest};
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::GgufMetadata;
-use hub::HubId;
-pub use hub::{HubSettings, OnProgress};
+pub use hub::{HubSettings, OnProgress, report_downloads};
 pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
 pub use write::{Staged, refuse_below_file, remove_folder, remove_stale, write_atomic};
@@ -156,19 +156,7 @@ impl Checkpoint {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
         } else {
-            let message = format!("`{source}` is neither a folder nor a .gguf file");
-            let Some(id) = HubId::parse(source) else {
-                return Err(Error::request(message).with_hint("a model on the Hub is written `org/name`"));
-            };
-            let fetched = hub::fetch(&id, settings).map_err(|error| {
-                let both =
-                    Error::request(format!("{message}, nor could it be fetched from the Hub: {error}"));
-                match error.hint() {
-                    Some(hint) => both.with_hint(hint),
-                    None => both,
-                }
-            })?;
-            Store::folder(&fetched)?
+            Store::folder(&hub::find(source, settings)?)?
         };
         Ok(Self { source: source.to_string(), store, tensors })
     }
@@ -348,7 +336,7 @@ fn map(path: &Path) -> Result<Mmap> {
 fn read_json(path: &Path) -> Result<Value> {
     let text = match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::invalid("there is no such file")
+            return Err(Error::request("there is no such file")
                 .with_hint("give the folder of a model as transformers saves it, with all its files"))
             .at(path);
         }

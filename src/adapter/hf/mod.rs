@@ -17,7 +17,7 @@ use candle_core::{DType, Device, Tensor};
 use super::config::LoraConfig;
 use super::lora::tensor_names;
 use super::target::{Placements, few, place};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, nearest_path};
 use crate::model::Pretrained;
 use crate::model::config::DecoderConfig;
 use crate::weights::write_atomic;
@@ -48,6 +48,8 @@ pub struct Adapter {
     /// Copies of the model's own embedding or head, which PEFT adds where these are targeted: [`Adapter::fit`] makes
     /// sure that they are copies.
     pub copies: BTreeMap<String, Tensor>,
+    /// What its trainer noted in the tensors' file.
+    pub metadata: BTreeMap<String, String>,
     /// What was found and left aside because it changes nothing.
     pub warnings: Vec<String>,
 }
@@ -64,7 +66,8 @@ impl Adapter {
         if !path.exists() {
             return Err(missing_tensors(folder));
         }
-        let tensors::Read { tensors, copies } = tensors::read(&path, read.config.lora_bias, device)?;
+        let tensors::Read { tensors, copies, metadata } =
+            tensors::read(&path, read.config.lora_bias, device)?;
         Ok(Self {
             source: folder.display().to_string(),
             config: read.config,
@@ -72,6 +75,7 @@ impl Adapter {
             revision: read.revision,
             tensors,
             copies,
+            metadata,
             warnings: read.warnings,
         })
     }
@@ -194,7 +198,11 @@ pub fn write<'t>(
 fn no_adapter(folder: &Path) -> Error {
     let at = folder.display();
     if !folder.exists() {
-        return Error::request(format!("there is no adapter folder `{at}`"));
+        let error = Error::request(format!("there is no adapter folder `{at}`"));
+        return match nearest_path(folder, Path::is_dir) {
+            Some(near) => error.with_hint(format!("did you mean `{}`?", near.display())),
+            None => error,
+        };
     }
     let error = Error::request(format!("`{at}` is not an adapter: it has no `{CONFIG_FILE}`"));
     if folder.join("config.json").exists() {

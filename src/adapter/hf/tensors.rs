@@ -26,6 +26,8 @@ pub(super) struct Read {
     pub(super) tensors: BTreeMap<String, Tensor>,
     /// The same of whole tensors of the model.
     pub(super) copies: BTreeMap<String, Tensor>,
+    /// What the file says beside them.
+    pub(super) metadata: BTreeMap<String, String>,
 }
 
 /// Every tensor of the file.
@@ -54,7 +56,12 @@ pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<Read
             into.insert(canonical, tensor);
         }
     }
-    if broken.is_empty() { Ok(Read { tensors, copies }) } else { Err(Error::invalid(few(&broken))).at(path) }
+    if !broken.is_empty() {
+        return Err(Error::invalid(few(&broken))).at(path);
+    }
+    let (_, header) = SafeTensors::read_metadata(&bytes).at(path)?;
+    let metadata = header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone()));
+    Ok(Read { tensors, copies, metadata: metadata.collect() })
 }
 
 /// Writes every tensor in f32 under its name with the prefix.

@@ -38,7 +38,7 @@ impl Found {
     fn at(source: &str) -> Result<Self> {
         let path = Path::new(source);
         let is_data = path.extension().is_some_and(|ending| ending == "jsonl" || ending == "json");
-        if path.is_file() && is_data {
+        if !path.is_dir() && is_data {
             return data::Data::read(path).map(Self::Data);
         }
         if path.join(run::METRICS_FILE).is_file() {
