@@ -7,7 +7,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::kernel::{Element, Values, dispatch, to_tensor};
-use super::{Gradients, Parameter, differentiate, matmul, matmul_f32};
+use super::{Gradients, Weight, differentiate, matmul, matmul_f32};
 use crate::error::Result;
 
 /// Logits held at a time, in values: 32 MiB of f32.
@@ -20,10 +20,10 @@ pub struct Saved {
 }
 
 /// The negative log-likelihood of each row, nothing saved.
-pub fn evaluate(hidden: &Tensor, weight: &Parameter, targets: &[u32]) -> Result<Vec<f32>> {
+pub fn evaluate(hidden: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Vec<f32>> {
     let mut nll = Vec::with_capacity(targets.len());
-    for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
-        let logits = matmul_f32(&hidden.narrow(0, start, len)?, &weight.tensor().t()?)?;
+    for (start, len) in chunks(targets.len(), weight.dims()?.0) {
+        let logits = matmul_f32(&hidden.narrow(0, start, len)?, weight.t())?;
         let targets = &targets[start..start + len];
         if logits.device().is_cpu() {
             nll.extend(row_losses(&logits, targets)?.into_iter().map(|(nll, _)| nll));
@@ -40,16 +40,16 @@ pub fn evaluate(hidden: &Tensor, weight: &Parameter, targets: &[u32]) -> Result<
 /// `dl = scale (softmax(l) - onehot(target))`, `d_hidden = dl weight`, `d_weight = dl^T hidden`.
 pub fn forward(
     hidden: &Tensor,
-    weight: &Parameter,
+    weight: &Weight,
     targets: &[u32],
     scale: f64,
     gradients: &mut Gradients,
 ) -> Result<(Vec<f32>, Saved)> {
     let mut nll = Vec::with_capacity(targets.len());
     let mut d_hidden = Vec::new();
-    for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
+    for (start, len) in chunks(targets.len(), weight.dims()?.0) {
         let (hidden, targets) = (hidden.narrow(0, start, len)?, &targets[start..start + len]);
-        let logits = matmul_f32(&hidden, &weight.tensor().t()?)?;
+        let logits = matmul_f32(&hidden, weight.t())?;
         let d_logits = if logits.device().is_cpu() {
             let losses = row_losses(&logits, targets)?;
             nll.extend(losses.iter().map(|(nll, _)| nll));
@@ -62,8 +62,8 @@ pub fn forward(
                 .remove(0)
                 .to_dtype(hidden.dtype())?
         };
-        d_hidden.push(matmul(&d_logits, weight.tensor())?);
-        if gradients.wants(weight) {
+        d_hidden.push(matmul(&d_logits, weight)?);
+        if let Some(weight) = gradients.wanted(weight) {
             gradients.add(weight, &matmul_f32(&d_logits.t()?, &hidden)?)?;
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor, Var};
 
-use super::Parameter;
+use super::{Parameter, Weight};
 use crate::error::{Context, Result};
 
 /// The values that training changes, by name. A module holds the same storage, so that an update is seen at once.
@@ -28,6 +28,12 @@ impl Gradients {
     #[must_use]
     pub fn wants(&self, parameter: &Parameter) -> bool {
         self.sums.contains_key(parameter.name())
+    }
+
+    /// The values of `weight` when a backward has to compute their gradient.
+    #[must_use]
+    pub fn wanted<'w>(&self, weight: &'w Weight) -> Option<&'w Parameter> {
+        weight.parameter().filter(|parameter| self.wants(parameter))
     }
 
     /// Adds `gradient` (any float type, the parameter's shape) to the sum of `parameter`; ignored when not wanted.

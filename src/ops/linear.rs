@@ -6,7 +6,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Gradients, LowRank, Parameter, Pass, Weight, dropout, matmul, matmul_f32, sum_of_products};
+use super::{
+    Gradients, LowRank, Operand, Parameter, Pass, Weight, dropout, matmul, matmul_f32, sum_of_products,
+};
 use crate::error::Result;
 
 /// What a linear layer computes with.
@@ -30,13 +32,12 @@ pub struct Saved {
 
 /// `y`, and what the backward needs.
 pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
-    let Weight::Dense(weight) = layer.weight;
-    let weight = weight.tensor().t()?;
+    let weight = layer.weight.t();
     let (mut y, inner) = match layer.low_rank {
-        None => (matmul(x, &weight)?, None),
+        None => (matmul(x, weight)?, None),
         Some(low_rank) => {
             let inner = inner(x, low_rank, pass)?;
-            let terms = [(x, &weight), (&(&inner * low_rank.scale)?, &low_rank.b.tensor().t()?)];
+            let terms = [(x, weight), (&(&inner * low_rank.scale)?, Operand::from(low_rank.b.tensor()).t())];
             (sum_of_products(&terms, x.dtype())?, Some(inner))
         }
     };
@@ -61,14 +62,13 @@ pub fn backward(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let Weight::Dense(weight) = layer.weight;
-    if gradients.wants(weight) {
+    let weight = layer.weight;
+    if let Some(weight) = gradients.wanted(weight) {
         gradients.add(weight, &matmul_f32(&dy.t()?, &saved.x)?)?;
     }
     if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
         gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
     }
-    let weight = weight.tensor();
     let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) else {
         return if wants_dx { Ok(Some(matmul(dy, weight)?)) } else { Ok(None) };
     };
@@ -77,7 +77,7 @@ pub fn backward(
     };
     let a = low_rank.a.tensor();
     if !low_rank.dropout.drops(pass) {
-        return Ok(Some(sum_of_products(&[(dy, weight), (&d_inner, a)], dy.dtype())?));
+        return Ok(Some(sum_of_products(&[(dy, weight.into()), (&d_inner, a.into())], dy.dtype())?));
     }
     let through = dropout::apply(&matmul_f32(&d_inner, a)?, &low_rank.dropout, pass)?; // [tokens, in]
     Ok(Some((matmul(dy, weight)? + through.to_dtype(dy.dtype())?)?))

@@ -3,9 +3,11 @@
 mod element;
 mod multiply;
 mod product;
+mod quantized;
 mod rows;
 
 pub(super) use element::{Element, Values, dispatch, to_tensor};
-pub(super) use multiply::{Factor, Target, multiply};
+pub(super) use multiply::{Factor, Fill, Target, multiply};
 pub(super) use product::{Matrix, product};
+pub(super) use quantized::{Kind, PART, dot};
 pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows};

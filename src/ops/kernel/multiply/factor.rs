@@ -7,7 +7,7 @@ use half::bf16;
 /// Rows of a matrix that are not held in bf16, for instance quantized blocks: written where they are packed.
 pub(crate) trait Fill: Sync {
     /// Writes the values of row `row` from `column` on into `out`; `column` is a multiple of 32.
-    fn fill(&self, row: usize, column: usize, out: &mut [bf16]);
+    fn fill(&self, row: usize, column: usize, out: &mut [f32]);
 }
 
 #[derive(Clone, Copy)]
@@ -41,7 +41,6 @@ impl<'a> Factor<'a> {
     }
 
     /// A matrix whose values are produced while they are packed.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for weights that stay quantized"))]
     pub(crate) fn filled(fill: &'a dyn Fill, rows: usize, columns: usize) -> Self {
         Self::stored(Source::Fill(fill), rows, columns)
     }
@@ -136,7 +135,16 @@ impl Side<'_> {
                             *out = bf16::from_f32(*value);
                         }
                     }
-                    Source::Fill(fill) => fill.fill(row, columns.start, out),
+                    Source::Fill(fill) => {
+                        let mut wide = [0f32; 256];
+                        for (i, out) in out.chunks_mut(256).enumerate() {
+                            let wide = &mut wide[..out.len()];
+                            fill.fill(row, columns.start + 256 * i, wide);
+                            for (out, value) in out.iter_mut().zip(wide) {
+                                *out = bf16::from_f32(*value);
+                            }
+                        }
+                    }
                     Source::Bf16(_) => {}
                 }
             }

@@ -30,7 +30,7 @@ mod portable;
 mod split;
 mod target;
 
-pub(crate) use factor::Factor;
+pub(crate) use factor::{Factor, Fill};
 pub(crate) use path::Path;
 pub(crate) use target::Target;
 

@@ -153,9 +153,11 @@ fn terms_are_summed_before_rounding() {
 struct Rows<'a>(&'a [bf16], usize);
 
 impl Fill for Rows<'_> {
-    fn fill(&self, row: usize, column: usize, out: &mut [bf16]) {
+    fn fill(&self, row: usize, column: usize, out: &mut [f32]) {
         assert!(column.is_multiple_of(32));
-        out.copy_from_slice(&self.0[row * self.1 + column..][..out.len()]);
+        for (out, value) in out.iter_mut().zip(&self.0[row * self.1 + column..]) {
+            *out = value.to_f32();
+        }
     }
 }
 
