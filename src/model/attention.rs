@@ -31,6 +31,16 @@ pub(super) struct Saved {
     o: linear::Saved,
 }
 
+impl Saved {
+    /// Drops what no gradient of `wanted` needs.
+    pub(super) fn trim(&mut self, attention: &Attention, wanted: &Gradients) {
+        let saved = [&mut self.q, &mut self.k, &mut self.v, &mut self.o];
+        for (linear, saved) in attention.linears().into_iter().zip(saved) {
+            linear.trim(saved, wanted);
+        }
+    }
+}
+
 /// Rotated keys and values of one layer, `[past, kv_heads * head_dim]`.
 pub(super) type KeyValues = Option<(Tensor, Tensor)>;
 
@@ -53,7 +63,7 @@ impl Attention {
             (q, k) = (new_q.reshape(q.shape())?, new_k.reshape(k.shape())?);
             norms_saved = Some((q_norm_saved, k_norm_saved));
         }
-        (q, k) = (rotary::forward(&q, angles)?, rotary::forward(&k, angles)?);
+        (q, k) = (rotary::forward(q, angles)?, rotary::forward(k, angles)?);
         if let Some(cache) = cache {
             if let Some((past_k, past_v)) = cache.take() {
                 (k, v) = (Tensor::cat(&[past_k, k], 0)?, Tensor::cat(&[past_v, v], 0)?);
@@ -80,19 +90,14 @@ impl Attention {
             return Ok(None);
         };
         let (dq, dk, dv) = attention::backward(&saved.attention, &self.heads, pass.documents, &d_mixed)?;
-        let (mut dq, mut dk) = (rotary::backward(&dq, angles)?, rotary::backward(&dk, angles)?);
+        let (mut dq, mut dk) = (rotary::backward(dq, angles)?, rotary::backward(dk, angles)?);
         if let (Some((q_norm, k_norm)), Some((q_saved, k_saved))) = (&self.qk_norm, &saved.qk_norm) {
             let (q_shape, k_shape) = (dq.shape().clone(), dk.shape().clone());
-            dq = q_norm.backward(q_saved, &self.per_head(&dq)?, gradients)?.reshape(q_shape)?;
-            dk = k_norm.backward(k_saved, &self.per_head(&dk)?, gradients)?.reshape(k_shape)?;
+            dq = q_norm.backward(q_saved, &self.per_head(&dq)?, None, gradients)?.reshape(q_shape)?;
+            dk = k_norm.backward(k_saved, &self.per_head(&dk)?, None, gradients)?.reshape(k_shape)?;
         }
-        let through_q = self.q.backward(&saved.q, pass, &dq, wants_dx, gradients)?;
-        let through_k = self.k.backward(&saved.k, pass, &dk, wants_dx, gradients)?;
-        let through_v = self.v.backward(&saved.v, pass, &dv, wants_dx, gradients)?;
-        Ok(match (through_q, through_k, through_v) {
-            (Some(q), Some(k), Some(v)) => Some(((q + k)? + v)?),
-            _ => None,
-        })
+        let towards = [(&self.q, &saved.q, &dq), (&self.k, &saved.k, &dk), (&self.v, &saved.v, &dv)];
+        Linear::backward_of_all(&towards, pass, wants_dx, gradients)
     }
 
     fn per_head(&self, x: &Tensor) -> Result<Tensor> {

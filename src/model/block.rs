@@ -8,7 +8,7 @@ use super::linear::Linear;
 use super::norm::Norm;
 use crate::error::Result;
 use crate::ops::rotary::Angles;
-use crate::ops::{Gradients, Parameter, Pass, rms_norm};
+use crate::ops::{Gradients, Parameter, Pass, add, rms_norm};
 
 #[derive(Debug, Clone)]
 pub(super) struct Block {
@@ -27,6 +27,14 @@ pub(super) struct Saved {
     feed_forward: feed_forward::Saved,
 }
 
+impl Saved {
+    /// Drops what no gradient of `wanted` needs.
+    pub(super) fn trim(&mut self, block: &Block, wanted: &Gradients) {
+        self.attention.trim(&block.attention, wanted);
+        self.feed_forward.trim(&block.feed_forward, wanted);
+    }
+}
+
 impl Block {
     /// `[tokens, hidden] -> [tokens, hidden]`, and what the backward needs.
     pub(super) fn forward(
@@ -38,10 +46,9 @@ impl Block {
     ) -> Result<(Tensor, Saved)> {
         let (normalised, input_norm) = self.input_norm.forward(x)?;
         let (mixed, attention) = self.attention.forward(&normalised, angles, pass, cache)?;
-        let x = (x + mixed)?;
-        let (normalised, post_norm) = self.post_norm.forward(&x)?;
+        let (x, normalised, post_norm) = self.post_norm.forward_of_sum(x, &mixed)?;
         let (y, feed_forward) = self.feed_forward.forward(&normalised, pass)?;
-        Ok(((x + y)?, Saved { input_norm, attention, post_norm, feed_forward }))
+        Ok((add(&x, &y)?, Saved { input_norm, attention, post_norm, feed_forward }))
     }
 
     /// `dx` when `wants_dx`.
@@ -60,16 +67,15 @@ impl Block {
         let normalised =
             self.feed_forward.backward(&saved.feed_forward, pass, dy, wants_post_norm, gradients)?;
         let Some(normalised) = normalised else { return Ok(None) };
-        let through = self.post_norm.backward(&saved.post_norm, &normalised, gradients)?;
+        let dy = self.post_norm.backward(&saved.post_norm, &normalised, Some(dy), gradients)?;
         if !wants_middle {
             return Ok(None);
         }
-        let dy = (dy + through)?;
         let normalised =
             self.attention.backward(&saved.attention, angles, pass, &dy, wants_input_norm, gradients)?;
         let Some(normalised) = normalised else { return Ok(None) };
-        let through = self.input_norm.backward(&saved.input_norm, &normalised, gradients)?;
-        Ok(if wants_dx { Some((dy + through)?) } else { None })
+        let dx = self.input_norm.backward(&saved.input_norm, &normalised, Some(&dy), gradients)?;
+        Ok(wants_dx.then_some(dx))
     }
 
     pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {

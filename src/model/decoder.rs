@@ -161,7 +161,8 @@ impl Decoder {
         let mut x = embedding::forward(&ids, &self.embedding)?; // [tokens, hidden]
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (index, block) in self.blocks.iter().enumerate() {
-            let (y, saved) = block.forward(&x, &angles, pass, None)?;
+            let (y, mut saved) = block.forward(&x, &angles, pass, None)?;
+            saved.trim(block, gradients);
             blocks.push(match recompute {
                 _ if index < lowest => Kept::Nothing,
                 Recompute::Block => Kept::Input(x),
@@ -184,7 +185,7 @@ impl Decoder {
         let Saved { ids, angles, mut blocks, norm } = saved;
         let wants_embedding = gradients.wanted(&self.embedding).is_some();
         let lowest = self.lowest_trained(gradients);
-        let mut dx = self.norm.backward(&norm, d_hidden, gradients)?;
+        let mut dx = self.norm.backward(&norm, d_hidden, None, gradients)?;
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let saved = match blocks.pop() {
                 Some(Kept::All(saved)) => *saved,

@@ -28,6 +28,16 @@ pub struct Saved {
     down: linear::Saved,
 }
 
+impl Saved {
+    /// Drops what no gradient of `wanted` needs.
+    pub(super) fn trim(&mut self, feed_forward: &FeedForward, wanted: &Gradients) {
+        let saved = [&mut self.gate, &mut self.up, &mut self.down];
+        for (linear, saved) in feed_forward.linears().into_iter().zip(saved) {
+            linear.trim(saved, wanted);
+        }
+    }
+}
+
 impl FeedForward {
     /// `[tokens, hidden] -> [tokens, hidden]`, and what the backward needs.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
@@ -52,12 +62,8 @@ impl FeedForward {
             return Ok(None);
         };
         let (d_gate, d_up) = glu::backward(&saved.unit, self.activation, &d_inner)?;
-        let through_up = self.up.backward(&saved.up, pass, &d_up, wants_dx, gradients)?;
-        let through_gate = self.gate.backward(&saved.gate, pass, &d_gate, wants_dx, gradients)?;
-        Ok(match (through_gate, through_up) {
-            (Some(gate), Some(up)) => Some((gate + up)?),
-            _ => None,
-        })
+        let towards = [(&self.gate, &saved.gate, &d_gate), (&self.up, &saved.up, &d_up)];
+        Linear::backward_of_all(&towards, pass, wants_dx, gradients)
     }
 
     /// Its linear layers.

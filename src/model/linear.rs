@@ -33,7 +33,23 @@ impl Linear {
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        linear::backward(saved, &self.layer(), pass, dy, wants_dx, gradients)
+        linear::backward_of_all(&[(self.layer(), saved, dy)], pass, wants_dx, gradients)
+    }
+
+    /// The sum of the `dx` of layers with one input, when `wants_dx`: `(layer, saved, dy)` of each.
+    pub fn backward_of_all(
+        layers: &[(&Self, &linear::Saved, &Tensor)],
+        pass: &Pass<'_>,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let layers: Vec<_> = layers.iter().map(|(layer, saved, dy)| (layer.layer(), *saved, *dy)).collect();
+        linear::backward_of_all(&layers, pass, wants_dx, gradients)
+    }
+
+    /// Drops of `saved` what no gradient of `wanted` needs.
+    pub(super) fn trim(&self, saved: &mut linear::Saved, wanted: &Gradients) {
+        saved.trim(&self.layer(), wanted);
     }
 
     fn layer(&self) -> linear::Layer<'_> {

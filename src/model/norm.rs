@@ -17,12 +17,23 @@ impl Norm {
         rms_norm::forward(x, &self.weight, self.eps)
     }
 
+    /// The norm of `x + delta`: the sum, and the normalised sum.
+    pub(super) fn forward_of_sum(
+        &self,
+        x: &Tensor,
+        delta: &Tensor,
+    ) -> Result<(Tensor, Tensor, rms_norm::Saved)> {
+        rms_norm::forward_of_sum(x, delta, &self.weight, self.eps)
+    }
+
+    /// `residual + dx`, or `dx` alone.
     pub(super) fn backward(
         &self,
         saved: &rms_norm::Saved,
         dy: &Tensor,
+        residual: Option<&Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        rms_norm::backward(saved, &self.weight, self.eps, dy, gradients)
+        rms_norm::backward(saved, &self.weight, self.eps, dy, residual, gradients)
     }
 }

@@ -5,15 +5,22 @@
 //! In training keys are tokens. In decoding there is one document whose earlier keys come from a cache: then query
 //! `i` stands at position `start + i`, and `keys = start + tokens`.
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
-use super::kernel::{Disjoint, Element, Matrix, Values, dispatch, product, to_tensor};
+use super::kernel::{
+    Disjoint, Element, Matrix, Values, dispatch, exp, for_rows, product, sum_of, to_tensor, vectorized,
+    written,
+};
 use super::{Documents, differentiate};
 use crate::error::Result;
 
-/// Queries per block.
-const BLOCK: usize = 64;
+/// Rows of a block in the forward: queries times the query heads that share a key head.
+const FORWARD_ROWS: usize = 192;
+/// Queries of a block in the backward.
+const BACKWARD_ROWS: usize = 128;
 
 /// Heads and what a query sees.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -125,55 +132,8 @@ impl Heads {
     }
 }
 
-/// One key head of one document: a unit of work that touches its own columns of every output.
-struct Task {
-    /// First token of the document in the batch, and its tokens.
-    first: usize,
-    len: usize,
-    kv_head: usize,
-}
-
-fn tasks(heads: &Heads, documents: &Documents) -> Vec<Task> {
-    let mut tasks: Vec<Task> = documents
-        .ranges()
-        .filter(|range| !range.is_empty())
-        .flat_map(|range| {
-            (0..heads.num_kv_heads).map(move |kv_head| Task { first: range.start, len: range.len(), kv_head })
-        })
-        .collect();
-    // Long documents first, so that no thread is left with one at the end.
-    tasks.sort_by_key(|task| std::cmp::Reverse(task.len));
-    tasks
-}
-
-/// The columns of one head as f32, `[rows, d]`.
-fn head<T: Element>(
-    values: &[T],
-    first: usize,
-    rows: usize,
-    index: usize,
-    count: usize,
-    d: usize,
-) -> Vec<f32> {
-    let mut out = Vec::with_capacity(rows * d);
-    for row in first..first + rows {
-        out.extend(values[(row * count + index) * d..][..d].iter().map(|x| x.widen()));
-    }
-    out
-}
-
-/// Writes `[rows, d]` into the columns of one head.
-fn put_head<T: Element>(out: Disjoint<T>, from: &[f32], first: usize, index: usize, count: usize, d: usize) {
-    for (i, row) in from.chunks_exact(d).enumerate() {
-        // SAFETY: every task writes the rows of its own document in the columns of its own heads.
-        let target = unsafe { out.part(((first + i) * count + index) * d, d) };
-        for (y, x) in target.iter_mut().zip(row) {
-            *y = T::narrow(*x);
-        }
-    }
-}
-
-/// A block of queries and the keys that any of them sees.
+/// Queries that are computed together, and the keys that any of them sees; positions within their document.
+#[derive(Clone, Copy)]
 struct Block {
     from: usize,
     to: usize,
@@ -181,13 +141,87 @@ struct Block {
     high: usize,
 }
 
-fn blocks(heads: &Heads, len: usize, start: usize) -> impl Iterator<Item = Block> + '_ {
-    (0..len).step_by(BLOCK).map(move |from| {
-        let to = (from + BLOCK).min(len);
+impl Block {
+    fn rows(&self) -> usize {
+        self.to - self.from
+    }
+
+    fn width(&self) -> usize {
+        self.high - self.low
+    }
+
+    /// The keys that the query in row `row` sees, counted from `low`.
+    fn seen(&self, row: usize, start: usize, heads: &Heads) -> Range<usize> {
+        let seen = heads.sees(start + self.from + row);
+        seen.start - self.low..seen.end - self.low
+    }
+}
+
+fn blocks(heads: &Heads, len: usize, start: usize, size: usize) -> impl Iterator<Item = Block> {
+    let heads = *heads;
+    (0..len).step_by(size).map(move |from| {
+        let to = (from + size).min(len);
         Block { from, to, low: heads.sees(start + from).start, high: start + to }
     })
 }
 
+/// `[tokens, heads * d]`, of which heads are looked at.
+struct Columns<'a, T> {
+    values: &'a [T],
+    count: usize,
+    d: usize,
+}
+
+impl<'a, T: Element> Columns<'a, T> {
+    fn new(values: &'a [T], count: usize, d: usize) -> Self {
+        Self { values, count, d }
+    }
+
+    fn row(&self, token: usize, head: usize) -> &'a [T] {
+        &self.values[(token * self.count + head) * self.d..][..self.d]
+    }
+
+    /// Rows of one head, where they lie.
+    fn head(&self, first: usize, rows: usize, head: usize) -> Matrix<'a, T> {
+        let stride = self.count * self.d;
+        Matrix::rows(&self.values[first * stride + head * self.d..], rows, self.d, stride)
+    }
+}
+
+/// Buffers of a task, which grow to what the largest needs.
+struct Scratch<T> {
+    q: Vec<T>,
+    scores: Vec<f32>,
+    slopes: Vec<f32>,
+    p: Vec<T>,
+    ds: Vec<T>,
+    rows: Vec<f32>,
+    inverse: Vec<f32>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self {
+            q: Vec::new(),
+            scores: Vec::new(),
+            slopes: Vec::new(),
+            p: Vec::new(),
+            ds: Vec::new(),
+            rows: Vec::new(),
+            inverse: Vec::new(),
+        }
+    }
+}
+
+/// The first `len` values, whatever they are.
+fn part<T: Element>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::zero());
+    }
+    &mut buffer[..len]
+}
+
+/// Query heads that share a key head are computed together, so that their keys are read once.
 fn forward_blocks<T: Element>(
     q: &Tensor,
     k: &Tensor,
@@ -195,128 +229,220 @@ fn forward_blocks<T: Element>(
     heads: &Heads,
     documents: &Documents,
 ) -> Result<(Tensor, Vec<f32>)> {
-    let (tokens, d, start) = (q.dim(0)?, heads.head_dim, documents.start());
+    let (tokens, d, start, group) = (q.dim(0)?, heads.head_dim, documents.start(), heads.group());
     let (qs, ks, vs) = (Values::<T>::of(q)?, Values::<T>::of(k)?, Values::<T>::of(v)?);
-    let (qs, ks, vs): (&[T], &[T], &[T]) = (&qs, &ks, &vs);
-    let mut o = vec![T::zero(); qs.len()];
+    let qs = Columns::<T>::new(&qs, heads.num_heads, d);
+    let (ks, vs) =
+        (Columns::<T>::new(&ks, heads.num_kv_heads, d), Columns::<T>::new(&vs, heads.num_kv_heads, d));
+    let size = (FORWARD_ROWS / group).clamp(16, FORWARD_ROWS);
+    let mut tasks: Vec<(usize, usize, Block)> = documents
+        .ranges()
+        .flat_map(|range| blocks(heads, range.len(), start, size).map(move |block| (range.start, block)))
+        .flat_map(|(first, block)| (0..heads.num_kv_heads).map(move |kv_head| (first, kv_head, block)))
+        .collect();
+    // Large ones first, so that no thread is left with one at the end.
+    tasks.sort_by_key(|(_, _, block)| std::cmp::Reverse(block.rows() * block.width()));
     let mut logsumexp = vec![0.0f32; heads.num_heads * tokens];
-    let (o_parts, l_parts) = (Disjoint::new(&mut o), Disjoint::new(&mut logsumexp));
-    tasks(heads, documents).into_par_iter().for_each(|task| {
-        let keys = start + task.len;
-        let k = head(ks, task.first, keys, task.kv_head, heads.num_kv_heads, d);
-        let v = head(vs, task.first, keys, task.kv_head, heads.num_kv_heads, d);
-        let mut scores = Vec::new();
-        for h in task.kv_head * heads.group()..(task.kv_head + 1) * heads.group() {
-            let q = head(qs, task.first, task.len, h, heads.num_heads, d);
-            let mut out = vec![0.0f32; task.len * d];
-            // SAFETY: row `h` of the document's tokens belongs to this task alone.
-            let sums = unsafe { l_parts.part(h * tokens + task.first, task.len) };
-            for block in blocks(heads, task.len, start) {
-                let (rows, width) = (block.to - block.from, block.high - block.low);
-                block_scores(&mut scores, &q, &k, &block, heads);
-                for (i, row) in scores.chunks_exact_mut(width).enumerate() {
-                    let seen = heads.sees(start + block.from + i);
-                    sums[block.from + i] = softmax(row, seen.start - block.low..seen.end - block.low);
-                }
-                let p = Matrix::rows(&scores, rows, width, width);
-                let v = Matrix::rows(&v[block.low * d..], width, d, d);
-                product(&mut out[block.from * d..block.to * d], 0.0, 1.0, p, v);
+    let sums = Disjoint::new(&mut logsumexp);
+    let o = written::<T>(qs.values.len(), |o| {
+        let o = Disjoint::new(o);
+        let compute = |scratch: &mut Scratch<T>, (first, kv_head, block): (usize, usize, Block)| {
+            let (rows, width) = (block.rows(), block.width());
+            let token = |row: usize| first + block.from + row % rows;
+            let head = |row: usize| kv_head * group + row / rows;
+            let q = part(&mut scratch.q, group * rows * d);
+            for (row, q) in q.chunks_exact_mut(d).enumerate() {
+                q.copy_from_slice(qs.row(token(row), head(row)));
             }
-            put_head(o_parts, &out, task.first, h, heads.num_heads, d);
-        }
+            let scores = part(&mut scratch.scores, group * rows * width);
+            let keys = ks.head(first + block.low, width, kv_head);
+            let q = Matrix::rows(q, group * rows, d, d);
+            product(scores, 0.0, heads.scale as f32, q, keys.t());
+            let p = part(&mut scratch.p, group * rows * width);
+            let inverse = part(&mut scratch.inverse, group * rows);
+            for (row, (p, scores)) in p.chunks_exact_mut(width).zip(scores.chunks_exact(width)).enumerate() {
+                let seen = block.seen(row % rows, start, heads);
+                let (max, sum) = powers(p, scores, seen.start, seen.end);
+                inverse[row] = 1.0 / sum;
+                // SAFETY: a value for each head and token, and each pair belongs to one task.
+                unsafe { sums.part(head(row) * tokens + token(row), 1)[0] = max + sum.ln() };
+            }
+            let out = part(&mut scratch.rows, group * rows * d);
+            let values = vs.head(first + block.low, width, kv_head);
+            product(out, 0.0, 1.0, Matrix::rows(p, group * rows, width, width), values);
+            for (row, out) in out.chunks_exact(d).enumerate() {
+                // SAFETY: every task writes its own tokens in the columns of its own heads.
+                let o = unsafe { o.part((token(row) * heads.num_heads + head(row)) * d, d) };
+                scale_into(o, out, inverse[row]);
+            }
+        };
+        for_each_with_scratch(tasks, compute);
     });
     Ok((to_tensor(o, q.dims())?, logsumexp))
 }
 
-/// Scaled scores of a block, `[rows, keys of the block]`, unmasked.
-fn block_scores(scores: &mut Vec<f32>, q: &[f32], k: &[f32], block: &Block, heads: &Heads) {
-    let (rows, width, d) = (block.to - block.from, block.high - block.low, heads.head_dim);
-    scores.resize(rows * width, 0.0);
-    let q = Matrix::rows(&q[block.from * d..], rows, d, d);
-    let k = Matrix::rows(&k[block.low * d..], width, d, d);
-    product(scores, 0.0, heads.scale as f32, q, k.t());
+/// On all threads, unless there is one task only.
+fn for_each_with_scratch<K: Send, T: Element>(tasks: Vec<K>, f: impl Fn(&mut Scratch<T>, K) + Sync + Send) {
+    if tasks.len() == 1 {
+        return tasks.into_iter().for_each(|task| f(&mut Scratch::default(), task));
+    }
+    tasks.into_par_iter().with_max_len(1).for_each_init(Scratch::default, f);
 }
 
-/// Turns the seen part of a row of scores into weights and the rest into zeros; returns the logsumexp.
-fn softmax(row: &mut [f32], seen: std::ops::Range<usize>) -> f32 {
-    row[..seen.start].fill(0.0);
-    row[seen.end..].fill(0.0);
-    let row = &mut row[seen];
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for value in row.iter_mut() {
-        *value = (*value - max).exp();
-        sum += *value;
+vectorized! {
+    /// Writes `exp(score - max)` where it is seen and zeros elsewhere: the largest score and the sum.
+    fn powers<T: Element>(p: &mut [T], scores: &[f32], from: usize, to: usize) -> (f32, f32) {
+        p[..from].fill(T::zero());
+        p[to..].fill(T::zero());
+        let (p, scores) = (&mut p[from..to], &scores[from..to]);
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let (whole, rest) = scores.split_at(scores.len() / 16 * 16);
+        for part in whole.chunks_exact(16) {
+            for (lane, value) in lanes.iter_mut().zip(part) {
+                *lane = if *value > *lane { *value } else { *lane };
+            }
+        }
+        let mut max = f32::NEG_INFINITY;
+        for value in lanes.iter().chain(rest) {
+            max = if *value > max { *value } else { max };
+        }
+        for (p, score) in p.iter_mut().zip(scores) {
+            *p = T::narrow(exp(score - max));
+        }
+        // What is divided by is the sum of what is multiplied with, rounding included.
+        (max, sum_of(p.len(), |i| p[i].widen()))
     }
-    let inverse = 1.0 / sum;
-    for value in row.iter_mut() {
-        *value *= inverse;
-    }
-    max + sum.ln()
 }
 
+vectorized! {
+    fn scale_into<T: Element>(to: &mut [T], from: &[f32], factor: f32) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = T::narrow(from * factor);
+        }
+    }
+}
+
+vectorized! {
+    fn dot<T: Element>(x: &[T], y: &[T]) -> f32 {
+        let y = &y[..x.len()];
+        sum_of(x.len(), |i| x[i].widen() * y[i].widen())
+    }
+}
+
+vectorized! {
+    /// `p = exp(score - logsumexp)` and `ds = p (dp - dot)` where it is seen, zeros elsewhere.
+    fn weights_and_slopes<T: Element>(
+        p: &mut [T],
+        ds: &mut [T],
+        scores: &[f32],
+        dp: &[f32],
+        from: usize,
+        to: usize,
+        logsumexp: f32,
+        dot: f32,
+    ) {
+        for zeros in [&mut p[..from], &mut ds[..from]] {
+            zeros.fill(T::zero());
+        }
+        for zeros in [&mut p[to..], &mut ds[to..]] {
+            zeros.fill(T::zero());
+        }
+        let (p, ds) = (&mut p[from..to], &mut ds[from..to]);
+        for (((p, ds), score), dp) in p.iter_mut().zip(ds).zip(&scores[from..to]).zip(&dp[from..to]) {
+            let weight = exp(score - logsumexp);
+            *p = T::narrow(weight);
+            *ds = T::narrow(weight * (dp - dot));
+        }
+    }
+}
+
+/// A task is one query head of one document: what it adds to the gradients of its keys and values stays apart until all
+/// heads that share them are done, then it is summed in their order.
 fn backward_blocks<T: Element>(
     saved: &Saved,
     heads: &Heads,
     documents: &Documents,
     d_o: &Tensor,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let (tokens, d) = (saved.q.dim(0)?, heads.head_dim);
+    let (tokens, d, group) = (saved.q.dim(0)?, heads.head_dim, heads.group());
     let (qs, ks, vs) = (Values::<T>::of(&saved.q)?, Values::<T>::of(&saved.k)?, Values::<T>::of(&saved.v)?);
     let (os, d_os) = (Values::<T>::of(&saved.o)?, Values::<T>::of(d_o)?);
-    let [qs, ks, vs, os, d_os]: [&[T]; 5] = [&qs, &ks, &vs, &os, &d_os];
-    let (mut dq, mut dk, mut dv) =
-        (vec![T::zero(); qs.len()], vec![T::zero(); ks.len()], vec![T::zero(); vs.len()]);
-    let (dq_parts, dk_parts, dv_parts) =
-        (Disjoint::new(&mut dq), Disjoint::new(&mut dk), Disjoint::new(&mut dv));
-    let (h_count, kv_count) = (heads.num_heads, heads.num_kv_heads);
-    tasks(heads, documents).into_par_iter().for_each(|task| {
-        let (first, len) = (task.first, task.len);
-        let k = head(ks, first, len, task.kv_head, kv_count, d);
-        let v = head(vs, first, len, task.kv_head, kv_count, d);
-        let (mut dk, mut dv) = (vec![0.0f32; len * d], vec![0.0f32; len * d]);
-        let (mut p, mut dp) = (Vec::new(), Vec::new());
-        for h in task.kv_head * heads.group()..(task.kv_head + 1) * heads.group() {
-            let q = head(qs, first, len, h, h_count, d);
-            let o = head(os, first, len, h, h_count, d);
-            let d_o = head(d_os, first, len, h, h_count, d);
-            let mut dq = vec![0.0f32; len * d];
-            for block in blocks(heads, len, 0) {
-                let (rows, width) = (block.to - block.from, block.high - block.low);
-                let queries = block.from * d..block.to * d;
-                let keys = block.low * d..block.high * d;
-                let d_o_block = Matrix::rows(&d_o[queries.clone()], rows, d, d);
-                block_scores(&mut p, &q, &k, &block, heads);
-                dp.resize(rows * width, 0.0);
-                product(&mut dp, 0.0, 1.0, d_o_block, Matrix::rows(&v[keys.clone()], width, d, d).t());
-                for i in 0..rows {
-                    let token = block.from + i;
-                    let seen = heads.sees(token);
-                    let seen = seen.start - block.low..seen.end - block.low;
-                    let (p, dp) = (&mut p[i * width..][..width], &mut dp[i * width..][..width]);
-                    let dot: f32 =
-                        d_o[token * d..][..d].iter().zip(&o[token * d..][..d]).map(|(x, y)| x * y).sum();
-                    let logsumexp = saved.logsumexp[h * tokens + first + token];
-                    for j in 0..width {
-                        if seen.contains(&j) {
-                            p[j] = (p[j] - logsumexp).exp();
-                            dp[j] = p[j] * (dp[j] - dot);
-                        } else {
-                            (p[j], dp[j]) = (0.0, 0.0);
-                        }
-                    }
+    let [qs, os, d_os] = [&qs, &os, &d_os].map(|x| Columns::<T>::new(x, heads.num_heads, d));
+    let [ks, vs] = [&ks, &vs].map(|x| Columns::<T>::new(x, heads.num_kv_heads, d));
+    let mut tasks: Vec<(Range<usize>, usize)> = documents
+        .ranges()
+        .flat_map(|range| (0..heads.num_heads).map(move |head| (range.clone(), head)))
+        .collect();
+    tasks.sort_by_key(|(range, _)| std::cmp::Reverse(range.len()));
+    // `[heads, tokens, d]` each.
+    let (mut dks, mut dvs) =
+        (vec![0.0f32; heads.num_heads * tokens * d], vec![0.0f32; heads.num_heads * tokens * d]);
+    let (dk_parts, dv_parts) = (Disjoint::new(&mut dks), Disjoint::new(&mut dvs));
+    let dq = written::<T>(qs.values.len(), |dq| {
+        let dq = Disjoint::new(dq);
+        let compute = |scratch: &mut Scratch<T>, (range, head): (Range<usize>, usize)| {
+            let (first, len, kv_head) = (range.start, range.len(), head / group);
+            let own = (head * tokens + first) * d;
+            // SAFETY: the rows of this document in this head belong to this task alone.
+            let (dk, dv) = unsafe { (dk_parts.part(own, len * d), dv_parts.part(own, len * d)) };
+            for block in blocks(heads, len, 0, BACKWARD_ROWS) {
+                let (rows, width) = (block.rows(), block.width());
+                let (queries, keys) = (first + block.from, first + block.low);
+                let (q, d_o) = (qs.head(queries, rows, head), d_os.head(queries, rows, head));
+                let (k, v) = (ks.head(keys, width, kv_head), vs.head(keys, width, kv_head));
+                let scores = part(&mut scratch.scores, rows * width);
+                let dp = part(&mut scratch.slopes, rows * width);
+                product(scores, 0.0, heads.scale as f32, q, k.t());
+                product(dp, 0.0, 1.0, d_o, v.t());
+                let (p, ds) = (part(&mut scratch.p, rows * width), part(&mut scratch.ds, rows * width));
+                for row in 0..rows {
+                    let seen = block.seen(row, 0, heads);
+                    let token = queries + row;
+                    let dot = dot(d_os.row(token, head), os.row(token, head));
+                    let all = row * width..(row + 1) * width;
+                    weights_and_slopes(
+                        &mut p[all.clone()],
+                        &mut ds[all.clone()],
+                        &scores[all.clone()],
+                        &dp[all],
+                        seen.start,
+                        seen.end,
+                        saved.logsumexp[head * tokens + token],
+                        dot,
+                    );
                 }
-                let (p, ds) = (Matrix::rows(&p, rows, width, width), Matrix::rows(&dp, rows, width, width));
-                let scale = heads.scale as f32;
-                let k_block = Matrix::rows(&k[keys.clone()], width, d, d);
-                product(&mut dq[queries.clone()], 0.0, scale, ds, k_block);
-                product(&mut dk[keys.clone()], 1.0, scale, ds.t(), Matrix::rows(&q[queries], rows, d, d));
-                product(&mut dv[keys], 1.0, 1.0, p.t(), d_o_block);
+                let (p, ds) = (Matrix::rows(p, rows, width, width), Matrix::rows(ds, rows, width, width));
+                let out = part(&mut scratch.rows, rows * d);
+                product(out, 0.0, 1.0, ds, k);
+                for (row, out) in out.chunks_exact(d).enumerate() {
+                    // SAFETY: every task writes its own tokens in the columns of its own head.
+                    let dq = unsafe { dq.part(((queries + row) * heads.num_heads + head) * d, d) };
+                    scale_into(dq, out, heads.scale as f32);
+                }
+                let keys = block.low * d..block.high * d;
+                product(&mut dk[keys.clone()], 1.0, heads.scale as f32, ds.t(), q);
+                product(&mut dv[keys], 1.0, 1.0, p.t(), d_o);
             }
-            put_head(dq_parts, &dq, first, h, h_count, d);
-        }
-        put_head(dk_parts, &dk, first, task.kv_head, kv_count, d);
-        put_head(dv_parts, &dv, first, task.kv_head, kv_count, d);
+        };
+        for_each_with_scratch(tasks, compute);
     });
-    Ok((to_tensor(dq, saved.q.dims())?, to_tensor(dk, saved.k.dims())?, to_tensor(dv, saved.v.dims())?))
+    let shape = saved.k.dims();
+    let (dk, dv) = (sum_of_heads::<T>(&dks, heads, tokens), sum_of_heads::<T>(&dvs, heads, tokens));
+    Ok((to_tensor(dq, saved.q.dims())?, to_tensor(dk, shape)?, to_tensor(dv, shape)?))
+}
+
+/// `[heads, tokens, d]` to `[tokens, kv_heads * d]`, query heads of one key head summed in their order.
+fn sum_of_heads<T: Element>(parts: &[f32], heads: &Heads, tokens: usize) -> Vec<T> {
+    let (d, group) = (heads.head_dim, heads.group());
+    written(tokens * heads.num_kv_heads * d, |sums| {
+        for_rows(sums, heads.num_kv_heads * d, |token, row| {
+            for (kv_head, sum) in row.chunks_exact_mut(d).enumerate() {
+                let rows = (kv_head * group..(kv_head + 1) * group)
+                    .map(|head| &parts[(head * tokens + token) * d..][..d]);
+                for (i, sum) in sum.iter_mut().enumerate() {
+                    *sum = T::narrow(rows.clone().map(|row| row[i]).sum());
+                }
+            }
+        });
+    })
 }

@@ -6,7 +6,7 @@
 use candle_core::Tensor;
 
 use super::kernel::{Element, Values, dispatch, for_rows, to_tensor};
-use super::{Dropout, Pass};
+use super::{Dropout, Pass, add};
 use crate::error::Result;
 
 impl Dropout {
@@ -29,6 +29,11 @@ pub fn apply(x: &Tensor, dropout: &Dropout, pass: &Pass<'_>) -> Result<Tensor> {
     }
     let mask = mask(x.dim(1)?, dropout, step, pass)?;
     Ok((x * mask.to_device(x.device())?.to_dtype(x.dtype())?)?)
+}
+
+/// `y + dropout(x)` for `x` in f32, in the type of `y`.
+pub fn add_dropped(y: &Tensor, x: &Tensor, dropout: &Dropout, pass: &Pass<'_>) -> Result<Tensor> {
+    add(y, &apply(x, dropout, pass)?)
 }
 
 /// The factors that `x [tokens, columns]` is multiplied with, f32 on the CPU.

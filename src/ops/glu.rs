@@ -3,7 +3,9 @@
 use candle_core::Tensor;
 
 use super::differentiate;
-use super::kernel::{Element, Values, dispatch, for_row_pairs, for_rows, to_tensor};
+use super::kernel::{
+    Element, Values, dispatch, exp, for_row_pairs, for_rows, to_tensor, vectorized, written,
+};
 use crate::error::Result;
 
 /// The activation of a gate.
@@ -72,40 +74,100 @@ pub fn reference(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<T
 fn value_and_slope(activation: Activation, x: f32) -> (f32, f32) {
     match activation {
         Activation::Silu => {
-            let s = 1.0 / (1.0 + (-x).exp());
+            let s = 1.0 / (1.0 + exp(-x));
             (x * s, s * (1.0 + x * (1.0 - s)))
         }
         Activation::Gelu => {
             let phi = 0.5 * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2));
-            let density = 0.398_942_3 * (-0.5 * x * x).exp();
+            let density = 0.398_942_3 * exp(-0.5 * x * x);
             (x * phi, phi + x * density)
         }
         Activation::GeluTanh => {
             const C: f32 = 0.797_884_6;
             let inner = C * (x + 0.044_715 * x * x * x);
-            let t = inner.tanh();
+            // tanh by the exponential of what is negative, which cannot overflow.
+            let power = exp(-2.0 * inner.abs());
+            let t = ((1.0 - power) / (1.0 + power)).copysign(inner);
             let slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * C * (1.0 + 0.134_145 * x * x);
             (0.5 * x * (1.0 + t), slope)
         }
         // Written so that NaN passes through, which `max` would swallow.
         Activation::Relu => (if x < 0.0 { 0.0 } else { x }, if x > 0.0 { 1.0 } else { 0.0 }),
         Activation::Sigmoid => {
-            let s = 1.0 / (1.0 + (-x).exp());
+            let s = 1.0 / (1.0 + exp(-x));
             (s, s * (1.0 - s))
         }
         Activation::Identity => (x, 1.0),
     }
 }
 
+/// Calls `$function(activation, ..)` with an activation that is known in each call, so that its loop has no choice in it.
+macro_rules! for_each_activation {
+    ($activation:expr, $function:ident ( $($argument:expr),* )) => {
+        match $activation {
+            Activation::Silu => $function(Activation::Silu, $($argument),*),
+            Activation::Gelu => $function(Activation::Gelu, $($argument),*),
+            Activation::GeluTanh => $function(Activation::GeluTanh, $($argument),*),
+            Activation::Relu => $function(Activation::Relu, $($argument),*),
+            Activation::Sigmoid => $function(Activation::Sigmoid, $($argument),*),
+            Activation::Identity => $function(Activation::Identity, $($argument),*),
+        }
+    };
+}
+
+#[inline(always)]
+fn forward_with<T: Element>(activation: Activation, y: &mut [T], gate: &[T], up: &[T]) {
+    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+        *y = T::narrow(value_and_slope(activation, gate.widen()).0 * up.widen());
+    }
+}
+
+vectorized! {
+    fn forward_row<T: Element>(activation: Activation, y: &mut [T], gate: &[T], up: &[T]) {
+        for_each_activation!(activation, forward_with(y, gate, up));
+    }
+}
+
+#[inline(always)]
+fn backward_with<T: Element>(
+    activation: Activation,
+    d_gate: &mut [T],
+    d_up: &mut [T],
+    gate: &[T],
+    up: &[T],
+    dy: &[T],
+) {
+    let d = d_gate.len();
+    let (d_up, gate, up, dy) = (&mut d_up[..d], &gate[..d], &up[..d], &dy[..d]);
+    for i in 0..d {
+        let (value, slope) = value_and_slope(activation, gate[i].widen());
+        let dy = dy[i].widen();
+        d_gate[i] = T::narrow(dy * up[i].widen() * slope);
+        d_up[i] = T::narrow(dy * value);
+    }
+}
+
+vectorized! {
+    fn backward_row<T: Element>(
+        activation: Activation,
+        d_gate: &mut [T],
+        d_up: &mut [T],
+        gate: &[T],
+        up: &[T],
+        dy: &[T],
+    ) {
+        for_each_activation!(activation, backward_with(d_gate, d_up, gate, up, dy));
+    }
+}
+
 fn forward_rows<T: Element>(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     let (gates, ups) = (Values::<T>::of(gate)?, Values::<T>::of(up)?);
+    let (gates, ups): (&[T], &[T]) = (&gates, &ups);
     let width = gate.dim(1)?;
-    let mut y = vec![T::zero(); gates.len()];
-    for_rows(&mut y, width, |token, row| {
-        let (gate, up) = (&gates[token * width..][..width], &ups[token * width..][..width]);
-        for ((y, gate), up) in row.iter_mut().zip(gate).zip(up) {
-            *y = T::narrow(value_and_slope(activation, gate.widen()).0 * up.widen());
-        }
+    let y = written(gates.len(), |y| {
+        for_rows(y, width, |token, row| {
+            forward_row(activation, row, &gates[token * width..][..width], &ups[token * width..][..width]);
+        });
     });
     to_tensor(y, gate.dims())
 }
@@ -117,18 +179,17 @@ fn backward_rows<T: Element>(
     activation: Activation,
 ) -> Result<(Tensor, Tensor)> {
     let (gates, ups, dys) = (Values::<T>::of(gate)?, Values::<T>::of(up)?, Values::<T>::of(dy)?);
+    let (gates, ups, dys): (&[T], &[T], &[T]) = (&gates, &ups, &dys);
     let width = gate.dim(1)?;
-    let mut d_gate = vec![T::zero(); gates.len()];
-    let mut d_up = vec![T::zero(); gates.len()];
-    for_row_pairs(&mut d_gate, &mut d_up, width, |token, d_gate, d_up| {
-        let start = token * width;
-        let (gate, up, dy) = (&gates[start..][..width], &ups[start..][..width], &dys[start..][..width]);
-        for i in 0..width {
-            let (value, slope) = value_and_slope(activation, gate[i].widen());
-            let dy = dy[i].widen();
-            d_gate[i] = T::narrow(dy * up[i].widen() * slope);
-            d_up[i] = T::narrow(dy * value);
-        }
+    let mut d_up = Vec::new();
+    let d_gate = written(gates.len(), |d_gate| {
+        d_up = written(gates.len(), |d_up| {
+            for_row_pairs(d_gate, d_up, width, |token, d_gate, d_up| {
+                let part = token * width..(token + 1) * width;
+                let (gate, up, dy) = (&gates[part.clone()], &ups[part.clone()], &dys[part]);
+                backward_row(activation, d_gate, d_up, gate, up, dy);
+            });
+        });
     });
     Ok((to_tensor(d_gate, gate.dims())?, to_tensor(d_up, gate.dims())?))
 }

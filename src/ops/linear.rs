@@ -7,9 +7,10 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    Gradients, LowRank, Operand, Parameter, Pass, Weight, dropout, matmul, matmul_f32, sum_of_products,
+    Gradients, LowRank, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul, matmul_f32,
+    sum_of_products,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// What a linear layer computes with.
 #[derive(Debug, Clone, Copy)]
@@ -25,9 +26,25 @@ pub struct Layer<'a> {
 /// What the backward needs.
 #[derive(Debug, Clone)]
 pub struct Saved {
-    x: Tensor,
+    /// `[tokens, in]`; not needed for `dx`.
+    x: Option<Tensor>,
     /// `dropout(x) A^T`, `[tokens, rank]`.
     inner: Option<Tensor>,
+}
+
+impl Saved {
+    /// Drops what no gradient of `wanted` needs.
+    pub fn trim(&mut self, layer: &Layer<'_>, wanted: &Gradients) {
+        if wanted.wanted(layer.weight).is_none()
+            && !layer.low_rank.is_some_and(|low_rank| wanted.wants(&low_rank.a))
+        {
+            self.x = None;
+        }
+    }
+
+    fn x(&self) -> Result<&Tensor> {
+        self.x.as_ref().ok_or_else(|| Error::invalid("the input of a layer was not kept for its gradient"))
+    }
 }
 
 /// `y`, and what the backward needs.
@@ -42,45 +59,53 @@ pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor
         }
     };
     if let Some(bias) = layer.bias {
-        y = y.broadcast_add(&bias.tensor().to_dtype(x.dtype())?)?;
+        y = add_to_rows(&y, bias.tensor())?;
     }
     if let Some((bias, scale)) = layer.low_rank.and_then(|l| l.bias.as_ref().map(|bias| (bias, l.scale))) {
-        y = y.broadcast_add(&(bias.tensor() * scale)?.to_dtype(x.dtype())?)?;
+        y = add_to_rows(&y, &(bias.tensor() * scale)?)?;
     }
-    Ok((y, Saved { x: x.clone(), inner }))
+    Ok((y, Saved { x: Some(x.clone()), inner }))
 }
 
-/// `dx` when `wants_dx`; the gradients of weight, bias, `A` and `B` go to `gradients` where wanted.
+/// The sum of the `dx` of layers that have one input, when `wants_dx`: `(layer, saved, dy)` of each. The gradients of
+/// weights, biases, `A` and `B` go to `gradients` where wanted.
 ///
 /// With `u = dropout(x) A^T` and `du = scale dy B`: `dB = scale dy^T u`, `dA = du^T dropout(x)`,
-/// `dW = dy^T x` and `dx = dy W + dropout(du A)`.
-pub fn backward(
-    saved: &Saved,
-    layer: &Layer<'_>,
+/// `dW = dy^T x` and `dx = dy W + dropout(du A)`, all of it in one sum that is rounded once.
+pub fn backward_of_all(
+    layers: &[(Layer<'_>, &Saved, &Tensor)],
     pass: &Pass<'_>,
-    dy: &Tensor,
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let weight = layer.weight;
-    if let Some(weight) = gradients.wanted(weight) {
-        gradients.add(weight, &matmul_f32(&dy.t()?, &saved.x)?)?;
+    let mut terms: Vec<(&Tensor, Operand<'_>)> = Vec::with_capacity(2 * layers.len());
+    let mut d_inners = Vec::with_capacity(layers.len());
+    for (layer, saved, dy) in layers {
+        if let Some(weight) = gradients.wanted(layer.weight) {
+            gradients.add(weight, &matmul_f32(&dy.t()?, saved.x()?)?)?;
+        }
+        if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
+            gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
+        }
+        terms.push((dy, layer.weight.into()));
+        if let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) {
+            let d_inner = low_rank_backward(saved, inner, low_rank, pass, dy, wants_dx, gradients)?;
+            d_inners.extend(d_inner.map(|d_inner| (low_rank, d_inner)));
+        }
     }
-    if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
-        gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
-    }
-    let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) else {
-        return if wants_dx { Ok(Some(matmul(dy, weight)?)) } else { Ok(None) };
-    };
-    let Some(d_inner) = low_rank_backward(&saved.x, inner, low_rank, pass, dy, wants_dx, gradients)? else {
+    if !wants_dx {
         return Ok(None);
-    };
-    let a = low_rank.a.tensor();
-    if !low_rank.dropout.drops(pass) {
-        return Ok(Some(sum_of_products(&[(dy, weight.into()), (&d_inner, a.into())], dy.dtype())?));
     }
-    let through = dropout::apply(&matmul_f32(&d_inner, a)?, &low_rank.dropout, pass)?; // [tokens, in]
-    Ok(Some((matmul(dy, weight)? + through.to_dtype(dy.dtype())?)?))
+    let dropped = |low_rank: &LowRank| low_rank.dropout.drops(pass);
+    let whole = d_inners.iter().filter(|(low_rank, _)| !dropped(low_rank));
+    terms.extend(whole.map(|(low_rank, d_inner)| (d_inner, low_rank.a.tensor().into())));
+    let Some((_, _, dy)) = layers.first() else { return Ok(None) };
+    let mut dx = sum_of_products(&terms, dy.dtype())?;
+    for (low_rank, d_inner) in d_inners.iter().filter(|(low_rank, _)| dropped(low_rank)) {
+        let through = matmul_f32(d_inner, low_rank.a.tensor())?; // [tokens, in]
+        dx = dropout::add_dropped(&dx, &through, &low_rank.dropout, pass)?;
+    }
+    Ok(Some(dx))
 }
 
 /// The low-rank term alone, `[tokens, out]` in f32.
@@ -100,7 +125,7 @@ fn inner(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
 
 /// The gradients of `A`, `B` and the bias where wanted, and `du` when `wants_dx`.
 fn low_rank_backward(
-    x: &Tensor,
+    saved: &Saved,
     inner: &Tensor,
     low_rank: &LowRank,
     pass: &Pass<'_>,
@@ -120,7 +145,7 @@ fn low_rank_backward(
     }
     let d_inner = (matmul_f32(dy, b.tensor())? * low_rank.scale)?; // [tokens, rank]
     if gradients.wants(a) {
-        let dropped = dropout::apply(x, &low_rank.dropout, pass)?;
+        let dropped = dropout::apply(saved.x()?, &low_rank.dropout, pass)?;
         gradients.add(a, &matmul_f32(&d_inner.t()?, &dropped)?)?;
     }
     Ok(wants_dx.then_some(d_inner))

@@ -21,6 +21,7 @@ mod quantized;
 pub mod reference;
 pub mod rms_norm;
 pub mod rotary;
+mod sum;
 mod weight;
 
 pub use buffers::KeepBuffers;
@@ -30,4 +31,5 @@ pub use gradients::{Gradients, Trainables};
 pub use matmul::{Operand, matmul, matmul_f32, sum_of_products};
 pub use quantized::{Quantized, SharedBytes};
 pub use reference::differentiate;
+pub use sum::{add, add_to_rows};
 pub use weight::{Dropout, LowRank, Parameter, Weight};

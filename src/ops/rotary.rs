@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::kernel::{Element, Values, dispatch, for_rows, to_tensor};
+use super::kernel::{Element, Values, dispatch, for_rows, into_values, to_tensor, vectorized};
 use crate::error::Result;
 
 /// The angles of a batch.
@@ -17,20 +17,20 @@ pub struct Angles {
     pub sin: Tensor,
 }
 
-/// Every head of `x` rotated. Nothing is saved: the backward needs the angles only.
-pub fn forward(x: &Tensor, angles: &Angles) -> Result<Tensor> {
+/// Every head of `x` rotated, in place: no other tensor may share the storage of `x`. Nothing is saved: the backward needs the
+/// angles only.
+pub fn forward(x: Tensor, angles: &Angles) -> Result<Tensor> {
     rotate(x, angles, 1.0)
 }
 
 /// A rotation's transpose is the rotation back: `dx` is `dy` rotated by the negative angles.
-pub fn backward(dy: &Tensor, angles: &Angles) -> Result<Tensor> {
+pub fn backward(dy: Tensor, angles: &Angles) -> Result<Tensor> {
     rotate(dy, angles, -1.0)
 }
 
-fn rotate(x: &Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
-    let x = x.contiguous()?;
+fn rotate(x: Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
     if x.device().is_cpu() {
-        dispatch!(x.dtype(), rotate_rows(&x, angles, direction))
+        dispatch!(x.dtype(), rotate_rows(x, angles, direction))
     } else {
         let sin = (&angles.sin * f64::from(direction))?;
         reference(&x, &Angles { cos: angles.cos.clone(), sin })
@@ -50,25 +50,30 @@ pub fn reference(x: &Tensor, angles: &Angles) -> Result<Tensor> {
     Ok(Tensor::cat(&[new_low, new_high], 2)?.reshape((tokens, ()))?.to_dtype(x.dtype())?)
 }
 
-fn rotate_rows<T: Element>(x: &Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
-    let (tokens, half) = angles.cos.dims2()?;
-    let values = Values::<T>::of(x)?;
-    let (cos, sin) = (Values::<f32>::of(&angles.cos)?, Values::<f32>::of(&angles.sin)?);
-    let width = x.dim(1)?;
-    debug_assert_eq!(values.len(), tokens * width);
-    let mut y = vec![T::zero(); values.len()];
-    for_rows(&mut y, width, |token, row| {
-        let x = &values[token * width..][..width];
-        let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
-        for (head, x) in row.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-            let (new_low, new_high) = head.split_at_mut(half);
-            let (low, high) = x.split_at(half);
+vectorized! {
+    fn rotate_row<T: Element>(row: &mut [T], cos: &[f32], sin: &[f32], direction: f32) {
+        let half = cos.len();
+        let sin = &sin[..half];
+        for head in row.chunks_exact_mut(2 * half) {
+            let (low, high) = head.split_at_mut(half);
             for i in 0..half {
                 let (a, b, s) = (low[i].widen(), high[i].widen(), direction * sin[i]);
-                new_low[i] = T::narrow(a * cos[i] - b * s);
-                new_high[i] = T::narrow(b * cos[i] + a * s);
+                low[i] = T::narrow(a * cos[i] - b * s);
+                high[i] = T::narrow(b * cos[i] + a * s);
             }
         }
+    }
+}
+
+fn rotate_rows<T: Element>(x: Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
+    let (tokens, half) = angles.cos.dims2()?;
+    let (cos, sin) = (Values::<f32>::of(&angles.cos)?, Values::<f32>::of(&angles.sin)?);
+    let (cos, sin): (&[f32], &[f32]) = (&cos, &sin);
+    let shape = x.dims().to_vec();
+    let mut values = into_values::<T>(x)?;
+    debug_assert_eq!(values.len(), tokens * shape[1]);
+    for_rows(&mut values, shape[1], |token, row| {
+        rotate_row(row, &cos[token * half..][..half], &sin[token * half..][..half], direction);
     });
-    to_tensor(y, x.dims())
+    to_tensor(values, &shape)
 }

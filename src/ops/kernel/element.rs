@@ -1,9 +1,10 @@
 //! Tensor values as slices, and the types that ops compute in.
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::{Deref, Range};
 
-use candle_core::{Device, Storage, StorageRef, Tensor, WithDType};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
 use half::bf16;
 
 use crate::error::{Error, Result};
@@ -75,6 +76,33 @@ impl<T: Element> Deref for Values<'_, T> {
     }
 }
 
+/// The values of a tensor on the CPU that has just been computed: taken out, not copied, so that they can be changed. No other
+/// tensor may share its storage.
+pub(crate) fn into_values<T: Element>(tensor: Tensor) -> Result<Vec<T>> {
+    struct Take<T>(RefCell<Vec<T>>);
+
+    impl<T: Element> InplaceOp1 for Take<T> {
+        fn name(&self) -> &'static str {
+            "take"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+            let taken = std::mem::replace(storage, T::to_cpu_storage_owned(Vec::new()));
+            *self.0.borrow_mut() = T::cpu_storage_data(taken)?;
+            Ok(())
+        }
+    }
+
+    let whole = tensor.is_contiguous() && tensor.layout().start_offset() == 0;
+    let take = Take(RefCell::new(Vec::new()));
+    tensor.inplace_op1(&take)?;
+    let values = take.0.into_inner();
+    if !whole || values.len() != tensor.elem_count() {
+        return Err(Error::invalid("part of a tensor cannot be taken out of it"));
+    }
+    Ok(values)
+}
+
 /// A tensor on the CPU that owns `values`.
 pub(crate) fn to_tensor<T: Element>(values: Vec<T>, shape: &[usize]) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
@@ -82,10 +110,10 @@ pub(crate) fn to_tensor<T: Element>(values: Vec<T>, shape: &[usize]) -> Result<T
 
 /// Calls `$function::<T>($arguments)` with the element type of `$dtype`.
 macro_rules! dispatch {
-    ($dtype:expr, $function:ident ( $($argument:expr),* $(,)? )) => {
+    ($dtype:expr, $function:ident $(::<$other:ident>)? ( $($argument:expr),* $(,)? )) => {
         match $dtype {
-            candle_core::DType::F32 => $function::<f32>($($argument),*),
-            candle_core::DType::BF16 => $function::<half::bf16>($($argument),*),
+            candle_core::DType::F32 => $function::<f32 $(, $other)?>($($argument),*),
+            candle_core::DType::BF16 => $function::<half::bf16 $(, $other)?>($($argument),*),
             other => Err($crate::error::Error::invalid(format!(
                 "values of type {other:?} are not computed with; expected F32 or BF16"
             ))),

@@ -1,18 +1,20 @@
 //! Matrix products on slices, on the calling thread: for ops that split their work over threads themselves.
 
+use super::Element;
+
 /// A matrix inside a slice: `rows x columns`, with the distances between neighbours.
 #[derive(Clone, Copy)]
-pub(crate) struct Matrix<'a> {
-    values: &'a [f32],
+pub(crate) struct Matrix<'a, T> {
+    values: &'a [T],
     rows: usize,
     columns: usize,
     row_stride: usize,
     column_stride: usize,
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, T> Matrix<'a, T> {
     /// Rows end to end, each `columns` long, beginning `stride` apart.
-    pub(crate) fn rows(values: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
+    pub(crate) fn rows(values: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
         let matrix = Self { values, rows, columns, row_stride: stride, column_stride: 1 };
         matrix.check();
         matrix
@@ -45,7 +47,27 @@ impl<'a> Matrix<'a> {
 }
 
 /// `c = beta c + alpha a b` for `c` with rows of `b.columns` values end to end; `beta` 0 does not read `c`.
-pub(crate) fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_>, b: Matrix<'_>) {
+pub(crate) fn product<T: Element>(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, T>, b: Matrix<'_, T>) {
+    let wide = |matrix: &Matrix<'_, T>| -> Vec<f32> { matrix.values.iter().map(|x| x.widen()).collect() };
+    let (x, y) = (wide(&a), wide(&b));
+    let a = Matrix {
+        values: &x,
+        rows: a.rows,
+        columns: a.columns,
+        row_stride: a.row_stride,
+        column_stride: a.column_stride,
+    };
+    let b = Matrix {
+        values: &y,
+        rows: b.rows,
+        columns: b.columns,
+        row_stride: b.row_stride,
+        column_stride: b.column_stride,
+    };
+    product_f32(c, beta, alpha, a, b);
+}
+
+fn product_f32(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, f32>, b: Matrix<'_, f32>) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
     assert_eq!(k, b.rows, "inner dimensions of a product");
     assert_eq!(c.len(), m * n, "values of a {m}x{n} product");

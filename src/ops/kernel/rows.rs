@@ -3,6 +3,8 @@
 
 use rayon::prelude::*;
 
+use super::Element;
+
 /// Rows per task: enough work to be worth a task, and the unit in which reductions are split.
 const ROWS: usize = 64;
 
@@ -11,11 +13,26 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &
     if width == 0 {
         return;
     }
+    if out.len() <= width * ROWS {
+        return out.chunks_mut(width).enumerate().for_each(|(i, row)| f(i, row));
+    }
     out.par_chunks_mut(width * ROWS).enumerate().for_each(|(chunk, rows)| {
         for (i, row) in rows.chunks_mut(width).enumerate() {
             f(chunk * ROWS + i, row);
         }
     });
+}
+
+/// A vector of `len` values, all of which `write` writes before anything is read: fresh memory need not be zeroed first.
+pub(crate) fn written<T: Element>(len: usize, write: impl FnOnce(&mut [T])) -> Vec<T> {
+    let mut values = Vec::with_capacity(len);
+    // SAFETY: the memory is this vector's own. Its values are plain numbers, for which any bits will do; they are written
+    // before they are read.
+    unsafe {
+        write(std::slice::from_raw_parts_mut(values.as_mut_ptr(), len));
+        values.set_len(len);
+    }
+    values
 }
 
 /// As [`for_rows`] for two buffers of the same shape.
