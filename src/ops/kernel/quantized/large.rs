@@ -1,7 +1,7 @@
 //! Blocks of 256 values, the K-quants: eight parts of 32, which have one scale each or one for each 16 values. The scales
 //! are small integers that f16 values of the whole block scale in turn.
 
-use super::{Format, PART, scale};
+use super::{Format, PART, bytes, scale};
 
 pub(super) struct Q2K;
 pub(super) struct Q3K;
@@ -15,14 +15,16 @@ impl Format for Q2K {
     const BYTES: usize = 16 + 64 + 4;
 
     #[inline(always)]
-    fn unpack(block: &[u8], part: usize) -> [f32; PART] {
+    fn unpack(block: &[u8], part: usize, out: &mut [f32; PART]) {
         let (d, min) = (scale(block, 80), scale(block, 82));
-        let qs = &block[16 + part / 4 * 32..][..PART];
+        let qs: &[u8; PART] = bytes(block, 16 + part / 4 * 32);
         let shift = 2 * (part % 4);
         let scales = [block[2 * part], block[2 * part + 1]];
         let factors = scales.map(|s| d * f32::from(s & 15));
         let minima = scales.map(|s| min * f32::from(s >> 4));
-        std::array::from_fn(|j| factors[j / 16] * ((i32::from(qs[j]) >> shift) & 3) as f32 - minima[j / 16])
+        for j in 0..PART {
+            out[j] = factors[j / 16] * ((i32::from(qs[j]) >> shift) & 3) as f32 - minima[j / 16];
+        }
     }
 }
 
@@ -33,9 +35,9 @@ impl Format for Q3K {
     const BYTES: usize = 32 + 64 + 12 + 2;
 
     #[inline(always)]
-    fn unpack(block: &[u8], part: usize) -> [f32; PART] {
+    fn unpack(block: &[u8], part: usize, out: &mut [f32; PART]) {
         let d = scale(block, 108);
-        let (mask, qs) = (&block[..PART], &block[32 + part / 4 * 32..][..PART]);
+        let (mask, qs): (&[u8; PART], &[u8; PART]) = (bytes(block, 0), bytes(block, 32 + part / 4 * 32));
         let shift = 2 * (part % 4);
         // Scale `i`: four bits in byte `i % 8`, the low ones for the first eight; two in byte `8 + i % 4`.
         let six = |i: usize| {
@@ -44,11 +46,11 @@ impl Format for Q3K {
             f32::from(low | high << 4) - 32.0
         };
         let factors = [d * six(2 * part), d * six(2 * part + 1)];
-        std::array::from_fn(|j| {
+        for j in 0..PART {
             let low = (i32::from(qs[j]) >> shift) & 3;
             let high = (i32::from(mask[j]) >> part) & 1;
-            factors[j / 16] * (low + 4 * high - 4) as f32
-        })
+            out[j] = factors[j / 16] * (low + 4 * high - 4) as f32;
+        }
     }
 }
 
@@ -58,11 +60,13 @@ impl Format for Q4K {
     const BYTES: usize = 4 + 12 + 128;
 
     #[inline(always)]
-    fn unpack(block: &[u8], part: usize) -> [f32; PART] {
+    fn unpack(block: &[u8], part: usize, out: &mut [f32; PART]) {
         let (factor, minimum) = scale_and_minimum(block, part);
-        let qs = &block[16 + part / 2 * 32..][..PART];
+        let qs: &[u8; PART] = bytes(block, 16 + part / 2 * 32);
         let shift = 4 * (part % 2);
-        std::array::from_fn(|j| factor * ((i32::from(qs[j]) >> shift) & 15) as f32 - minimum)
+        for j in 0..PART {
+            out[j] = factor * ((i32::from(qs[j]) >> shift) & 15) as f32 - minimum;
+        }
     }
 }
 
@@ -72,14 +76,14 @@ impl Format for Q5K {
     const BYTES: usize = 4 + 12 + 32 + 128;
 
     #[inline(always)]
-    fn unpack(block: &[u8], part: usize) -> [f32; PART] {
+    fn unpack(block: &[u8], part: usize, out: &mut [f32; PART]) {
         let (factor, minimum) = scale_and_minimum(block, part);
-        let (high, qs) = (&block[16..48], &block[48 + part / 2 * 32..][..PART]);
+        let (high, qs): (&[u8; PART], &[u8; PART]) = (bytes(block, 16), bytes(block, 48 + part / 2 * 32));
         let shift = 4 * (part % 2);
-        std::array::from_fn(|j| {
+        for j in 0..PART {
             let q = (i32::from(qs[j]) >> shift) & 15 | ((i32::from(high[j]) >> part) & 1) << 4;
-            factor * q as f32 - minimum
-        })
+            out[j] = factor * q as f32 - minimum;
+        }
     }
 }
 
@@ -89,18 +93,18 @@ impl Format for Q6K {
     const BYTES: usize = 128 + 64 + 16 + 2;
 
     #[inline(always)]
-    fn unpack(block: &[u8], part: usize) -> [f32; PART] {
+    fn unpack(block: &[u8], part: usize, out: &mut [f32; PART]) {
         let d = scale(block, 208);
         let (half, quarter) = (part / 4, part % 4);
-        let low = &block[half * 64 + quarter % 2 * 32..][..PART];
-        let high = &block[128 + half * 32..][..PART];
+        let low: &[u8; PART] = bytes(block, half * 64 + quarter % 2 * 32);
+        let high: &[u8; PART] = bytes(block, 128 + half * 32);
         let (low_shift, high_shift) = (quarter / 2 * 4, 2 * quarter);
         let scales = &block[192 + 2 * part..][..2];
         let factors = [0, 1].map(|i| d * f32::from(scales[i].cast_signed()));
-        std::array::from_fn(|j| {
+        for j in 0..PART {
             let q = (i32::from(low[j]) >> low_shift) & 15 | ((i32::from(high[j]) >> high_shift) & 3) << 4;
-            factors[j / 16] * (q - 32) as f32
-        })
+            out[j] = factors[j / 16] * (q - 32) as f32;
+        }
     }
 }
 

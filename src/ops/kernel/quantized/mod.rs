@@ -7,10 +7,9 @@
 mod large;
 mod small;
 
-use std::sync::LazyLock;
-
 use candle_core::quantized::GgmlDType;
 
+use super::vectorized;
 use large::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use small::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
@@ -21,8 +20,8 @@ pub(crate) const PART: usize = 32;
 trait Format {
     const VALUES: usize;
     const BYTES: usize;
-    /// The values of the block from `32 * part` on.
-    fn unpack(block: &[u8], part: usize) -> [f32; PART];
+    /// Writes the values of the block from `32 * part` on.
+    fn unpack(block: &[u8], part: usize, out: &mut [f32; PART]);
 }
 
 /// One of ggml's formats that products can be computed with.
@@ -40,20 +39,20 @@ pub(crate) enum Kind {
     Q6K,
 }
 
-/// Calls `$function::<F>($arguments)` with the format of `$kind`.
+/// Calls `$function(format, $arguments)` with the format of `$kind`.
 macro_rules! with_format {
     ($kind:expr, $function:ident ( $($argument:expr),* )) => {
         match $kind {
-            Kind::Q4_0 => $function::<Q4_0>($($argument),*),
-            Kind::Q4_1 => $function::<Q4_1>($($argument),*),
-            Kind::Q5_0 => $function::<Q5_0>($($argument),*),
-            Kind::Q5_1 => $function::<Q5_1>($($argument),*),
-            Kind::Q8_0 => $function::<Q8_0>($($argument),*),
-            Kind::Q2K => $function::<Q2K>($($argument),*),
-            Kind::Q3K => $function::<Q3K>($($argument),*),
-            Kind::Q4K => $function::<Q4K>($($argument),*),
-            Kind::Q5K => $function::<Q5K>($($argument),*),
-            Kind::Q6K => $function::<Q6K>($($argument),*),
+            Kind::Q4_0 => $function(Q4_0 $(, $argument)*),
+            Kind::Q4_1 => $function(Q4_1 $(, $argument)*),
+            Kind::Q5_0 => $function(Q5_0 $(, $argument)*),
+            Kind::Q5_1 => $function(Q5_1 $(, $argument)*),
+            Kind::Q8_0 => $function(Q8_0 $(, $argument)*),
+            Kind::Q2K => $function(Q2K $(, $argument)*),
+            Kind::Q3K => $function(Q3K $(, $argument)*),
+            Kind::Q4K => $function(Q4K $(, $argument)*),
+            Kind::Q5K => $function(Q5K $(, $argument)*),
+            Kind::Q6K => $function(Q6K $(, $argument)*),
         }
     };
 }
@@ -78,7 +77,7 @@ impl Kind {
 
     /// Values and bytes of a block.
     pub(crate) fn block(self) -> (usize, usize) {
-        fn block<F: Format>() -> (usize, usize) {
+        fn block<F: Format>(_: F) -> (usize, usize) {
             (F::VALUES, F::BYTES)
         }
         with_format!(self, block())
@@ -91,124 +90,62 @@ impl Kind {
     }
 }
 
-/// `x w` for two rows, summed in 32 lanes, which are the same on every machine.
-pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
-    match Level::best() {
-        Level::Plain => dot_plain(x, w),
-        // SAFETY: the machine has the instructions.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { dot_avx2(x, w) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { dot_avx512(x, w) },
-    }
-}
-
-/// Sets of instructions that the loops are compiled for.
-#[derive(Clone, Copy)]
-enum Level {
-    Plain,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-impl Level {
-    fn best() -> Self {
-        static BEST: LazyLock<Level> = LazyLock::new(|| {
-            #[cfg(target_arch = "x86_64")]
-            {
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                {
-                    return Level::Avx512;
-                }
-                if is_x86_feature_detected!("avx2") {
-                    return Level::Avx2;
-                }
+vectorized! {
+    /// `x w` for two rows of a multiple of 32 values, summed in lanes.
+    pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
+        let mut sums = [0f32; PART];
+        for (x, w) in x.as_chunks::<PART>().0.iter().zip(w.as_chunks::<PART>().0) {
+            for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
+                *sum += x * w;
             }
-            Level::Plain
-        });
-        *BEST
+        }
+        sums.iter().sum()
     }
 }
 
-fn fill<F: Format>(row: &[u8], column: usize, out: &mut [f32]) {
-    match Level::best() {
-        Level::Plain => fill_plain::<F>(row, column, out),
-        // SAFETY: the machine has the instructions.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { fill_avx2::<F>(row, column, out) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { fill_avx512::<F>(row, column, out) },
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn fill_avx512<F: Format>(row: &[u8], column: usize, out: &mut [f32]) {
-    fill_plain::<F>(row, column, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn fill_avx2<F: Format>(row: &[u8], column: usize, out: &mut [f32]) {
-    fill_plain::<F>(row, column, out);
-}
-
-#[inline(always)]
-fn fill_plain<F: Format>(row: &[u8], column: usize, out: &mut [f32]) {
-    let parts = F::VALUES / PART;
-    let unpack = |part: usize| {
-        let block = &row[part / parts * F::BYTES..][..F::BYTES];
-        F::unpack(block, part % parts)
-    };
-    let first = column / PART;
-    let (whole, rest) = out.as_chunks_mut::<PART>();
-    let end = first + whole.len();
-    for (part, out) in (first..).zip(whole) {
-        *out = unpack(part);
-    }
-    if !rest.is_empty() {
-        rest.copy_from_slice(&unpack(end)[..rest.len()]);
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn dot_avx512(x: &[f32], w: &[f32]) -> f32 {
-    dot_plain(x, w)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn dot_avx2(x: &[f32], w: &[f32]) -> f32 {
-    dot_plain(x, w)
-}
-
-#[inline(always)]
-fn dot_plain(x: &[f32], w: &[f32]) -> f32 {
-    let mut sums = [0f32; PART];
-    let (x, x_rest) = x.as_chunks::<PART>();
-    let (w, w_rest) = w.as_chunks::<PART>();
-    for (x, w) in x.iter().zip(w) {
-        for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
-            *sum += x * w;
+vectorized! {
+    fn fill<F: Format>(_format: F, row: &[u8], column: usize, out: &mut [f32]) {
+        let first = column / PART;
+        let (whole, rest) = out.as_chunks_mut::<PART>();
+        let end = first + whole.len();
+        for (part, out) in (first..).zip(whole) {
+            unpack::<F>(row, part, out);
+        }
+        if !rest.is_empty() {
+            let mut values = [0.0; PART];
+            unpack::<F>(row, end, &mut values);
+            rest.copy_from_slice(&values[..rest.len()]);
         }
     }
-    let rest: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w).sum();
-    sums.iter().sum::<f32>() + rest
 }
 
-/// A scale: the f16 at `at`, which is finite, in a few operations without branches or calls.
+/// The values of a row from `32 * part` on. A function, because a closure that is called twice would be compiled by itself,
+/// for the machine that every program runs on.
+#[inline(always)]
+fn unpack<F: Format>(row: &[u8], part: usize, out: &mut [f32; PART]) {
+    let parts = F::VALUES / PART;
+    let block = &row[part / parts * F::BYTES..][..F::BYTES];
+    F::unpack(block, part % parts, out);
+}
+
+/// `N` bytes of a block.
+#[inline(always)]
+fn bytes<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+    block[at..].first_chunk().expect("a part lies inside its block")
+}
+
+/// A scale: the f16 at `at`, which is finite. Without calls or branches, and without subnormal numbers of f32, which
+/// processors are slow with.
 #[inline(always)]
 fn scale(block: &[u8], at: usize) -> f32 {
-    let bits = u32::from(u16::from_le_bytes([block[at], block[at + 1]]));
-    // Exponent and mantissa where f32 has them; the product corrects the exponent, of subnormal numbers too.
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
+    const BIAS: u32 = 127 - 15;
+    let bits = u32::from(u16::from_le_bytes(*bytes(block, at)));
+    // Exponent and mantissa where f32 has them.
+    let magnitude = (bits & 0x7fff) << 13;
+    let normal = f32::from_bits(magnitude + (BIAS << 23));
+    // Of a subnormal number the mantissa has no leading one: one is added and taken away again.
+    let subnormal = f32::from_bits(magnitude + ((BIAS + 1) << 23)) - f32::from_bits((BIAS + 1) << 23);
+    let magnitude = if bits & 0x7c00 == 0 { subnormal } else { normal };
     f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
 }
 
