@@ -15,7 +15,7 @@ mod rows;
 use std::time::Instant;
 
 use half::bf16;
-use multiply::{Factor, Path, Target, multiply_by};
+use multiply::{Crew, Factor, Out, Path, Target, multiply_by};
 
 /// As in the program: buffers of this size begin at a line of the cache.
 #[global_allocator]
@@ -57,7 +57,8 @@ fn values(len: usize, seed: u64) -> Vec<bf16> {
 
 fn measure<T: Target>(path: Path, c: &mut [T], beta: f32, terms: &[(Factor<'_>, Factor<'_>)]) -> f64 {
     let work: usize = terms.iter().map(|(a, b)| 2 * a.rows() * a.columns() * b.columns()).sum();
-    work as f64 / time(|| multiply_by(path, c, beta, 1.0, terms)) / 1e9
+    let n = terms[0].1.columns();
+    work as f64 / time(|| multiply_by(path, Crew::All, Out::rows(c, n), beta, 1.0, terms)) / 1e9
 }
 
 /// `x [m, k] w [n, k]^T` in f32.

@@ -9,6 +9,8 @@ mod vectorized;
 
 pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
 pub(super) use multiply::{Factor, Fill, Target, multiply};
+#[expect(unused_imports, reason = "for attention")]
+pub(super) use multiply::{Out, multiply_here};
 pub(super) use product::{Matrix, product};
 pub(super) use quantized::{Kind, PART, dot};
 pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows, written};

@@ -11,7 +11,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::block::{Block, Inner, LEFT, Previous, Segment};
-use super::factor::Side;
+use super::factor::{Scratch, Side};
 use super::pack::{self, Blocks, STRIP};
 use super::target::Target;
 
@@ -263,7 +263,7 @@ impl Inner for Amx {
         panel: &mut [bf16],
         stride: usize,
         before: usize,
-        scratch: &mut Vec<bf16>,
+        scratch: &mut Scratch,
     ) {
         let blocks = Blocks::<{ Self::STRIPS }> { stride, before };
         // SAFETY: the caller's promise.

@@ -14,7 +14,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::block::{Block, Inner, Previous};
-use super::factor::Side;
+use super::factor::{Scratch, Side};
 use super::pack::{self, Blocks};
 use super::target::Target;
 
@@ -37,7 +37,7 @@ impl Inner for Avx512 {
         panel: &mut [bf16],
         stride: usize,
         before: usize,
-        scratch: &mut Vec<bf16>,
+        scratch: &mut Scratch,
     ) {
         let blocks = Blocks::<{ Self::STRIPS }> { stride, before };
         // SAFETY: the caller's promise.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::factor::Side;
+use super::factor::{Scratch, Side};
 use super::target::Target;
 
 /// Rows of a block.
@@ -49,7 +49,7 @@ pub(super) trait Inner {
         panel: &mut [bf16],
         stride: usize,
         before: usize,
-        scratch: &mut Vec<bf16>,
+        scratch: &mut Scratch,
     );
 
     /// Computes a block, and meanwhile writes as many rows of `previous` as it returns.

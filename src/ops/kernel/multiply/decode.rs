@@ -2,17 +2,16 @@
 //! read once, where it is stored, so that the memory sets the pace; sums are dot products along the rows.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_reduce_add_ps,
-    _mm512_setzero_ps,
+    __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_si512,
+    _mm512_maskz_loadu_epi16, _mm512_reduce_add_ps, _mm512_setzero_ps,
 };
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
-use super::super::rows::Disjoint;
 use super::avx512::as_bf16;
 use super::factor::Side;
+use super::out::{Crew, Out};
 use super::path::Path;
 use super::target::Target;
 
@@ -21,9 +20,10 @@ const TASK: usize = 64;
 /// Weight rows at once.
 const LINES: usize = 4;
 
-/// Whether the product is one of these: few rows, all sides in place. Tiles are worth filling for five rows and more.
+/// Whether the product is one of these: few rows, all sides in place. From four rows on,
+/// tiles with the weight as their left side keep up with the memory better.
 pub(super) fn takes(path: Path, sides: &[(Side<'_>, Side<'_>)], m: usize) -> bool {
-    let most = if path == Path::Amx { 4 } else { 16 };
+    let most = if path == Path::Amx { 3 } else { 16 };
     m <= most && sides.iter().all(|(left, right)| left.in_place().is_some() && right.in_place().is_some())
 }
 
@@ -32,20 +32,20 @@ pub(super) fn takes(path: Path, sides: &[(Side<'_>, Side<'_>)], m: usize) -> boo
 /// # Safety
 /// The machine has avx512f, avx512bw, avx512bf16.
 pub(super) unsafe fn multiply<T: Target>(
-    out: &mut [T],
+    out: &Out<'_, T>,
     sides: &[(Side<'_>, Side<'_>)],
     (m, n): (usize, usize),
     alpha: f32,
     beta: f32,
+    crew: Crew,
 ) {
-    let out = Disjoint::new(out);
     let write = |row: usize, column: usize, sum: f32| {
         // SAFETY: each value belongs to one task, and `out` is borrowed until all have ended.
-        let value = &mut unsafe { out.part(row * n + column, 1) }[0];
+        let value = &mut unsafe { out.part(row, column..column + 1) }[0];
         let old = if beta == 0.0 { 0.0 } else { beta * value.widen() };
         *value = T::narrow(old + alpha * sum);
     };
-    (0..n.div_ceil(TASK)).into_par_iter().for_each(|task| {
+    crew.share(n.div_ceil(TASK), |task| {
         let end = n.min((task + 1) * TASK);
         for column in (task * TASK..end).step_by(LINES) {
             let columns = column..end.min(column + LINES);
@@ -83,7 +83,11 @@ fn dots<const M: usize>(
             &w[column * right.factor.stride..][..depth]
         });
         let whole = depth / 32 * 32;
+        let next = LINES * right.factor.stride;
         for at in (0..whole).step_by(32) {
+            for row in w {
+                _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(next + at).cast());
+            }
             add(&mut sums, x.map(|row| load(row, at)), w.map(|row| load(row, at)));
         }
         if whole < depth {

@@ -4,20 +4,23 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::target::Target;
+
 /// Rows of a matrix that are not held in bf16, for instance quantized blocks: written where they are packed.
 pub(crate) trait Fill: Sync {
-    /// Writes the values of row `row` from `column` on into `out`; `column` is a multiple of 32.
+    /// Writes the values of row `row` from `column` on into `out`; `column` is a multiple of 32, and `out` ends at one or
+    /// where the row ends.
     fn fill(&self, row: usize, column: usize, out: &mut [f32]);
 }
 
 #[derive(Clone, Copy)]
-pub(super) enum Source<'a> {
+pub(crate) enum Source<'a> {
     Bf16(&'a [bf16]),
     F32(&'a [f32]),
     Fill(&'a dyn Fill),
 }
 
-/// A matrix as one side of a product. Values in f32 are rounded to bf16 when they are packed.
+/// A matrix as one side of a product.
 #[derive(Clone, Copy)]
 pub(crate) struct Factor<'a> {
     pub(super) source: Source<'a>,
@@ -38,6 +41,18 @@ impl<'a> Factor<'a> {
     /// As [`bf16`](Self::bf16) for values in f32.
     pub(crate) fn f32(values: &'a [f32], columns: usize) -> Self {
         Self::stored(Source::F32(values), rows_of(values.len(), columns), columns)
+    }
+
+    /// Rows of `columns` values that begin `stride` apart, as those of one head among several.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for attention"))]
+    pub(crate) fn strided<T: Target>(values: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
+        let ends = rows == 0 || columns == 0 || (rows - 1) * stride + columns <= values.len();
+        assert!(
+            ends && (rows <= 1 || columns <= stride),
+            "{rows} rows of {columns} values, {stride} apart, in {} values",
+            values.len()
+        );
+        Self { stride, ..Self::stored(T::source(values), rows, columns) }
     }
 
     /// A matrix whose values are produced while they are packed.
@@ -100,55 +115,89 @@ impl Side<'_> {
         }
     }
 
-    /// Calls `f(rows, values, stride)` for a stored part of the matrix, in pieces of a few rows: `values` is where
+    /// Calls `f(rows, values, stride)` for a stored part of the matrix in bf16, in pieces of a few rows: `values` is where
     /// (row `rows.start`, column `columns.start`) lies, with rows `stride` apart. Values that are not bf16 pass through
-    /// `scratch`.
+    /// `scratch`, rounded.
+    #[inline(always)]
     pub(super) fn pieces(
         &self,
         rows: Range<usize>,
         columns: Range<usize>,
-        scratch: &mut Vec<bf16>,
+        scratch: &mut Scratch,
         mut f: impl FnMut(Range<usize>, &[bf16], usize),
     ) {
-        let (width, stride) = (columns.len(), self.factor.stride);
-        assert!(rows.end <= self.factor.stored_rows && columns.end <= self.factor.stored_columns);
-        if rows.is_empty() || columns.is_empty() {
+        if let Source::Bf16(values) = self.factor.source {
+            if let Some(part) = self.part(&rows, &columns) {
+                f(rows, &values[part], self.factor.stride);
+            }
             return;
         }
-        if let Source::Bf16(values) = self.factor.source {
-            let start = rows.start * stride + columns.start;
-            let end = (rows.end - 1) * stride + columns.end;
-            return f(rows, &values[start..end], stride);
+        let width = columns.len();
+        let Scratch { narrow, wide } = scratch;
+        for start in rows.clone().step_by(PIECE) {
+            let piece = start..rows.end.min(start + PIECE);
+            self.wide_pieces(piece, columns.clone(), wide, |rows, values, stride| {
+                narrow.resize(rows.len() * width, bf16::ZERO);
+                for (out, row) in narrow.chunks_exact_mut(width).zip(values.chunks(stride)) {
+                    for (out, value) in out.iter_mut().zip(row) {
+                        *out = bf16::narrow(*value);
+                    }
+                }
+                f(rows, narrow, width);
+            });
         }
-        /// Even, because values are packed in pairs.
-        const PIECE: usize = 32;
-        if scratch.len() < PIECE * width {
-            scratch.resize(PIECE * width, bf16::ZERO);
+    }
+
+    /// As [`pieces`](Self::pieces), in f32.
+    #[inline(always)]
+    pub(super) fn wide_pieces(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        scratch: &mut Vec<f32>,
+        mut f: impl FnMut(Range<usize>, &[f32], usize),
+    ) {
+        let (width, stride) = (columns.len(), self.factor.stride);
+        let Some(part) = self.part(&rows, &columns) else { return };
+        if let Source::F32(values) = self.factor.source {
+            return f(rows, &values[part], stride);
         }
         for start in rows.clone().step_by(PIECE) {
             let piece = start..rows.end.min(start + PIECE);
+            scratch.resize(piece.len() * width, 0.0);
             for (row, out) in piece.clone().zip(scratch.chunks_exact_mut(width)) {
                 match self.factor.source {
-                    Source::F32(values) => {
+                    Source::Fill(fill) => fill.fill(row, columns.start, out),
+                    Source::Bf16(values) => {
                         let from = row * stride + columns.start;
                         for (out, value) in out.iter_mut().zip(&values[from..from + width]) {
-                            *out = bf16::from_f32(*value);
+                            *out = value.widen();
                         }
                     }
-                    Source::Fill(fill) => {
-                        let mut wide = [0f32; 256];
-                        for (i, out) in out.chunks_mut(256).enumerate() {
-                            let wide = &mut wide[..out.len()];
-                            fill.fill(row, columns.start + 256 * i, wide);
-                            for (out, value) in out.iter_mut().zip(wide) {
-                                *out = bf16::from_f32(*value);
-                            }
-                        }
-                    }
-                    Source::Bf16(_) => {}
+                    Source::F32(_) => {}
                 }
             }
-            f(piece.clone(), &scratch[..piece.len() * width], width);
+            f(piece, scratch, width);
         }
     }
+
+    /// Where a stored part lies among the values, if anything does.
+    fn part(&self, rows: &Range<usize>, columns: &Range<usize>) -> Option<Range<usize>> {
+        let Factor { stored_rows, stored_columns, stride, .. } = self.factor;
+        assert!(rows.end <= stored_rows && columns.end <= stored_columns);
+        if rows.is_empty() || columns.is_empty() {
+            return None;
+        }
+        Some(rows.start * stride + columns.start..(rows.end - 1) * stride + columns.end)
+    }
+}
+
+/// Rows of a piece that is not in place; even, because values are packed in pairs, and a multiple of the steps of depth.
+const PIECE: usize = 32;
+
+/// Values on the way from where they are stored to where they are packed.
+#[derive(Default)]
+pub(super) struct Scratch {
+    narrow: Vec<bf16>,
+    pub(super) wide: Vec<f32>,
 }

@@ -22,6 +22,7 @@ mod block;
 #[cfg(target_arch = "x86_64")]
 mod decode;
 mod factor;
+mod out;
 #[cfg(target_arch = "x86_64")]
 mod pack;
 mod path;
@@ -31,6 +32,7 @@ mod split;
 mod target;
 
 pub(crate) use factor::{Factor, Fill};
+pub(crate) use out::{Crew, Out};
 pub(crate) use path::Path;
 pub(crate) use target::Target;
 
@@ -38,20 +40,36 @@ use factor::Side;
 
 /// `c = beta c + alpha (a1 b1 + a2 b2 + ..)` over `terms`; `beta` 0 does not read `c`. Rows of `c` lie end to end.
 pub(crate) fn multiply<T: Target>(c: &mut [T], beta: f32, alpha: f32, terms: &[(Factor<'_>, Factor<'_>)]) {
-    multiply_by(Path::best(), c, beta, alpha, terms);
+    let [(a, b), ..] = terms else { panic!("a product without terms") };
+    let (m, n) = (a.rows(), b.columns());
+    assert_eq!(c.len(), m * n, "values of a {m}x{n} product");
+    multiply_by(Path::best(), Crew::All, Out::rows(c, n), beta, alpha, terms);
 }
 
-/// As [`multiply`], on a given path of those that the machine has.
-pub(crate) fn multiply_by<T: Target>(
-    path: Path,
-    c: &mut [T],
+/// As [`multiply`], on the calling thread alone: for tasks that are one of many already. `c` is
+/// written as far as the terms reach.
+#[cfg_attr(not(test), expect(dead_code, reason = "for attention"))]
+pub(crate) fn multiply_here<T: Target>(
+    c: Out<'_, T>,
     beta: f32,
     alpha: f32,
     terms: &[(Factor<'_>, Factor<'_>)],
 ) {
-    let Some((a, b)) = terms.first() else { return scale(c, beta) };
+    multiply_by(Path::best(), Crew::Caller, c, beta, alpha, terms);
+}
+
+/// As [`multiply`] and [`multiply_here`], on a given path of those that the machine has.
+pub(crate) fn multiply_by<T: Target>(
+    path: Path,
+    crew: Crew,
+    c: Out<'_, T>,
+    beta: f32,
+    alpha: f32,
+    terms: &[(Factor<'_>, Factor<'_>)],
+) {
+    let [(a, b), ..] = terms else { panic!("a product without terms") };
     let (m, n) = (a.rows(), b.columns());
-    assert_eq!(c.len(), m * n, "values of a {m}x{n} product");
+    c.check(m, n);
     let mut sides: Vec<(Side<'_>, Side<'_>)> = Vec::with_capacity(terms.len());
     for (a, b) in terms {
         assert_eq!(a.columns(), b.rows(), "inner dimensions of a product");
@@ -60,20 +78,20 @@ pub(crate) fn multiply_by<T: Target>(
             sides.push((a.left(), b.right()));
         }
     }
-    if c.is_empty() {
+    if m == 0 || n == 0 {
         return;
     }
     if sides.is_empty() {
-        return scale(c, beta);
+        return scale(&c, (m, n), beta);
     }
     assert!(Path::all().contains(&path), "this machine has no path {path:?}");
     match path {
-        Path::Portable => portable::multiply(c, &sides, (m, n), alpha, beta),
+        Path::Portable => portable::multiply(&c, &sides, (m, n), alpha, beta, crew),
         #[cfg(target_arch = "x86_64")]
         Path::Amx | Path::Avx512 => {
             if decode::takes(path, &sides, m) {
                 // SAFETY: the machine has the path, and with it these instructions.
-                unsafe { decode::multiply(c, &sides, (m, n), alpha, beta) };
+                unsafe { decode::multiply(&c, &sides, (m, n), alpha, beta, crew) };
                 return;
             }
             let exchanged = exchange(&sides, m, n);
@@ -87,9 +105,9 @@ pub(crate) fn multiply_by<T: Target>(
             // SAFETY: the machine has the path.
             unsafe {
                 if path == Path::Amx {
-                    split::multiply::<amx::Amx, T>(c, &work);
+                    split::multiply::<amx::Amx, T>(&c, &work, crew);
                 } else {
-                    split::multiply::<avx512::Avx512, T>(c, &work);
+                    split::multiply::<avx512::Avx512, T>(&c, &work, crew);
                 }
             }
         }
@@ -109,9 +127,12 @@ fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
     }
 }
 
-fn scale<T: Target>(c: &mut [T], beta: f32) {
-    for value in c {
-        *value = T::narrow(if beta == 0.0 { 0.0 } else { beta * value.widen() });
+fn scale<T: Target>(c: &Out<'_, T>, (m, n): (usize, usize), beta: f32) {
+    for row in 0..m {
+        // SAFETY: `c` has been checked for that many rows and columns, and nobody else writes it.
+        for value in unsafe { c.part(row, 0..n) } {
+            *value = T::narrow(if beta == 0.0 { 0.0 } else { beta * value.widen() });
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::factor::{Side, Source};
+use super::factor::{Scratch, Side, Source};
 
 /// Lines of a strip.
 pub(super) const STRIP: usize = 16;
@@ -52,7 +52,7 @@ pub(super) unsafe fn right<const STRIPS: usize>(
     depth: Range<usize>,
     out: &mut [bf16],
     blocks: Blocks<STRIPS>,
-    scratch: &mut Vec<bf16>,
+    scratch: &mut Scratch,
 ) {
     let padded = depth.len().next_multiple_of(STEP);
     assert!(blocks.stride >= (blocks.before + padded) * STRIPS * STRIP);
@@ -128,7 +128,7 @@ pub(super) unsafe fn left(
     lines: Range<usize>,
     depth: Range<usize>,
     out: &mut [bf16],
-    scratch: &mut Vec<bf16>,
+    scratch: &mut Scratch,
 ) {
     const BLOCK: usize = 2 * STRIP * STEP;
     let count = depth.len();

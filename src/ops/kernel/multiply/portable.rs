@@ -1,13 +1,10 @@
 //! The product anywhere: both sides widened to f32, piece by piece, and multiplied by the `gemm` crate.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
-use half::bf16;
-use rayon::prelude::*;
-
-use super::super::rows::Disjoint;
-use super::factor::Side;
+use super::factor::{Scratch, Side};
+use super::out::{Crew, Out};
 use super::target::Target;
 
 /// Right lines of a task, left lines of a piece, depth of a piece: 512 KiB and 256 KiB of f32.
@@ -20,46 +17,47 @@ struct Workspace {
     left: Vec<f32>,
     right: Vec<f32>,
     sums: Vec<f32>,
-    rows: Vec<bf16>,
+    scratch: Scratch,
 }
 
 thread_local! {
-    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+    /// Taken out while in use.
+    static WORKSPACE: Cell<Workspace> = Cell::default();
 }
 
 /// `out [m, n] = beta out + alpha sum of left right`.
 pub(super) fn multiply<T: Target>(
-    out: &mut [T],
+    out: &Out<'_, T>,
     terms: &[(Side<'_>, Side<'_>)],
     (m, n): (usize, usize),
     alpha: f32,
     beta: f32,
+    crew: Crew,
 ) {
-    let out = Disjoint::new(out);
     let stripes = n.div_ceil(COLUMNS);
     // At least two tasks for each thread where the result is narrow; the right side is widened in each.
-    let parts = (2 * rayon::current_num_threads()).div_ceil(stripes);
+    let parts = (2 * crew.size()).div_ceil(stripes);
     let height = m.div_ceil(parts).max(ROWS).next_multiple_of(32);
-    (0..stripes * m.div_ceil(height)).into_par_iter().for_each(|task| {
+    crew.share(stripes * m.div_ceil(height), |task| {
         let (column, row) = (task % stripes * COLUMNS, task / stripes * height);
         let (rows, columns) = (row..m.min(row + height), column..n.min(column + COLUMNS));
-        WORKSPACE.with_borrow_mut(|workspace| {
-            sum(terms, rows.clone(), columns.clone(), workspace);
-            for (row, sums) in rows.zip(workspace.sums.chunks_exact(columns.len())) {
-                // SAFETY: tasks do not overlap, and `out` is borrowed until all have ended.
-                let values = unsafe { out.part(row * n + columns.start, columns.len()) };
-                for (value, sum) in values.iter_mut().zip(sums) {
-                    let old = if beta == 0.0 { 0.0 } else { beta * value.widen() };
-                    *value = T::narrow(old + alpha * sum);
-                }
+        let mut workspace = WORKSPACE.take();
+        sum(terms, rows.clone(), columns.clone(), &mut workspace);
+        for (row, sums) in rows.zip(workspace.sums.chunks_exact(columns.len())) {
+            // SAFETY: tasks do not overlap, and `out` is borrowed until all have ended.
+            let values = unsafe { out.part(row, columns.clone()) };
+            for (value, sum) in values.iter_mut().zip(sums) {
+                let old = if beta == 0.0 { 0.0 } else { beta * value.widen() };
+                *value = T::narrow(old + alpha * sum);
             }
-        });
+        }
+        WORKSPACE.set(workspace);
     });
 }
 
 /// The sums of one task into `workspace.sums`.
 fn sum(terms: &[(Side<'_>, Side<'_>)], rows: Range<usize>, columns: Range<usize>, workspace: &mut Workspace) {
-    let Workspace { left, right, sums, rows: scratch } = workspace;
+    let Workspace { left, right, sums, scratch } = workspace;
     let n = columns.len();
     sums.clear();
     sums.resize(rows.len() * n, 0.0);
@@ -116,19 +114,14 @@ fn widen(
     lines: Range<usize>,
     depth: Range<usize>,
     out: &mut Vec<f32>,
-    scratch: &mut Vec<bf16>,
+    scratch: &mut Scratch,
 ) {
     let (rows, columns) = if side.along { (lines, depth) } else { (depth, lines) };
     let width = columns.len();
     out.clear();
     side.pieces(rows, columns, scratch, |rows, values, stride| {
         for row in 0..rows.len() {
-            out.extend(values[row * stride..][..width].iter().map(|value| widened(*value)));
+            out.extend(values[row * stride..][..width].iter().map(|value| value.widen()));
         }
     });
-}
-
-/// Without branches, so that loops over it vectorise.
-fn widened(value: bf16) -> f32 {
-    f32::from_bits(u32::from(value.to_bits()) << 16)
 }

@@ -10,22 +10,24 @@
 //! Where a result is cut depends on the number of threads, in which order it is summed does not: panels are cut by depth
 //! alone.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 use std::ptr;
 
 use half::bf16;
-use rayon::prelude::*;
 
-use super::super::rows::Disjoint;
 use super::aligned::Aligned;
 use super::block::{Block, Inner, LEFT, Previous, Segment};
-use super::factor::Side;
+use super::factor::{Scratch, Side};
+use super::out::{Crew, Out};
 use super::pack::{self, STEP, STRIP};
 use super::target::{Target, finish};
 
-/// Depth of a panel: a usual width and, behind it, the rank of an adapter.
+/// Depth of a panel that is the only one: a usual width and, behind it, the rank of an adapter.
 const DEPTH: usize = 2304;
+/// Depth of a panel among several: less, so that stripes are wide and the left side is read less often. It outweighs that
+/// sums are read and written for each panel.
+const DEPTH_OF_SEVERAL: usize = 1536;
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
 /// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
@@ -57,46 +59,49 @@ struct Workspace {
     left: Aligned<bf16>,
     sums: Aligned<f32>,
     turned: Aligned<f32>,
-    rows: Vec<bf16>,
+    scratch: Scratch,
     segments: Vec<Segment>,
 }
 
 thread_local! {
-    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+    /// Taken out while in use.
+    static WORKSPACE: Cell<Workspace> = Cell::default();
 }
 
 /// Computes `work` into `out`.
 ///
 /// # Safety
 /// The machine has the instructions of `I` and those of [`finish`].
-pub(super) unsafe fn multiply<I: Inner, T: Target>(out: &mut [T], work: &Work<'_>) {
+pub(super) unsafe fn multiply<I: Inner, T: Target>(out: &Out<'_, T>, work: &Work<'_>, crew: Crew) {
     let panels = panels(work.terms);
-    let out = Disjoint::new(out);
-    let tasks = tasks(work, I::STRIPS * STRIP, &panels);
-    tasks.into_par_iter().for_each(|(rows, columns)| {
-        WORKSPACE.with_borrow_mut(|workspace| {
-            // SAFETY: the caller's promise; tasks do not overlap.
-            unsafe {
-                I::begin();
-                task::<I, T>(out, work, &panels, rows, columns, workspace);
-                I::end();
-            }
-        });
+    let tasks = tasks(work, I::STRIPS * STRIP, &panels, crew.size());
+    crew.share(tasks.len(), |index| {
+        let (rows, columns) = tasks[index].clone();
+        let mut workspace = WORKSPACE.take();
+        // SAFETY: the caller's promise; tasks do not overlap.
+        unsafe {
+            I::begin();
+            task::<I, T>(out, work, &panels, rows, columns, &mut workspace);
+            I::end();
+        }
+        WORKSPACE.set(workspace);
     });
 }
 
 /// Depth cut into panels, all terms after one another.
 fn panels(terms: &[(Side<'_>, Side<'_>)]) -> Vec<Vec<Part>> {
+    let all: usize = terms.iter().map(|(left, _)| left.depth().next_multiple_of(STEP)).sum();
+    let most = if all <= DEPTH { DEPTH } else { DEPTH_OF_SEVERAL };
     let mut panels = vec![Vec::new()];
     let mut before = 0;
     for (term, (left, _)) in terms.iter().enumerate() {
         let mut start = 0;
         while start < left.depth() {
-            if before == DEPTH {
+            if before == most {
                 panels.push(Vec::new());
                 before = 0;
             }
-            let depth = start..left.depth().min(start + DEPTH - before);
+            let depth = start..left.depth().min(start + most - before);
             let (end, padded) = (depth.end, depth.len().next_multiple_of(STEP));
             if let Some(panel) = panels.last_mut() {
                 panel.push(Part { term, depth, before });
@@ -114,17 +119,21 @@ fn depth_of(panel: &[Part]) -> usize {
 }
 
 /// Rows and columns of each task, which begin at multiples of 32; `width` columns are a block.
-fn tasks(work: &Work<'_>, width: usize, panels: &[Vec<Part>]) -> Vec<(Range<usize>, Range<usize>)> {
+fn tasks(
+    work: &Work<'_>,
+    width: usize,
+    panels: &[Vec<Part>],
+    threads: usize,
+) -> Vec<(Range<usize>, Range<usize>)> {
     /// Columns of a stripe for which reading the rows costs little, and those it should not go below: each row is read
     /// once for that many.
-    const WIDE: usize = 384;
+    const WIDE: usize = 768;
     const NARROW: usize = 96;
     /// Rows that a task should not go below: each panel is packed for that many.
     const SHORT: usize = 128;
     /// Rows of a task whose sums wait for the next panel.
-    const WAITING: usize = 1024;
+    const WAITING: usize = 2048;
 
-    let threads = rayon::current_num_threads();
     let unit = if width.is_multiple_of(32) { width } else { 2 * width };
     let units = work.columns.div_ceil(unit);
     let widest = (PANEL / depth_of(&panels[0]) / unit).max(1);
@@ -153,7 +162,7 @@ fn tasks(work: &Work<'_>, width: usize, panels: &[Vec<Part>]) -> Vec<(Range<usiz
 /// # Safety
 /// As [`multiply`]; no other task writes this part of `out`.
 unsafe fn task<I: Inner, T: Target>(
-    out: Disjoint<T>,
+    out: &Out<'_, T>,
     work: &Work<'_>,
     panels: &[Vec<Part>],
     rows: Range<usize>,
@@ -161,7 +170,7 @@ unsafe fn task<I: Inner, T: Target>(
     workspace: &mut Workspace,
 ) {
     let width = I::STRIPS * STRIP;
-    let Workspace { panel: packed, left: packed_left, sums, turned, rows: scratch, segments } = workspace;
+    let Workspace { panel: packed, left: packed_left, sums, turned, scratch, segments } = workspace;
     let blocks = columns.len().div_ceil(width);
     let size = LEFT * width;
     // Two take turns: one is summed while the other is written.
@@ -202,7 +211,7 @@ unsafe fn task<I: Inner, T: Target>(
                     sums: sums[at..at + size].as_mut_ptr(),
                     accumulate: number > 0,
                 };
-                let previous = summed.as_ref().and_then(|summed| summed.previous(&out, work, sums, width));
+                let previous = summed.as_ref().and_then(|summed| summed.previous(out, work, sums, width));
                 // SAFETY: segments cover the lines, the panel all strips of the block; both hold until the next strip.
                 // The previous block is whole and this task's, and its sums are not those of this one.
                 let written = unsafe {
@@ -236,7 +245,7 @@ unsafe fn lay_out(
     lines: Range<usize>,
     depth: Range<usize>,
     free: &mut &mut [bf16],
-    scratch: &mut Vec<bf16>,
+    scratch: &mut Scratch,
     segments: &mut Vec<Segment>,
 ) {
     let mut start = depth.start;
@@ -279,18 +288,12 @@ struct Summed {
 
 impl Summed {
     /// What an inner product needs to write it, if it is whole and replaces what is there.
-    fn previous<T>(
-        &self,
-        out: &Disjoint<T>,
-        work: &Work<'_>,
-        sums: &[f32],
-        width: usize,
-    ) -> Option<Previous> {
+    fn previous<T>(&self, out: &Out<'_, T>, work: &Work<'_>, sums: &[f32], width: usize) -> Option<Previous> {
         let whole = self.rows.len() == LEFT && self.columns.len() == width;
         (whole && work.beta == 0.0 && !work.exchanged).then(|| Previous {
             alpha: work.alpha,
-            to: out.address(self.rows.start * work.columns + self.columns.start).cast(),
-            apart: work.columns * size_of::<T>(),
+            to: out.address(self.rows.start, self.columns.start).cast(),
+            apart: out.stride() * size_of::<T>(),
             sums: sums[self.at..].as_ptr(),
         })
     }
@@ -302,7 +305,7 @@ impl Summed {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn write<T: Target>(
         self,
-        out: Disjoint<T>,
+        out: &Out<'_, T>,
         work: &Work<'_>,
         written: usize,
         sums: &[f32],
@@ -311,16 +314,16 @@ impl Summed {
     ) {
         let Self { rows, columns, at } = self;
         let sums = &sums[at..at + LEFT * width];
-        let (lines, across, length, sums, stride) = if work.exchanged {
+        let (lines, across, sums, stride) = if work.exchanged {
             pack::turn(sums, width, turned, LEFT);
-            (columns, rows, work.rows, &*turned, LEFT)
+            (columns, rows, &*turned, LEFT)
         } else {
-            (rows, columns, work.columns, sums, width)
+            (rows, columns, sums, width)
         };
         for (i, line) in lines.enumerate().skip(written) {
             // SAFETY: the caller's promise.
             unsafe {
-                let row = out.part(line * length + across.start, across.len());
+                let row = out.part(line, across.clone());
                 finish(row, &sums[i * stride..], work.alpha, work.beta);
             }
         }

@@ -9,10 +9,14 @@ use std::arch::x86_64::{
     _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32,
 };
 
+use super::factor::Source;
+
 /// A type of results: f32 or bf16.
 pub(crate) trait Target: Copy + Send + Sync {
     fn widen(self) -> f32;
     fn narrow(value: f32) -> Self;
+    /// As one side of a product.
+    fn source(values: &[Self]) -> Source<'_>;
 
     /// The values that `mask` names, from `from` on.
     ///
@@ -28,12 +32,18 @@ pub(crate) trait Target: Copy + Send + Sync {
 }
 
 impl Target for f32 {
+    #[inline(always)]
     fn widen(self) -> f32 {
         self
     }
 
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
         value
+    }
+
+    fn source(values: &[Self]) -> Source<'_> {
+        Source::F32(values)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -54,12 +64,22 @@ impl Target for f32 {
 }
 
 impl Target for bf16 {
+    #[inline(always)]
     fn widen(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
+    #[inline(always)]
     fn narrow(value: f32) -> Self {
-        Self::from_f32(value)
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        // A NaN whose payload sits in the low half must not round to infinity.
+        let nan = (bits >> 16) | 0x40;
+        Self::from_bits(if value.is_nan() { nan } else { rounded } as u16)
+    }
+
+    fn source(values: &[Self]) -> Source<'_> {
+        Source::Bf16(values)
     }
 
     #[cfg(target_arch = "x86_64")]

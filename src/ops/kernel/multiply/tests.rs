@@ -2,8 +2,21 @@
 
 use half::bf16;
 
+use super::super::rows::Disjoint;
 use super::factor::Fill;
-use super::{Factor, Path, Target, multiply, multiply_by};
+use super::{Crew, Factor, Out, Path, Target, multiply};
+
+/// On all threads, rows of `c` end to end.
+fn multiply_by<T: Target>(
+    path: Path,
+    c: &mut [T],
+    beta: f32,
+    alpha: f32,
+    terms: &[(Factor<'_>, Factor<'_>)],
+) {
+    let n = terms[0].1.columns();
+    super::multiply_by(path, Crew::All, Out::rows(c, n), beta, alpha, terms);
+}
 
 fn values(len: usize, seed: u64) -> Vec<bf16> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
@@ -154,7 +167,8 @@ struct Rows<'a>(&'a [bf16], usize);
 
 impl Fill for Rows<'_> {
     fn fill(&self, row: usize, column: usize, out: &mut [f32]) {
-        assert!(column.is_multiple_of(32));
+        let end = column + out.len();
+        assert!(column.is_multiple_of(32) && (end.is_multiple_of(32) || end == self.1));
         for (out, value) in out.iter_mut().zip(&self.0[row * self.1 + column..]) {
             *out = value.to_f32();
         }
@@ -271,4 +285,68 @@ fn nothing_to_sum_leaves_what_is_kept() {
 fn shapes_must_agree() {
     let a = values(6, 1);
     multiply(&mut [0f32; 6], 0.0, 1.0, &[(Factor::bf16(&a, 3), Factor::bf16(&a, 3))]);
+}
+
+/// Heads of attention: columns of a wider matrix on both sides and in the result, from tasks on several threads.
+#[test]
+fn columns_of_wider_matrices_multiply() {
+    use rayon::prelude::*;
+
+    let heads = 3;
+    for path in Path::all() {
+        for (m, n, k) in [(1, 5, 7), (3, 33, 64), (37, 64, 50), (100, 40, 64), (64, 70, 33), (200, 96, 40)] {
+            for layout in LAYOUTS {
+                let at = |head: usize, width: usize| head * width;
+                let (a_rows, a_columns) = if layout.a_turned { (k, m) } else { (m, k) };
+                let (b_rows, b_columns) = if layout.b_turned { (n, k) } else { (k, n) };
+                let (a, b) = (values(m * k * heads, 1), values(k * n * heads, 2));
+                let wide: Vec<f32> = b.iter().map(|b| b.to_f32()).collect();
+                let mut c = vec![f32::NAN; m * n * heads];
+                let out = Disjoint::new(&mut c);
+                (0..heads).into_par_iter().for_each(|head| {
+                    let left =
+                        Factor::strided(&a[at(head, a_columns)..], a_rows, a_columns, heads * a_columns);
+                    let right =
+                        Factor::strided(&b[at(head, b_columns)..], b_rows, b_columns, heads * b_columns);
+                    let right = if head == 1 {
+                        Factor::strided(&wide[at(head, b_columns)..], b_rows, b_columns, heads * b_columns)
+                    } else {
+                        right
+                    };
+                    let left = if layout.a_turned { left.t() } else { left };
+                    let right = if layout.b_turned { right.t() } else { right };
+                    // SAFETY: each task has the columns of its head.
+                    let out = unsafe { Out::shared(out, at(head, n), heads * n) };
+                    super::multiply_by(*path, Crew::Caller, out, 0.0, 1.0, &[(left, right)]);
+                });
+                for head in 0..heads {
+                    let columns = |values: &[bf16], width: usize| -> Vec<bf16> {
+                        values
+                            .chunks(heads * width)
+                            .flat_map(|row| &row[head * width..][..width])
+                            .copied()
+                            .collect()
+                    };
+                    let expected =
+                        expected(layout, &columns(&a, a_columns), &columns(&b, b_columns), (m, n, k));
+                    let found: Vec<f32> =
+                        c.chunks(heads * n).flat_map(|row| &row[head * n..][..n]).copied().collect();
+                    assert_close(
+                        &found,
+                        &expected,
+                        0.0,
+                        &format!("{path:?} {m} {n} {k} {layout:?} head {head}"),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "rows of 3 values")]
+fn rows_do_not_overlap() {
+    let a = values(9, 1);
+    let mut c = [0f32; 9];
+    super::multiply_here(Out::rows(&mut c, 2), 0.0, 1.0, &[(Factor::bf16(&a, 3), Factor::bf16(&a, 3))]);
 }
