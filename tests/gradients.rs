@@ -6,7 +6,7 @@ use peft::ops::attention::{self, Heads};
 use peft::ops::rotary::{self, Angles};
 use peft::ops::{
     Activation, Documents, Dropout, Gradients, LowRank, Parameter, Pass, Trainables, Weight, add,
-    add_to_rows, cross_entropy, differentiate, dropout, embedding, glu, linear, rms_norm,
+    add_to_rows, cross_entropy, differentiate, dropout, embedding, glu, linear, rms_norm, rows,
 };
 
 const CPU: Device = Device::Cpu;
@@ -290,6 +290,13 @@ fn cross_entropy_agrees() {
         assert_close("d_hidden", &cross_entropy::backward(saved), &expected[0], 1e-5);
         assert_close("d_weight", gradients.of_name("head").unwrap(), &expected[1], 1e-5);
     }
+}
+
+#[test]
+fn rows_are_picked_out_and_put_back() {
+    let (x, dy, picked) = (random(&[5, 3], 1), random(&[2, 3], 2), [3, 0]);
+    let expected = differentiate(&[&x], &dy, |v| rows::gather(&v[0], &picked)).unwrap();
+    assert_close("dx", &rows::scatter(&dy, &picked, 5).unwrap(), &expected[0], 0.0);
 }
 
 #[test]

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
+use rayon::prelude::*;
 
-use super::{Parameter, Weight};
+use super::kernel::{Values, vectorized};
+use super::{Parameter, Weight, add};
 use crate::error::{Context, Result};
 
 /// The values that training changes, by name. A module holds the same storage, so that an update is seen at once.
@@ -39,12 +41,18 @@ impl Gradients {
     /// Adds `gradient` (any float type, the parameter's shape) to the sum of `parameter`; ignored when not wanted.
     pub fn add(&mut self, parameter: &Parameter, gradient: &Tensor) -> Result<()> {
         let Some(sum) = self.sums.get_mut(parameter.name()) else { return Ok(()) };
-        let gradient = gradient.to_dtype(DType::F32)?;
         *sum = Some(match sum.take() {
-            None => gradient,
-            Some(earlier) => earlier.add(&gradient).in_tensor(parameter.name())?,
+            None => gradient.to_dtype(DType::F32)?,
+            Some(earlier) => add(&earlier, gradient).in_tensor(parameter.name())?,
         });
         Ok(())
+    }
+
+    /// The Euclidean norm of all gradients together, summed in f64 in the order of their names.
+    pub fn norm(&self) -> Result<f64> {
+        let gradients: Vec<&Tensor> = self.sums.values().flatten().collect();
+        let squares: Vec<f64> = gradients.into_par_iter().map(sum_of_squares).collect::<Result<_>>()?;
+        Ok(squares.iter().sum::<f64>().sqrt())
     }
 
     /// Name and gradient in the order of names; `None` where none has arrived.
@@ -56,5 +64,30 @@ impl Gradients {
     #[must_use]
     pub fn of_name(&self, name: &str) -> Option<&Tensor> {
         self.sums.get(name).and_then(Option::as_ref)
+    }
+}
+
+fn sum_of_squares(gradient: &Tensor) -> Result<f64> {
+    let gradient = gradient.to_device(&Device::Cpu)?.contiguous()?;
+    Ok(squares(&Values::<f32>::of(&gradient)?))
+}
+
+vectorized! {
+    fn squares(values: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; 16];
+        let (whole, rest) = values.split_at(values.len() / 16 * 16);
+        for part in whole.chunks_exact(16) {
+            for (lane, value) in lanes.iter_mut().zip(part) {
+                *lane += f64::from(*value) * f64::from(*value);
+            }
+        }
+        let mut sum = 0.0;
+        for lane in lanes {
+            sum += lane;
+        }
+        for value in rest {
+            sum += f64::from(*value) * f64::from(*value);
+        }
+        sum
     }
 }

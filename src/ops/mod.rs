@@ -21,6 +21,7 @@ mod quantized;
 pub mod reference;
 pub mod rms_norm;
 pub mod rotary;
+pub mod rows;
 mod sum;
 mod weight;
 

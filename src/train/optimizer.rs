@@ -87,9 +87,11 @@ impl AdamW {
             step_size: (learning_rate / (1.0 - beta1.powi(exponent))) as f32,
             root: (1.0 - beta2.powi(exponent)).sqrt() as f32,
         };
-        for (name, gradient) in gradients.iter() {
-            let (Some(gradient), Some(variable)) = (gradient, trainables.get(name)) else { continue };
-            let Some(moments) = self.state.get_mut(name) else { continue };
+        let state: Vec<_> = self.state.iter_mut().collect();
+        state.into_par_iter().try_for_each(|(name, moments)| {
+            let (Some(gradient), Some(variable)) = (gradients.of_name(name), trainables.get(name)) else {
+                return Ok(());
+            };
             let gradient = values(gradient).in_tensor(name)?;
             let master = moments.master.take();
             let keep = master.is_some();
@@ -97,8 +99,8 @@ impl AdamW {
             rule.apply(&mut value, &gradient, moments);
             set(variable, &value)?;
             moments.master = keep.then_some(value);
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// The state as tensors: `<name>.exp_avg`, `<name>.exp_avg_sq`, and `<name>.master` where there is one.

@@ -1,11 +1,9 @@
 //! One optimizer step's worth of gradients: forward and backward over its batches, weighted by supervised tokens.
 
-use candle_core::{DType, Tensor};
-
 use crate::data::Batch;
 use crate::error::Result;
 use crate::model::{Decoder, Recompute};
-use crate::ops::{Documents, Gradients, Pass, Trainables, cross_entropy};
+use crate::ops::{Documents, Gradients, Pass, Trainables, cross_entropy, rows};
 
 /// The gradients of the mean loss over all supervised tokens of a step.
 #[derive(Debug)]
@@ -34,7 +32,7 @@ pub fn step_gradients(
     for batch in batches {
         nll_sum += accumulate(model, batch, scale, dropout_step, recompute, &mut gradients)?;
     }
-    let norm = norm(&gradients)?;
+    let norm = gradients.norm()?;
     Ok(StepGradients { loss: nll_sum * scale, norm, gradients })
 }
 
@@ -54,21 +52,10 @@ fn accumulate(
     let documents = Documents::new(batch.offsets.clone(), batch.documents.clone());
     let pass = Pass { documents: &documents, dropout_step };
     let (output, saved) = model.forward_training(&batch.tokens, &pass, recompute, gradients)?;
-    let rows = Tensor::new(rows, model.device())?;
-    let predicting = output.hidden.index_select(&rows, 0)?; // [supervised, hidden]
+    let predicting = rows::gather(&output.hidden, &rows)?; // [supervised, hidden]
     let (nll, loss) = cross_entropy::forward(&predicting, model.head(), &targets, scale, gradients)?;
-    let d_hidden = output.hidden.zeros_like()?.index_add(&rows, &cross_entropy::backward(loss), 0)?;
+    let d_hidden = rows::scatter(&cross_entropy::backward(loss), &rows, batch.tokens.len())?;
     drop(output);
     model.backward(saved, &pass, &d_hidden, gradients)?;
     Ok(nll.iter().map(|nll| f64::from(*nll)).sum())
-}
-
-fn norm(gradients: &Gradients) -> Result<f64> {
-    let mut squares = 0.0;
-    for (_, gradient) in gradients.iter() {
-        if let Some(gradient) = gradient {
-            squares += gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
-        }
-    }
-    Ok(squares.sqrt())
 }

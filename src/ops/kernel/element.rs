@@ -7,12 +7,15 @@ use std::ops::{Deref, Range};
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Storage, StorageRef, Tensor, WithDType};
 use half::bf16;
 
+use super::product::{self, Matrix};
 use crate::error::{Error, Result};
 
 /// A type that activations are held in. Arithmetic inside an op is in f32.
 pub(crate) trait Element: WithDType + Copy + Send + Sync {
     fn widen(self) -> f32;
     fn narrow(value: f32) -> Self;
+    /// [`product::product`] for values of this type.
+    fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, Self>, b: Matrix<'_, Self>);
 }
 
 impl Element for f32 {
@@ -24,6 +27,10 @@ impl Element for f32 {
     #[inline(always)]
     fn narrow(value: f32) -> Self {
         value
+    }
+
+    fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, Self>, b: Matrix<'_, Self>) {
+        product::of_f32(c, beta, alpha, a, b);
     }
 }
 
@@ -41,6 +48,10 @@ impl Element for bf16 {
         // A NaN whose payload sits in the low half must not round to infinity.
         let nan = (bits >> 16) | 0x40;
         Self::from_bits(if value.is_nan() { nan } else { rounded } as u16)
+    }
+
+    fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, Self>, b: Matrix<'_, Self>) {
+        product::of_bf16(c, beta, alpha, a, b);
     }
 }
 

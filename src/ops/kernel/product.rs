@@ -1,6 +1,9 @@
 //! Matrix products on slices, on the calling thread: for ops that split their work over threads themselves.
 
+use half::bf16;
+
 use super::Element;
+use super::multiply::{Factor, Out, multiply_here};
 
 /// A matrix inside a slice: `rows x columns`, with the distances between neighbours.
 #[derive(Clone, Copy)]
@@ -46,28 +49,30 @@ impl<'a, T> Matrix<'a, T> {
     }
 }
 
-/// `c = beta c + alpha a b` for `c` with rows of `b.columns` values end to end; `beta` 0 does not read `c`.
-pub(crate) fn product<T: Element>(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, T>, b: Matrix<'_, T>) {
-    let wide = |matrix: &Matrix<'_, T>| -> Vec<f32> { matrix.values.iter().map(|x| x.widen()).collect() };
-    let (x, y) = (wide(&a), wide(&b));
-    let a = Matrix {
-        values: &x,
-        rows: a.rows,
-        columns: a.columns,
-        row_stride: a.row_stride,
-        column_stride: a.column_stride,
-    };
-    let b = Matrix {
-        values: &y,
-        rows: b.rows,
-        columns: b.columns,
-        row_stride: b.row_stride,
-        column_stride: b.column_stride,
-    };
-    product_f32(c, beta, alpha, a, b);
+impl<'a> Matrix<'a, bf16> {
+    fn factor(self) -> Factor<'a> {
+        if self.column_stride == 1 {
+            Factor::strided(self.values, self.rows, self.columns, self.row_stride)
+        } else {
+            Factor::strided(self.values, self.columns, self.rows, self.column_stride).t()
+        }
+    }
 }
 
-fn product_f32(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, f32>, b: Matrix<'_, f32>) {
+/// `c = beta c + alpha a b` for `c` with rows of `b.columns` values end to end; `beta` 0 does not read `c`.
+pub(crate) fn product<T: Element>(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, T>, b: Matrix<'_, T>) {
+    T::product(c, beta, alpha, a, b);
+}
+
+/// [`product`] of bf16, with sums in f32.
+pub(super) fn of_bf16(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, bf16>, b: Matrix<'_, bf16>) {
+    let columns = b.columns;
+    assert_eq!(c.len(), a.rows * columns, "values of a {}x{columns} product", a.rows);
+    multiply_here(Out::rows(c, columns), beta, alpha, &[(a.factor(), b.factor())]);
+}
+
+/// [`product`] of f32.
+pub(super) fn of_f32(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_, f32>, b: Matrix<'_, f32>) {
     let (m, n, k) = (a.rows, b.columns, a.columns);
     assert_eq!(k, b.rows, "inner dimensions of a product");
     assert_eq!(c.len(), m * n, "values of a {m}x{n} product");

@@ -44,7 +44,6 @@ impl<'a> Factor<'a> {
     }
 
     /// Rows of `columns` values that begin `stride` apart, as those of one head among several.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for attention"))]
     pub(crate) fn strided<T: Target>(values: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
         let ends = rows == 0 || columns == 0 || (rows - 1) * stride + columns <= values.len();
         assert!(

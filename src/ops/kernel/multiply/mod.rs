@@ -48,7 +48,6 @@ pub(crate) fn multiply<T: Target>(c: &mut [T], beta: f32, alpha: f32, terms: &[(
 
 /// As [`multiply`], on the calling thread alone: for tasks that are one of many already. `c` is
 /// written as far as the terms reach.
-#[cfg_attr(not(test), expect(dead_code, reason = "for attention"))]
 pub(crate) fn multiply_here<T: Target>(
     c: Out<'_, T>,
     beta: f32,

@@ -49,7 +49,7 @@ impl Format for Q3K {
         for j in 0..PART {
             let low = (i32::from(qs[j]) >> shift) & 3;
             let high = (i32::from(mask[j]) >> part) & 1;
-            out[j] = factors[j / 16] * (low + 4 * high - 4) as f32;
+            out[j] = factors[j / 16] * ((low + 4 * high) as f32 - 4.0);
         }
     }
 }
@@ -103,7 +103,7 @@ impl Format for Q6K {
         let factors = [0, 1].map(|i| d * f32::from(scales[i].cast_signed()));
         for j in 0..PART {
             let q = (i32::from(low[j]) >> low_shift) & 15 | ((i32::from(high[j]) >> high_shift) & 3) << 4;
-            out[j] = factors[j / 16] * (q - 32) as f32;
+            out[j] = factors[j / 16] * (q as f32 - 32.0);
         }
     }
 }

@@ -16,7 +16,7 @@ impl Format for Q4_0 {
     #[inline(always)]
     fn unpack(block: &[u8], _: usize, out: &mut [f32; PART]) {
         let d = scale(block, 0);
-        nibbles(bytes(block, 2), out, |_, q| (q - 8) as f32 * d);
+        nibbles(bytes(block, 2), out, |_, q| (q as f32 - 8.0) * d);
     }
 }
 
@@ -39,7 +39,7 @@ impl Format for Q5_0 {
     fn unpack(block: &[u8], _: usize, out: &mut [f32; PART]) {
         let d = scale(block, 0);
         let high = i32::from_le_bytes(*bytes(block, 2));
-        nibbles(bytes(block, 6), out, |j, q| ((q | (high >> j & 1) << 4) - 16) as f32 * d);
+        nibbles(bytes(block, 6), out, |j, q| ((q | (high >> j & 1) << 4) as f32 - 16.0) * d);
     }
 }
 
