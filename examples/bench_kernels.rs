@@ -16,6 +16,8 @@ use std::time::Instant;
 
 use half::bf16;
 use multiply::{Crew, Factor, Out, Path, Target, multiply_by};
+/// What `rows` asks of its values.
+use multiply::Target as Element;
 
 /// As in the program: buffers of this size begin at a line of the cache.
 #[global_allocator]
@@ -61,9 +63,14 @@ fn measure<T: Target>(path: Path, c: &mut [T], beta: f32, terms: &[(Factor<'_>, 
     work as f64 / time(|| multiply_by(path, Crew::All, Out::rows(c, n), beta, 1.0, terms)) / 1e9
 }
 
-/// `x [m, k] w [n, k]^T` in f32.
-fn widened(m: usize, n: usize, k: usize, threads: usize) -> f64 {
-    let (x, w, mut c) = (vec![0.5f32; m * k], vec![0.25f32; n * k], vec![0f32; m * n]);
+fn widened(values: &[bf16]) -> Vec<f32> {
+    // All bits of an f32 in use.
+    values.iter().map(|value| value.to_f32() * 1.000_123_4).collect()
+}
+
+/// `x [m, k] w [n, k]^T` in f32 by the `gemm` crate.
+fn gemm_f32(c: &mut [f32], x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize)) -> f64 {
+    assert!(x.len() == m * k && w.len() == n * k && c.len() == m * n);
     let seconds = time(|| {
         // SAFETY: the slices hold the three matrices.
         unsafe {
@@ -86,7 +93,7 @@ fn widened(m: usize, n: usize, k: usize, threads: usize) -> f64 {
                 false,
                 false,
                 false,
-                gemm::Parallelism::Rayon(threads),
+                gemm::Parallelism::Rayon(0),
             );
         }
     });
@@ -100,8 +107,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     println!("{threads} threads, {m} tokens, GFLOP/s; paths: {:?}", Path::all());
     println!(
-        "{:>6} {:>6} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9}",
-        "in", "out", "path", "y", "y+adapter", "dx", "dw f32", "f32 y"
+        "{:>6} {:>6} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
+        "in", "out", "path", "y", "y+adapter", "dx", "dw", "f32 y", "dx", "dw"
     );
     let only = std::env::args().nth(3);
     let shape = std::env::args().nth(4);
@@ -112,9 +119,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (x, dy, w) = (values(m * k, 1), values(m * n, 2), values(n * k, 3));
         let (u, b) = (values(m * 16, 4), values(n * 16, 5));
         let (mut y, mut dx) = (vec![bf16::ZERO; m * n], vec![bf16::ZERO; m * k]);
+        let (mut wide_y, mut wide_dx) = (vec![0f32; m * n], vec![0f32; m * k]);
         let mut dw = vec![0f32; n * k];
         let fx = Factor::bf16(&x, k);
         let (fdy, fw) = (Factor::bf16(&dy, n), Factor::bf16(&w, k));
+        let [wide_x, wide_dy_, wide_w] = [&x, &dy, &w].map(|values| widened(values));
+        let (fwx, fwdy, fww) = (Factor::f32(&wide_x, k), Factor::f32(&wide_dy_, n), Factor::f32(&wide_w, k));
         for path in
             Path::all().iter().filter(|path| only.as_ref().is_none_or(|only| *only == format!("{path:?}")))
         {
@@ -123,10 +133,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let adapter = measure(*path, &mut y, 0.0, &adapter);
             let back = measure(*path, &mut dx, 0.0, &[(fdy, fw)]);
             let weight = measure(*path, &mut dw, 1.0, &[(fdy.t(), fx)]);
+            let wide = [
+                measure(*path, &mut wide_y, 0.0, &[(fwx, fww.t())]),
+                measure(*path, &mut wide_dx, 0.0, &[(fwdy, fww)]),
+                measure(*path, &mut dw, 1.0, &[(fwdy.t(), fwx)]),
+            ];
             let path = format!("{path:?}");
-            println!("{k:>6} {n:>6} {path:>10} {plain:>9.0} {adapter:>9.0} {back:>9.0} {weight:>9.0}");
+            println!(
+                "{k:>6} {n:>6} {path:>10} {plain:>9.0} {adapter:>9.0} {back:>9.0} {weight:>9.0} {:>9.0} {:>9.0} {:>9.0}",
+                wide[0], wide[1], wide[2]
+            );
         }
-        println!("{k:>6} {n:>6} {:>10} {:>49.0}", "gemm", widened(m, n, k, threads));
+        println!("{k:>6} {n:>6} {:>10} {:>49.0}", "gemm", gemm_f32(&mut wide_y, &wide_x, &wide_w, (m, n, k)));
     }
     Ok(())
 }

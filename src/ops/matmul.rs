@@ -1,5 +1,5 @@
-//! Matrix products of tensors. On the CPU, bf16 goes through the kernels of `kernel::multiply`, with sums in f32 that are
-//! rounded once; f32 goes through candle. A quantized weight is dequantized piece by piece on the way into the kernels.
+//! Matrix products of tensors, on the CPU through `kernel::multiply`, elsewhere through candle. Sums are in f32 and rounded
+//! once. A quantized weight is dequantized piece by piece on the way into the kernels.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
@@ -44,13 +44,6 @@ impl Operand<'_> {
         Self { transposed: !self.transposed, ..self }
     }
 
-    fn dtype(&self) -> DType {
-        match self.values {
-            Right::Tensor(tensor) => tensor.dtype(),
-            Right::Quantized(quantized) => quantized.dtype(),
-        }
-    }
-
     fn columns(&self) -> Result<usize> {
         let (rows, columns) = match self.values {
             Right::Tensor(tensor) => tensor.dims2()?,
@@ -82,13 +75,12 @@ pub fn matmul_f32<'b>(a: &Tensor, b: impl Into<Operand<'b>>) -> Result<Tensor> {
 /// The sum of the products of all pairs, `[m, n]` in `dtype`, rounded once. Where one of the factors is bf16, the others
 /// are rounded to it too.
 pub fn sum_of_products(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Result<Tensor> {
-    let narrow = terms.iter().any(|(a, b)| a.dtype() == DType::BF16 || b.dtype() == DType::BF16);
     let on_cpu = terms.iter().all(|(a, _)| a.device().is_cpu());
     if let Some(product) = product_of_few(terms, dtype) {
         return product;
     }
     match dtype {
-        DType::F32 if narrow && on_cpu => multiplied::<f32>(terms),
+        DType::F32 if on_cpu => multiplied::<f32>(terms),
         DType::BF16 if on_cpu => multiplied::<bf16>(terms),
         _ => composed(terms, dtype),
     }

@@ -6,13 +6,9 @@
 //! even; pairs are added one after the other, each with one rounding.
 
 use std::arch::asm;
-use std::ops::Range;
-
-use half::bf16;
 
 use super::block::{Block, Inner, LEFT, Previous, Segment};
-use super::factor::{Scratch, Side};
-use super::pack::{self, Blocks, STRIP};
+use super::pack::STRIP;
 use super::target::Target;
 
 /// Layout of LDTILECFG's operand, palette 1.
@@ -37,13 +33,14 @@ static FULL_TILES: Configuration = {
     all
 };
 
-pub(super) struct Amx;
+/// `PARTS` 1: values in bf16. 3: in f32, split in [`thirds`](super::thirds).
+pub(super) struct Amx<const PARTS: usize>;
 
 /// One block: `$load` and `$store` move the sums between memory and tiles, `$step` multiplies 32 values of depth, `$write`
 /// writes two rows of the block before. `{stride}` holds the distance of two rows: of the sums before and after, of the
 /// left side in between.
 macro_rules! block {
-    ($call:ident, $load:expr, $zero:expr, $step:expr, $store:expr $(, $write:expr, $previous:ident, $writes:ident)?) => {
+    ($parts:literal, $call:ident, $load:expr, $zero:expr, $step:expr, $store:expr $(, $write:expr, $previous:ident, $writes:ident)?) => {
         // SAFETY: tiles are configured (`Amx::begin`); segments and pointers hold what `Inner::block` demands. Rows of the
         // block before are as many as are written.
         unsafe {
@@ -72,7 +69,7 @@ macro_rules! block {
                     "add {from}, 256",
                     "add {left}, [{segment} + 16]",
                     "add {left_next}, [{segment} + 16]",
-                    "add {right}, 2048",
+                    concat!("add {right}, 2048 * ", $parts),
                     "dec {steps}",
                     "dec {writes}",
                     "jnz 5b",
@@ -83,7 +80,7 @@ macro_rules! block {
                 $step,
                 "add {left}, [{segment} + 16]",
                 "add {left_next}, [{segment} + 16]",
-                "add {right}, 2048",
+                concat!("add {right}, 2048 * ", $parts),
                 "dec {steps}",
                 "jnz 4b",
                 "6:",
@@ -129,15 +126,15 @@ macro_rules! instructions {
     (store 1) => { "tilestored [{sums} + {stride} + 64], tmm1\n" };
     (store 2) => { "tilestored [{sums} + {stride} + 2048], tmm2\n" };
     (store 3) => { "tilestored [{sums} + {stride} + 2112], tmm3\n" };
-    (left 0) => { "tileloadd tmm4, [{left} + {stride}]\n" };
-    (left 1) => { "tileloadd tmm5, [{left_next} + {stride}]\n" };
-    (right 0) => { "tileloadd tmm6, [{right} + {line}]\n" };
-    (right 1) => { "tileloadd tmm7, [{right} + {line} + 1024]\n" };
+    (left 0 $part:tt) => { concat!("tileloadd tmm4, [{left} + {stride} + 2048 * ", $part, "]\n") };
+    (left 1 $part:tt) => { concat!("tileloadd tmm5, [{left_next} + {stride} + 2048 * ", $part, "]\n") };
+    (right 0 $part:tt) => { concat!("tileloadd tmm6, [{right} + {line} + 2048 * ", $part, "]\n") };
+    (right 1 $part:tt) => { concat!("tileloadd tmm7, [{right} + {line} + 1024 + 2048 * ", $part, "]\n") };
     (multiply 0) => { "tdpbf16ps tmm0, tmm4, tmm6\n" };
     (multiply 1) => { "tdpbf16ps tmm1, tmm4, tmm7\n" };
     (multiply 2) => { "tdpbf16ps tmm2, tmm5, tmm6\n" };
     (multiply 3) => { "tdpbf16ps tmm3, tmm5, tmm7\n" };
-    (write bf16) => {
+    (write_bf16 0) => {
         "vmulps zmm16, zmm18, [{from}]
         vmulps zmm17, zmm18, [{from} + 64]
         vcvtne2ps2bf16 zmm16, zmm17, zmm16
@@ -149,7 +146,7 @@ macro_rules! instructions {
         vmovdqu32 [{to}], zmm16
         add {to}, {apart}\n"
     };
-    (write f32) => {
+    (write_f32 0) => {
         "vmulps zmm16, zmm18, [{from}]
         vmulps zmm17, zmm18, [{from} + 64]
         vmovups [{to}], zmm16
@@ -164,86 +161,122 @@ macro_rules! instructions {
     ($($kind:ident $number:tt),+) => { concat!($(instructions!($kind $number)),+) };
 }
 
-/// # Safety
-/// As [`Inner::block`].
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn tiles<T: Target>(
-    call: &Block<'_>,
-    lines: usize,
-    strips: usize,
-    previous: Option<&Previous>,
-) -> usize {
-    const { assert!(LEFT == 32 && size_of::<Segment>() == 32) };
-    let writes = previous.map_or(0, |_| call.segments[0].steps.min(LEFT / 2));
-    match (lines > STRIP, strips > 1, previous) {
-        (true, true, Some(previous)) if size_of::<T>() == 2 => {
-            block!(
-                call,
-                instructions!(load 0, load 1, load 2, load 3),
-                instructions!(zero 0, zero 1, zero 2, zero 3),
-                instructions!(left 0, right 0, right 1, left 1, multiply 0, multiply 1, multiply 2, multiply 3),
-                instructions!(store 0, store 1, store 2, store 3),
-                instructions!(write bf16),
-                previous,
-                writes
-            );
-            return 2 * writes;
-        }
-        (true, true, Some(previous)) => {
-            block!(
-                call,
-                instructions!(load 0, load 1, load 2, load 3),
-                instructions!(zero 0, zero 1, zero 2, zero 3),
-                instructions!(left 0, right 0, right 1, left 1, multiply 0, multiply 1, multiply 2, multiply 3),
-                instructions!(store 0, store 1, store 2, store 3),
-                instructions!(write f32),
-                previous,
-                writes
-            );
-            return 2 * writes;
-        }
-        (true, true, None) => {
-            block!(
-                call,
-                instructions!(load 0, load 1, load 2, load 3),
-                instructions!(zero 0, zero 1, zero 2, zero 3),
-                instructions!(left 0, right 0, right 1, left 1, multiply 0, multiply 1, multiply 2, multiply 3),
-                instructions!(store 0, store 1, store 2, store 3)
-            );
-        }
-        (true, false, _) => {
-            block!(
-                call,
-                instructions!(load 0, load 2),
-                instructions!(zero 0, zero 2),
-                instructions!(right 0, left 0, left 1, multiply 0, multiply 2),
-                instructions!(store 0, store 2)
-            );
-        }
-        (false, true, _) => {
-            block!(
-                call,
-                instructions!(load 0, load 1),
-                instructions!(zero 0, zero 1),
-                instructions!(left 0, right 0, right 1, multiply 0, multiply 1),
-                instructions!(store 0, store 1)
-            );
-        }
-        (false, false, _) => {
-            block!(
-                call,
-                instructions!(load 0),
-                instructions!(zero 0),
-                instructions!(left 0, right 0, multiply 0),
-                instructions!(store 0)
-            );
-        }
-    }
-    0
+/// The instructions of a step: loads of one part of the left side with one of the right, and their products. For three parts
+/// in an order in which only one side changes at a time, and the largest products come last.
+macro_rules! step {
+    (1, [$($left:tt)+], [$($right:tt)+], $product:expr) => {
+        concat!(loads!(left 0, $($left)+), loads!(right 0, $($right)+), $product)
+    };
+    (3, [$($left:tt)+], [$($right:tt)+], $product:expr) => {
+        concat!(
+            loads!(left 2, $($left)+), loads!(right 0, $($right)+), $product,
+            loads!(left 1, $($left)+), $product,
+            loads!(right 1, $($right)+), $product,
+            loads!(left 0, $($left)+), $product,
+            loads!(right 2, $($right)+), $product,
+            loads!(right 0, $($right)+), $product
+        )
+    };
 }
 
-impl Inner for Amx {
+macro_rules! loads {
+    ($side:ident $part:tt, $($number:tt)+) => { concat!($(instructions!($side $number $part)),+) };
+}
+
+/// # Safety
+/// As [`Inner::block`].
+macro_rules! tiles {
+    ($name:ident, $parts:tt) => {
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        unsafe fn $name<T: Target>(
+            call: &Block<'_>,
+            lines: usize,
+            strips: usize,
+            previous: Option<&Previous>,
+        ) -> usize {
+            const { assert!(LEFT == 32 && size_of::<Segment>() == 32) };
+            let writes = previous.map_or(0, |_| call.segments[0].steps.min(LEFT / 2));
+            match (lines > STRIP, strips > 1, previous) {
+                (true, true, Some(previous)) if size_of::<T>() == 2 => {
+                    block!(
+                        $parts,
+                        call,
+                        instructions!(load 0, load 1, load 2, load 3),
+                        instructions!(zero 0, zero 1, zero 2, zero 3),
+                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 1, multiply 2, multiply 3)),
+                        instructions!(store 0, store 1, store 2, store 3),
+                        instructions!(write_bf16 0),
+                        previous,
+                        writes
+                    );
+                    return 2 * writes;
+                }
+                (true, true, Some(previous)) => {
+                    block!(
+                        $parts,
+                        call,
+                        instructions!(load 0, load 1, load 2, load 3),
+                        instructions!(zero 0, zero 1, zero 2, zero 3),
+                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 1, multiply 2, multiply 3)),
+                        instructions!(store 0, store 1, store 2, store 3),
+                        instructions!(write_f32 0),
+                        previous,
+                        writes
+                    );
+                    return 2 * writes;
+                }
+                (true, true, None) => {
+                    block!(
+                        $parts,
+                        call,
+                        instructions!(load 0, load 1, load 2, load 3),
+                        instructions!(zero 0, zero 1, zero 2, zero 3),
+                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 1, multiply 2, multiply 3)),
+                        instructions!(store 0, store 1, store 2, store 3)
+                    );
+                }
+                (true, false, _) => {
+                    block!(
+                        $parts,
+                        call,
+                        instructions!(load 0, load 2),
+                        instructions!(zero 0, zero 2),
+                        step!($parts, [0 1], [0], instructions!(multiply 0, multiply 2)),
+                        instructions!(store 0, store 2)
+                    );
+                }
+                (false, true, _) => {
+                    block!(
+                        $parts,
+                        call,
+                        instructions!(load 0, load 1),
+                        instructions!(zero 0, zero 1),
+                        step!($parts, [0], [0 1], instructions!(multiply 0, multiply 1)),
+                        instructions!(store 0, store 1)
+                    );
+                }
+                (false, false, _) => {
+                    block!(
+                        $parts,
+                        call,
+                        instructions!(load 0),
+                        instructions!(zero 0),
+                        step!($parts, [0], [0], instructions!(multiply 0)),
+                        instructions!(store 0)
+                    );
+                }
+            }
+            0
+        }
+    };
+}
+
+tiles!(whole, 1);
+tiles!(thirds, 3);
+
+impl<const PARTS: usize> Inner for Amx<PARTS> {
     const STRIPS: usize = 2;
+    const PARTS: usize = PARTS;
 
     unsafe fn begin() {
         // SAFETY: the caller has found the path `Amx` among those of this machine; the operand is a valid
@@ -256,27 +289,20 @@ impl Inner for Amx {
         unsafe { asm!("tilerelease", options(nostack, nomem)) }
     }
 
-    unsafe fn pack(
-        side: Side<'_>,
-        lines: Range<usize>,
-        depth: Range<usize>,
-        panel: &mut [bf16],
-        stride: usize,
-        before: usize,
-        scratch: &mut Scratch,
-    ) {
-        let blocks = Blocks::<{ Self::STRIPS }> { stride, before };
-        // SAFETY: the caller's promise.
-        unsafe { pack::right(side, lines, depth, panel, blocks, scratch) };
-    }
-
     unsafe fn block<T: Target>(
         call: &Block<'_>,
         lines: usize,
         strips: usize,
         previous: Option<&Previous>,
     ) -> usize {
+        const { assert!(PARTS == 1 || PARTS == 3) };
         // SAFETY: the caller's promise.
-        unsafe { tiles::<T>(call, lines, strips, previous) }
+        unsafe {
+            if PARTS == 1 {
+                whole::<T>(call, lines, strips, previous)
+            } else {
+                thirds::<T>(call, lines, strips, previous)
+            }
+        }
     }
 }

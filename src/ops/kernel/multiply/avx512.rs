@@ -9,13 +9,8 @@ use std::arch::x86_64::{
     _mm512_setzero_ps, _mm512_setzero_si512, _mm512_store_ps,
 };
 use std::mem::transmute;
-use std::ops::Range;
-
-use half::bf16;
 
 use super::block::{Block, Inner, Previous};
-use super::factor::{Scratch, Side};
-use super::pack::{self, Blocks};
 use super::target::Target;
 
 /// Lines of the left side at once.
@@ -25,24 +20,11 @@ pub(super) struct Avx512;
 
 impl Inner for Avx512 {
     const STRIPS: usize = 3;
+    const PARTS: usize = 1;
 
     unsafe fn begin() {}
 
     unsafe fn end() {}
-
-    unsafe fn pack(
-        side: Side<'_>,
-        lines: Range<usize>,
-        depth: Range<usize>,
-        panel: &mut [bf16],
-        stride: usize,
-        before: usize,
-        scratch: &mut Scratch,
-    ) {
-        let blocks = Blocks::<{ Self::STRIPS }> { stride, before };
-        // SAFETY: the caller's promise.
-        unsafe { pack::right(side, lines, depth, panel, blocks, scratch) };
-    }
 
     unsafe fn block<T: Target>(
         call: &Block<'_>,

@@ -1,10 +1,5 @@
 //! One block of a product, 32 rows by some strips of 16 columns: what an inner product of x86 is given.
 
-use std::ops::Range;
-
-use half::bf16;
-
-use super::factor::{Scratch, Side};
 use super::target::Target;
 
 /// Rows of a block.
@@ -25,11 +20,13 @@ pub(super) struct Segment {
 pub(super) trait Inner {
     /// Strips of 16 columns in a block.
     const STRIPS: usize;
+    /// Parts of a packed value.
+    const PARTS: usize;
 
     /// Before a task, on its thread.
     ///
     /// # Safety
-    /// The machine has the instructions, and so for the other two.
+    /// The machine has the instructions, and so for the others.
     unsafe fn begin();
 
     /// After a task.
@@ -37,20 +34,6 @@ pub(super) trait Inner {
     /// # Safety
     /// As above.
     unsafe fn end();
-
-    /// Packs part of the right side: [`pack::right`] for blocks of `STRIPS`.
-    ///
-    /// # Safety
-    /// As there.
-    unsafe fn pack(
-        side: Side<'_>,
-        lines: Range<usize>,
-        depth: Range<usize>,
-        panel: &mut [bf16],
-        stride: usize,
-        before: usize,
-        scratch: &mut Scratch,
-    );
 
     /// Computes a block, and meanwhile writes as many rows of `previous` as it returns.
     ///
@@ -68,7 +51,7 @@ pub(super) trait Inner {
 pub(super) struct Block<'a> {
     /// One with steps at least, then the one without. Can be read for the lines in use, rounded up to 16.
     pub(super) segments: &'a [Segment],
-    /// `STRIPS` KiB for each step of all segments. Aligned to 64 bytes, as `sums`.
+    /// `STRIPS * PARTS` KiB for each step of all segments. Aligned to 64 bytes, as `sums`.
     pub(super) right: *const u8,
     pub(super) sums: *mut f32,
     pub(super) accumulate: bool,

@@ -76,6 +76,10 @@ impl<'a> Factor<'a> {
         if self.transposed { self.stored_rows } else { self.stored_columns }
     }
 
+    pub(super) fn is_bf16(&self) -> bool {
+        matches!(self.source, Source::Bf16(_))
+    }
+
     /// The left side of a product: its rows are rows of the result.
     pub(super) fn left(self) -> Side<'a> {
         Side { along: !self.transposed, factor: self }
@@ -112,6 +116,14 @@ impl Side<'_> {
             Source::Bf16(values) if self.along => Some(values),
             _ => None,
         }
+    }
+
+    /// The values in f32 where they are stored.
+    pub(super) fn stored_f32(&self) -> Option<Stored> {
+        let Source::F32(values) = self.factor.source else { return None };
+        let stride = self.factor.stride;
+        let (line, deep) = if self.along { (stride, 1) } else { (1, stride) };
+        Some(Stored { values: values.as_ptr(), line, deep, depth: self.depth() })
     }
 
     /// Calls `f(rows, values, stride)` for a stored part of the matrix in bf16, in pieces of a few rows: `values` is where
@@ -189,6 +201,14 @@ impl Side<'_> {
         }
         Some(rows.start * stride + columns.start..(rows.end - 1) * stride + columns.end)
     }
+}
+
+/// A side in f32 in memory, with the distances of neighbouring lines and of neighbours in depth.
+pub(super) struct Stored {
+    pub(super) values: *const f32,
+    pub(super) line: usize,
+    pub(super) deep: usize,
+    pub(super) depth: usize,
 }
 
 /// Rows of a piece that is not in place; even, because values are packed in pairs, and a multiple of the steps of depth.

@@ -1,4 +1,4 @@
-//! Matrix products of bf16 with sums in f32, on all threads.
+//! Matrix products of bf16 and of f32, with sums in f32, on all threads or on the calling one.
 //!
 //! `c = beta c + alpha (a1 b1 + a2 b2 + ..)`, shapes `[m, n] = [m, k1] [k1, n] + [m, k2] [k2, n] + ..`; sums are kept in f32 over
 //! all depths and terms and rounded once. One formula covers what training multiplies, for `x [m, k]`, `dy [m, n]` and a
@@ -8,6 +8,9 @@
 //! - forward with an adapter `y = x w^T + u b^T`, one rounding and one pass over `y`: `(x, w.t())`, `(u, b.t())`
 //! - gradient of the input `dx = dy w`: `(dy, w)`
 //! - gradient of a weight `dw = dy^T x`, in f32 and added to what is there: `(dy.t(), x)`
+//!
+//! A product in which no factor is bf16 is computed to the accuracy of f32. Where any is bf16, factors in f32 are rounded to
+//! it, as adapters are beside a weight. Results do not depend on the number of threads.
 //!
 //! A frozen weight is stored once: each direction packs the panel that it needs on the way.
 
@@ -30,6 +33,8 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod split;
 mod target;
+#[cfg(target_arch = "x86_64")]
+mod thirds;
 
 pub(crate) use factor::{Factor, Fill};
 pub(crate) use out::{Crew, Out};
@@ -83,9 +88,12 @@ pub(crate) fn multiply_by<T: Target>(
     if sides.is_empty() {
         return scale(&c, (m, n), beta);
     }
+    let wide = sides.iter().all(|(left, right)| !left.factor.is_bf16() && !right.factor.is_bf16());
     assert!(Path::all().contains(&path), "this machine has no path {path:?}");
     match path {
-        Path::Portable => portable::multiply(&c, &sides, (m, n), alpha, beta, crew),
+        Path::Portable => portable::multiply(&c, &sides, (m, n), alpha, beta, crew, wide),
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx512 if wide => portable::multiply(&c, &sides, (m, n), alpha, beta, crew, wide),
         #[cfg(target_arch = "x86_64")]
         Path::Amx | Path::Avx512 => {
             if decode::takes(path, &sides, m) {
@@ -103,8 +111,10 @@ pub(crate) fn multiply_by<T: Target>(
             let work = split::Work { terms: &sides, rows, columns, exchanged, alpha, beta };
             // SAFETY: the machine has the path.
             unsafe {
-                if path == Path::Amx {
-                    split::multiply::<amx::Amx, T>(&c, &work, crew);
+                if path == Path::Amx && wide {
+                    split::multiply::<amx::Amx<3>, T>(&c, &work, crew);
+                } else if path == Path::Amx {
+                    split::multiply::<amx::Amx<1>, T>(&c, &work, crew);
                 } else {
                     split::multiply::<avx512::Avx512, T>(&c, &work, crew);
                 }
@@ -135,5 +145,7 @@ fn scale<T: Target>(c: &Out<'_, T>, (m, n): (usize, usize), beta: f32) {
     }
 }
 
+#[cfg(test)]
+mod accuracy;
 #[cfg(test)]
 mod tests;

@@ -24,20 +24,28 @@ pub(super) const STEP: usize = 32;
 
 /// Where packed strips of the right side lie in a panel.
 #[derive(Clone, Copy)]
-pub(super) struct Blocks<const STRIPS: usize> {
+pub(super) struct Blocks {
+    /// Strips of a block.
+    pub(super) strips: usize,
     /// Values from one block to the next.
     pub(super) stride: usize,
     /// Depth before what is packed now, a multiple of 32.
     pub(super) before: usize,
 }
 
-impl<const STRIPS: usize> Blocks<STRIPS> {
-    /// Where a strip has its pair at `depth`, which is even.
-    #[inline(always)]
-    fn at(self, strip: usize, depth: usize) -> usize {
-        let depth = self.before + depth;
-        let step = (depth / STEP * STRIPS + strip % STRIPS) * STEP * STRIP;
-        strip / STRIPS * self.stride + step + depth % STEP * STRIP
+impl Blocks {
+    /// Where the depth that is packed now begins in a strip, if a value has that many parts.
+    #[inline]
+    pub(super) fn strip(self, strip: usize, parts: usize) -> usize {
+        let steps = self.before / STEP * self.strips * parts + strip % self.strips;
+        strip / self.strips * self.stride + steps * STEP * STRIP
+    }
+
+    /// Whether a panel has room for `lines x depth`.
+    pub(super) fn check(self, lines: &Range<usize>, depth: &Range<usize>, room: usize, parts: usize) {
+        let depth = self.before + depth.len().next_multiple_of(STEP);
+        assert!(self.stride >= depth * self.strips * parts * STRIP);
+        assert!(lines.len().div_ceil(self.strips * STRIP) * self.stride <= room);
     }
 }
 
@@ -46,29 +54,31 @@ impl<const STRIPS: usize> Blocks<STRIPS> {
 /// # Safety
 /// The machine has avx512f and avx512bw. `out` is aligned to 64 bytes, and `blocks.stride` a multiple of 32.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn right<const STRIPS: usize>(
+pub(super) unsafe fn right(
     side: Side<'_>,
     lines: Range<usize>,
     depth: Range<usize>,
     out: &mut [bf16],
-    blocks: Blocks<STRIPS>,
+    blocks: Blocks,
     scratch: &mut Scratch,
 ) {
     let padded = depth.len().next_multiple_of(STEP);
-    assert!(blocks.stride >= (blocks.before + padded) * STRIPS * STRIP);
-    assert!(lines.len().div_ceil(STRIPS * STRIP) * blocks.stride <= out.len());
+    blocks.check(&lines, &depth, out.len(), 1);
     let out = out.as_mut_ptr();
+    let step = blocks.strips * STEP * STRIP;
+    // Of a pair, whose depth is even, from the beginning of its strip.
+    let pair_at = |depth: usize| depth / STEP * step + depth % STEP * STRIP;
     if side.along {
         let count = depth.len();
         side.pieces(lines.clone(), depth, scratch, |rows, values, row_stride| {
             for start in rows.clone().step_by(STRIP) {
                 let (height, first) = (STRIP.min(rows.end - start), (start - rows.start) * row_stride);
-                let strip = (start - lines.start) / STRIP;
+                let to = blocks.strip((start - lines.start) / STRIP, 1);
                 for at in (0..count).step_by(STEP) {
                     let mut vectors = load_rows(&values[first + at..], row_stride, height, count - at);
                     transpose(&mut vectors);
                     // SAFETY: within a block, and the assertions hold all blocks inside `out`.
-                    unsafe { store(out.add(blocks.at(strip, at)), &vectors) };
+                    unsafe { store(out.add(to + pair_at(at)), &vectors) };
                 }
             }
         });
@@ -81,6 +91,10 @@ pub(super) unsafe fn right<const STRIPS: usize>(
         let columns = group..lines.end.min(group + reach);
         let width = columns.len();
         let first = (group - lines.start) / STRIP;
+        let mut strips = [0; 16];
+        for (i, strip) in strips.iter_mut().enumerate().take(width.div_ceil(STRIP)) {
+            *strip = blocks.strip(first + i, 1);
+        }
         side.pieces(depth.clone(), columns, scratch, |rows, values, row_stride| {
             let height = rows.len();
             for row in (0..height.next_multiple_of(2)).step_by(2) {
@@ -93,12 +107,11 @@ pub(super) unsafe fn right<const STRIPS: usize>(
                         _mm512_setzero_si512()
                     };
                     let (one, two) = interleave(low, high);
-                    let strip = first + at / STRIP;
                     // SAFETY: as above; the second strip is there when the row reaches it.
                     unsafe {
-                        _mm512_store_si512(out.add(blocks.at(strip, deep)).cast(), one);
+                        _mm512_store_si512(out.add(strips[at / STRIP] + pair_at(deep)).cast(), one);
                         if width - at > STRIP {
-                            _mm512_store_si512(out.add(blocks.at(strip + 1, deep)).cast(), two);
+                            _mm512_store_si512(out.add(strips[at / STRIP + 1] + pair_at(deep)).cast(), two);
                         }
                     }
                 }
@@ -111,7 +124,10 @@ pub(super) unsafe fn right<const STRIPS: usize>(
         for at in (written..padded).step_by(2) {
             // SAFETY: as above.
             unsafe {
-                _mm512_store_si512(out.add(blocks.at(strip, at)).cast(), _mm512_setzero_si512());
+                _mm512_store_si512(
+                    out.add(blocks.strip(strip, 1) + pair_at(at)).cast(),
+                    _mm512_setzero_si512(),
+                );
             }
         }
     }
@@ -216,7 +232,7 @@ fn load_rows(values: &[bf16], stride: usize, height: usize, count: usize) -> [__
 /// `out` is aligned to 64 bytes and has room for 16 vectors.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn store(out: *mut bf16, vectors: &[__m512i; 16]) {
+pub(super) unsafe fn store(out: *mut bf16, vectors: &[__m512i; 16]) {
     for (i, vector) in vectors.iter().enumerate() {
         // SAFETY: the caller's promise.
         unsafe { _mm512_store_si512(out.add(i * 32).cast(), *vector) };
@@ -238,7 +254,7 @@ fn interleave(low: __m512i, high: __m512i) -> (__m512i, __m512i) {
 /// 16 rows of 16 values of 32 bits, transposed.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: &mut [__m512i; 16]) {
+pub(super) fn transpose(rows: &mut [__m512i; 16]) {
     let mut pairs = *rows;
     for i in (0..16).step_by(2) {
         pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);

@@ -1,9 +1,9 @@
-//! The product anywhere: both sides widened to f32, piece by piece, and multiplied by the `gemm` crate.
+//! The product anywhere, by the `gemm` crate: of f32 where it is stored, of other values piece by piece, widened to f32.
 
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::factor::{Scratch, Side};
+use super::factor::{Scratch, Side, Stored};
 use super::out::{Crew, Out};
 use super::target::Target;
 
@@ -25,7 +25,7 @@ thread_local! {
     static WORKSPACE: Cell<Workspace> = Cell::default();
 }
 
-/// `out [m, n] = beta out + alpha sum of left right`.
+/// `out [m, n] = beta out + alpha sum of left right`, with f32 rounded to bf16 first unless `wide`.
 pub(super) fn multiply<T: Target>(
     out: &Out<'_, T>,
     terms: &[(Side<'_>, Side<'_>)],
@@ -33,7 +33,23 @@ pub(super) fn multiply<T: Target>(
     alpha: f32,
     beta: f32,
     crew: Crew,
+    wide: bool,
 ) {
+    let stored: Option<Vec<_>> =
+        terms.iter().map(|(left, right)| Some((left.stored_f32()?, right.stored_f32()?))).collect();
+    if let (Some(terms), Some(to)) = (stored, T::as_f32(out.address(0, 0))) {
+        let threads = match crew {
+            Crew::All => gemm::Parallelism::Rayon(0),
+            Crew::Caller => gemm::Parallelism::None,
+        };
+        for (term, (left, right)) in terms.into_iter().enumerate() {
+            let beta = if term == 0 { beta } else { 1.0 };
+            let shape = (m, n, left.depth);
+            // SAFETY: the result has room for `m` by `n` values, which are this call's, and the sides are what they say.
+            unsafe { gemm_f32(to, out.stride(), shape, left, right, (alpha, beta), threads) };
+        }
+        return;
+    }
     let stripes = n.div_ceil(COLUMNS);
     // At least two tasks for each thread where the result is narrow; the right side is widened in each.
     let parts = (2 * crew.size()).div_ceil(stripes);
@@ -42,7 +58,7 @@ pub(super) fn multiply<T: Target>(
         let (column, row) = (task % stripes * COLUMNS, task / stripes * height);
         let (rows, columns) = (row..m.min(row + height), column..n.min(column + COLUMNS));
         let mut workspace = WORKSPACE.take();
-        sum(terms, rows.clone(), columns.clone(), &mut workspace);
+        sum(terms, rows.clone(), columns.clone(), &mut workspace, wide);
         for (row, sums) in rows.zip(workspace.sums.chunks_exact(columns.len())) {
             // SAFETY: tasks do not overlap, and `out` is borrowed until all have ended.
             let values = unsafe { out.part(row, columns.clone()) };
@@ -56,7 +72,13 @@ pub(super) fn multiply<T: Target>(
 }
 
 /// The sums of one task into `workspace.sums`.
-fn sum(terms: &[(Side<'_>, Side<'_>)], rows: Range<usize>, columns: Range<usize>, workspace: &mut Workspace) {
+fn sum(
+    terms: &[(Side<'_>, Side<'_>)],
+    rows: Range<usize>,
+    columns: Range<usize>,
+    workspace: &mut Workspace,
+    wide: bool,
+) {
     let Workspace { left, right, sums, scratch } = workspace;
     let n = columns.len();
     sums.clear();
@@ -65,47 +87,69 @@ fn sum(terms: &[(Side<'_>, Side<'_>)], rows: Range<usize>, columns: Range<usize>
         let depth = left_side.depth();
         for start in (0..depth).step_by(DEPTH) {
             let part = start..depth.min(start + DEPTH);
-            widen(*right_side, columns.clone(), part.clone(), right, scratch);
+            widen(*right_side, columns.clone(), part.clone(), right, scratch, wide);
             for (row, sums) in rows.clone().step_by(ROWS).zip(sums.chunks_mut(ROWS * n)) {
                 let lines = row..rows.end.min(row + ROWS);
-                widen(*left_side, lines.clone(), part.clone(), left, scratch);
+                widen(*left_side, lines.clone(), part.clone(), left, scratch, wide);
                 let (m, k) = (lines.len(), part.len());
-                let (left_line, left_deep) = strides(*left_side, m, k);
-                let (right_line, right_deep) = strides(*right_side, n, k);
-                assert!(sums.len() == m * n && left.len() == m * k && right.len() == n * k);
-                // SAFETY: all three matrices fill their slices, whose lengths have just been checked, and `sums` is
-                // borrowed mutably.
+                let left = packed(left, *left_side, m, k);
+                let right = packed(right, *right_side, n, k);
+                assert_eq!(sums.len(), m * n);
+                // SAFETY: all three matrices fill their slices, whose lengths are checked, and `sums` is borrowed
+                // mutably.
                 unsafe {
-                    gemm::gemm(
-                        m,
-                        n,
-                        k,
-                        sums.as_mut_ptr(),
-                        1,
-                        n as isize,
-                        true,
-                        left.as_ptr(),
-                        left_deep,
-                        left_line,
-                        right.as_ptr(),
-                        right_line,
-                        right_deep,
-                        1.0,
-                        1.0,
-                        false,
-                        false,
-                        false,
-                        gemm::Parallelism::None,
-                    );
+                    let threads = gemm::Parallelism::None;
+                    gemm_f32(sums.as_mut_ptr(), n, (m, n, k), left, right, (1.0, 1.0), threads);
                 }
             }
         }
     }
 }
 
-/// Distances of neighbouring lines and of neighbours in depth in what [`widen`] writes.
-fn strides(side: Side<'_>, lines: usize, depth: usize) -> (isize, isize) {
-    if side.along { (depth as isize, 1) } else { (1, lines as isize) }
+/// What [`widen`] writes, seen as a side.
+fn packed(values: &[f32], side: Side<'_>, lines: usize, depth: usize) -> Stored {
+    assert_eq!(values.len(), lines * depth);
+    let (line, deep) = if side.along { (depth, 1) } else { (1, lines) };
+    Stored { values: values.as_ptr(), line, deep, depth }
+}
+
+/// `to = beta to + alpha left right`, with rows of `to` `stride` apart.
+///
+/// # Safety
+/// `to` can be written for `m` by `n` values, the sides read for `m` and `n` lines.
+unsafe fn gemm_f32(
+    to: *mut f32,
+    stride: usize,
+    (m, n, k): (usize, usize, usize),
+    left: Stored,
+    right: Stored,
+    (alpha, beta): (f32, f32),
+    threads: gemm::Parallelism,
+) {
+    // SAFETY: the caller's promise. Distances fit into isize because slices do.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            to,
+            1,
+            stride as isize,
+            beta != 0.0,
+            left.values,
+            left.deep as isize,
+            left.line as isize,
+            right.values,
+            right.line as isize,
+            right.deep as isize,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
 }
 
 /// `lines x depth` in f32, laid out as stored, without gaps.
@@ -115,10 +159,19 @@ fn widen(
     depth: Range<usize>,
     out: &mut Vec<f32>,
     scratch: &mut Scratch,
+    wide: bool,
 ) {
     let (rows, columns) = if side.along { (lines, depth) } else { (depth, lines) };
     let width = columns.len();
     out.clear();
+    if wide {
+        side.wide_pieces(rows, columns, &mut scratch.wide, |rows, values, stride| {
+            for row in 0..rows.len() {
+                out.extend_from_slice(&values[row * stride..][..width]);
+            }
+        });
+        return;
+    }
     side.pieces(rows, columns, scratch, |rows, values, stride| {
         for row in 0..rows.len() {
             out.extend(values[row * stride..][..width].iter().map(|value| value.widen()));

@@ -20,14 +20,15 @@ use super::aligned::Aligned;
 use super::block::{Block, Inner, LEFT, Previous, Segment};
 use super::factor::{Scratch, Side};
 use super::out::{Crew, Out};
-use super::pack::{self, STEP, STRIP};
+use super::pack::{self, Blocks, STEP, STRIP};
 use super::target::{Target, finish};
+use super::thirds;
 
 /// Depth of a panel that is the only one: a usual width and, behind it, the rank of an adapter.
-const DEPTH: usize = 2304;
+const DEPTH: [usize; 2] = [2304, 640];
 /// Depth of a panel among several: less, so that stripes are wide and the left side is read less often. It outweighs that
 /// sums are read and written for each panel.
-const DEPTH_OF_SEVERAL: usize = 1536;
+const DEPTH_OF_SEVERAL: [usize; 2] = [1536, 640];
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
 /// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
@@ -73,8 +74,8 @@ thread_local! {
 /// # Safety
 /// The machine has the instructions of `I` and those of [`finish`].
 pub(super) unsafe fn multiply<I: Inner, T: Target>(out: &Out<'_, T>, work: &Work<'_>, crew: Crew) {
-    let panels = panels(work.terms);
-    let tasks = tasks(work, I::STRIPS * STRIP, &panels, crew.size());
+    let panels = panels(work.terms, I::PARTS);
+    let tasks = tasks::<I>(work, &panels, crew.size());
     crew.share(tasks.len(), |index| {
         let (rows, columns) = tasks[index].clone();
         let mut workspace = WORKSPACE.take();
@@ -89,9 +90,10 @@ pub(super) unsafe fn multiply<I: Inner, T: Target>(out: &Out<'_, T>, work: &Work
 }
 
 /// Depth cut into panels, all terms after one another.
-fn panels(terms: &[(Side<'_>, Side<'_>)]) -> Vec<Vec<Part>> {
+fn panels(terms: &[(Side<'_>, Side<'_>)], parts: usize) -> Vec<Vec<Part>> {
     let all: usize = terms.iter().map(|(left, _)| left.depth().next_multiple_of(STEP)).sum();
-    let most = if all <= DEPTH { DEPTH } else { DEPTH_OF_SEVERAL };
+    let kind = usize::from(parts > 1);
+    let most = if all <= DEPTH[kind] { DEPTH[kind] } else { DEPTH_OF_SEVERAL[kind] };
     let mut panels = vec![Vec::new()];
     let mut before = 0;
     for (term, (left, _)) in terms.iter().enumerate() {
@@ -119,9 +121,8 @@ fn depth_of(panel: &[Part]) -> usize {
 }
 
 /// Rows and columns of each task, which begin at multiples of 32; `width` columns are a block.
-fn tasks(
+fn tasks<I: Inner>(
     work: &Work<'_>,
-    width: usize,
     panels: &[Vec<Part>],
     threads: usize,
 ) -> Vec<(Range<usize>, Range<usize>)> {
@@ -134,9 +135,10 @@ fn tasks(
     /// Rows of a task whose sums wait for the next panel.
     const WAITING: usize = 2048;
 
+    let width = I::STRIPS * STRIP;
     let unit = if width.is_multiple_of(32) { width } else { 2 * width };
     let units = work.columns.div_ceil(unit);
-    let widest = (PANEL / depth_of(&panels[0]) / unit).max(1);
+    let widest = (PANEL / (depth_of(&panels[0]) * I::PARTS) / unit).max(1);
     // The same number for each thread if possible, else rows are split as well.
     let stripes = (work.columns / WIDE / threads).clamp(1, 4) * threads;
     let stripes = stripes.max(units.div_ceil(widest).next_multiple_of(threads));
@@ -180,14 +182,21 @@ unsafe fn task<I: Inner, T: Target>(
     let turned = turned.at_least(size);
     for (number, panel) in panels.iter().enumerate() {
         let depth = depth_of(panel);
-        let stride = depth * width + SKEW;
+        let stride = depth * I::PARTS * width + SKEW;
         let packed = packed.at_least(blocks * stride);
-        let packed_left = packed_left.at_least(LEFT * depth);
+        let packed_left = packed_left.at_least(LEFT * I::PARTS * depth);
         for part in panel {
             let side = work.terms[part.term].1;
             let (lines, depth) = (columns.clone(), part.depth.clone());
             // SAFETY: instructions by the caller's promise; the buffer is aligned, `stride` is a multiple of 32.
-            unsafe { I::pack(side, lines, depth, packed, stride, part.before, scratch) };
+            unsafe {
+                let blocks = Blocks { strips: I::STRIPS, stride, before: part.before };
+                if I::PARTS == 1 {
+                    pack::right(side, lines, depth, packed, blocks, scratch);
+                } else {
+                    thirds::right(side, lines, depth, packed, blocks, scratch);
+                }
+            };
         }
         let mut summed: Option<Summed> = None;
         for (strip, row) in rows.clone().step_by(LEFT).enumerate() {
@@ -197,7 +206,9 @@ unsafe fn task<I: Inner, T: Target>(
             for part in panel {
                 let side = work.terms[part.term].0;
                 // SAFETY: instructions by the caller's promise.
-                unsafe { lay_out(side, lines.clone(), part.depth.clone(), &mut free, scratch, segments) };
+                unsafe {
+                    lay_out::<I>(side, lines.clone(), part.depth.clone(), &mut free, scratch, segments)
+                };
             }
             segments.push(END);
             for block in 0..blocks {
@@ -240,7 +251,7 @@ unsafe fn task<I: Inner, T: Target>(
 ///
 /// # Safety
 /// The machine has the instructions of [`pack::left`].
-unsafe fn lay_out(
+unsafe fn lay_out<I: Inner>(
     side: Side<'_>,
     lines: Range<usize>,
     depth: Range<usize>,
@@ -249,7 +260,8 @@ unsafe fn lay_out(
     segments: &mut Vec<Segment>,
 ) {
     let mut start = depth.start;
-    if let Some(values) = side.in_place()
+    if I::PARTS == 1
+        && let Some(values) = side.in_place()
         && lines.len().is_multiple_of(STRIP)
         && depth.len() >= STEP
     {
@@ -264,15 +276,21 @@ unsafe fn lay_out(
         return;
     }
     let steps = (depth.end - start).div_ceil(STEP);
-    let (packed, rest) = std::mem::take(free).split_at_mut(steps * LEFT * STEP);
+    let (packed, rest) = std::mem::take(free).split_at_mut(steps * LEFT * STEP * I::PARTS);
     *free = rest;
     // SAFETY: the caller's promise; `packed` begins at a multiple of 2 KiB of an aligned buffer.
-    unsafe { pack::left(side, lines, start..depth.end, packed, scratch) };
+    unsafe {
+        if I::PARTS == 1 {
+            pack::left(side, lines, start..depth.end, packed, scratch);
+        } else {
+            thirds::left(side, lines, start..depth.end, packed, scratch);
+        }
+    };
     let size = size_of::<bf16>();
     segments.push(Segment {
         left: packed.as_ptr().cast(),
         stride: STEP * size,
-        step: LEFT * STEP * size,
+        step: LEFT * STEP * I::PARTS * size,
         steps,
     });
 }

@@ -15,6 +15,8 @@ use super::factor::Source;
 pub(crate) trait Target: Copy + Send + Sync {
     fn widen(self) -> f32;
     fn narrow(value: f32) -> Self;
+    /// The same place, if this is f32.
+    fn as_f32(place: *mut Self) -> Option<*mut f32>;
     /// As one side of a product.
     fn source(values: &[Self]) -> Source<'_>;
 
@@ -40,6 +42,10 @@ impl Target for f32 {
     #[inline(always)]
     fn narrow(value: f32) -> Self {
         value
+    }
+
+    fn as_f32(place: *mut Self) -> Option<*mut f32> {
+        Some(place)
     }
 
     fn source(values: &[Self]) -> Source<'_> {
@@ -76,6 +82,10 @@ impl Target for bf16 {
         // A NaN whose payload sits in the low half must not round to infinity.
         let nan = (bits >> 16) | 0x40;
         Self::from_bits(if value.is_nan() { nan } else { rounded } as u16)
+    }
+
+    fn as_f32(_: *mut Self) -> Option<*mut f32> {
+        None
     }
 
     fn source(values: &[Self]) -> Source<'_> {
