@@ -15,9 +15,9 @@ mod rows;
 use std::time::Instant;
 
 use half::bf16;
-use multiply::{Crew, Factor, Out, Path, Target, multiply_by};
 /// What `rows` asks of its values.
 use multiply::Target as Element;
+use multiply::{Crew, Factor, Out, Path, Target, multiply_by};
 
 /// As in the program: buffers of this size begin at a line of the cache.
 #[global_allocator]

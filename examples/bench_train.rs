@@ -19,7 +19,7 @@ use peft::Result;
 use peft::adapter::{LoraConfig, Targets, attach, init, resolve};
 use peft::data::Batch;
 use peft::model::{Decoder, Pretrained, Recompute};
-use peft::ops::KeepBuffers;
+use peft::ops::{KeepBuffers, Op};
 use peft::train::{AdamW, AdamWConfig, peak_rss_bytes, step_gradients};
 use serde_json::json;
 
@@ -85,15 +85,29 @@ fn main() -> Result<()> {
     let batch = random_batch(arguments.batch, arguments.length, base.config().vocab_size);
     let mut optimizer = AdamW::new(AdamWConfig::default(), &trainables, false)?;
     let mut rates = Vec::new();
+    let mut before = Op::ALL.map(Op::seconds);
+    let mut seconds_of_steps = 0.0;
     for step in 0..arguments.steps {
         let start = Instant::now();
         let pieces = batch.pieces(arguments.piece);
         let result = step_gradients(&model, &trainables, &pieces, Some(step), recompute)?;
         optimizer.update(&trainables, &result.gradients, (1.0 / result.norm).min(1.0), 1e-4)?;
         let seconds = start.elapsed().as_secs_f64();
+        if step == 1 {
+            (before, seconds_of_steps) = (Op::ALL.map(Op::seconds), 0.0);
+        } else {
+            seconds_of_steps += seconds;
+        }
         rates.push(batch.tokens.len() as f64 / seconds);
         println!("{step} {:.4} {:.0} tokens/s", result.loss, rates[rates.len() - 1]);
     }
+    let mut rest = seconds_of_steps;
+    for (op, before) in Op::ALL.into_iter().zip(before) {
+        let seconds = op.seconds() - before;
+        rest -= seconds;
+        println!("{:>16} {:5.1}%", format!("{op:?}"), 100.0 * seconds / seconds_of_steps);
+    }
+    println!("{:>16} {:5.1}%", "other", 100.0 * rest / seconds_of_steps);
     let mut steady = rates.split_off(2.min(rates.len()));
     steady.sort_by(f64::total_cmp);
     let report = json!({

@@ -14,7 +14,7 @@ use super::kernel::{
     Disjoint, Element, Matrix, Values, dispatch, exp, for_rows, product, sum_of, to_tensor, vectorized,
     written,
 };
-use super::{Documents, differentiate};
+use super::{Documents, Op, differentiate};
 use crate::error::Result;
 
 /// Rows of a block in the forward: queries times the query heads that share a key head.
@@ -56,6 +56,7 @@ pub fn forward(
     heads: &Heads,
     documents: &Documents,
 ) -> Result<(Tensor, Saved)> {
+    let _time = Op::Attention.begin();
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
     let (o, logsumexp) = if q.device().is_cpu() {
         dispatch!(q.dtype(), forward_blocks(&q, &k, &v, heads, documents))?
@@ -75,6 +76,7 @@ pub fn backward(
     documents: &Documents,
     d_o: &Tensor,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    let _time = Op::Attention.begin();
     let d_o = d_o.contiguous()?;
     if saved.q.device().is_cpu() {
         return dispatch!(saved.q.dtype(), backward_blocks(saved, heads, documents, &d_o));

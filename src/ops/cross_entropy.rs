@@ -7,7 +7,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::kernel::{Element, Values, dispatch, exp, into_values, sum_of, to_tensor, vectorized};
-use super::{Gradients, Weight, differentiate, matmul, matmul_f32};
+use super::{Gradients, Op, Weight, differentiate, matmul, matmul_f32};
 use crate::error::Result;
 
 /// Logits held at a time, in values: 48 MiB of bf16, 96 MiB of f32. The weight is read once for each chunk, so chunks should
@@ -53,6 +53,7 @@ pub fn forward(
     scale: f64,
     gradients: &mut Gradients,
 ) -> Result<(Vec<f32>, Saved)> {
+    let _time = Op::CrossEntropy.begin();
     let mut nll = Vec::with_capacity(targets.len());
     let mut d_hidden = Vec::new();
     for (start, len) in chunks(targets.len(), weight.dims()?.0) {

@@ -6,7 +6,7 @@
 use candle_core::Tensor;
 
 use super::kernel::{Element, Values, dispatch, for_rows, to_tensor};
-use super::{Dropout, Pass, add};
+use super::{Dropout, Op, Pass, add};
 use crate::error::Result;
 
 impl Dropout {
@@ -23,6 +23,7 @@ pub fn apply(x: &Tensor, dropout: &Dropout, pass: &Pass<'_>) -> Result<Tensor> {
     let Some(step) = pass.dropout_step.filter(|_| dropout.probability > 0.0) else {
         return Ok(x.clone());
     };
+    let _time = Op::Dropout.begin();
     if x.device().is_cpu() {
         let x = x.contiguous()?;
         return dispatch!(x.dtype(), apply_rows(&x, dropout, step, pass));

@@ -2,10 +2,10 @@
 
 use candle_core::Tensor;
 
-use super::differentiate;
 use super::kernel::{
     Element, Values, dispatch, exp, for_row_pairs, for_rows, to_tensor, vectorized, written,
 };
+use super::{Op, differentiate};
 use crate::error::Result;
 
 /// The activation of a gate.
@@ -34,6 +34,7 @@ pub struct Saved {
 
 /// `y`, and what the backward needs.
 pub fn forward(gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tensor, Saved)> {
+    let _time = Op::Glu.begin();
     let (gate, up) = (gate.contiguous()?, up.contiguous()?);
     let y = if gate.device().is_cpu() {
         dispatch!(gate.dtype(), forward_rows(&gate, &up, activation))?
@@ -45,6 +46,7 @@ pub fn forward(gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tens
 
 /// `(d_gate, d_up)`, with `d_up = dy activation(gate)` and `d_gate = dy up activation'(gate)`.
 pub fn backward(saved: &Saved, activation: Activation, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    let _time = Op::Glu.begin();
     let (gate, up, dy) = (&saved.gate, &saved.up, dy.contiguous()?);
     if gate.device().is_cpu() {
         return dispatch!(gate.dtype(), backward_rows(gate, up, &dy, activation));

@@ -7,7 +7,7 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    Gradients, LowRank, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul, matmul_f32,
+    Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul, matmul_f32,
     sum_of_products,
 };
 use crate::error::{Error, Result};
@@ -49,14 +49,15 @@ impl Saved {
 
 /// `y`, and what the backward needs.
 pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
+    let inner = layer.low_rank.map(|low_rank| inner(x, low_rank, pass)).transpose()?;
+    let _time = Op::Linear.begin();
     let weight = layer.weight.t();
-    let (mut y, inner) = match layer.low_rank {
-        None => (matmul(x, weight)?, None),
-        Some(low_rank) => {
-            let inner = inner(x, low_rank, pass)?;
-            let terms = [(x, weight), (&(&inner * low_rank.scale)?, Operand::from(low_rank.b.tensor()).t())];
-            (sum_of_products(&terms, x.dtype())?, Some(inner))
+    let mut y = match (layer.low_rank, &inner) {
+        (Some(low_rank), Some(inner)) => {
+            let terms = [(x, weight), (&(inner * low_rank.scale)?, Operand::from(low_rank.b.tensor()).t())];
+            sum_of_products(&terms, x.dtype())?
         }
+        _ => matmul(x, weight)?,
     };
     if let Some(bias) = layer.bias {
         y = add_to_rows(&y, bias.tensor())?;
@@ -82,7 +83,7 @@ pub fn backward_of_all(
     let mut d_inners = Vec::with_capacity(layers.len());
     for (layer, saved, dy) in layers {
         if let Some(weight) = gradients.wanted(layer.weight) {
-            gradients.add(weight, &matmul_f32(&dy.t()?, saved.x()?)?)?;
+            gradients.add(weight, &narrow(&dy.t()?, saved.x()?)?)?;
         }
         if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
             gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
@@ -100,9 +101,11 @@ pub fn backward_of_all(
     let whole = d_inners.iter().filter(|(low_rank, _)| !dropped(low_rank));
     terms.extend(whole.map(|(low_rank, d_inner)| (d_inner, low_rank.a.tensor().into())));
     let Some((_, _, dy)) = layers.first() else { return Ok(None) };
+    let time = Op::Linear.begin();
     let mut dx = sum_of_products(&terms, dy.dtype())?;
+    drop(time);
     for (low_rank, d_inner) in d_inners.iter().filter(|(low_rank, _)| dropped(low_rank)) {
-        let through = matmul_f32(d_inner, low_rank.a.tensor())?; // [tokens, in]
+        let through = narrow(d_inner, low_rank.a.tensor())?; // [tokens, in]
         dx = dropout::add_dropped(&dx, &through, &low_rank.dropout, pass)?;
     }
     Ok(Some(dx))
@@ -120,7 +123,13 @@ pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Resu
 
 /// `u = dropout(x) A^T`, `[tokens, rank]` in f32.
 fn inner(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
-    matmul_f32(&dropout::apply(x, &low_rank.dropout, pass)?, &low_rank.a.tensor().t()?)
+    narrow(&dropout::apply(x, &low_rank.dropout, pass)?, &low_rank.a.tensor().t()?)
+}
+
+/// A product in f32 that has the width of an adapter, or is a weight's gradient.
+fn narrow(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let _time = Op::LowRank.begin();
+    matmul_f32(a, b)
 }
 
 /// The gradients of `A`, `B` and the bias where wanted, and `du` when `wants_dx`.
@@ -135,7 +144,7 @@ fn low_rank_backward(
 ) -> Result<Option<Tensor>> {
     let (a, b) = (&low_rank.a, &low_rank.b);
     if gradients.wants(b) {
-        gradients.add(b, &(matmul_f32(&dy.t()?, inner)? * low_rank.scale)?)?;
+        gradients.add(b, &(narrow(&dy.t()?, inner)? * low_rank.scale)?)?;
     }
     if let Some(bias) = low_rank.bias.as_ref().filter(|bias| gradients.wants(bias)) {
         gradients.add(bias, &(dy.to_dtype(DType::F32)?.sum(0)? * low_rank.scale)?)?;
@@ -143,10 +152,10 @@ fn low_rank_backward(
     if !gradients.wants(a) && !wants_dx {
         return Ok(None);
     }
-    let d_inner = (matmul_f32(dy, b.tensor())? * low_rank.scale)?; // [tokens, rank]
+    let d_inner = (narrow(dy, b.tensor())? * low_rank.scale)?; // [tokens, rank]
     if gradients.wants(a) {
         let dropped = dropout::apply(saved.x()?, &low_rank.dropout, pass)?;
-        gradients.add(a, &matmul_f32(&d_inner.t()?, &dropped)?)?;
+        gradients.add(a, &narrow(&d_inner.t()?, &dropped)?)?;
     }
     Ok(wants_dx.then_some(d_inner))
 }

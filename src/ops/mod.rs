@@ -8,6 +8,7 @@
 
 pub mod attention;
 mod buffers;
+mod clock;
 pub mod cross_entropy;
 mod documents;
 pub mod dropout;
@@ -26,6 +27,7 @@ mod sum;
 mod weight;
 
 pub use buffers::KeepBuffers;
+pub use clock::Op;
 pub use documents::{Documents, Pass};
 pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};

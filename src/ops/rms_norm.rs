@@ -8,7 +8,7 @@ use candle_core::{D, DType, Tensor};
 use super::kernel::{
     Element, Values, chunked_sum, dispatch, for_row_pairs, for_rows, sum_of, to_tensor, vectorized, written,
 };
-use super::{Gradients, Parameter, differentiate};
+use super::{Gradients, Op, Parameter, differentiate};
 use crate::error::Result;
 
 /// What the backward needs.
@@ -19,6 +19,7 @@ pub struct Saved {
 
 /// `y`, and what the backward needs.
 pub fn forward(x: &Tensor, weight: &Parameter, eps: f64) -> Result<(Tensor, Saved)> {
+    let _time = Op::Norm.begin();
     let x = x.contiguous()?;
     let y = if x.device().is_cpu() {
         dispatch!(x.dtype(), forward_rows(&x, weight.tensor(), eps as f32))?
@@ -35,6 +36,7 @@ pub fn forward_of_sum(
     weight: &Parameter,
     eps: f64,
 ) -> Result<(Tensor, Tensor, Saved)> {
+    let _time = Op::Norm.begin();
     let (sum, y) = if x.device().is_cpu() {
         dispatch!(x.dtype(), forward_rows_of_sum(x, delta, weight.tensor(), eps as f32))?
     } else {
@@ -57,6 +59,7 @@ pub fn backward(
     residual: Option<&Tensor>,
     gradients: &mut Gradients,
 ) -> Result<Tensor> {
+    let _time = Op::Norm.begin();
     let (x, dy) = (&saved.x, dy.contiguous()?);
     if !x.device().is_cpu() {
         let mut both = differentiate(&[x, weight.tensor()], &dy, |v| reference(&v[0], &v[1], eps))?;

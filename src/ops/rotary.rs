@@ -5,6 +5,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::Op;
 use super::kernel::{Element, Values, dispatch, for_rows, into_values, to_tensor, vectorized};
 use crate::error::Result;
 
@@ -29,6 +30,7 @@ pub fn backward(dy: Tensor, angles: &Angles) -> Result<Tensor> {
 }
 
 fn rotate(x: Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
+    let _time = Op::Rotary.begin();
     if x.device().is_cpu() {
         dispatch!(x.dtype(), rotate_rows(x, angles, direction))
     } else {

@@ -2,11 +2,13 @@
 
 use candle_core::Tensor;
 
+use super::Op;
 use super::kernel::{Element, Values, dispatch, for_rows, to_tensor, vectorized, written};
 use crate::error::Result;
 
 /// `x + y`, of one shape, in the type of `x`; `y` may be of another type.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let _time = Op::Norm.begin();
     if !x.device().is_cpu() {
         return Ok((x + y.to_dtype(x.dtype())?)?);
     }
