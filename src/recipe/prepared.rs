@@ -178,8 +178,8 @@ fn refuse_quantized(base: &Pretrained) -> Result<()> {
     let Some(first) = base.quantized().next() else { return Ok(()) };
     let (count, stored) = (base.quantized().count(), base.stored_dtype(first)?);
     Err(Error::request(format!(
-        "`train.full` trains all weights, and `{}` has {count} quantized ones (`{first}` is {stored}): they stay as they \
-         are stored, for steps are smaller than the gaps between their values",
+        "`train.full` trains all weights, and {count} of those in `{}` are quantized (`{first}` is {stored}): the steps of \
+         training are smaller than the gaps between such values",
         base.name()
     ))
     .with_hint(
