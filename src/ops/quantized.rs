@@ -10,10 +10,9 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
-use half::bf16;
 use rayon::prelude::*;
 
-use super::kernel::{Element, Fill, Kind, PART, Values, dispatch, dot, for_rows, to_tensor};
+use super::kernel::{Element, Fill, Kind, PART, Values, dispatch, dot, dot_narrow, for_rows, to_tensor};
 use crate::error::{Context, Error, Result};
 
 /// Bytes that a weight is read from for as long as it lives.
@@ -127,12 +126,13 @@ impl Quantized {
         let m = x.dim(0)?;
         let x = x.to_dtype(DType::F32)?.contiguous()?;
         let x = Values::<f32>::of(&x)?;
+        let dot = if self.dtype == DType::BF16 { dot_narrow } else { dot };
         let mut columns = vec![0f32; self.rows * m]; // [out, m]
         columns.par_chunks_mut(TASK * m).enumerate().for_each_init(
             || vec![0f32; self.columns],
             |values, (task, sums)| {
                 for (i, sums) in sums.chunks_exact_mut(m).enumerate() {
-                    self.fill_in(task * TASK + i, 0, values);
+                    self.kind.fill(self.row(task * TASK + i), 0, values);
                     for (sum, x) in sums.iter_mut().zip(x.chunks_exact(self.columns)) {
                         *sum = dot(x, values);
                     }
@@ -141,16 +141,6 @@ impl Quantized {
         );
         let y = to_tensor(columns, &[self.rows, m])?;
         if m == 1 { Ok(y.reshape((1, self.rows))?) } else { Ok(y.t()?.contiguous()?) }
-    }
-
-    /// Values as they are computed with: rounded to `dtype`.
-    fn fill_in(&self, row: usize, column: usize, out: &mut [f32]) {
-        self.kind.fill(self.row(row), column, out);
-        if self.dtype == DType::BF16 {
-            for value in out {
-                *value = bf16::narrow(*value).widen();
-            }
-        }
     }
 }
 

@@ -12,6 +12,6 @@ pub(super) use multiply::{Factor, Fill, Target, multiply};
 #[expect(unused_imports, reason = "for attention")]
 pub(super) use multiply::{Out, multiply_here};
 pub(super) use product::{Matrix, product};
-pub(super) use quantized::{Kind, PART, dot};
+pub(super) use quantized::{Kind, PART, dot, dot_narrow};
 pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_rows, written};
 pub(super) use vectorized::{Vectors, exp, sum_of, vectorized};

@@ -104,6 +104,21 @@ vectorized! {
 }
 
 vectorized! {
+    /// As [`dot`], with the finite values of `w` rounded to bf16 before.
+    pub(crate) fn dot_narrow(x: &[f32], w: &[f32]) -> f32 {
+        let mut sums = [0f32; PART];
+        for (x, w) in x.as_chunks::<PART>().0.iter().zip(w.as_chunks::<PART>().0) {
+            for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
+                let bits = w.to_bits();
+                let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
+                *sum += x * f32::from_bits(rounded);
+            }
+        }
+        sums.iter().sum()
+    }
+}
+
+vectorized! {
     fn fill<F: Format>(_format: F, row: &[u8], column: usize, out: &mut [f32]) {
         let first = column / PART;
         let (whole, rest) = out.as_chunks_mut::<PART>();
