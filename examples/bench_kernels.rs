@@ -5,7 +5,7 @@
 //! The sources are compiled into this file, because products are no part of the library's interface.
 
 #![allow(clippy::print_stdout, reason = "a program that prints")]
-#![expect(dead_code, reason = "it does not call all that the sources offer")]
+#![expect(dead_code, unused_imports, reason = "it does not call all that the sources offer")]
 
 #[path = "../src/ops/kernel/multiply/mod.rs"]
 mod multiply;
@@ -15,6 +15,8 @@ mod rows;
 use std::time::Instant;
 
 use half::bf16;
+/// What `rows` asks of its values.
+use multiply::Target as Element;
 use multiply::{Crew, Factor, Out, Path, Target, multiply_by};
 
 /// As in the program: buffers of this size begin at a line of the cache.

@@ -283,7 +283,7 @@ fn help_of_eval() {
               The number format of the weights
 
               Possible values:
-              - auto: What the files have, f32 where they have another type
+              - auto: bf16 where the files have that or quantized values, else f32
               - f32:  32-bit floats
               - bf16: bfloat16
 

@@ -278,7 +278,7 @@ fn cross_entropy_agrees() {
         let (hidden, weight) = (random(&[rows, d], 40), random(&[vocab, d], 41));
         let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % vocab as u32).collect();
         let mut trainables = Trainables::new();
-        let head = parameter("head", &weight, &mut trainables);
+        let head = Weight::Dense(parameter("head", &weight, &mut trainables));
         let mut gradients = Gradients::of(&trainables);
         let (nll, saved) = cross_entropy::forward(&hidden, &head, &targets, 0.25, &mut gradients).unwrap();
         assert_eq!(nll, cross_entropy::evaluate(&hidden, &head, &targets).unwrap());
@@ -302,13 +302,15 @@ fn rows_are_picked_out_and_put_back() {
 #[test]
 fn embedding_adds_up_rows_that_are_looked_up_twice() {
     let mut trainables = Trainables::new();
-    let weight = parameter("e", &random(&[6, 4], 50), &mut trainables);
+    let weight = Weight::Dense(parameter("e", &random(&[6, 4], 50), &mut trainables));
     let mut gradients = Gradients::of(&trainables);
     let ids = Tensor::new(&[2u32, 0, 2, 5], &CPU).unwrap();
     let dy = random(&[4, 4], 51);
     embedding::backward(&ids, &weight, &dy, &mut gradients).unwrap();
-    let expected =
-        differentiate(&[weight.tensor()], &dy, |v| Ok(v[0].index_select(&ids, 0).unwrap())).unwrap();
+    let expected = differentiate(&[weight.parameter().unwrap().tensor()], &dy, |v| {
+        Ok(v[0].index_select(&ids, 0).unwrap())
+    })
+    .unwrap();
     assert_close("de", gradients.of_name("e").unwrap(), &expected[0], 1e-6);
 }
 
@@ -328,7 +330,8 @@ fn nan_and_infinity_pass_through() {
     let documents = Documents::new(vec![0, 2], vec![0]);
     let o = attention::forward(x.clone(), x.clone(), x.clone(), &heads, &documents).unwrap().0;
     assert!(poisoned(&o)[0].is_nan());
-    let nll = cross_entropy::evaluate(&x, &Parameter::new("h", &random(&[5, 8], 63)), &[1, 2]).unwrap();
+    let head = Weight::Dense(Parameter::new("h", &random(&[5, 8], 63)));
+    let nll = cross_entropy::evaluate(&x, &head, &[1, 2]).unwrap();
     assert!(nll[0].is_nan() && nll[1].is_finite());
 }
 

@@ -27,6 +27,8 @@ mod nju;
 mod parity;
 /// A tiny model, its data and a recipe in a folder of their own.
 mod place;
+/// GGUF models whose matrices stay quantized compute what their values compute, and are trained beside, never themselves.
+mod quantized;
 /// Recipes as they are written, planned and written again.
 mod recipes;
 /// Bad input is refused with what is wrong and what to do, and leaves nothing behind.

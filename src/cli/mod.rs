@@ -243,7 +243,7 @@ enum Measure {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Dtype {
-    /// What the files have, f32 where they have another type
+    /// bf16 where the files have that or quantized values, else f32
     Auto,
     /// 32-bit floats
     F32,

@@ -13,7 +13,7 @@ use super::linear::Linear;
 use super::norm::Norm;
 use super::pretrained::Pretrained;
 use super::rotary::Rotary;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::ops::attention::Heads;
 use crate::ops::rotary::Angles;
 use crate::ops::{
@@ -24,11 +24,11 @@ use crate::ops::{
 #[derive(Debug, Clone)]
 pub struct Decoder {
     config: DecoderConfig,
-    embedding: Parameter,
+    embedding: Weight,
     blocks: Vec<Block>,
     norm: Norm,
     /// The embedding itself when tied.
-    head: Parameter,
+    head: Weight,
     rotary: Rotary,
     device: Device,
 }
@@ -67,35 +67,27 @@ enum Kept {
 }
 
 impl Decoder {
-    /// The decoder of a checkpoint, computing in `dtype`. Its tensors are read one by one.
+    /// The decoder of a checkpoint, computing in `dtype`. Its tensors are read one by one; quantized matrices stay so.
     pub fn open(pretrained: &Pretrained, dtype: DType, device: &Device) -> Result<Self> {
         pretrained.check()?;
-        Self::load(pretrained.config(), device, |name| pretrained.read(name, dtype, device))
+        Self::load(pretrained.config(), device, |name| pretrained.weight(name, dtype, device))
     }
 
-    /// A decoder whose tensors come from `read(name)`, each in the type that products are computed in.
+    /// A decoder whose weights come from `read(name)`, each in the type that products are computed in.
     pub fn load(
         config: &DecoderConfig,
         device: &Device,
-        mut read: impl FnMut(&str) -> Result<Tensor>,
+        mut read: impl FnMut(&str) -> Result<Weight>,
     ) -> Result<Self> {
-        let mut parameter = |name: String| -> Result<Parameter> {
-            let tensor = read(&name)?;
-            Ok(Parameter::new(name, &tensor))
-        };
-        let embedding = parameter("model.embed_tokens.weight".to_string())?;
+        let embedding = read("model.embed_tokens.weight")?;
         let blocks = config
             .layers
             .iter()
             .enumerate()
-            .map(|(index, layer)| load_block(&mut parameter, config, index, layer))
+            .map(|(index, layer)| load_block(&mut read, config, index, layer))
             .collect::<Result<_>>()?;
-        let norm = Norm { weight: parameter("model.norm.weight".to_string())?, eps: config.norm_eps };
-        let head = if config.tie_word_embeddings {
-            embedding.clone()
-        } else {
-            parameter("lm_head.weight".to_string())?
-        };
+        let norm = Norm { weight: parameter(&mut read, "model.norm.weight")?, eps: config.norm_eps };
+        let head = if config.tie_word_embeddings { embedding.clone() } else { read("lm_head.weight")? };
         // Rotation is the same in every layer, and all layers have heads of one width.
         let head_dim = config.layers.first().map_or(0, |layer| layer.attention.head_dim);
         let rotary = Rotary::new(&config.rotary, head_dim);
@@ -110,7 +102,7 @@ impl Decoder {
 
     /// The weight of the head, `[vocab, hidden]`.
     #[must_use]
-    pub fn head(&self) -> &Parameter {
+    pub fn head(&self) -> &Weight {
         &self.head
     }
 
@@ -123,7 +115,7 @@ impl Decoder {
     /// The type that activations are held in.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.embedding.tensor().dtype()
+        self.embedding.dtype()
     }
 
     /// An empty cache for [`Decoder::forward_cached`].
@@ -191,7 +183,7 @@ impl Decoder {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let Saved { ids, angles, mut blocks, norm } = saved;
-        let wants_embedding = gradients.wants(&self.embedding);
+        let wants_embedding = gradients.wanted(&self.embedding).is_some();
         let lowest = self.lowest_trained(gradients);
         let mut dx = self.norm.backward(&norm, d_hidden, None, gradients)?;
         for (index, block) in self.blocks.iter().enumerate().rev() {
@@ -211,7 +203,7 @@ impl Decoder {
 
     /// `[rows, hidden] -> [rows, vocab]` in f32.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        matmul_f32(hidden, &self.head.tensor().t()?)
+        matmul_f32(hidden, self.head.t())
     }
 
     /// The linear layers that an adapter can go to, in the order of the forward pass.
@@ -226,15 +218,23 @@ impl Decoder {
 
     /// Makes every weight of the model trainable and returns them all, in the type that they compute in.
     pub fn make_trainable(&mut self) -> Result<Trainables> {
+        let weights = [&self.embedding, &self.head].into_iter().chain(self.linears().map(|l| &l.weight));
+        if let Some(weight) = weights.into_iter().find(|weight| weight.parameter().is_none()) {
+            return Err(Error::invalid("is quantized, and quantized weights cannot be trained"))
+                .in_tensor(weight.name());
+        }
         let mut trainables = Trainables::new();
         let blocks = self.blocks.iter_mut().flat_map(Block::base_parameters_mut);
-        for parameter in [&mut self.embedding, &mut self.norm.weight].into_iter().chain(blocks) {
+        let embedding = self.embedding.parameter_mut().into_iter();
+        for parameter in embedding.chain([&mut self.norm.weight]).chain(blocks) {
             make_variable(parameter, &mut trainables)?;
         }
         if self.config.tie_word_embeddings {
             self.head = self.embedding.clone();
         } else {
-            make_variable(&mut self.head, &mut trainables)?;
+            if let Some(head) = self.head.parameter_mut() {
+                make_variable(head, &mut trainables)?;
+            }
         }
         Ok(trainables)
     }
@@ -251,7 +251,7 @@ impl Decoder {
 
     /// The first layer that something trained is in or below; the number of layers when there is none.
     fn lowest_trained(&self, gradients: &Gradients) -> usize {
-        if gradients.wants(&self.embedding) {
+        if gradients.wanted(&self.embedding).is_some() {
             return 0;
         }
         let trained = |block: &Block| block.is_trained(gradients);
@@ -266,8 +266,18 @@ fn make_variable(parameter: &mut Parameter, trainables: &mut Trainables) -> Resu
     Ok(())
 }
 
+/// Plain values: those of norms and biases.
+fn parameter(read: &mut impl FnMut(&str) -> Result<Weight>, name: &str) -> Result<Parameter> {
+    match read(name)? {
+        Weight::Dense(parameter) => Ok(parameter),
+        Weight::Quantized(_) => {
+            Err(Error::invalid("is quantized; norms and biases have plain values")).in_tensor(name)
+        }
+    }
+}
+
 fn load_block(
-    parameter: &mut impl FnMut(String) -> Result<Parameter>,
+    read: &mut impl FnMut(&str) -> Result<Weight>,
     config: &DecoderConfig,
     index: usize,
     layer: &LayerConfig,
@@ -277,8 +287,8 @@ fn load_block(
     let FeedForwardConfig::Dense { bias, activation, .. } = *feed_forward;
     let mut linear = |block: &str, projection: Projection, bias: bool| -> Result<Linear> {
         let path = format!("{path}.{block}.{}", projection.name());
-        let weight = Weight::Dense(parameter(format!("{path}.weight"))?);
-        let bias = if bias { Some(parameter(format!("{path}.bias"))?) } else { None };
+        let weight = read(&format!("{path}.weight"))?;
+        let bias = if bias { Some(parameter(read, &format!("{path}.bias"))?) } else { None };
         Ok(Linear { path, weight, bias, low_rank: None })
     };
     let q = linear("self_attn", Projection::Q, a.qkv_bias)?;
@@ -289,7 +299,7 @@ fn load_block(
     let up = linear("mlp", Projection::Up, bias)?;
     let down = linear("mlp", Projection::Down, bias)?;
     let mut norm = |name: &str| -> Result<Norm> {
-        Ok(Norm { weight: parameter(format!("{path}.{name}.weight"))?, eps: config.norm_eps })
+        Ok(Norm { weight: parameter(read, &format!("{path}.{name}.weight"))?, eps: config.norm_eps })
     };
     let qk_norm = if a.qk_norm { Some((norm("self_attn.q_norm")?, norm("self_attn.k_norm")?)) } else { None };
     Ok(Block {

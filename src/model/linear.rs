@@ -63,16 +63,14 @@ impl Linear {
         self.parameters().any(|parameter| gradients.wants(parameter))
     }
 
-    /// Weight and bias of the model and of the adapter.
+    /// Weight and bias of the model and of the adapter; a quantized weight is none of them.
     pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
-        let Weight::Dense(weight) = &self.weight;
         let low_rank = self.low_rank.iter().flat_map(|l| [&l.a, &l.b].into_iter().chain(&l.bias));
-        std::iter::once(weight).chain(&self.bias).chain(low_rank)
+        self.weight.parameter().into_iter().chain(&self.bias).chain(low_rank)
     }
 
     /// The model's own weight and bias, without the adapter's.
     pub fn base_parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
-        let Weight::Dense(weight) = &mut self.weight;
-        std::iter::once(weight).chain(&mut self.bias)
+        self.weight.parameter_mut().into_iter().chain(&mut self.bias)
     }
 }

@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
@@ -22,6 +23,7 @@ use serde_json::Value;
 use super::config::DecoderConfig;
 use super::family;
 use crate::error::{Context, Error, Result};
+use crate::ops::{Parameter, Quantized, SharedBytes, Weight};
 use crate::weights::{Checkpoint, StoredType, TensorInfo, TextFiles, write_atomic};
 
 /// A pretrained model, opened but not loaded.
@@ -137,6 +139,49 @@ impl Pretrained {
         }
     }
 
+    /// A tensor to compute with in `dtype`: a quantized matrix as it is, where its products are computed on the CPU and its
+    /// format is one of those that models are stored in, else plain values.
+    pub fn weight(&self, name: &str, dtype: DType, device: &Device) -> Result<Weight> {
+        let info = self.info(name)?;
+        let (&StoredType::Quantized(stored), &[rows, columns]) = (&info.dtype, &info.shape[..]) else {
+            return Ok(Weight::Dense(Parameter::new(name, &self.read(name, dtype, device)?)));
+        };
+        if !device.is_cpu() || !Quantized::supports(stored) {
+            return Ok(Weight::Dense(Parameter::new(name, &self.read(name, dtype, device)?)));
+        }
+        let stored_name = self.stored_name(name);
+        let blocks = self.checkpoint.read_blocks(&stored_name)?;
+        let bytes: SharedBytes = match self.interleaved_heads(name) {
+            None => Arc::new(blocks),
+            Some(heads) => {
+                let restored = family::gguf::restore_blocks(blocks.as_ref(), rows, heads);
+                self.checkpoint.release(&stored_name);
+                Arc::new(restored)
+            }
+        };
+        Ok(Weight::Quantized(Quantized::new(name, (rows, columns), stored, dtype, bytes)?))
+    }
+
+    /// The names of the tensors that stay quantized when the model is opened.
+    pub fn quantized(&self) -> impl Iterator<Item = &str> {
+        self.names().filter(|name| {
+            self.info(name).is_ok_and(|info| match info.dtype {
+                StoredType::Quantized(stored) => info.shape.len() == 2 && Quantized::supports(stored),
+                _ => false,
+            })
+        })
+    }
+
+    /// Bytes that the weights take in memory when the model computes in `dtype`.
+    #[must_use]
+    pub fn weight_bytes(&self, dtype: DType) -> u64 {
+        let bytes = |info: &TensorInfo| match info.dtype {
+            StoredType::Quantized(_) => info.size_in_bytes(),
+            _ => info.num_values() * dtype.size_in_bytes(),
+        };
+        self.checkpoint.tensors().values().map(|info| bytes(info) as u64).sum()
+    }
+
     /// Every tensor of the configuration is on disk in its shape and in a type that can be read, and nothing is there
     /// that would be left out. Names all that is wrong at once; reads no values.
     pub fn check(&self) -> Result<()> {
@@ -178,14 +223,15 @@ impl Pretrained {
         .at(self.checkpoint.path())
     }
 
-    /// The type to compute in when none is asked for: the one most weights are stored in, and f32 for f16 and for
-    /// quantized weights.
+    /// The type to compute in when none is asked for: bf16 where most weights are stored in bf16 or quantized, which has
+    /// taken more of them than bf16 will; else f32, for f16 too.
     #[must_use]
     pub fn compute_dtype(&self) -> DType {
         let tensors = || self.checkpoint.tensors().values();
         let all: usize = tensors().map(TensorInfo::num_values).sum();
-        let bf16 = tensors().filter(|info| info.dtype == StoredType::Float(DType::BF16));
-        if bf16.map(TensorInfo::num_values).sum::<usize>() * 2 > all { DType::BF16 } else { DType::F32 }
+        let narrow = tensors()
+            .filter(|info| matches!(info.dtype, StoredType::Float(DType::BF16) | StoredType::Quantized(_)));
+        if narrow.map(TensorInfo::num_values).sum::<usize>() * 2 > all { DType::BF16 } else { DType::F32 }
     }
 
     /// The file's name of a tensor, whether it is there or only should be.

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::kernel::{
     Element, Values, dispatch, exp, into_values, largest, sum as sum_of, to_tensor, vectorized,
 };
-use super::{Gradients, Op, Parameter, differentiate, matmul, matmul_f32};
+use super::{Gradients, Op, Weight, differentiate, matmul, matmul_f32};
 use crate::error::Result;
 
 /// Logits held at a time, in values: 48 MiB of bf16, 96 MiB of f32. The weight is read once for each chunk, so chunks should
@@ -23,10 +23,10 @@ pub struct Saved {
 }
 
 /// The negative log-likelihood of each row, nothing saved.
-pub fn evaluate(hidden: &Tensor, weight: &Parameter, targets: &[u32]) -> Result<Vec<f32>> {
+pub fn evaluate(hidden: &Tensor, weight: &Weight, targets: &[u32]) -> Result<Vec<f32>> {
     let mut nll = Vec::with_capacity(targets.len());
-    for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
-        let logits = matmul_f32(&hidden.narrow(0, start, len)?, &weight.tensor().t()?)?;
+    for (start, len) in chunks(targets.len(), weight.dims()?.0) {
+        let logits = matmul_f32(&hidden.narrow(0, start, len)?, weight.t())?;
         let targets = &targets[start..start + len];
         if logits.device().is_cpu() {
             nll.extend(row_losses(&logits, targets)?);
@@ -50,7 +50,7 @@ pub fn chunk_rows(vocab: usize) -> usize {
 /// type of `hidden`, and their gradients take their place.
 pub fn forward(
     hidden: &Tensor,
-    weight: &Parameter,
+    weight: &Weight,
     targets: &[u32],
     scale: f64,
     gradients: &mut Gradients,
@@ -58,9 +58,9 @@ pub fn forward(
     let _time = Op::CrossEntropy.begin();
     let mut nll = Vec::with_capacity(targets.len());
     let mut d_hidden = Vec::new();
-    for (start, len) in chunks(targets.len(), weight.tensor().dim(0)?) {
+    for (start, len) in chunks(targets.len(), weight.dims()?.0) {
         let (hidden, targets) = (hidden.narrow(0, start, len)?, &targets[start..start + len]);
-        let logits = matmul(&hidden, &weight.tensor().t()?)?;
+        let logits = matmul(&hidden, weight.t())?;
         let (losses, d_logits) = if logits.device().is_cpu() {
             dispatch!(hidden.dtype(), losses_and_gradients(logits, targets, scale as f32))?
         } else {
@@ -71,8 +71,8 @@ pub fn forward(
             (rows.to_vec1::<f32>()?, d_logits[0].to_dtype(hidden.dtype())?)
         };
         nll.extend(losses);
-        d_hidden.push(matmul(&d_logits, weight.tensor())?);
-        if gradients.wants(weight) {
+        d_hidden.push(matmul(&d_logits, weight)?);
+        if let Some(weight) = gradients.wanted(weight) {
             gradients.add(weight, &matmul_f32(&d_logits.t()?, &hidden)?)?;
         }
     }

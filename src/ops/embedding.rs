@@ -1,20 +1,21 @@
-//! Embedding: `y[t] = weight[ids[t]]`, `weight` is `[vocab, d]`.
+//! Embedding: `y[t] = weight[ids[t]]`, `weight` is `[vocab, d]`. Of a quantized weight only these rows are dequantized.
 
 use candle_core::{DType, Tensor};
 
-use super::{Gradients, Parameter};
+use super::{Gradients, Weight};
 use crate::error::Result;
 
 /// `[tokens, d]`. The backward needs `ids` only.
-pub fn forward(ids: &Tensor, weight: &Parameter) -> Result<Tensor> {
-    Ok(weight.tensor().index_select(ids, 0)?)
+pub fn forward(ids: &Tensor, weight: &Weight) -> Result<Tensor> {
+    match weight {
+        Weight::Dense(parameter) => Ok(parameter.tensor().index_select(ids, 0)?),
+        Weight::Quantized(quantized) => quantized.select(&ids.to_vec1()?),
+    }
 }
 
 /// Adds `dy` to the rows of the weight's gradient that were looked up, when it is wanted.
-pub fn backward(ids: &Tensor, weight: &Parameter, dy: &Tensor, gradients: &mut Gradients) -> Result<()> {
-    if !gradients.wants(weight) {
-        return Ok(());
-    }
+pub fn backward(ids: &Tensor, weight: &Weight, dy: &Tensor, gradients: &mut Gradients) -> Result<()> {
+    let Some(weight) = gradients.wanted(weight) else { return Ok(()) };
     let zeros = Tensor::zeros(weight.tensor().dims(), DType::F32, dy.device())?;
     gradients.add(weight, &zeros.index_add(ids, &dy.to_dtype(DType::F32)?, 0)?)
 }

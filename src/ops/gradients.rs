@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use rayon::prelude::*;
 
 use super::kernel::{Values, vectorized};
-use super::{Parameter, add};
+use super::{Parameter, Weight, add};
 use crate::error::{Context, Result};
 
 /// The values that training changes, by name. A module holds the same storage, so that an update is seen at once.
@@ -30,6 +30,12 @@ impl Gradients {
     #[must_use]
     pub fn wants(&self, parameter: &Parameter) -> bool {
         self.sums.contains_key(parameter.name())
+    }
+
+    /// The values of `weight` when a backward has to compute their gradient.
+    #[must_use]
+    pub fn wanted<'w>(&self, weight: &'w Weight) -> Option<&'w Parameter> {
+        weight.parameter().filter(|parameter| self.wants(parameter))
     }
 
     /// Adds `gradient` (any float type, the parameter's shape) to the sum of `parameter`; ignored when not wanted.

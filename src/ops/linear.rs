@@ -7,7 +7,7 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    Gradients, LowRank, Op, Parameter, Pass, Weight, add_to_rows, dropout, matmul, matmul_f32,
+    Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul, matmul_f32,
     sum_of_products,
 };
 use crate::error::{Error, Result};
@@ -35,8 +35,9 @@ pub struct Saved {
 impl Saved {
     /// Drops what no gradient of `wanted` needs.
     pub fn trim(&mut self, layer: &Layer<'_>, wanted: &Gradients) {
-        let Weight::Dense(weight) = layer.weight;
-        if !wanted.wants(weight) && !layer.low_rank.is_some_and(|low_rank| wanted.wants(&low_rank.a)) {
+        if wanted.wanted(layer.weight).is_none()
+            && !layer.low_rank.is_some_and(|low_rank| wanted.wants(&low_rank.a))
+        {
             self.x = None;
         }
     }
@@ -50,14 +51,13 @@ impl Saved {
 pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
     let inner = layer.low_rank.map(|low_rank| inner(x, low_rank, pass)).transpose()?;
     let _time = Op::Linear.begin();
-    let Weight::Dense(weight) = layer.weight;
-    let weight = weight.tensor().t()?;
+    let weight = layer.weight.t();
     let mut y = match (layer.low_rank, &inner) {
         (Some(low_rank), Some(inner)) => {
-            let terms = [(x, &weight), (&(inner * low_rank.scale)?, &low_rank.b.tensor().t()?)];
+            let terms = [(x, weight), (&(inner * low_rank.scale)?, Operand::from(low_rank.b.tensor()).t())];
             sum_of_products(&terms, x.dtype())?
         }
-        _ => matmul(x, &weight)?,
+        _ => matmul(x, weight)?,
     };
     if let Some(bias) = layer.bias {
         y = add_to_rows(&y, bias.tensor())?;
@@ -79,17 +79,16 @@ pub fn backward_of_all(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let mut terms: Vec<(&Tensor, &Tensor)> = Vec::with_capacity(2 * layers.len());
+    let mut terms: Vec<(&Tensor, Operand<'_>)> = Vec::with_capacity(2 * layers.len());
     let mut d_inners = Vec::with_capacity(layers.len());
     for (layer, saved, dy) in layers {
-        let Weight::Dense(weight) = layer.weight;
-        if gradients.wants(weight) {
+        if let Some(weight) = gradients.wanted(layer.weight) {
             gradients.add(weight, &narrow(&dy.t()?, saved.x()?)?)?;
         }
         if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
             gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
         }
-        terms.push((dy, weight.tensor()));
+        terms.push((dy, layer.weight.into()));
         if let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) {
             let d_inner = low_rank_backward(saved, inner, low_rank, pass, dy, wants_dx, gradients)?;
             d_inners.extend(d_inner.map(|d_inner| (low_rank, d_inner)));
@@ -100,7 +99,7 @@ pub fn backward_of_all(
     }
     let dropped = |low_rank: &LowRank| low_rank.dropout.drops(pass);
     let whole = d_inners.iter().filter(|(low_rank, _)| !dropped(low_rank));
-    terms.extend(whole.map(|(low_rank, d_inner)| (d_inner, low_rank.a.tensor())));
+    terms.extend(whole.map(|(low_rank, d_inner)| (d_inner, low_rank.a.tensor().into())));
     let Some((_, _, dy)) = layers.first() else { return Ok(None) };
     let time = Op::Linear.begin();
     let mut dx = sum_of_products(&terms, dy.dtype())?;

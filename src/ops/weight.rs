@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
+use super::{Operand, Quantized};
+
 /// A named tensor of the model. Whether it is trained is not its own affair: see [`super::Gradients::wants`].
 #[derive(Debug, Clone)]
 pub struct Parameter {
@@ -44,6 +46,8 @@ impl Parameter {
 pub enum Weight {
     /// Plain values in the compute type.
     Dense(Parameter),
+    /// Quantized values, which are never trained.
+    Quantized(Quantized),
 }
 
 impl Weight {
@@ -51,6 +55,7 @@ impl Weight {
     pub fn dims(&self) -> candle_core::Result<(usize, usize)> {
         match self {
             Self::Dense(parameter) => parameter.tensor().dims2(),
+            Self::Quantized(quantized) => Ok(quantized.dims()),
         }
     }
 
@@ -59,7 +64,40 @@ impl Weight {
     pub fn dtype(&self) -> DType {
         match self {
             Self::Dense(parameter) => parameter.tensor().dtype(),
+            Self::Quantized(quantized) => quantized.dtype(),
         }
+    }
+
+    /// The tensor's name in a Hugging Face checkpoint.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Dense(parameter) => parameter.name(),
+            Self::Quantized(quantized) => quantized.name(),
+        }
+    }
+
+    /// Its plain values, which training may change.
+    #[must_use]
+    pub fn parameter(&self) -> Option<&Parameter> {
+        match self {
+            Self::Dense(parameter) => Some(parameter),
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// As [`Self::parameter`].
+    pub fn parameter_mut(&mut self) -> Option<&mut Parameter> {
+        match self {
+            Self::Dense(parameter) => Some(parameter),
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// With rows and columns exchanged, as the right side of a product.
+    #[must_use]
+    pub fn t(&self) -> Operand<'_> {
+        Operand::from(self).t()
     }
 }
 

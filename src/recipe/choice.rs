@@ -23,7 +23,7 @@ pub enum Task {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DtypeChoice {
-    /// What the files have, f32 where they have another type.
+    /// bf16 where the files have that or quantized values, else f32.
     #[default]
     Auto,
     /// 32-bit floats.

@@ -1,5 +1,7 @@
 //! The plan of a run in lines of text: what its first lines and `peft check` say.
 
+use std::collections::BTreeSet;
+
 use super::figures;
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
@@ -26,7 +28,14 @@ fn model(prepared: &Prepared) -> String {
     let numbers = figures::count(config.num_parameters() as u64);
     let (name, layers) = (prepared.base.name(), config.layers.len());
     let dtype = prepared.dtype.as_str();
-    format!("model: {name}, {layers} layers, {numbers} parameters, computing in {dtype}")
+    let mut line = format!("model: {name}, {layers} layers, {numbers} parameters, computing in {dtype}");
+    let base = &prepared.base;
+    let stored: BTreeSet<String> =
+        base.quantized().filter_map(|name| Some(base.stored_dtype(name).ok()?.to_string())).collect();
+    if !stored.is_empty() {
+        line += &format!(", weights stay {}", stored.into_iter().collect::<Vec<_>>().join(" and "));
+    }
+    line
 }
 
 fn trained(plan: &Plan, prepared: &Prepared) -> Vec<String> {

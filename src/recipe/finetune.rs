@@ -152,7 +152,7 @@ fn memory_choice(plan: &Plan, prepared: &Prepared) -> (Recompute, usize) {
         MemoryBudget::Limit(bytes) => bytes.0,
     };
     let config = prepared.base.config();
-    let weights = (config.num_parameters() * prepared.dtype.size_in_bytes()) as u64;
+    let weights = prepared.base.weight_bytes(prepared.dtype);
     // Gradient, two moments and, at most, a value in f32 for each number that is trained.
     let training = 16 * prepared.trainable().trainable;
     let left = budget.saturating_sub(weights + training);

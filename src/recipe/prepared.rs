@@ -152,7 +152,10 @@ impl Prepared {
 
 impl Trainee {
     fn of(plan: &Plan, base: &Pretrained) -> Result<Self> {
-        let Trained::Adapter(written) = &plan.trained else { return Ok(Self::Full) };
+        let Trained::Adapter(written) = &plan.trained else {
+            refuse_quantized(base)?;
+            return Ok(Self::Full);
+        };
         let from = match &written.from {
             Some(path) => Some(read_adapter(path)?),
             None => None,
@@ -171,6 +174,20 @@ impl Trainee {
         };
         Ok(Self::Adapter(Box::new(PlacedAdapter { config, placements, from })))
     }
+}
+
+/// Training all weights needs weights that a small step can change.
+fn refuse_quantized(base: &Pretrained) -> Result<()> {
+    let Some(first) = base.quantized().next() else { return Ok(()) };
+    let (count, stored) = (base.quantized().count(), base.stored_dtype(first)?);
+    Err(Error::request(format!(
+        "`train.full` trains all weights, and {count} of those in `{}` are quantized (`{first}` is {stored}): the steps of \
+         training are smaller than the gaps between such values",
+        base.name()
+    ))
+    .with_hint(
+        "train an adapter, with a table `[adapter]` instead of `train.full`; or give the model in f32, bf16 or f16",
+    ))
 }
 
 /// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe. What the recipe

@@ -112,7 +112,7 @@ fn all_finite<T: Float>(values: &[T]) -> bool {
     values.iter().fold(true, |finite, value| finite & value.finite())
 }
 
-fn not_finite() -> Error {
+pub(super) fn not_finite() -> Error {
     Error::invalid("holds NaN or infinity; these weights are broken")
         .with_hint("fetch the model again, or look for a repaired copy")
 }

@@ -1,14 +1,18 @@
-//! GGUF files: header and metadata through candle, values from the mapped file, dequantized piece by piece when read.
+//! GGUF files: header and metadata through candle, values from the mapped file: dequantized piece by piece when read, or
+//! handed out as the blocks they are.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{CpuStorage, DType, Device, Tensor};
+use half::f16;
 use memmap2::Mmap;
+use rayon::prelude::*;
 
 use super::{StoredType, TensorInfo, convert};
 use crate::error::{Context, Error, Result};
@@ -21,7 +25,7 @@ pub type GgufMetadata = HashMap<String, Value>;
 pub(super) struct Gguf {
     pub(super) path: PathBuf,
     pub(super) metadata: GgufMetadata,
-    map: Mmap,
+    map: Arc<Mmap>,
     places: BTreeMap<String, (usize, usize)>,
 }
 
@@ -39,7 +43,10 @@ impl Gguf {
             let dtype = StoredType::from(info.ggml_dtype);
             tensors.insert(name.clone(), TensorInfo { name: name.clone(), shape, dtype });
         }
-        Ok((Self { path: path.to_path_buf(), metadata: content.metadata, map, places }, tensors))
+        Ok((
+            Self { path: path.to_path_buf(), metadata: content.metadata, map: Arc::new(map), places },
+            tensors,
+        ))
     }
 
     /// The bytes of a tensor as they are stored.
@@ -48,11 +55,31 @@ impl Gguf {
         Some(&self.map[start..end])
     }
 
+    /// The same for as long as they are needed, the file closed or not.
+    pub(super) fn shared(&self, name: &str) -> Option<MappedBytes> {
+        let (start, end) = *self.places.get(name)?;
+        Some(MappedBytes { map: Arc::clone(&self.map), start, end })
+    }
+
     /// Lets go of the pages that reading a tensor brought in.
     pub(super) fn release(&self, name: &str) {
         if let Some((start, end)) = self.places.get(name) {
             super::release(&self.map, *start, *end);
         }
+    }
+}
+
+/// Bytes of a mapped file.
+#[derive(Debug, Clone)]
+pub struct MappedBytes {
+    map: Arc<Mmap>,
+    start: usize,
+    end: usize,
+}
+
+impl AsRef<[u8]> for MappedBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.map[self.start..self.end]
     }
 }
 
@@ -86,14 +113,24 @@ pub(super) fn dequantize(
     })
 }
 
-/// The blocks as they are, for layers that multiply with them directly.
-pub(super) fn quantized(
-    bytes: &[u8],
-    stored: GgmlDType,
-    shape: &[usize],
-    device: &Device,
-) -> Result<QTensor> {
-    Ok(QTensor::new(QStorage::from_data(Cow::Borrowed(bytes), device, stored)?, shape)?)
+/// Whether every value that the blocks stand for is a number: integers are, so it is up to the scales.
+pub(super) fn all_finite(blocks: &[u8], stored: GgmlDType) -> bool {
+    let scales: &[usize] = match stored {
+        GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],
+        GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q8_1 | GgmlDType::Q4K | GgmlDType::Q5K => &[0, 2],
+        GgmlDType::Q2K => &[80, 82],
+        GgmlDType::Q3K => &[108],
+        GgmlDType::Q6K => &[208],
+        // Scales in f32, or no blocks at all: what these are used for looks at the values.
+        GgmlDType::Q8K | GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => &[],
+    };
+    let is_finite = |block: &[u8]| {
+        let finite = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).is_finite();
+        scales.iter().fold(true, |all, at| all & finite(*at))
+    };
+    let size = stored.type_size();
+    let pieces = blocks.par_chunks(convert::PIECE * size);
+    pieces.all(|piece| piece.chunks_exact(size).fold(true, |all, block| all & is_finite(block)))
 }
 
 /// A model may be split over several files, of which each is a GGUF file.

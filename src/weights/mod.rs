@@ -28,7 +28,7 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use serde_json::Value;
@@ -36,7 +36,7 @@ use serde_json::Value;
 use crate::error::{Context, Error, Result, nearest};
 use folder::Folder;
 use gguf::Gguf;
-pub use gguf::GgufMetadata;
+pub use gguf::{GgufMetadata, MappedBytes};
 pub use hub::{HubSettings, OnProgress, report_downloads};
 pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_safetensors};
 pub use text::TextFiles;
@@ -277,17 +277,22 @@ impl Checkpoint {
         tensor.in_tensor(name).at(self.file_of(name))
     }
 
-    /// The blocks of a quantized tensor as they are stored.
-    pub fn read_quantized(&self, name: &str, device: &Device) -> Result<QTensor> {
+    /// The blocks of a quantized tensor as they are stored, for those who compute with them: the bytes of the mapped file,
+    /// which stays mapped as long as they are in use. NaN and infinity are errors.
+    pub fn read_blocks(&self, name: &str) -> Result<MappedBytes> {
         let info = self.info(name)?;
-        let StoredType::Quantized(stored) = info.dtype else {
+        let (StoredType::Quantized(stored), Store::Gguf(gguf)) = (info.dtype, &self.store) else {
             return Err(Error::invalid(format!("is stored as {}, not quantized", info.dtype)))
                 .in_tensor(name)
                 .at(self.file_of(name));
         };
-        let tensor = gguf::quantized(self.bytes(name)?, stored, &info.shape, device);
-        self.release(name);
-        tensor.in_tensor(name).at(self.file_of(name))
+        let Some(blocks) = gguf.shared(name) else {
+            return Err(Error::invalid(format!("`{}` has no tensor `{name}`", self.source)));
+        };
+        if gguf::all_finite(blocks.as_ref(), stored) {
+            return Ok(blocks);
+        }
+        Err(convert::not_finite()).in_tensor(name).at(self.file_of(name))
     }
 
     /// The bytes of a tensor as they are stored. Its pages stay in memory until [`Self::release`].

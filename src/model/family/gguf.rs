@@ -69,6 +69,20 @@ pub(in crate::model) fn restore_rows(tensor: &Tensor, heads: usize) -> Result<Te
     Ok(split.transpose(1, 2)?.contiguous()?.reshape(dims)?) // [heads, 2, d/2, ..]
 }
 
+/// The same for rows that are `bytes` of blocks.
+pub(in crate::model) fn restore_blocks(blocks: &[u8], rows: usize, heads: usize) -> Vec<u8> {
+    let (row, half) = (blocks.len() / rows.max(1), rows / heads / 2);
+    let mut restored = Vec::with_capacity(blocks.len());
+    for head in blocks.chunks_exact((2 * half * row).max(1)) {
+        for j in 0..2 {
+            for i in 0..half {
+                restored.extend_from_slice(&head[(2 * i + j) * row..][..row]);
+            }
+        }
+    }
+    restored
+}
+
 /// The `config.json` that the metadata amounts to.
 pub(in crate::model) fn config(checkpoint: &Checkpoint, metadata: &GgufMetadata) -> Result<Value> {
     const KNOWN: [(&str, &str); 3] =

@@ -55,7 +55,6 @@ impl<'a> Factor<'a> {
     }
 
     /// A matrix whose values are produced while they are packed.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for weights that stay quantized"))]
     pub(crate) fn filled(fill: &'a dyn Fill, rows: usize, columns: usize) -> Self {
         Self::stored(Source::Fill(fill), rows, columns)
     }

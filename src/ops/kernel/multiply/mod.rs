@@ -36,7 +36,7 @@ mod target;
 #[cfg(target_arch = "x86_64")]
 mod thirds;
 
-pub(crate) use factor::Factor;
+pub(crate) use factor::{Factor, Fill};
 pub(crate) use out::{Crew, Out};
 pub(crate) use path::Path;
 pub(crate) use target::Target;

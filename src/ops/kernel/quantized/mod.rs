@@ -1,0 +1,170 @@
+//! Rows of ggml's quantized blocks to f32, 32 values at a time: to the bit what candle and llama.cpp dequantize.
+//!
+//! A format is a block of bytes that stands for 32 values, or for 256 in eight parts of 32 with scales of their own. Any
+//! part is cheap to begin with, because products pack weights in pieces. The loops are plain Rust, compiled once for each
+//! set of instructions that is worth it and chosen when the program runs.
+
+mod large;
+mod small;
+
+use candle_core::quantized::GgmlDType;
+
+use super::vectorized;
+use large::{Q2K, Q3K, Q4K, Q5K, Q6K};
+use small::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+
+/// Values that are dequantized at once.
+pub(crate) const PART: usize = 32;
+
+/// A way to store values in blocks.
+trait Format {
+    const VALUES: usize;
+    const BYTES: usize;
+    /// Writes the values of the block from `32 * part` on.
+    fn unpack(block: &[u8], part: usize, out: &mut [f32; PART]);
+}
+
+/// One of ggml's formats that products can be computed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+}
+
+/// Calls `$function(format, $arguments)` with the format of `$kind`.
+macro_rules! with_format {
+    ($kind:expr, $function:ident ( $($argument:expr),* )) => {
+        match $kind {
+            Kind::Q4_0 => $function(Q4_0 $(, $argument)*),
+            Kind::Q4_1 => $function(Q4_1 $(, $argument)*),
+            Kind::Q5_0 => $function(Q5_0 $(, $argument)*),
+            Kind::Q5_1 => $function(Q5_1 $(, $argument)*),
+            Kind::Q8_0 => $function(Q8_0 $(, $argument)*),
+            Kind::Q2K => $function(Q2K $(, $argument)*),
+            Kind::Q3K => $function(Q3K $(, $argument)*),
+            Kind::Q4K => $function(Q4K $(, $argument)*),
+            Kind::Q5K => $function(Q5K $(, $argument)*),
+            Kind::Q6K => $function(Q6K $(, $argument)*),
+        }
+    };
+}
+
+impl Kind {
+    /// `None` for types that no model file has weights in.
+    pub(crate) fn of(dtype: GgmlDType) -> Option<Self> {
+        Some(match dtype {
+            GgmlDType::Q4_0 => Self::Q4_0,
+            GgmlDType::Q4_1 => Self::Q4_1,
+            GgmlDType::Q5_0 => Self::Q5_0,
+            GgmlDType::Q5_1 => Self::Q5_1,
+            GgmlDType::Q8_0 => Self::Q8_0,
+            GgmlDType::Q2K => Self::Q2K,
+            GgmlDType::Q3K => Self::Q3K,
+            GgmlDType::Q4K => Self::Q4K,
+            GgmlDType::Q5K => Self::Q5K,
+            GgmlDType::Q6K => Self::Q6K,
+            _ => return None,
+        })
+    }
+
+    /// Values and bytes of a block.
+    pub(crate) fn block(self) -> (usize, usize) {
+        fn block<F: Format>(_: F) -> (usize, usize) {
+            (F::VALUES, F::BYTES)
+        }
+        with_format!(self, block())
+    }
+
+    /// Writes the values of `row` from `column` on into `out`; `column` is a multiple of 32.
+    pub(crate) fn fill(self, row: &[u8], column: usize, out: &mut [f32]) {
+        assert!(column.is_multiple_of(PART), "column {column} is no multiple of {PART}");
+        with_format!(self, fill(row, column, out));
+    }
+}
+
+vectorized! {
+    /// `x w` for two rows of a multiple of 32 values, summed in lanes.
+    pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
+        let mut sums = [0f32; PART];
+        for (x, w) in x.as_chunks::<PART>().0.iter().zip(w.as_chunks::<PART>().0) {
+            for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
+                *sum += x * w;
+            }
+        }
+        sums.iter().sum()
+    }
+}
+
+vectorized! {
+    /// As [`dot`], with the finite values of `w` rounded to bf16 before.
+    pub(crate) fn dot_narrow(x: &[f32], w: &[f32]) -> f32 {
+        let mut sums = [0f32; PART];
+        for (x, w) in x.as_chunks::<PART>().0.iter().zip(w.as_chunks::<PART>().0) {
+            for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
+                let bits = w.to_bits();
+                let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
+                *sum += x * f32::from_bits(rounded);
+            }
+        }
+        sums.iter().sum()
+    }
+}
+
+vectorized! {
+    fn fill<F: Format>(_format: F, row: &[u8], column: usize, out: &mut [f32]) {
+        let first = column / PART;
+        let (whole, rest) = out.as_chunks_mut::<PART>();
+        let end = first + whole.len();
+        for (part, out) in (first..).zip(whole) {
+            unpack::<F>(row, part, out);
+        }
+        if !rest.is_empty() {
+            let mut values = [0.0; PART];
+            unpack::<F>(row, end, &mut values);
+            rest.copy_from_slice(&values[..rest.len()]);
+        }
+    }
+}
+
+/// The values of a row from `32 * part` on. A function, because a closure that is called twice would be compiled by itself,
+/// for the machine that every program runs on.
+#[inline(always)]
+fn unpack<F: Format>(row: &[u8], part: usize, out: &mut [f32; PART]) {
+    let parts = F::VALUES / PART;
+    let block = &row[part / parts * F::BYTES..][..F::BYTES];
+    F::unpack(block, part % parts, out);
+}
+
+/// `N` bytes of a block.
+#[inline(always)]
+fn bytes<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+    block[at..].first_chunk().expect("a part lies inside its block")
+}
+
+/// A scale: the f16 at `at`, which is finite. Without calls or branches, and without subnormal numbers of f32, which
+/// processors are slow with.
+#[inline(always)]
+fn scale(block: &[u8], at: usize) -> f32 {
+    const BIAS: u32 = 127 - 15;
+    let bits = u32::from(u16::from_le_bytes(*bytes(block, at)));
+    // Exponent and mantissa where f32 has them.
+    let magnitude = (bits & 0x7fff) << 13;
+    let normal = f32::from_bits(magnitude + (BIAS << 23));
+    // Of a subnormal number the mantissa has no leading one: one is added and taken away again.
+    let subnormal = f32::from_bits(magnitude + ((BIAS + 1) << 23)) - f32::from_bits((BIAS + 1) << 23);
+    let magnitude = if bits & 0x7c00 == 0 { subnormal } else { normal };
+    // Hidden, because the compiler would take 16 blocks at once and gather their bytes, or mix these operations with those
+    // on the values, either of which is far slower.
+    std::hint::black_box(f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,79 @@
+use std::borrow::Cow;
+
+use candle_core::CpuStorage;
+
+use super::*;
+
+pub(crate) const ALL: [GgmlDType; 10] = [
+    GgmlDType::Q4_0,
+    GgmlDType::Q4_1,
+    GgmlDType::Q5_0,
+    GgmlDType::Q5_1,
+    GgmlDType::Q8_0,
+    GgmlDType::Q2K,
+    GgmlDType::Q3K,
+    GgmlDType::Q4K,
+    GgmlDType::Q5K,
+    GgmlDType::Q6K,
+];
+
+/// Where a block has its f16 values, which are the only ones that could be NaN.
+fn scales(dtype: GgmlDType) -> &'static [usize] {
+    match dtype {
+        GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q4K | GgmlDType::Q5K => &[0, 2],
+        GgmlDType::Q2K => &[80, 82],
+        GgmlDType::Q3K => &[108],
+        GgmlDType::Q6K => &[208],
+        _ => &[0],
+    }
+}
+
+/// Blocks of chance, every bit of them, with finite scales; subnormal ones among them.
+fn blocks(dtype: GgmlDType, count: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes: Vec<u8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    })
+    .take(count * dtype.type_size())
+    .collect();
+    for (number, block) in bytes.chunks_exact_mut(dtype.type_size()).enumerate() {
+        for &at in scales(dtype) {
+            // The highest exponent is that of infinity and NaN, the lowest that of subnormal numbers.
+            block[at + 1] &= if number % 5 == 0 { 0x83 } else { 0xbf };
+        }
+    }
+    bytes
+}
+
+#[test]
+fn every_format_is_what_candle_dequantizes() {
+    for dtype in ALL {
+        let kind = Kind::of(dtype).unwrap();
+        assert_eq!(kind.block(), (dtype.block_size(), dtype.type_size()));
+        let columns = 40 * dtype.block_size();
+        let row = blocks(dtype, 40);
+        let CpuStorage::F32(expected) = dtype.from_data(Cow::Borrowed(&row)).dequantize(columns).unwrap()
+        else {
+            panic!("candle dequantizes to f32");
+        };
+        let mut found = vec![f32::NAN; columns];
+        kind.fill(&row, 0, &mut found);
+        assert!(expected.iter().any(|value| *value != 0.0));
+        for (column, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(found.to_bits(), expected.to_bits(), "{dtype:?}, value {column}: {found} {expected}");
+        }
+        // Any part is a beginning, and any length an end.
+        for (column, len) in [(32, 32), (64, 7), (96, 300), (columns - 32, 32), (columns - 64, 45)] {
+            let mut part = vec![f32::NAN; len];
+            kind.fill(&row, column, &mut part);
+            assert_eq!(part, expected[column..column + len], "{dtype:?} from {column}");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "column 16 is no multiple of 32")]
+fn a_part_is_not_begun_in_its_middle() {
+    Kind::Q4_0.fill(&blocks(GgmlDType::Q4_0, 2), 16, &mut [0.0; 16]);
+}
