@@ -76,7 +76,7 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     };
     terminal
         .say(format_args!("folded {adapters} into {folded} tensors; {share:.1}% of their values changed"));
-    terminal.say(format_args!("{:.1}% of what they add survived rounding", 100.0 * receipt.survived));
+    terminal.say(format_args!("{:.1}% of the delta survived rounding", 100.0 * receipt.survived));
     terminal.say(format_args!(
         "{} other tensors are byte-identical to the base, {} were converted",
         receipt.identical, receipt.converted

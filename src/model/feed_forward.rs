@@ -31,10 +31,10 @@ pub struct Saved {
 impl Saved {
     /// Drops what no gradient of `wanted` needs.
     pub(super) fn trim(&mut self, feed_forward: &FeedForward, wanted: &Gradients) {
-        let saved = [&mut self.gate, &mut self.up, &mut self.down];
-        for (linear, saved) in feed_forward.linears().into_iter().zip(saved) {
-            linear.trim(saved, wanted);
-        }
+        feed_forward.gate.trim(&mut self.gate, wanted);
+        feed_forward.up.trim(&mut self.up, wanted);
+        // The widest of all, and soon computed again from gate and up.
+        self.down.drop_input();
     }
 }
 
@@ -58,9 +58,14 @@ impl FeedForward {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let wants_inner = wants_dx || self.gate.is_trained(gradients) || self.up.is_trained(gradients);
-        let Some(d_inner) = self.down.backward(&saved.down, pass, dy, wants_inner, gradients)? else {
+        let mut down = saved.down.clone();
+        if self.down.needs_input(gradients) {
+            down = down.with_input(|| glu::value(&saved.unit, self.activation))?;
+        }
+        let Some(d_inner) = self.down.backward(&down, pass, dy, wants_inner, gradients)? else {
             return Ok(None);
         };
+        drop(down);
         let (d_gate, d_up) = glu::backward(&saved.unit, self.activation, &d_inner)?;
         let towards = [(&self.gate, &saved.gate, &d_gate), (&self.up, &saved.up, &d_up)];
         Linear::backward_of_all(&towards, pass, wants_dx, gradients)

@@ -52,6 +52,11 @@ impl Linear {
         saved.trim(&self.layer(), wanted);
     }
 
+    /// Whether a gradient of `wanted` is computed from the layer's input.
+    pub(super) fn needs_input(&self, wanted: &Gradients) -> bool {
+        self.layer().needs_input(wanted)
+    }
+
     fn layer(&self) -> linear::Layer<'_> {
         let (bias, low_rank) = (self.bias.as_ref(), self.low_rank.as_ref());
         linear::Layer { weight: &self.weight, bias, low_rank }

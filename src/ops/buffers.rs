@@ -1,5 +1,5 @@
 //! An allocator for the large buffers of training: a step allocates and frees the same sizes again and again, and the
-//! system's fresh pages cost more than the arithmetic in them. Buffers from 1 MiB on lie on huge pages and are kept when
+//! system's fresh pages cost more than the arithmetic in them. Buffers from 64 KiB on lie on huge pages and are kept when
 //! they are freed, for the next one of their size; everything smaller goes to the allocator inside.
 //!
 //! ```
@@ -11,18 +11,22 @@
 //! static ALLOCATOR: KeepBuffers<System> = KeepBuffers::new(System);
 //! ```
 //!
-//! A new mapping is made only after as many bytes of kept buffers were given back as it needs, so that what is kept does
-//! not raise the peak by more than the sizes differ.
+//! Memory is taken from the system in large pieces, of which only touched pages count, and never given back: what is free
+//! lies in ranges that join when neighbours are freed, and a buffer takes the smallest range that holds it.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::sync::{Mutex, PoisonError};
 
-/// Buffers from this size on are kept.
-const LARGE: usize = 1 << 20;
-/// A huge page: what large buffers are aligned to and rounded up to.
+/// Buffers from this size on are kept. Smaller ones are few, or come and go too often for one lock.
+const LARGE: usize = 64 << 10;
+/// Sizes are rounded up to a page.
+const GRAIN: usize = 4 << 10;
+/// A huge page: what pieces are aligned to.
 const PAGE: usize = 2 << 20;
-/// Freed buffers that are remembered at most; more are given back.
-const SLOTS: usize = 512;
+/// What is taken from the system at once, at least.
+const PIECE: usize = 256 << 20;
+/// Free ranges that are remembered at most; more are given back.
+const SLOTS: usize = 2048;
 
 /// Keeps freed large buffers; what is smaller goes to `A`.
 #[derive(Debug)]
@@ -31,82 +35,93 @@ pub struct KeepBuffers<A> {
     kept: Mutex<Kept>,
 }
 
-/// Freed buffers, oldest first: address and rounded size. A plain array, for the allocator cannot allocate.
+/// What is free. A plain array, for the allocator cannot allocate.
 #[derive(Debug)]
 struct Kept {
-    buffers: [(usize, usize); SLOTS],
+    /// Address and size, in the order of addresses; no two touch.
+    ranges: [(usize, usize); SLOTS],
     len: usize,
+    /// What has never been given out of the newest piece, and so is all zero.
+    fresh: (usize, usize),
 }
 
 impl<A> KeepBuffers<A> {
-    /// With `small` for everything below 1 MiB.
+    /// With `small` for everything below 64 KiB.
     pub const fn new(small: A) -> Self {
-        Self { small, kept: Mutex::new(Kept { buffers: [(0, 0); SLOTS], len: 0 }) }
+        Self { small, kept: Mutex::new(Kept { ranges: [(0, 0); SLOTS], len: 0, fresh: (0, 0) }) }
     }
 }
 
 impl Kept {
-    /// The kept buffer that fits `size` best and wastes at most a quarter of it.
-    fn take(&mut self, size: usize) -> Option<(usize, usize)> {
-        let fits = |kept: usize| kept >= size && kept - size <= size / 4;
-        let best = (0..self.len).filter(|&i| fits(self.buffers[i].1)).min_by_key(|&i| self.buffers[i].1)?;
-        Some(self.remove(best))
-    }
-
-    fn remove(&mut self, index: usize) -> (usize, usize) {
-        let buffer = self.buffers[index];
-        self.buffers.copy_within(index + 1..self.len, index);
-        self.len -= 1;
-        buffer
-    }
-
-    fn put(&mut self, buffer: (usize, usize)) {
-        if self.len == SLOTS {
-            let (address, size) = self.remove(0);
-            pages::unmap(address, size);
+    /// A buffer of `size` bytes, and whether it is fresh; null when the system has no more.
+    fn take(&mut self, size: usize) -> (*mut u8, bool) {
+        let fits = |&range: &usize| self.ranges[range].1 >= size;
+        if let Some(best) = (0..self.len).filter(fits).min_by_key(|&range| self.ranges[range].1) {
+            let (address, found) = self.ranges[best];
+            if found == size {
+                self.ranges.copy_within(best + 1..self.len, best);
+                self.len -= 1;
+            } else {
+                self.ranges[best] = (address + size, found - size);
+            }
+            return (address as *mut u8, false);
         }
-        self.buffers[self.len] = buffer;
-        self.len += 1;
+        if self.fresh.1 < size {
+            let piece = size.next_multiple_of(PAGE).max(PIECE);
+            let address = pages::map(piece) as usize;
+            if address == 0 {
+                return (std::ptr::null_mut(), false);
+            }
+            let (rest, left) = std::mem::replace(&mut self.fresh, (address, piece));
+            self.put(rest, left);
+        }
+        let address = self.fresh.0;
+        self.fresh = (address + size, self.fresh.1 - size);
+        (address as *mut u8, true)
     }
 
-    /// Gives back the oldest buffers until `size` bytes are free again, or none is left.
-    fn give_back(&mut self, size: usize) {
-        let mut given = 0;
-        while given < size && self.len > 0 {
-            let (address, bytes) = self.remove(0);
-            pages::unmap(address, bytes);
-            given += bytes;
+    fn put(&mut self, address: usize, size: usize) {
+        if size == 0 {
+            return;
+        }
+        let at = self.ranges[..self.len].partition_point(|range| range.0 < address);
+        let before = at > 0 && self.ranges[at - 1].0 + self.ranges[at - 1].1 == address;
+        let behind = at < self.len && address + size == self.ranges[at].0;
+        match (before, behind) {
+            (true, true) => {
+                self.ranges[at - 1].1 += size + self.ranges[at].1;
+                self.ranges.copy_within(at + 1..self.len, at);
+                self.len -= 1;
+            }
+            (true, false) => self.ranges[at - 1].1 += size,
+            (false, true) => self.ranges[at] = (address, size + self.ranges[at].1),
+            (false, false) if self.len == SLOTS => pages::unmap(address, size),
+            (false, false) => {
+                self.ranges.copy_within(at..self.len, at + 1);
+                self.ranges[at] = (address, size);
+                self.len += 1;
+            }
         }
     }
 }
 
 fn is_large(layout: Layout) -> bool {
-    cfg!(target_os = "linux") && layout.size() >= LARGE && layout.align() <= PAGE
+    cfg!(target_os = "linux") && layout.size() >= LARGE && layout.align() <= GRAIN
 }
 
 fn rounded(size: usize) -> usize {
-    size.next_multiple_of(PAGE)
+    size.next_multiple_of(GRAIN)
 }
 
 impl<A> KeepBuffers<A> {
-    /// A buffer of at least `size` bytes, and whether it is fresh and so all zero.
     fn large(&self, size: usize) -> (*mut u8, bool) {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((address, found)) = kept.take(size) {
-            // Deallocation knows the size that was asked for only: what is too much is cut off.
-            if found > size {
-                pages::unmap(address + size, found - size);
-            }
-            return (address as *mut u8, false);
-        }
-        kept.give_back(size);
-        drop(kept);
-        (pages::map(size), true)
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).take(size)
     }
 }
 
-// SAFETY: small layouts are handed to `A` as they are. A large one gets a mapping of its own, or one that was freed and
-// is taken off the list under the lock; both are aligned to 2 MiB, at least as long as asked for, and given to one owner.
+// SAFETY: small layouts are handed to `A` as they are. A large one gets a range that is cut
+// off, under the lock, from what was freed or is fresh; it begins at a multiple of 4 KiB, is at least as long as asked for, and
+// has one owner.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for KeepBuffers<A> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_large(layout) {
@@ -132,7 +147,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for KeepBuffers<A> {
     unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
         if is_large(layout) {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            kept.put((address as usize, rounded(layout.size())));
+            kept.put(address as usize, rounded(layout.size()));
             return;
         }
         // SAFETY: a small layout was allocated by `A`.
@@ -226,7 +241,7 @@ mod tests {
         // SAFETY: every pointer is used within its layout and freed once.
         unsafe {
             let first = allocator.alloc(layout(size));
-            assert_eq!(first as usize % PAGE, 0);
+            assert_eq!(first as usize % GRAIN, 0);
             first.write_bytes(7, size);
             allocator.dealloc(first, layout(size));
             let second = allocator.alloc_zeroed(layout(size - 100));
@@ -254,16 +269,45 @@ mod tests {
     }
 
     #[test]
-    fn a_new_size_gives_back_what_is_kept() {
+    fn freed_neighbours_join_and_hold_a_larger_buffer() {
         let allocator = KeepBuffers::new(System);
+        let mib = |count: usize| layout(count << 20);
         // SAFETY: as above.
         unsafe {
-            let first = allocator.alloc(layout(4 << 20));
-            allocator.dealloc(first, layout(4 << 20));
-            assert_eq!(allocator.kept.lock().unwrap().len, 1);
-            let larger = allocator.alloc(layout(64 << 20));
-            assert_eq!(allocator.kept.lock().unwrap().len, 0);
-            allocator.dealloc(larger, layout(64 << 20));
+            let buffers = [0, 1, 2, 3].map(|_| allocator.alloc(mib(4)));
+            for freed in [2, 0, 1] {
+                allocator.dealloc(buffers[freed], mib(4));
+            }
+            let larger = allocator.alloc(mib(12));
+            assert_eq!(larger, buffers[0]);
+            let smaller = allocator.alloc(mib(1));
+            allocator.dealloc(larger, mib(12));
+            assert_eq!(allocator.alloc(mib(2)), larger);
+            allocator.dealloc(smaller, mib(1));
+            assert_eq!(allocator.kept.lock().unwrap().len, 2);
+        }
+    }
+
+    #[test]
+    fn many_buffers_of_all_sizes_never_overlap() {
+        let allocator = KeepBuffers::new(System);
+        let mut live: Vec<(*mut u8, usize, u8)> = Vec::new();
+        let mut state = 7u64;
+        for round in 0..3000u32 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let size = LARGE + (state >> 40) as usize % (300 << 10);
+            // SAFETY: as above.
+            unsafe {
+                if live.len() > 40 {
+                    let (address, size, mark) = live.swap_remove((state >> 33) as usize % live.len());
+                    let bytes = std::slice::from_raw_parts(address, size);
+                    assert!(bytes.iter().all(|byte| *byte == mark));
+                    allocator.dealloc(address, layout(size));
+                }
+                let address = allocator.alloc(layout(size));
+                address.write_bytes(round as u8, size);
+                live.push((address, size, round as u8));
+            }
         }
     }
 }

@@ -34,14 +34,19 @@ pub struct Saved {
 
 /// `y`, and what the backward needs.
 pub fn forward(gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tensor, Saved)> {
+    let saved = Saved { gate: gate.contiguous()?, up: up.contiguous()? };
+    Ok((value(&saved, activation)?, saved))
+}
+
+/// `y` again, from what the backward needs.
+pub fn value(saved: &Saved, activation: Activation) -> Result<Tensor> {
     let _time = Op::Glu.begin();
-    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
-    let y = if gate.device().is_cpu() {
-        dispatch!(gate.dtype(), forward_rows(&gate, &up, activation))?
+    let Saved { gate, up } = saved;
+    if gate.device().is_cpu() {
+        dispatch!(gate.dtype(), forward_rows(gate, up, activation))
     } else {
-        reference(&gate, &up, activation)?
-    };
-    Ok((y, Saved { gate, up }))
+        reference(gate, up, activation)
+    }
 }
 
 /// `(d_gate, d_up)`, with `d_up = dy activation(gate)` and `d_gate = dy up activation'(gate)`.

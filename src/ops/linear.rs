@@ -23,6 +23,15 @@ pub struct Layer<'a> {
     pub low_rank: Option<&'a LowRank>,
 }
 
+impl Layer<'_> {
+    /// Whether a gradient of `wanted` is computed from the layer's input.
+    #[must_use]
+    pub fn needs_input(&self, wanted: &Gradients) -> bool {
+        let low_rank = self.low_rank.is_some_and(|low_rank| wanted.wants(&low_rank.a));
+        low_rank || wanted.wanted(self.weight).is_some()
+    }
+}
+
 /// What the backward needs.
 #[derive(Debug, Clone)]
 pub struct Saved {
@@ -35,11 +44,20 @@ pub struct Saved {
 impl Saved {
     /// Drops what no gradient of `wanted` needs.
     pub fn trim(&mut self, layer: &Layer<'_>, wanted: &Gradients) {
-        if wanted.wanted(layer.weight).is_none()
-            && !layer.low_rank.is_some_and(|low_rank| wanted.wants(&low_rank.a))
-        {
+        if !layer.needs_input(wanted) {
             self.x = None;
         }
+    }
+
+    /// Drops the input, which is given again to [`Saved::with_input`].
+    pub fn drop_input(&mut self) {
+        self.x = None;
+    }
+
+    /// The same with the layer's input, if it was dropped and `input` can be had.
+    pub fn with_input(&self, input: impl FnOnce() -> Result<Tensor>) -> Result<Self> {
+        let x = self.x.clone().map_or_else(input, Ok)?;
+        Ok(Self { x: Some(x), inner: self.inner.clone() })
     }
 
     fn x(&self) -> Result<&Tensor> {
