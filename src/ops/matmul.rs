@@ -88,8 +88,8 @@ pub fn sum_of_products(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Result
 
 /// A few rows times a quantized weight, as in generating token by token, and the other terms added to that.
 fn product_of_few(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Option<Result<Tensor>> {
-    /// Rows for which dequantizing without packing is the faster way.
-    const FEW: usize = 4;
+    /// Rows for which dequantizing the weight once for each is faster than packing it.
+    const FEW: usize = 2;
 
     let [(a, Operand { values: Right::Quantized(weight), transposed: true }), rest @ ..] = terms else {
         return None;

@@ -10,9 +10,10 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
-use super::kernel::{Element, Fill, Kind, PART, Values, dispatch, dot, dot_narrow, for_rows, to_tensor};
+use super::kernel::{Element, Fill, Kind, PART, Values, dispatch, for_rows, to_tensor};
 use crate::error::{Context, Error, Result};
 
 /// Bytes that a weight is read from for as long as it lives.
@@ -117,30 +118,32 @@ impl Quantized {
         &(*self.bytes).as_ref()[row * len..][..len]
     }
 
-    /// `x W^T` for a few rows of `x`, `[m, out]` in f32: each row of blocks is read once and dequantized in the cache, so
-    /// that the memory sets the pace.
+    /// `x W^T` for a row or two of `x`, `[m, out]` in f32: blocks are read once for each of them, so that the memory sets
+    /// the pace.
     pub(super) fn product_of_few(&self, x: &Tensor) -> Result<Tensor> {
-        /// Rows of the weight in a task.
-        const TASK: usize = 32;
-
-        let m = x.dim(0)?;
-        let x = x.to_dtype(DType::F32)?.contiguous()?;
+        let x = x.to_dtype(self.dtype)?.contiguous()?;
+        if self.dtype == DType::BF16 {
+            let x = Values::<bf16>::of(&x)?;
+            return self.dots(&x, |row, x| self.kind.dot_narrow(row, x));
+        }
         let x = Values::<f32>::of(&x)?;
-        let dot = if self.dtype == DType::BF16 { dot_narrow } else { dot };
-        let mut columns = vec![0f32; self.rows * m]; // [out, m]
-        columns.par_chunks_mut(TASK * m).enumerate().for_each_init(
-            || vec![0f32; self.columns],
-            |values, (task, sums)| {
-                for (i, sums) in sums.chunks_exact_mut(m).enumerate() {
-                    self.kind.fill(self.row(task * TASK + i), 0, values);
-                    for (sum, x) in sums.iter_mut().zip(x.chunks_exact(self.columns)) {
-                        *sum = dot(x, values);
-                    }
+        self.dots(&x, |row, x| self.kind.dot(row, x))
+    }
+
+    fn dots<T: Sync>(&self, x: &[T], dot: impl Fn(&[u8], &[T]) -> f32 + Sync) -> Result<Tensor> {
+        /// Values of the result in a task.
+        const TASK: usize = 64;
+
+        let m = x.len() / self.columns;
+        let mut y = vec![0f32; m * self.rows];
+        for (x, y) in x.chunks_exact(self.columns).zip(y.chunks_exact_mut(self.rows)) {
+            y.par_chunks_mut(TASK).enumerate().for_each(|(task, y)| {
+                for (i, y) in y.iter_mut().enumerate() {
+                    *y = dot(self.row(task * TASK + i), x);
                 }
-            },
-        );
-        let y = to_tensor(columns, &[self.rows, m])?;
-        if m == 1 { Ok(y.reshape((1, self.rows))?) } else { Ok(y.t()?.contiguous()?) }
+            });
+        }
+        to_tensor(y, &[m, self.rows])
     }
 }
 

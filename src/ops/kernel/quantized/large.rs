@@ -3,10 +3,15 @@
 
 use super::{Format, PART, bytes, scale};
 
+#[derive(Clone, Copy)]
 pub(super) struct Q2K;
+#[derive(Clone, Copy)]
 pub(super) struct Q3K;
+#[derive(Clone, Copy)]
 pub(super) struct Q4K;
+#[derive(Clone, Copy)]
 pub(super) struct Q5K;
+#[derive(Clone, Copy)]
 pub(super) struct Q6K;
 
 /// `scales [16] (4 bits scale, 4 bits minimum), qs [64], d, dmin`: `w = d scale q - dmin minimum`.

@@ -4,12 +4,15 @@
 //! part is cheap to begin with, because products pack weights in pieces. The loops are plain Rust, compiled once for each
 //! set of instructions that is worth it and chosen when the program runs.
 
+mod dots;
 mod large;
 mod small;
 
 use candle_core::quantized::GgmlDType;
+use half::bf16;
 
 use super::vectorized;
+use dots::{narrow, wide};
 use large::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use small::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 
@@ -88,33 +91,15 @@ impl Kind {
         assert!(column.is_multiple_of(PART), "column {column} is no multiple of {PART}");
         with_format!(self, fill(row, column, out));
     }
-}
 
-vectorized! {
-    /// `x w` for two rows of a multiple of 32 values, summed in lanes.
-    pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
-        let mut sums = [0f32; PART];
-        for (x, w) in x.as_chunks::<PART>().0.iter().zip(w.as_chunks::<PART>().0) {
-            for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
-                *sum += x * w;
-            }
-        }
-        sums.iter().sum()
+    /// `x w` with the values `w` of `row`.
+    pub(crate) fn dot(self, row: &[u8], x: &[f32]) -> f32 {
+        with_format!(self, wide(row, x))
     }
-}
 
-vectorized! {
-    /// As [`dot`], with the finite values of `w` rounded to bf16 before.
-    pub(crate) fn dot_narrow(x: &[f32], w: &[f32]) -> f32 {
-        let mut sums = [0f32; PART];
-        for (x, w) in x.as_chunks::<PART>().0.iter().zip(w.as_chunks::<PART>().0) {
-            for ((sum, x), w) in sums.iter_mut().zip(x).zip(w) {
-                let bits = w.to_bits();
-                let rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
-                *sum += x * f32::from_bits(rounded);
-            }
-        }
-        sums.iter().sum()
+    /// As [`dot`](Self::dot) with values rounded to bf16; sums are in f32.
+    pub(crate) fn dot_narrow(self, row: &[u8], x: &[bf16]) -> f32 {
+        with_format!(self, narrow(row, x))
     }
 }
 

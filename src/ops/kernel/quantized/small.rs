@@ -3,10 +3,15 @@
 
 use super::{Format, PART, bytes, scale};
 
+#[derive(Clone, Copy)]
 pub(super) struct Q4_0;
+#[derive(Clone, Copy)]
 pub(super) struct Q4_1;
+#[derive(Clone, Copy)]
 pub(super) struct Q5_0;
+#[derive(Clone, Copy)]
 pub(super) struct Q5_1;
+#[derive(Clone, Copy)]
 pub(super) struct Q8_0;
 
 impl Format for Q4_0 {

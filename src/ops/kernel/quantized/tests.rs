@@ -2,6 +2,7 @@ use std::borrow::Cow;
 
 use candle_core::CpuStorage;
 
+use super::dots::rounded;
 use super::*;
 
 pub(crate) const ALL: [GgmlDType; 10] = [
@@ -69,6 +70,33 @@ fn every_format_is_what_candle_dequantizes() {
             kind.fill(&row, column, &mut part);
             assert_eq!(part, expected[column..column + len], "{dtype:?} from {column}");
         }
+    }
+}
+
+#[test]
+fn dots_are_those_of_the_values() {
+    fn check<F: Format + Copy>(format: F, row: &[u8], x: &[bf16], values: &[f32], what: &str) {
+        let exact = |x: &dyn Fn(usize) -> f32, w: &dyn Fn(f32) -> f32| -> (f64, f64) {
+            let products = values.iter().enumerate().map(|(i, v)| f64::from(x(i)) * f64::from(w(*v)));
+            products.fold((0.0, 0.0), |(sum, all), product| (sum + product, all + product.abs()))
+        };
+        let wide_x: Vec<f32> = x.iter().map(|x| x.to_f32() * 1.003).collect();
+        let (expected, all) = exact(&|i| wide_x[i], &|w| w);
+        let found = f64::from(wide(format, row, &wide_x));
+        assert!((found - expected).abs() <= 1e-6 * all, "{what}: {found} for {expected}");
+        let (expected, all) = exact(&|i| x[i].to_f32(), &|w| bf16::from_f32(w).to_f32());
+        for found in [narrow(format, row, x), rounded(format, row, x)].map(f64::from) {
+            assert!((found - expected).abs() <= 1e-6 * all, "{what} in bf16: {found} for {expected}");
+        }
+    }
+    for dtype in ALL {
+        let columns = 5 * 256;
+        let row = blocks(dtype, columns / dtype.block_size());
+        let x: Vec<bf16> = (0..columns).map(|i| bf16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0)).collect();
+        let kind = Kind::of(dtype).unwrap();
+        let mut values = vec![0.0; columns];
+        kind.fill(&row, 0, &mut values);
+        with_format!(kind, check(&row, &x, &values, &format!("{dtype:?}")));
     }
 }
 
