@@ -41,15 +41,16 @@ pub(super) struct Amx<const PARTS: usize>;
 
 /// One block: `$load` and `$store` move the sums between memory and tiles, `$step` multiplies 32 values of depth, `$write`
 /// writes two rows of the block before. `{stride}` holds the distance of two rows: of the sums before and after, of the
-/// left side in between.
+/// left side in between. Rows of the sums lie end to end where a block before is written, else as `call` says.
 macro_rules! block {
-    ($parts:literal, $call:ident, $load:expr, $zero:expr, $step:expr, $store:expr $(, $write:expr, $previous:ident, $writes:ident)?) => {
+    ($parts:literal, $call:ident, $load:expr, $zero:expr, $step:expr, $store:expr $(, $write:expr, $previous:ident, $writes:ident)? $(; $low:ident)?) => {
         // SAFETY: tiles are configured (`Amx::begin`); segments and pointers hold what `Inner::block` demands. Rows of the
         // block before are as many as are written.
         unsafe {
             asm!(
                 $("vbroadcastss zmm18, [{to}]", "mov {to}, [{to} + 8]", concat!("/* ", stringify!($previous), " */"),)?
-                "mov {stride:e}, 128",
+                $(concat!("mov {stride:e}, 128 /* ", stringify!($previous), " */"),)?
+                $(concat!("mov {stride}, {rows_apart} /* {low} ", stringify!($low), " */"),)?
                 "test {steps:e}, {steps:e}",
                 "jz 2f",
                 $load,
@@ -90,7 +91,8 @@ macro_rules! block {
                 "add {segment}, 32",
                 "cmp {steps}, [{segment} + 24]",
                 "jne 3b",
-                "mov {stride:e}, 128",
+                $(concat!("mov {stride:e}, 128 /* ", stringify!($previous), " */"),)?
+                $(concat!("mov {stride}, {rows_apart} /* {low} ", stringify!($low), " */"),)?
                 $store,
                 segment = inout(reg) $call.segments.as_ptr() => _,
                 left = out(reg) _,
@@ -107,6 +109,10 @@ macro_rules! block {
                     writes = inout(reg) $writes => _,
                     out("zmm16") _, out("zmm17") _, out("zmm18") _,
                 )?
+                $(
+                    low = in(reg) $low,
+                    rows_apart = in(reg) $call.apart,
+                )?
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
@@ -121,6 +127,8 @@ macro_rules! instructions {
     (load 1) => { "tileloadd tmm1, [{sums} + {stride} + 64]\n" };
     (load 2) => { "tileloadd tmm2, [{sums} + {stride} + 2048]\n" };
     (load 3) => { "tileloadd tmm3, [{sums} + {stride} + 2112]\n" };
+    (load_low 2) => { "tileloadd tmm2, [{low} + {stride}]\n" };
+    (load_low 3) => { "tileloadd tmm3, [{low} + {stride} + 64]\n" };
     (zero 0) => { "tilezero tmm0\n" };
     (zero 1) => { "tilezero tmm1\n" };
     (zero 2) => { "tilezero tmm2\n" };
@@ -129,6 +137,8 @@ macro_rules! instructions {
     (store 1) => { "tilestored [{sums} + {stride} + 64], tmm1\n" };
     (store 2) => { "tilestored [{sums} + {stride} + 2048], tmm2\n" };
     (store 3) => { "tilestored [{sums} + {stride} + 2112], tmm3\n" };
+    (store_low 2) => { "tilestored [{low} + {stride}], tmm2\n" };
+    (store_low 3) => { "tilestored [{low} + {stride} + 64], tmm3\n" };
     (left 0 $part:tt) => { concat!("tileloadd tmm4, [{left} + {stride} + 2048 * ", $part, "]\n") };
     (left 1 $part:tt) => { concat!("tileloadd tmm5, [{left_next} + {stride} + 2048 * ", $part, "]\n") };
     (right 0 $part:tt) => { concat!("tileloaddt1 tmm6, [{right} + {line} + 2048 * ", $part, "]\n") };
@@ -198,6 +208,8 @@ macro_rules! tiles {
             previous: Option<&Previous>,
         ) -> usize {
             const { assert!(LEFT == 32 && size_of::<Segment>() == 32) };
+            // The lower half of the sums.
+            let low = call.sums.wrapping_byte_add(STRIP * call.apart);
             let writes = previous.map_or(0, |_| call.segments[0].steps.min(LEFT / 2));
             match (lines > STRIP, strips > 1, previous) {
                 (true, true, Some(previous)) if size_of::<T>() == 2 => {
@@ -232,20 +244,22 @@ macro_rules! tiles {
                     block!(
                         $parts,
                         call,
-                        instructions!(load 0, load 1, load 2, load 3),
+                        instructions!(load 0, load 1, load_low 2, load_low 3),
                         instructions!(zero 0, zero 1, zero 2, zero 3),
                         step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 2, multiply 1, multiply 3)),
-                        instructions!(store 0, store 1, store 2, store 3)
+                        instructions!(store 0, store 1, store_low 2, store_low 3);
+                        low
                     );
                 }
                 (true, false, _) => {
                     block!(
                         $parts,
                         call,
-                        instructions!(load 0, load 2),
+                        instructions!(load 0, load_low 2),
                         instructions!(zero 0, zero 2),
                         step!($parts, [0 1], [0], instructions!(multiply 0, multiply 2)),
-                        instructions!(store 0, store 2)
+                        instructions!(store 0, store_low 2);
+                        low
                     );
                 }
                 (false, true, _) => {
@@ -255,7 +269,8 @@ macro_rules! tiles {
                         instructions!(load 0, load 1),
                         instructions!(zero 0, zero 1),
                         step!($parts, [0], [0 1], instructions!(multiply 0, multiply 1)),
-                        instructions!(store 0, store 1)
+                        instructions!(store 0, store 1);
+                        low
                     );
                 }
                 (false, false, _) => {
@@ -265,7 +280,8 @@ macro_rules! tiles {
                         instructions!(load 0),
                         instructions!(zero 0),
                         step!($parts, [0], [0], instructions!(multiply 0)),
-                        instructions!(store 0)
+                        instructions!(store 0);
+                        low
                     );
                 }
             }
@@ -280,6 +296,7 @@ tiles!(thirds, 3);
 impl<const PARTS: usize> Inner for Amx<PARTS> {
     const STRIPS: usize = 2;
     const PARTS: usize = PARTS;
+    const DIRECT: bool = true;
 
     unsafe fn begin() {
         // SAFETY: the caller has found the path `Amx` among those of this machine; the operand is a valid

@@ -22,6 +22,8 @@ impl Inner for Avx512 {
     const STRIPS: usize = 3;
     const PARTS: usize = 1;
 
+    const DIRECT: bool = false;
+
     unsafe fn begin() {}
 
     unsafe fn end() {}
@@ -50,7 +52,7 @@ impl Inner for Avx512 {
 /// As [`Inner::block`], for `LINES` lines from `line` on and `N` strips.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn lines_by<const N: usize>(call: &Block<'_>, line: usize) {
-    let Block { segments, right, sums, accumulate } = *call;
+    let Block { segments, right, sums, accumulate, .. } = *call;
     const WIDTH: usize = Avx512::STRIPS * 16;
     let mut sum: [[__m512; N]; LINES] = [[_mm512_setzero_ps(); N]; LINES];
     // SAFETY: the caller's promise covers all `LINES x N` vectors of sums, each at a multiple of 64 bytes.

@@ -23,6 +23,9 @@ pub(super) trait Inner {
     /// Parts of a packed value.
     const PARTS: usize;
 
+    /// Whether sums may lie in the result, rows apart.
+    const DIRECT: bool;
+
     /// Before a task, on its thread.
     ///
     /// # Safety
@@ -54,6 +57,9 @@ pub(super) struct Block<'a> {
     /// `STRIPS * PARTS` KiB for each step of all segments. Aligned to 64 bytes, as `sums`.
     pub(super) right: *const u8,
     pub(super) sums: *mut f32,
+    /// Distance of two rows of sums in bytes: those of a row, or, without a block before, that of the result itself, which
+    /// need not be aligned then.
+    pub(super) apart: usize,
     pub(super) accumulate: bool,
 }
 

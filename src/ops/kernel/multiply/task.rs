@@ -81,14 +81,20 @@ pub(super) unsafe fn task<I: Inner, T: Target>(
                     let column = columns.start + block * width;
                     let within = column..columns.end.min(column + width);
                     let at = (strip * blocks + block) % kept * size;
+                    let direct = direct::<I, T>(out, work, &lines, &within);
+                    let again = number > 0 || start > 0;
                     let call = Block {
                         segments: &left.segments,
                         right: packed[block * stride + start * STEP * width * I::PARTS..].as_ptr().cast(),
-                        sums: sums[at..at + size].as_mut_ptr(),
-                        accumulate: number > 0 || start > 0,
+                        sums: direct.unwrap_or(sums[at..at + size].as_mut_ptr()),
+                        apart: size_of::<f32>() * if direct.is_some() { out.stride() } else { width },
+                        accumulate: again || (direct.is_some() && work.beta == 1.0),
                     };
                     let before = summed.take();
-                    let previous = before.as_ref().and_then(|before| before.previous(out, work, sums, width));
+                    let previous = before
+                        .as_ref()
+                        .filter(|_| direct.is_none())
+                        .and_then(|before| before.previous(out, work, sums, width));
                     // SAFETY: segments cover the lines, the panel all strips of the block; both hold until the next chunk.
                     // The previous block is whole and this task's, and its sums are not those of this one.
                     unsafe {
@@ -98,7 +104,7 @@ pub(super) unsafe fn task<I: Inner, T: Target>(
                             before.write(out, work, written, sums, width, turned);
                         }
                     }
-                    if number + 1 == panels.len() && end == steps {
+                    if direct.is_none() && number + 1 == panels.len() && end == steps {
                         summed = Some(Summed { rows: lines.clone(), columns: within, at });
                     }
                 }
@@ -109,6 +115,21 @@ pub(super) unsafe fn task<I: Inner, T: Target>(
             unsafe { summed.write(out, work, 0, sums, width, turned) };
         }
     }
+}
+
+/// Where the sums of a whole block can lie in the result itself: results in f32 that are neither scaled nor turned.
+fn direct<I: Inner, T: Target>(
+    out: &Out<'_, T>,
+    work: &Work<'_>,
+    lines: &Range<usize>,
+    columns: &Range<usize>,
+) -> Option<*mut f32> {
+    let whole = lines.len() == LEFT && columns.len() == I::STRIPS * STRIP;
+    let plain = work.alpha == 1.0 && (work.beta == 0.0 || work.beta == 1.0) && !work.exchanged;
+    if !I::DIRECT || !whole || !plain {
+        return None;
+    }
+    T::as_f32(out.address(lines.start, columns.start))
 }
 
 /// Steps of a chunk: 40 KiB of bf16 in 32 lines.
