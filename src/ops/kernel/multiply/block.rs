@@ -49,7 +49,7 @@ pub(super) trait Inner {
 
 /// `sums [32][STRIPS * 16] = left right`, added to what is there if `accumulate`.
 pub(super) struct Block<'a> {
-    /// One with steps at least, then the one without. Can be read for the lines in use, rounded up to 16.
+    /// One with steps at least, then one without, where the block ends. Can be read for the lines in use, rounded up to 16.
     pub(super) segments: &'a [Segment],
     /// `STRIPS * PARTS` KiB for each step of all segments. Aligned to 64 bytes, as `sums`.
     pub(super) right: *const u8,

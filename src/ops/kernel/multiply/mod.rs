@@ -34,6 +34,8 @@ mod portable;
 mod split;
 mod target;
 #[cfg(target_arch = "x86_64")]
+mod task;
+#[cfg(target_arch = "x86_64")]
 mod thirds;
 
 pub(crate) use factor::{Factor, Fill};

@@ -152,13 +152,13 @@ pub(super) unsafe fn left(
     let out = out.as_mut_ptr();
     if side.along {
         side.pieces(lines.clone(), depth, scratch, |rows, values, row_stride| {
-            for start in (0..rows.len()).step_by(STRIP) {
-                let (height, line) = (STRIP.min(rows.len() - start), rows.start - lines.start + start);
+            for row in 0..rows.len() {
+                let line = rows.start - lines.start + row;
+                let values = &values[row * row_stride..];
                 for at in (0..count).step_by(STEP) {
-                    let vectors =
-                        load_rows(&values[start * row_stride + at..], row_stride, height, count - at);
+                    let vector = load(&values[at..], count - at);
                     // SAFETY: within `out` by the assertion.
-                    unsafe { store(out.add(at / STEP * BLOCK + line * STEP), &vectors) };
+                    unsafe { _mm512_store_si512(out.add(at / STEP * BLOCK + line * STEP).cast(), vector) };
                 }
             }
         });

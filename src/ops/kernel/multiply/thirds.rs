@@ -160,9 +160,15 @@ fn pair_across(
     (pair, height): (usize, usize),
     (column, width): (usize, usize),
 ) -> [__m512; 2] {
-    [pair, pair + STRIP].map(|row| {
-        if row < height { load(&values[row * stride..], column, width) } else { _mm512_setzero_ps() }
-    })
+    let mut two = [_mm512_setzero_ps(); 2];
+    // A loop: closures given to functions of the standard library are not compiled for these instructions.
+    for (half, vector) in two.iter_mut().enumerate() {
+        let row = pair + half * STRIP;
+        if row < height {
+            *vector = load(&values[row * stride..], column, width);
+        }
+    }
+    two
 }
 
 #[inline]

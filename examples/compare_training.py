@@ -1,0 +1,150 @@
+"""Speed and memory of fine-tuning with LoRA, beside HF PEFT on PyTorch:
+
+    cargo build --release --example bench_train
+    python examples/compare_training.py F32_MODEL BF16_MODEL [--runs 3] [--threads 2] [--rank 16] [--targets mlp|all]
+        [--batch 4] [--length 512] [--only f32|bf16] [--eager-only]
+
+Both sides train rank-16 adapters beside gate, up and down on 4 x 512 random tokens without padding, all labelled, with AdamW, and
+take turns on the same machine: ours, then each of the peers, `--runs` times. Prints, as Markdown, the medians over the runs: tokens/s
+(of a run: the median of its steps after two), the highest resident memory, seconds from the start of the process to the end of
+the first forward, and the share of the ceiling: what the step would take if it were only multiply-adds at the rate of the
+faster side's products. Needs torch, transformers and peft; run it when nothing else does.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+BEGIN = time.time()
+BENCH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../target/release/examples/bench_train")
+
+
+def arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", default="mlp")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only")
+    parser.add_argument("--eager-only", action="store_true")
+    # How the script calls itself for one measurement of the peer.
+    parser.add_argument("--peer")
+    parser.add_argument("--compile", action="store_true")
+    return parser.parse_args()
+
+
+def peer(options):
+    """One run of HF PEFT in this process; prints JSON."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[options.peer]
+    names = ["gate_proj", "up_proj", "down_proj"]
+    if options.targets == "all":
+        names += ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = AutoModelForCausalLM.from_pretrained(options.models[0], dtype=dtype)
+    shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    vocabulary = model.config.vocab_size
+    config = LoraConfig(r=options.rank, lora_alpha=32, target_modules=names, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    model.train()
+    if options.compile:
+        model = torch.compile(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    tokens = torch.randint(0, vocabulary, (options.batch, options.length))
+    rates, first = [], None
+    for _ in range(options.steps):
+        start = time.time()
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        first = first or time.time() - BEGIN
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.append(tokens.numel() / (time.time() - start))
+    print(json.dumps({
+        "tokens_per_second": statistics.median(rates[2:]),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seconds_to_first_forward": first,
+        "product_gflops": product_rate(torch, shapes, dtype, options.batch * options.length),
+    }))
+
+
+def product_rate(torch, shapes, dtype, tokens):
+    """GFLOP/s over all layers' products, forward and for the gradient of the input, each shape at its best of five."""
+    work = seconds = 0.0
+    with torch.no_grad():
+        for (n, k) in sorted(set(shapes)):
+            x, w = torch.randn(tokens, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+            dy = torch.randn(tokens, n, dtype=dtype)
+            for product in (lambda: torch.nn.functional.linear(x, w), lambda: dy @ w):
+                best = min(timed(product) for _ in range(5))
+                seconds += shapes.count((n, k)) * best
+                work += shapes.count((n, k)) * 2.0 * tokens * n * k
+    return work / seconds / 1e9
+
+
+def timed(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def run(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ours(model, dtype, options):
+    return run([BENCH, model, "--dtype", dtype, "--batch", str(options.batch), "--length", str(options.length),
+                "--rank", str(options.rank), "--targets", options.targets, "--steps", str(options.steps),
+                "--threads", str(options.threads), "--products"])
+
+
+def theirs(model, dtype, compiled, options):
+    command = [sys.executable, os.path.abspath(__file__), model, "--peer", dtype]
+    for name in ("batch", "length", "rank", "targets", "steps", "threads"):
+        command += [f"--{name}", str(getattr(options, name))]
+    return run(command + (["--compile"] if compiled else []))
+
+
+def main():
+    options = arguments()
+    if options.peer:
+        return peer(options)
+    dtypes = [options.only] if options.only else ["f32", "bf16"]
+    models = dict(zip(["f32", "bf16"], options.models if len(options.models) > 1 else options.models * 2))
+    sides = [(dtype, name) for dtype in dtypes for name in ("ours", "eager", "compiled")
+             if not (options.eager_only and name == "compiled")]
+    found = {side: [] for side in sides}
+    for _ in range(options.runs):
+        for dtype, name in sides:
+            model = models[dtype]
+            result = ours(model, dtype, options) if name == "ours" else theirs(model, dtype, name == "compiled", options)
+            found[dtype, name].append(result)
+            print(dtype, name, json.dumps(result), file=sys.stderr, flush=True)
+    median = lambda side, key: statistics.median(result[key] for result in found[side])
+    print("| | tokens/s | ratio to ours | peak memory | start to first forward | share of the ceiling |")
+    print("|---|---|---|---|---|---|")
+    for dtype, name in sides:
+        speed = median((dtype, name), "tokens_per_second")
+        rate = max(median(side, "product_gflops") for side in sides if side[0] == dtype)
+        ceiling = rate * 1e9 / median((dtype, "ours"), "flops_per_token")
+        print(f"| {dtype}, {name} | {speed:.0f} | {speed / median((dtype, 'ours'), 'tokens_per_second'):.2f} "
+              f"| {median((dtype, name), 'peak_rss_mb') * 1.048576 / 1000:.2f} GB "
+              f"| {median((dtype, name), 'seconds_to_first_forward'):.1f} s | {100 * speed / ceiling:.0f}% |")
+
+
+main()
