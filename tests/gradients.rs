@@ -187,7 +187,7 @@ fn layers_with_one_input_add_their_dx_up() {
         };
         let (first, second) = (low_rank(1), low_rank(2));
         let weights = [11, 12].map(|seed| Weight::Dense(Parameter::new("w", &random(&[5, 12], seed))));
-        let layers = [&first, &second].map(|low_rank| Some(low_rank)).into_iter().zip(&weights);
+        let layers = [&first, &second].map(Some).into_iter().zip(&weights);
         let layers: Vec<_> =
             layers.map(|(low_rank, weight)| linear::Layer { weight, bias: None, low_rank }).collect();
         let dys = [random(&[7, 5], 20), random(&[7, 5], 21)];

@@ -113,17 +113,22 @@ vectorized! {
         let (x, weight, dy) = (&x[..d], &weight[..d], &dy[..d]);
         let r = inverse_rms(x, eps);
         let mean = sum_of_triples(dy, weight, x, |dy, w, x| dy * w * x) * r / d as f32;
-        let value = |i: usize| r * (dy[i].widen() * weight[i].widen() - x[i].widen() * r * mean);
         if residual.is_empty() {
-            for (i, dx) in dx.iter_mut().enumerate() {
-                *dx = T::narrow(value(i));
+            for (((dx, x), w), dy) in dx.iter_mut().zip(x).zip(weight).zip(dy) {
+                *dx = T::narrow(slope(x.widen(), w.widen(), dy.widen(), r, mean));
             }
         } else {
-            for (i, (dx, residual)) in dx.iter_mut().zip(residual).enumerate() {
-                *dx = T::narrow(residual.widen() + value(i));
+            for ((((dx, x), w), dy), residual) in dx.iter_mut().zip(x).zip(weight).zip(dy).zip(residual) {
+                *dx = T::narrow(residual.widen() + slope(x.widen(), w.widen(), dy.widen(), r, mean));
             }
         }
     }
+}
+
+/// `r (g - n mean(g n))` with `mean(g n) = mean`.
+#[inline(always)]
+fn slope(x: f32, weight: f32, dy: f32, r: f32, mean: f32) -> f32 {
+    r * (dy * weight - x * r * mean)
 }
 
 vectorized! {
