@@ -5,7 +5,7 @@
 //! The sources are compiled into this file, because products are no part of the library's interface.
 
 #![allow(clippy::print_stdout, reason = "a program that prints")]
-#![expect(dead_code, unused_imports, reason = "it does not call all that the sources offer")]
+#![expect(dead_code, unused_imports, reason = "it does not use all that the sources offer")]
 
 #[path = "../src/ops/kernel/multiply/mod.rs"]
 mod multiply;

@@ -113,7 +113,8 @@ fn gated_units_agree() {
             let (gate, up, dy) = (random(&shape, 7), random(&shape, 8), random(&shape, 9));
             let (y, saved) = glu::forward(gate.clone(), up.clone(), activation).unwrap();
             assert_close("y", &y, &glu::reference(&gate, &up, activation).unwrap(), 1e-5);
-            let (d_gate, d_up) = glu::backward(&saved, activation, &dy).unwrap();
+            let (again, d_gate, d_up) = glu::backward(&saved, activation, &dy).unwrap();
+            assert_eq!(again.to_vec2::<f32>().unwrap(), y.to_vec2::<f32>().unwrap());
             let reference = |v: &[Tensor]| glu::reference(&v[0], &v[1], activation);
             let expected = differentiate(&[&gate, &up], &dy, reference).unwrap();
             // candle's derivative of the tanh form is good to about 1e-4.

@@ -33,8 +33,6 @@ impl Saved {
     pub(super) fn trim(&mut self, feed_forward: &FeedForward, wanted: &Gradients) {
         feed_forward.gate.trim(&mut self.gate, wanted);
         feed_forward.up.trim(&mut self.up, wanted);
-        // The widest of all, and soon computed again from gate and up.
-        self.down.drop_input();
     }
 }
 
@@ -44,7 +42,9 @@ impl FeedForward {
         let (gate, gate_saved) = self.gate.forward(x, pass)?; // [tokens, width]
         let (up, up_saved) = self.up.forward(x, pass)?; // [tokens, width]
         let (inner, unit) = glu::forward(gate, up, self.activation)?; // [tokens, width]
-        let (y, down) = self.down.forward(&inner, pass)?; // [tokens, hidden]
+        let (y, mut down) = self.down.forward(&inner, pass)?; // [tokens, hidden]
+        // The widest of all that could be kept: the backward gets it on the way.
+        down.drop_input();
         Ok((y, Saved { gate: gate_saved, up: up_saved, unit, down }))
     }
 
@@ -57,16 +57,18 @@ impl FeedForward {
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let wants_inner = wants_dx || self.gate.is_trained(gradients) || self.up.is_trained(gradients);
-        let mut down = saved.down.clone();
-        if self.down.needs_input(gradients) {
-            down = down.with_input(|| glu::value(&saved.unit, self.activation))?;
-        }
-        let Some(d_inner) = self.down.backward(&down, pass, dy, wants_inner, gradients)? else {
+        let wants_product = wants_dx || self.gate.is_trained(gradients) || self.up.is_trained(gradients);
+        let (d_product, d_inner) =
+            self.down.backward_without_input(&saved.down, pass, dy, wants_product, gradients)?;
+        let Some(d_product) = d_product else {
+            let product = glu::value(&saved.unit, self.activation)?;
+            self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
             return Ok(None);
         };
-        drop(down);
-        let (d_gate, d_up) = glu::backward(&saved.unit, self.activation, &d_inner)?;
+        let (product, d_gate, d_up) = glu::backward(&saved.unit, self.activation, &d_product)?;
+        drop(d_product);
+        self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
+        drop(product);
         let towards = [(&self.gate, &saved.gate, &d_gate), (&self.up, &saved.up, &d_up)];
         Linear::backward_of_all(&towards, pass, wants_dx, gradients)
     }

@@ -52,9 +52,28 @@ impl Linear {
         saved.trim(&self.layer(), wanted);
     }
 
-    /// Whether a gradient of `wanted` is computed from the layer's input.
-    pub(super) fn needs_input(&self, wanted: &Gradients) -> bool {
-        self.layer().needs_input(wanted)
+    /// As [`Linear::backward`] for a layer whose input was dropped: `dx`, and what [`Linear::input_gradients`] takes.
+    pub(super) fn backward_without_input(
+        &self,
+        saved: &linear::Saved,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        linear::backward_without_input(saved, &self.layer(), pass, dy, wants_dx, gradients)
+    }
+
+    /// The gradients that take the layer's input.
+    pub(super) fn input_gradients(
+        &self,
+        x: &Tensor,
+        d_inner: Option<&Tensor>,
+        dy: &Tensor,
+        pass: &Pass<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        linear::input_gradients(&self.layer(), x, d_inner, dy, pass, gradients)
     }
 
     fn layer(&self) -> linear::Layer<'_> {

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::kernel::{
-    Element, Values, dispatch, exp, for_row_pairs, for_rows, to_tensor, vectorized, written,
+    Element, Values, dispatch, exp, for_row_triples, for_rows, to_tensor, vectorized, written,
 };
 use super::{Op, differentiate};
 use crate::error::Result;
@@ -49,8 +49,8 @@ pub fn value(saved: &Saved, activation: Activation) -> Result<Tensor> {
     }
 }
 
-/// `(d_gate, d_up)`, with `d_up = dy activation(gate)` and `d_gate = dy up activation'(gate)`.
-pub fn backward(saved: &Saved, activation: Activation, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+/// `(y, d_gate, d_up)`, with `y` once more, `d_up = dy activation(gate)` and `d_gate = dy up activation'(gate)`.
+pub fn backward(saved: &Saved, activation: Activation, dy: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
     let _time = Op::Glu.begin();
     let (gate, up, dy) = (&saved.gate, &saved.up, dy.contiguous()?);
     if gate.device().is_cpu() {
@@ -58,7 +58,7 @@ pub fn backward(saved: &Saved, activation: Activation, dy: &Tensor) -> Result<(T
     }
     let mut both = differentiate(&[gate, up], &dy, |v| reference(&v[0], &v[1], activation))?;
     let d_up = both.remove(1);
-    Ok((both.remove(0), d_up))
+    Ok((reference(gate, up, activation)?, both.remove(0), d_up))
 }
 
 /// The same composed of candle primitives, in f32.
@@ -138,32 +138,23 @@ vectorized! {
 #[inline(always)]
 fn backward_with<T: Element>(
     activation: Activation,
-    d_gate: &mut [T],
-    d_up: &mut [T],
-    gate: &[T],
-    up: &[T],
-    dy: &[T],
+    [y, d_gate, d_up]: [&mut [T]; 3],
+    [gate, up, dy]: [&[T]; 3],
 ) {
-    let d = d_gate.len();
-    let (d_up, gate, up, dy) = (&mut d_up[..d], &gate[..d], &up[..d], &dy[..d]);
+    let d = y.len();
+    let (d_gate, d_up, gate, up, dy) = (&mut d_gate[..d], &mut d_up[..d], &gate[..d], &up[..d], &dy[..d]);
     for i in 0..d {
         let (value, slope) = value_and_slope(activation, gate[i].widen());
-        let dy = dy[i].widen();
-        d_gate[i] = T::narrow(dy * up[i].widen() * slope);
+        let (up, dy) = (up[i].widen(), dy[i].widen());
+        y[i] = T::narrow(value * up);
+        d_gate[i] = T::narrow(dy * up * slope);
         d_up[i] = T::narrow(dy * value);
     }
 }
 
 vectorized! {
-    fn backward_row<T: Element>(
-        activation: Activation,
-        d_gate: &mut [T],
-        d_up: &mut [T],
-        gate: &[T],
-        up: &[T],
-        dy: &[T],
-    ) {
-        for_each_activation!(activation, backward_with(d_gate, d_up, gate, up, dy));
+    fn backward_row<T: Element>(activation: Activation, to: [&mut [T]; 3], from: [&[T]; 3]) {
+        for_each_activation!(activation, backward_with(to, from));
     }
 }
 
@@ -184,19 +175,22 @@ fn backward_rows<T: Element>(
     up: &Tensor,
     dy: &Tensor,
     activation: Activation,
-) -> Result<(Tensor, Tensor)> {
+) -> Result<(Tensor, Tensor, Tensor)> {
     let (gates, ups, dys) = (Values::<T>::of(gate)?, Values::<T>::of(up)?, Values::<T>::of(dy)?);
-    let (gates, ups, dys): (&[T], &[T], &[T]) = (&gates, &ups, &dys);
+    let from: [&[T]; 3] = [&gates, &ups, &dys];
     let width = gate.dim(1)?;
-    let mut d_up = Vec::new();
-    let d_gate = written(gates.len(), |d_gate| {
-        d_up = written(gates.len(), |d_up| {
-            for_row_pairs(d_gate, d_up, width, |token, d_gate, d_up| {
-                let part = token * width..(token + 1) * width;
-                let (gate, up, dy) = (&gates[part.clone()], &ups[part.clone()], &dys[part]);
-                backward_row(activation, d_gate, d_up, gate, up, dy);
+    let len = gates.len();
+    let (mut d_gate, mut d_up) = (Vec::new(), Vec::new());
+    let y = written(len, |y| {
+        d_gate = written(len, |d_gate| {
+            d_up = written(len, |d_up| {
+                for_row_triples([y, d_gate, d_up], width, |token, to| {
+                    let row = token * width..(token + 1) * width;
+                    backward_row(activation, to, from.map(|values| &values[row.clone()]));
+                });
             });
         });
     });
-    Ok((to_tensor(d_gate, gate.dims())?, to_tensor(d_up, gate.dims())?))
+    let shape = gate.dims();
+    Ok((to_tensor(y, shape)?, to_tensor(d_gate, shape)?, to_tensor(d_up, shape)?))
 }

@@ -49,15 +49,9 @@ impl Saved {
         }
     }
 
-    /// Drops the input, which is given again to [`Saved::with_input`].
+    /// Drops the input, which is given again to [`input_gradients`].
     pub fn drop_input(&mut self) {
         self.x = None;
-    }
-
-    /// The same with the layer's input, if it was dropped and `input` can be had.
-    pub fn with_input(&self, input: impl FnOnce() -> Result<Tensor>) -> Result<Self> {
-        let x = self.x.clone().map_or_else(input, Ok)?;
-        Ok(Self { x: Some(x), inner: self.inner.clone() })
     }
 
     fn x(&self) -> Result<&Tensor> {
@@ -97,36 +91,104 @@ pub fn backward_of_all(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let mut terms: Vec<(&Tensor, Operand<'_>)> = Vec::with_capacity(2 * layers.len());
     let mut d_inners = Vec::with_capacity(layers.len());
     for (layer, saved, dy) in layers {
-        if let Some(weight) = gradients.wanted(layer.weight) {
-            gradients.add(weight, &narrow(&dy.t()?, saved.x()?)?)?;
+        let d_inner = output_gradients(saved, layer, dy, wants_dx, gradients)?;
+        if layer.needs_input(gradients) {
+            input_gradients(layer, saved.x()?, d_inner.as_ref(), dy, pass, gradients)?;
         }
-        if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
-            gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
-        }
-        terms.push((dy, layer.weight.into()));
-        if let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) {
-            let d_inner = low_rank_backward(saved, inner, low_rank, pass, dy, wants_dx, gradients)?;
-            d_inners.extend(d_inner.map(|d_inner| (low_rank, d_inner)));
-        }
+        d_inners.push(d_inner);
     }
-    if !wants_dx {
+    if wants_dx { dx(layers, &d_inners, pass).map(Some) } else { Ok(None) }
+}
+
+/// As [`backward_of_all`] for one layer whose input was dropped: `dx`, and `du` for [`input_gradients`].
+pub fn backward_without_input(
+    saved: &Saved,
+    layer: &Layer<'_>,
+    pass: &Pass<'_>,
+    dy: &Tensor,
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let d_inners = [output_gradients(saved, layer, dy, wants_dx, gradients)?];
+    let dx = if wants_dx { Some(dx(&[(*layer, saved, dy)], &d_inners, pass)?) } else { None };
+    let [d_inner] = d_inners;
+    Ok((dx, d_inner))
+}
+
+/// Those that take the layer's input: `dW` and `dA`, where wanted.
+pub fn input_gradients(
+    layer: &Layer<'_>,
+    x: &Tensor,
+    d_inner: Option<&Tensor>,
+    dy: &Tensor,
+    pass: &Pass<'_>,
+    gradients: &mut Gradients,
+) -> Result<()> {
+    if let Some(weight) = gradients.wanted(layer.weight) {
+        gradients.add(weight, &narrow(&dy.t()?, x)?)?;
+    }
+    if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
+        && gradients.wants(&low_rank.a)
+    {
+        let dropped = dropout::apply(x, &low_rank.dropout, pass)?;
+        gradients.add(&low_rank.a, &narrow(&d_inner.t()?, &dropped)?)?;
+    }
+    Ok(())
+}
+
+/// The gradients of biases and of `B`, where wanted, and `du` where it is needed.
+fn output_gradients(
+    saved: &Saved,
+    layer: &Layer<'_>,
+    dy: &Tensor,
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<Option<Tensor>> {
+    if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
+        gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
+    }
+    let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) else { return Ok(None) };
+    if gradients.wants(&low_rank.b) {
+        gradients.add(&low_rank.b, &(narrow(&dy.t()?, inner)? * low_rank.scale)?)?;
+    }
+    if let Some(bias) = low_rank.bias.as_ref().filter(|bias| gradients.wants(bias)) {
+        gradients.add(bias, &(dy.to_dtype(DType::F32)?.sum(0)? * low_rank.scale)?)?;
+    }
+    if !wants_dx && !gradients.wants(&low_rank.a) {
         return Ok(None);
     }
-    let dropped = |low_rank: &LowRank| low_rank.dropout.drops(pass);
-    let whole = d_inners.iter().filter(|(low_rank, _)| !dropped(low_rank));
-    terms.extend(whole.map(|(low_rank, d_inner)| (d_inner, low_rank.a.tensor().into())));
-    let Some((_, _, dy)) = layers.first() else { return Ok(None) };
+    Ok(Some((narrow(dy, low_rank.b.tensor())? * low_rank.scale)?)) // [tokens, rank]
+}
+
+/// `dy W + dropout(du A)`, summed over the layers.
+fn dx(
+    layers: &[(Layer<'_>, &Saved, &Tensor)],
+    d_inners: &[Option<Tensor>],
+    pass: &Pass<'_>,
+) -> Result<Tensor> {
+    let mut terms: Vec<(&Tensor, Operand<'_>)> = Vec::with_capacity(2 * layers.len());
+    let mut dropped = Vec::new();
+    for ((layer, _, dy), d_inner) in layers.iter().zip(d_inners) {
+        terms.push((dy, layer.weight.into()));
+        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner) {
+            if low_rank.dropout.drops(pass) {
+                dropped.push((low_rank, d_inner));
+            } else {
+                terms.push((d_inner, low_rank.a.tensor().into()));
+            }
+        }
+    }
+    let Some((_, _, dy)) = layers.first() else { return Err(Error::invalid("a backward of no layers")) };
     let time = Op::Linear.begin();
     let mut dx = sum_of_products(&terms, dy.dtype())?;
     drop(time);
-    for (low_rank, d_inner) in d_inners.iter().filter(|(low_rank, _)| dropped(low_rank)) {
+    for (low_rank, d_inner) in dropped {
         let through = narrow(d_inner, low_rank.a.tensor())?; // [tokens, in]
         dx = dropout::add_dropped(&dx, &through, &low_rank.dropout, pass)?;
     }
-    Ok(Some(dx))
+    Ok(dx)
 }
 
 /// The low-rank term alone, `[tokens, out]` in f32.
@@ -148,34 +210,6 @@ fn inner(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
 fn narrow(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let _time = Op::LowRank.begin();
     matmul_f32(a, b)
-}
-
-/// The gradients of `A`, `B` and the bias where wanted, and `du` when `wants_dx`.
-fn low_rank_backward(
-    saved: &Saved,
-    inner: &Tensor,
-    low_rank: &LowRank,
-    pass: &Pass<'_>,
-    dy: &Tensor,
-    wants_dx: bool,
-    gradients: &mut Gradients,
-) -> Result<Option<Tensor>> {
-    let (a, b) = (&low_rank.a, &low_rank.b);
-    if gradients.wants(b) {
-        gradients.add(b, &(narrow(&dy.t()?, inner)? * low_rank.scale)?)?;
-    }
-    if let Some(bias) = low_rank.bias.as_ref().filter(|bias| gradients.wants(bias)) {
-        gradients.add(bias, &(dy.to_dtype(DType::F32)?.sum(0)? * low_rank.scale)?)?;
-    }
-    if !gradients.wants(a) && !wants_dx {
-        return Ok(None);
-    }
-    let d_inner = (narrow(dy, b.tensor())? * low_rank.scale)?; // [tokens, rank]
-    if gradients.wants(a) {
-        let dropped = dropout::apply(saved.x()?, &low_rank.dropout, pass)?;
-        gradients.add(a, &narrow(&d_inner.t()?, &dropped)?)?;
-    }
-    Ok(wants_dx.then_some(d_inner))
 }
 
 /// The same composed of candle primitives; `mask` holds the dropout factors, `[tokens, in]`.

@@ -53,6 +53,26 @@ pub(crate) fn for_row_pairs<T: Send>(
     });
 }
 
+/// As [`for_rows`] for three buffers of the same shape.
+pub(crate) fn for_row_triples<T: Send>(
+    [first, second, third]: [&mut [T]; 3],
+    width: usize,
+    f: impl Fn(usize, [&mut [T]; 3]) + Sync,
+) {
+    if width == 0 {
+        return;
+    }
+    let chunk = width * ROWS;
+    let triples =
+        first.par_chunks_mut(chunk).zip(second.par_chunks_mut(chunk)).zip(third.par_chunks_mut(chunk));
+    triples.enumerate().for_each(|(chunk, ((first, second), third))| {
+        let rows = first.chunks_mut(width).zip(second.chunks_mut(width)).zip(third.chunks_mut(width));
+        for (i, ((a, b), c)) in rows.enumerate() {
+            f(chunk * ROWS + i, [a, b, c]);
+        }
+    });
+}
+
 /// The sum over rows of what `f(index, sum)` adds into `sum` (`width` values): chunk by chunk, then in order.
 pub(crate) fn chunked_sum(rows: usize, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
     let partial: Vec<Vec<f32>> = (0..rows.div_ceil(ROWS))

@@ -2,8 +2,7 @@
 
 use half::bf16;
 
-use super::factor::Fill;
-use super::{Crew, Factor, Out, Path, Target, multiply_by};
+use super::{Crew, Factor, Fill, Out, Path, Target, multiply_by};
 
 /// Uniform in -1..1 with all bits of the significand in use.
 fn values(len: usize, seed: u64) -> Vec<f32> {

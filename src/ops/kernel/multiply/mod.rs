@@ -95,7 +95,9 @@ pub(crate) fn multiply_by<T: Target>(
     match path {
         Path::Portable => portable::multiply(&c, &sides, (m, n), alpha, beta, crew, wide),
         #[cfg(target_arch = "x86_64")]
-        Path::Avx512 if wide => portable::multiply(&c, &sides, (m, n), alpha, beta, crew, wide),
+        Path::Avx512 if wide && !decode::takes(path, &sides, m) => {
+            portable::multiply(&c, &sides, (m, n), alpha, beta, crew, wide)
+        }
         #[cfg(target_arch = "x86_64")]
         Path::Amx | Path::Avx512 => {
             if decode::takes(path, &sides, m) {

@@ -3,8 +3,7 @@
 use half::bf16;
 
 use super::super::rows::Disjoint;
-use super::factor::Fill;
-use super::{Crew, Factor, Out, Path, Target, multiply};
+use super::{Crew, Factor, Fill, Out, Path, Target, multiply};
 
 /// On all threads, rows of `c` end to end.
 fn multiply_by<T: Target>(
