@@ -299,6 +299,19 @@ fn resuming_nothing_is_beginning() {
 }
 
 #[test]
+fn the_number_of_threads_changes_nothing() {
+    let place = Place::new();
+    fs::write(place.path("recipe.toml"), MANY_STEPS).unwrap();
+    for threads in ["1", "2", "5"] {
+        let arguments = ["finetune", "recipe.toml", "--output", threads, "--log", "silent"];
+        let status = place.command(&arguments).env("RAYON_NUM_THREADS", threads).status().unwrap();
+        assert!(status.success());
+    }
+    assert_equal_runs(&place.path("2"), &place.path("1"));
+    assert_equal_runs(&place.path("5"), &place.path("1"));
+}
+
+#[test]
 fn a_run_goes_on_with_what_it_began_with() {
     let place = Place::new();
     place.run(&["finetune", "recipe.toml", "--log", "silent"]);

@@ -5,7 +5,7 @@
 
 use candle_core::Tensor;
 
-use super::kernel::{Element, Values, dispatch, for_rows, to_tensor};
+use super::kernel::{Element, Values, dispatch, for_rows, to_tensor, vectorized, written};
 use super::{Dropout, Op, Pass, add};
 use crate::error::Result;
 
@@ -54,14 +54,37 @@ fn apply_rows<T: Element>(x: &Tensor, dropout: &Dropout, step: u64, pass: &Pass<
     let (values, columns) = (Values::<T>::of(x)?, x.dim(1)?);
     let keys = row_keys(dropout, step, pass);
     let keep = Keep::new(dropout.probability);
-    let mut y = vec![T::zero(); values.len()];
-    for_rows(&mut y, columns, |token, row| {
-        let x = &values[token * columns..][..columns];
-        for (column, (y, x)) in row.iter_mut().zip(x).enumerate() {
-            *y = T::narrow(x.widen() * keep.factor(keys[token], column));
-        }
+    let values: &[T] = &values;
+    let y = written(values.len(), |y| {
+        for_rows(y, columns, |token, row| {
+            drop_row(row, &values[token * columns..][..columns], keys[token], keep.threshold, keep.factor);
+        });
     });
     to_tensor(y, x.dims())
+}
+
+/// Columns whose bits are drawn at once.
+const STRETCH: usize = 128;
+
+vectorized! {
+    /// The same factors as [`Keep::factor`] gives one by one.
+    fn drop_row<T: Element>(y: &mut [T], x: &[T], key: u64, threshold: u32, factor: f32) {
+        let mut words = [0u64; STRETCH / 2];
+        let mut bits = [0u32; STRETCH];
+        for (stretch, (y, x)) in y.chunks_mut(STRETCH).zip(x.chunks(STRETCH)).enumerate() {
+            for (i, word) in words.iter_mut().enumerate() {
+                let number = (stretch * STRETCH / 2 + i) as u64 + 1;
+                *word = mix(key.wrapping_add(number.wrapping_mul(GOLDEN)));
+            }
+            for (pair, word) in bits.chunks_exact_mut(2).zip(&words) {
+                pair[0] = *word as u32;
+                pair[1] = (*word >> 32) as u32;
+            }
+            for ((y, x), bits) in y.iter_mut().zip(x).zip(&bits) {
+                *y = T::narrow(x.widen() * if *bits < threshold { 0.0 } else { factor });
+            }
+        }
+    }
 }
 
 struct Keep {
@@ -137,9 +160,9 @@ mod tests {
     #[test]
     fn applying_is_multiplying_with_the_mask_and_no_step_is_no_dropout() {
         let documents = Documents::new(vec![0, 4], vec![9]);
-        let x = Tensor::rand(-1f32, 1.0, (4, 10), &Device::Cpu).unwrap();
+        let x = Tensor::rand(-1f32, 1.0, (4, 301), &Device::Cpu).unwrap();
         let pass = Pass { documents: &documents, dropout_step: Some(2) };
-        let expected = (&x * mask(10, &DROPOUT, 2, &pass).unwrap()).unwrap();
+        let expected = (&x * mask(301, &DROPOUT, 2, &pass).unwrap()).unwrap();
         let found = apply(&x, &DROPOUT, &pass).unwrap();
         assert_eq!(found.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
         let same = apply(&x, &DROPOUT, &Pass::inference(&documents)).unwrap();

@@ -23,6 +23,10 @@ impl Vectors {
     /// The widest.
     #[inline]
     pub(crate) fn best() -> Self {
+        #[cfg(test)]
+        if let Some(forced) = FORCED.get() {
+            return forced;
+        }
         static BEST: LazyLock<Vectors> = LazyLock::new(|| {
             #[cfg(target_arch = "x86_64")]
             {
@@ -40,6 +44,29 @@ impl Vectors {
             Vectors::Base
         });
         *BEST
+    }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What a test wants used on its thread.
+    static FORCED: std::cell::Cell<Option<Vectors>> = const { std::cell::Cell::new(None) };
+}
+
+/// Calls `f` with each of the vectors that this machine has.
+#[cfg(test)]
+pub(crate) fn with_each_vectors(mut f: impl FnMut(Vectors)) {
+    let mut all = vec![Vectors::Base];
+    #[cfg(target_arch = "x86_64")]
+    {
+        let best = Vectors::best();
+        all.extend([Vectors::Avx2].into_iter().filter(|_| best != Vectors::Base));
+        all.extend([Vectors::Avx512].into_iter().filter(|_| best == Vectors::Avx512));
+    }
+    for vectors in all {
+        FORCED.set(Some(vectors));
+        f(vectors);
+        FORCED.set(None);
     }
 }
 
@@ -220,6 +247,36 @@ mod tests {
         for (x, y) in inputs.iter().zip(&found) {
             let expected = f64::from(*x).exp();
             assert!((f64::from(*y) - expected).abs() <= 2e-7 * expected, "exp({x}) = {y}, not {expected}");
+        }
+    }
+
+    #[test]
+    fn all_vectors_compute_the_same_bits() {
+        use candle_core::{DType, Device, Tensor};
+
+        use crate::ops::{Activation, Gradients, Parameter, Trainables, glu, rms_norm};
+
+        for dtype in [DType::F32, DType::BF16] {
+            let random =
+                || Tensor::rand(-4f32, 4.0, (3, 301), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let (x, y, dy) = (random(), random(), random());
+            let weight = Parameter::new("w", &x.narrow(0, 0, 1).unwrap().squeeze(0).unwrap());
+            let mut first: Option<Vec<Vec<f32>>> = None;
+            with_each_vectors(|vectors| {
+                let (unit, saved) = glu::forward(x.clone(), y.clone(), Activation::Silu).unwrap();
+                let (_, d_gate, d_up) = glu::backward(&saved, Activation::Silu, &dy).unwrap();
+                let (sum, norm, saved) = rms_norm::forward_of_sum(&x, &y, &weight, 1e-5).unwrap();
+                let mut gradients = Gradients::of(&Trainables::new());
+                let dx = rms_norm::backward(&saved, &weight, 1e-5, &dy, Some(&sum), &mut gradients).unwrap();
+                let found: Vec<Vec<f32>> = [unit, d_gate, d_up, sum, norm, dx]
+                    .iter()
+                    .map(|t| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap())
+                    .collect();
+                match &first {
+                    None => first = Some(found),
+                    Some(first) => assert_eq!(&found, first, "{vectors:?}"),
+                }
+            });
         }
     }
 
