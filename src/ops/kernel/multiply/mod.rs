@@ -127,14 +127,15 @@ pub(crate) fn multiply_by<T: Target>(
     }
 }
 
-/// Whether to compute the transposed result with sides exchanged: the right side is always packed, the left one only
-/// where its lines are not in place. So the smaller side goes right when both lie along, and left when both lie across.
+/// Whether to compute the transposed result with sides exchanged. The right side is always packed, the left one only where its
+/// lines are not in place: so of two that lie along, the smaller goes right. Lines that lie across are turned on the
+/// left, in every stripe, so of two such the smaller goes right too, where it is one stripe.
 #[cfg(target_arch = "x86_64")]
 fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
     let (left, right) = &sides[0];
     match (left.in_place(), right.in_place()) {
         (Some(_), Some(_)) => m < n && m <= 64,
-        (None, None) => !left.along && !right.along && m > n,
+        (None, None) => !left.along && !right.along && m < n,
         (None, Some(_)) => true,
         (Some(_), None) => false,
     }

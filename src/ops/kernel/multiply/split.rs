@@ -20,13 +20,9 @@ use super::pack::{STEP, STRIP};
 use super::target::Target;
 use super::task::{Workspace, task};
 
-/// Depth of a panel that is the only one, of bf16 and of f32 in three parts: a usual width and, behind it, the rank of an adapter.
-const DEPTH: [usize; 2] = [2304, 640];
-/// Depth of a panel among several: less, so that stripes are wide and the left side is read less often. It outweighs that
-/// sums are read and written for each panel.
-const DEPTH_OF_SEVERAL: [usize; 2] = [1536, 640];
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
+
 /// What is multiplied and where it goes: `out [left lines, right lines] = beta out + alpha sum of left right`.
 pub(super) struct Work<'a> {
     pub(super) terms: &'a [(Side<'a>, Side<'a>)],
@@ -71,11 +67,24 @@ pub(super) unsafe fn multiply<I: Inner, T: Target>(out: &Out<'_, T>, work: &Work
     });
 }
 
+/// Depth of a panel. Several are less deep than one may be: then stripes are wide and the left side is read less often, which
+/// outweighs that sums are read and written for each panel. All the more so where left lines have to be turned or split.
+fn deepest(all: usize, across: bool, parts: usize) -> usize {
+    match (parts, across) {
+        (1, true) => 768,
+        // A usual width and, behind it, the rank of an adapter.
+        (1, false) if all <= 2304 => 2304,
+        (1, false) => 1536,
+        _ if all <= 640 => 640,
+        _ => 512,
+    }
+}
+
 /// Depth cut into panels, all terms after one another.
 fn panels(terms: &[(Side<'_>, Side<'_>)], parts: usize) -> Vec<Vec<Part>> {
     let all: usize = terms.iter().map(|(left, _)| left.depth().next_multiple_of(STEP)).sum();
-    let kind = usize::from(parts > 1);
-    let most = if all <= DEPTH[kind] { DEPTH[kind] } else { DEPTH_OF_SEVERAL[kind] };
+    let across = terms.iter().any(|(left, _)| !left.along);
+    let most = deepest(all, across, parts);
     let mut panels = vec![Vec::new()];
     let mut before = 0;
     for (term, (left, _)) in terms.iter().enumerate() {
@@ -102,42 +111,54 @@ pub(super) fn depth_of(panel: &[Part]) -> usize {
     panel.last().map_or(0, |part| part.before + part.depth.len().next_multiple_of(STEP))
 }
 
-/// Rows and columns of each task, which begin at multiples of 32; `width` columns are a block.
+/// Rows and columns of each task, which begin at multiples of 32.
+///
+/// Every stripe reads or packs all left lines, every range of rows packs all right ones: the cut that costs least, idle
+/// threads counted in.
 fn tasks<I: Inner>(
     work: &Work<'_>,
     panels: &[Vec<Part>],
     threads: usize,
 ) -> Vec<(Range<usize>, Range<usize>)> {
-    /// Columns of a stripe for which reading the rows costs little, and those it should not go below: each row is read
-    /// once for that many.
-    const WIDE: usize = 768;
-    const NARROW: usize = 96;
-    /// Rows that a task should not go below: each panel is packed for that many.
-    const SHORT: usize = 128;
     /// Rows of a task whose sums wait for the next panel.
     const WAITING: usize = 2048;
+    /// What a value costs that is read in place, packed along its line, or across; one product costs a 200th.
+    const COSTS: [f32; 3] = [1.0, 2.0, 4.0];
 
     let width = I::STRIPS * STRIP;
     let unit = if width.is_multiple_of(32) { width } else { 2 * width };
     let units = work.columns.div_ceil(unit);
     let widest = (PANEL / (depth_of(&panels[0]) * I::PARTS) / unit).max(1);
-    // The same number for each thread if possible, else rows are split as well.
-    let stripes = (work.columns / WIDE / threads).clamp(1, 4) * threads;
-    let stripes = stripes.max(units.div_ceil(widest).next_multiple_of(threads));
-    let stripe = units.div_ceil(stripes).max(NARROW / unit).min(widest);
-    let stripes = units.div_ceil(stripe);
-    let mut height = work.rows;
-    if stripes < threads {
-        height = work.rows.div_ceil((3 * threads).div_ceil(stripes)).max(SHORT);
+    let (left, right) = work.terms[0];
+    let left = match (left.in_place().is_some() && I::PARTS == 1, left.along) {
+        (true, _) => COSTS[0],
+        (false, true) => COSTS[1],
+        (false, false) => COSTS[2],
+    };
+    let right = if right.along { COSTS[2] } else { COSTS[1] };
+    let strips = work.rows.div_ceil(LEFT);
+    let most = if panels.len() > 1 { WAITING / LEFT } else { strips };
+    let mut best = (f32::INFINITY, units, strips);
+    for stripe in 1..=units.min(widest) {
+        let stripes = units.div_ceil(stripe);
+        for ranges in strips.div_ceil(most)..=strips.min(4 * threads).max(strips.div_ceil(most)) {
+            let height = strips.div_ceil(ranges);
+            // The thread that has most to do.
+            let rounds = (stripes * strips.div_ceil(height)).div_ceil(threads);
+            let (rows, columns) = ((height * LEFT) as f32, (stripe * unit) as f32);
+            let cost = rows * left + columns * right + rows * columns * I::PARTS as f32 / 200.0;
+            let cost = rounds as f32 * cost;
+            if cost < best.0 {
+                best = (cost, stripe, height);
+            }
+        }
     }
-    if panels.len() > 1 {
-        height = height.min(WAITING);
-    }
-    let height = height.next_multiple_of(LEFT);
-    let mut tasks = Vec::with_capacity(stripes * work.rows.div_ceil(height));
-    for column in (0..work.columns).step_by(stripe * unit) {
+    let (_, stripe, height) = best;
+    let (stripe, height) = (stripe * unit, height * LEFT);
+    let mut tasks = Vec::with_capacity(work.columns.div_ceil(stripe) * work.rows.div_ceil(height));
+    for column in (0..work.columns).step_by(stripe) {
         for row in (0..work.rows).step_by(height) {
-            tasks.push((row..work.rows.min(row + height), column..work.columns.min(column + stripe * unit)));
+            tasks.push((row..work.rows.min(row + height), column..work.columns.min(column + stripe)));
         }
     }
     tasks

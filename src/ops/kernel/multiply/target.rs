@@ -4,9 +4,10 @@ use half::bf16;
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256bh, __m256i, __m512, __mmask16, _mm256_mask_storeu_epi16, _mm256_maskz_loadu_epi16,
-    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtneps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32,
+    __m256bh, __m256i, __m512, __m512bh, __m512i, __mmask16, _mm256_mask_storeu_epi16,
+    _mm256_maskz_loadu_epi16, _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh,
+    _mm512_cvtneps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+    _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
 use super::factor::Source;
@@ -31,6 +32,11 @@ pub(crate) trait Target: Copy + Send + Sync {
     /// The values that `mask` names can be written, and the machine has avx512f, avx512bw, avx512vl, avx512bf16.
     #[cfg(target_arch = "x86_64")]
     unsafe fn store(to: *mut Self, mask: __mmask16, values: __m512);
+
+    /// # Safety
+    /// 32 values can be written, and the machine has avx512f, avx512bf16.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn store_two(to: *mut Self, first: __m512, second: __m512);
 }
 
 impl Target for f32 {
@@ -66,6 +72,17 @@ impl Target for f32 {
     unsafe fn store(to: *mut Self, mask: __mmask16, values: __m512) {
         // SAFETY: the caller's promise.
         unsafe { _mm512_mask_storeu_ps(to, mask, values) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_two(to: *mut Self, first: __m512, second: __m512) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            _mm512_storeu_ps(to, first);
+            _mm512_storeu_ps(to.add(16), second);
+        }
     }
 }
 
@@ -111,6 +128,15 @@ impl Target for bf16 {
             _mm256_mask_storeu_epi16(to.cast(), mask, std::mem::transmute::<__m256bh, __m256i>(rounded))
         }
     }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn store_two(to: *mut Self, first: __m512, second: __m512) {
+        let rounded = _mm512_cvtne2ps_pbh(second, first);
+        // SAFETY: both types are 512 bits without invalid values; the rest is the caller's promise.
+        unsafe { _mm512_storeu_si512(to.cast(), std::mem::transmute::<__m512bh, __m512i>(rounded)) }
+    }
 }
 
 /// `row = beta row + alpha sums`, for as many sums as the row has values; `beta` 0 does not read the row.
@@ -137,5 +163,37 @@ pub(super) unsafe fn finish<T: Target>(row: &mut [T], sums: &[f32], alpha: f32, 
             }
             T::store(to, mask, values);
         }
+    }
+}
+
+/// As [`finish`] for `rows` of 32 values, `apart` from each other; those of the sums lie `stride` apart.
+///
+/// # Safety
+/// As there, and the rows can be read and written.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn finish_rows<T: Target>(
+    mut to: *mut T,
+    apart: usize,
+    rows: usize,
+    sums: &[f32],
+    stride: usize,
+    (alpha, beta): (f32, f32),
+) {
+    assert!(rows == 0 || (rows - 1) * stride + 32 <= sums.len());
+    let (scale, keep) = (_mm512_set1_ps(alpha), _mm512_set1_ps(beta));
+    let mut sums = sums.as_ptr();
+    for _ in 0..rows {
+        // SAFETY: the sums are there by the assertion, the row by the caller's promise.
+        unsafe {
+            let mut first = _mm512_mul_ps(_mm512_loadu_ps(sums), scale);
+            let mut second = _mm512_mul_ps(_mm512_loadu_ps(sums.add(16)), scale);
+            if beta != 0.0 {
+                first = _mm512_fmadd_ps(T::load(to, !0), keep, first);
+                second = _mm512_fmadd_ps(T::load(to.add(16), !0), keep, second);
+            }
+            T::store_two(to, first, second);
+        }
+        (to, sums) = (to.wrapping_add(apart), sums.wrapping_add(stride));
     }
 }

@@ -14,7 +14,7 @@ use super::factor::Scratch;
 use super::out::Out;
 use super::pack::{self, Blocks, STEP, STRIP};
 use super::split::{Part, Work, depth_of};
-use super::target::{Target, finish};
+use super::target::{Target, finish, finish_rows};
 use super::thirds;
 
 /// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
@@ -244,6 +244,16 @@ impl Summed {
         } else {
             (rows, columns, sums, width)
         };
+        if across.len() == 32 && written < lines.len() {
+            let (first, rows) = (lines.start + written, lines.len() - written);
+            let to = out.address(first, across.start);
+            // The last value is one of the result, too.
+            out.address(lines.end - 1, across.end - 1);
+            let scales = (work.alpha, work.beta);
+            // SAFETY: the caller's promise.
+            unsafe { finish_rows(to, out.stride(), rows, &sums[written * stride..], stride, scales) };
+            return;
+        }
         for (i, line) in lines.enumerate().skip(written) {
             // SAFETY: the caller's promise.
             unsafe {

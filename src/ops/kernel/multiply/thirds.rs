@@ -9,8 +9,9 @@
 
 use std::arch::x86_64::{
     __m512, __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_maskz_loadu_ps, _mm512_range_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_srli_epi32, _mm512_store_si512, _mm512_sub_ps, _mm512_ternarylogic_epi32,
+    _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_range_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32, _mm512_store_si512, _mm512_sub_ps,
+    _mm512_ternarylogic_epi32,
 };
 use std::ops::Range;
 
@@ -174,7 +175,12 @@ fn pair_across(
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load(row: &[f32], at: usize, end: usize) -> __m512 {
-    let count = end.saturating_sub(at).min(STRIP);
+    if at + STRIP <= end {
+        let values = &row[at..at + STRIP];
+        // SAFETY: 16 values.
+        return unsafe { _mm512_loadu_ps(values.as_ptr()) };
+    }
+    let count = end.saturating_sub(at);
     assert!(count == 0 || at + count <= row.len());
     // SAFETY: values that the mask leaves out are not touched, the others are there.
     unsafe { _mm512_maskz_loadu_ps(((1u32 << count) - 1) as u16, row.as_ptr().wrapping_add(at)) }
