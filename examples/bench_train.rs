@@ -113,6 +113,7 @@ fn main() -> Result<()> {
     let report = json!({
         "tokens_per_second": steady.get(steady.len() / 2),
         "peak_rss_mb": peak_rss_bytes() >> 20,
+        "peak_buffers_mb": ALLOCATOR.most_in_use() >> 20,
         "seconds_opened": opened,
         "seconds_attached": attached,
     });

@@ -29,12 +29,21 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// Drops what no gradient of `wanted` needs.
-    pub(super) fn trim(&mut self, feed_forward: &FeedForward, wanted: &Gradients) {
-        feed_forward.gate.trim(&mut self.gate, wanted);
-        feed_forward.up.trim(&mut self.up, wanted);
-        // The widest of all, and soon computed again from gate and up.
-        self.down.drop_input();
+    /// Drops the input, which [`Saved::with_input`] gives again, and that of `down`: the widest of all, and soon computed
+    /// again from gate and up.
+    pub fn trim(&mut self) {
+        for saved in [&mut self.gate, &mut self.up, &mut self.down] {
+            saved.drop_input();
+        }
+    }
+
+    /// Gives the input again, if it was dropped.
+    pub fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+        let input = self.gate.input_or(input)?;
+        for saved in [&mut self.gate, &mut self.up] {
+            saved.set_input(&input);
+        }
+        Ok(())
     }
 }
 
@@ -48,27 +57,35 @@ impl FeedForward {
         Ok((y, Saved { gate: gate_saved, up: up_saved, unit, down }))
     }
 
-    /// `dx` when `wants_dx`.
+    /// `dx` when `wants_dx`. Needs the input where [`FeedForward::needs_input`] says so.
     pub fn backward(
         &self,
-        saved: &Saved,
+        saved: Saved,
         pass: &Pass<'_>,
         dy: &Tensor,
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let wants_inner = wants_dx || self.gate.is_trained(gradients) || self.up.is_trained(gradients);
-        let mut down = saved.down.clone();
+        let Saved { gate, up, unit, mut down } = saved;
         if self.down.needs_input(gradients) {
-            down = down.with_input(|| glu::value(&saved.unit, self.activation))?;
+            let inner = down.input_or(|| glu::value(&unit, self.activation))?;
+            down.set_input(&inner);
         }
         let Some(d_inner) = self.down.backward(&down, pass, dy, wants_inner, gradients)? else {
             return Ok(None);
         };
         drop(down);
-        let (d_gate, d_up) = glu::backward(&saved.unit, self.activation, &d_inner)?;
-        let towards = [(&self.gate, &saved.gate, &d_gate), (&self.up, &saved.up, &d_up)];
+        let (d_gate, d_up) = glu::backward(&unit, self.activation, &d_inner)?;
+        drop((unit, d_inner));
+        let towards = [(&self.gate, &gate, &d_gate), (&self.up, &up, &d_up)];
         Linear::backward_of_all(&towards, pass, wants_dx, gradients)
+    }
+
+    /// Whether a gradient of `wanted` is computed from its input.
+    #[must_use]
+    pub fn needs_input(&self, wanted: &Gradients) -> bool {
+        [&self.gate, &self.up].iter().any(|linear| linear.needs_input(wanted))
     }
 
     /// Its linear layers.

@@ -47,11 +47,6 @@ impl Linear {
         linear::backward_of_all(&layers, pass, wants_dx, gradients)
     }
 
-    /// Drops of `saved` what no gradient of `wanted` needs.
-    pub(super) fn trim(&self, saved: &mut linear::Saved, wanted: &Gradients) {
-        saved.trim(&self.layer(), wanted);
-    }
-
     /// Whether a gradient of `wanted` is computed from the layer's input.
     pub(super) fn needs_input(&self, wanted: &Gradients) -> bool {
         self.layer().needs_input(wanted)
