@@ -123,6 +123,7 @@ fn main() -> Result<()> {
     let mut report = json!({
         "tokens_per_second": rate,
         "peak_rss_mb": peak,
+        "peak_buffers_mb": ALLOCATOR.most_in_use() >> 20,
         "seconds_to_first_forward": first_forward,
         "flops_per_token": flops,
     });

@@ -32,6 +32,7 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
     for line in &report.lines {
         terminal.write(format_args!("{line}\n"))?;
     }
+    terminal.write(format_args!("{}", report.memory.table()))?;
     terminal.write(format_args!("first document, its learned tokens in [[ ]]:\n"))?;
     for Segment { text, learned } in &report.sample {
         match learned {

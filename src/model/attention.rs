@@ -21,7 +21,7 @@ pub(super) struct Attention {
 }
 
 /// What the backward needs.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Saved {
     q: linear::Saved,
     k: linear::Saved,
@@ -32,12 +32,20 @@ pub(super) struct Saved {
 }
 
 impl Saved {
-    /// Drops what no gradient of `wanted` needs.
-    pub(super) fn trim(&mut self, attention: &Attention, wanted: &Gradients) {
-        let saved = [&mut self.q, &mut self.k, &mut self.v, &mut self.o];
-        for (linear, saved) in attention.linears().into_iter().zip(saved) {
-            linear.trim(saved, wanted);
+    /// Drops the input, which [`Saved::with_input`] gives again. That of the output projection is what attention keeps.
+    pub(super) fn trim(&mut self) {
+        for saved in [&mut self.q, &mut self.k, &mut self.v] {
+            saved.drop_input();
         }
+    }
+
+    /// Gives the input again, if it was dropped.
+    pub(super) fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+        let input = self.q.input_or(input)?;
+        for saved in [&mut self.q, &mut self.k, &mut self.v] {
+            saved.set_input(&input);
+        }
+        Ok(())
     }
 }
 
@@ -78,7 +86,7 @@ impl Attention {
     /// `dx` when `wants_dx`.
     pub(super) fn backward(
         &self,
-        saved: &Saved,
+        saved: Saved,
         angles: &Angles,
         pass: &Pass<'_>,
         dy: &Tensor,
@@ -90,6 +98,7 @@ impl Attention {
             return Ok(None);
         };
         let (dq, dk, dv) = attention::backward(&saved.attention, &self.heads, pass.documents, &d_mixed)?;
+        drop((saved.attention, saved.o, d_mixed));
         let (mut dq, mut dk) = (rotary::backward(dq, angles)?, rotary::backward(dk, angles)?);
         if let (Some((q_norm, k_norm)), Some((q_saved, k_saved))) = (&self.qk_norm, &saved.qk_norm) {
             let (q_shape, k_shape) = (dq.shape().clone(), dk.shape().clone());
@@ -108,6 +117,11 @@ impl Attention {
         let norms = self.qk_norm.iter().flat_map(|(q, k)| [&q.weight, &k.weight]);
         [&self.q, &self.k, &self.v].iter().any(|linear| linear.is_trained(gradients))
             || norms.into_iter().any(|weight| gradients.wants(weight))
+    }
+
+    /// Whether a gradient of `wanted` is computed from its input.
+    pub(super) fn needs_input(&self, wanted: &Gradients) -> bool {
+        [&self.q, &self.k, &self.v].iter().any(|linear| linear.needs_input(wanted))
     }
 
     pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {

@@ -19,7 +19,7 @@ pub(super) struct Block {
 }
 
 /// What the backward needs.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Saved {
     input_norm: rms_norm::Saved,
     attention: attention::Saved,
@@ -28,10 +28,10 @@ pub(super) struct Saved {
 }
 
 impl Saved {
-    /// Drops what no gradient of `wanted` needs.
-    pub(super) fn trim(&mut self, block: &Block, wanted: &Gradients) {
-        self.attention.trim(&block.attention, wanted);
-        self.feed_forward.trim(&block.feed_forward, wanted);
+    /// Drops what is soon computed again: what the norms gave, and the product of the gated unit.
+    pub(super) fn trim(&mut self) {
+        self.attention.trim();
+        self.feed_forward.trim();
     }
 }
 
@@ -51,10 +51,10 @@ impl Block {
         Ok((add(&x, &y)?, Saved { input_norm, attention, post_norm, feed_forward }))
     }
 
-    /// `dx` when `wants_dx`.
+    /// `dx` when `wants_dx`. What was saved is freed on the way.
     pub(super) fn backward(
         &self,
-        saved: &Saved,
+        saved: Saved,
         angles: &Angles,
         pass: &Pass<'_>,
         dy: &Tensor,
@@ -64,17 +64,24 @@ impl Block {
         let wants_input_norm = wants_dx || gradients.wants(&self.input_norm.weight);
         let wants_middle = wants_input_norm || self.attention.is_trained(gradients);
         let wants_post_norm = wants_middle || gradients.wants(&self.post_norm.weight);
-        let normalised =
-            self.feed_forward.backward(&saved.feed_forward, pass, dy, wants_post_norm, gradients)?;
+        let Saved { input_norm, mut attention, post_norm, mut feed_forward } = saved;
+        if self.feed_forward.needs_input(gradients) {
+            feed_forward.with_input(|| self.post_norm.value(&post_norm))?;
+        }
+        let normalised = self.feed_forward.backward(feed_forward, pass, dy, wants_post_norm, gradients)?;
         let Some(normalised) = normalised else { return Ok(None) };
-        let dy = self.post_norm.backward(&saved.post_norm, &normalised, Some(dy), gradients)?;
+        let dy = self.post_norm.backward(&post_norm, &normalised, Some(dy), gradients)?;
+        drop((post_norm, normalised));
         if !wants_middle {
             return Ok(None);
         }
+        if self.attention.needs_input(gradients) {
+            attention.with_input(|| self.input_norm.value(&input_norm))?;
+        }
         let normalised =
-            self.attention.backward(&saved.attention, angles, pass, &dy, wants_input_norm, gradients)?;
+            self.attention.backward(attention, angles, pass, &dy, wants_input_norm, gradients)?;
         let Some(normalised) = normalised else { return Ok(None) };
-        let dx = self.input_norm.backward(&saved.input_norm, &normalised, Some(&dy), gradients)?;
+        let dx = self.input_norm.backward(&input_norm, &normalised, Some(&dy), gradients)?;
         Ok(wants_dx.then_some(dx))
     }
 

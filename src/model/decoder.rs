@@ -162,7 +162,7 @@ impl Decoder {
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (index, block) in self.blocks.iter().enumerate() {
             let (y, mut saved) = block.forward(&x, &angles, pass, None)?;
-            saved.trim(block, gradients);
+            saved.trim();
             blocks.push(match recompute {
                 _ if index < lowest => Kept::Nothing,
                 Recompute::Block => Kept::Input(x),
@@ -186,6 +186,7 @@ impl Decoder {
         let wants_embedding = gradients.wanted(&self.embedding).is_some();
         let lowest = self.lowest_trained(gradients);
         let mut dx = self.norm.backward(&norm, d_hidden, None, gradients)?;
+        drop(norm);
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let saved = match blocks.pop() {
                 Some(Kept::All(saved)) => *saved,
@@ -193,7 +194,7 @@ impl Decoder {
                 Some(Kept::Nothing) | None => return Ok(()),
             };
             let wants_dx = index > lowest || wants_embedding;
-            match block.backward(&saved, &angles, pass, &dx, wants_dx, gradients)? {
+            match block.backward(saved, &angles, pass, &dx, wants_dx, gradients)? {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }

@@ -29,10 +29,20 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// Drops what no gradient of `wanted` needs.
-    pub(super) fn trim(&mut self, feed_forward: &FeedForward, wanted: &Gradients) {
-        feed_forward.gate.trim(&mut self.gate, wanted);
-        feed_forward.up.trim(&mut self.up, wanted);
+    /// Drops the input, which [`Saved::with_input`] gives again.
+    pub fn trim(&mut self) {
+        for saved in [&mut self.gate, &mut self.up] {
+            saved.drop_input();
+        }
+    }
+
+    /// Gives the input again, if it was dropped.
+    pub fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+        let input = self.gate.input_or(input)?;
+        for saved in [&mut self.gate, &mut self.up] {
+            saved.set_input(&input);
+        }
+        Ok(())
     }
 }
 
@@ -48,29 +58,37 @@ impl FeedForward {
         Ok((y, Saved { gate: gate_saved, up: up_saved, unit, down }))
     }
 
-    /// `dx` when `wants_dx`.
+    /// `dx` when `wants_dx`. Needs the input where [`FeedForward::needs_input`] says so.
     pub fn backward(
         &self,
-        saved: &Saved,
+        saved: Saved,
         pass: &Pass<'_>,
         dy: &Tensor,
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let wants_product = wants_dx || self.gate.is_trained(gradients) || self.up.is_trained(gradients);
+        let Saved { gate, up, unit, down } = saved;
         let (d_product, d_inner) =
-            self.down.backward_without_input(&saved.down, pass, dy, wants_product, gradients)?;
+            self.down.backward_without_input(&down, pass, dy, wants_product, gradients)?;
+        drop(down);
         let Some(d_product) = d_product else {
-            let product = glu::value(&saved.unit, self.activation)?;
+            let product = glu::value(&unit, self.activation)?;
             self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
             return Ok(None);
         };
-        let (product, d_gate, d_up) = glu::backward(&saved.unit, self.activation, &d_product)?;
-        drop(d_product);
+        let (product, d_gate, d_up) = glu::backward(&unit, self.activation, &d_product)?;
+        drop((unit, d_product));
         self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
         drop(product);
-        let towards = [(&self.gate, &saved.gate, &d_gate), (&self.up, &saved.up, &d_up)];
+        let towards = [(&self.gate, &gate, &d_gate), (&self.up, &up, &d_up)];
         Linear::backward_of_all(&towards, pass, wants_dx, gradients)
+    }
+
+    /// Whether a gradient of `wanted` is computed from its input.
+    #[must_use]
+    pub fn needs_input(&self, wanted: &Gradients) -> bool {
+        [&self.gate, &self.up].iter().any(|linear| linear.needs_input(wanted))
     }
 
     /// Its linear layers.

@@ -47,11 +47,6 @@ impl Linear {
         linear::backward_of_all(&layers, pass, wants_dx, gradients)
     }
 
-    /// Drops of `saved` what no gradient of `wanted` needs.
-    pub(super) fn trim(&self, saved: &mut linear::Saved, wanted: &Gradients) {
-        saved.trim(&self.layer(), wanted);
-    }
-
     /// As [`Linear::backward`] for a layer whose input was dropped: `dx`, and what [`Linear::input_gradients`] takes.
     pub(super) fn backward_without_input(
         &self,
@@ -74,6 +69,11 @@ impl Linear {
         gradients: &mut Gradients,
     ) -> Result<()> {
         linear::input_gradients(&self.layer(), x, d_inner, dy, pass, gradients)
+    }
+
+    /// Whether a gradient of `wanted` is computed from the layer's input.
+    pub(super) fn needs_input(&self, wanted: &Gradients) -> bool {
+        self.layer().needs_input(wanted)
     }
 
     fn layer(&self) -> linear::Layer<'_> {

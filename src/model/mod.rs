@@ -10,7 +10,7 @@ pub mod config;
 mod decoder;
 pub mod family;
 mod feed_forward;
-mod footprint;
+pub mod footprint;
 mod linear;
 mod norm;
 mod pretrained;

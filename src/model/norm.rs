@@ -26,6 +26,11 @@ impl Norm {
         rms_norm::forward_of_sum(x, delta, &self.weight, self.eps)
     }
 
+    /// What the forward gave, again.
+    pub(super) fn value(&self, saved: &rms_norm::Saved) -> Result<Tensor> {
+        rms_norm::value(saved, &self.weight, self.eps)
+    }
+
     /// `residual + dx`, or `dx` alone.
     pub(super) fn backward(
         &self,

@@ -164,22 +164,29 @@ impl Pretrained {
 
     /// The names of the tensors that stay quantized when the model is opened.
     pub fn quantized(&self) -> impl Iterator<Item = &str> {
-        self.names().filter(|name| {
-            self.info(name).is_ok_and(|info| match info.dtype {
-                StoredType::Quantized(stored) => info.shape.len() == 2 && Quantized::supports(stored),
-                _ => false,
-            })
-        })
+        self.names().filter(|name| self.info(name).is_ok_and(stays_quantized))
     }
 
-    /// Bytes that the weights take in memory when the model computes in `dtype`.
+    /// Bytes that the weights take in memory when the model computes in `dtype`: quantized ones as they are stored.
     #[must_use]
     pub fn weight_bytes(&self, dtype: DType) -> u64 {
-        let bytes = |info: &TensorInfo| match info.dtype {
-            StoredType::Quantized(_) => info.size_in_bytes(),
-            _ => info.num_values() * dtype.size_in_bytes(),
+        let bytes = |info: &TensorInfo| match stays_quantized(info) {
+            true => info.size_in_bytes(),
+            false => info.num_values() * dtype.size_in_bytes(),
         };
-        self.checkpoint.tensors().values().map(|info| bytes(info) as u64).sum()
+        self.infos().map(|info| bytes(info) as u64).sum()
+    }
+
+    /// Bytes of the largest tensor in its file of those that are converted when the model is opened.
+    #[must_use]
+    pub fn largest_read_bytes(&self) -> u64 {
+        let converted = self.infos().filter(|info| !stays_quantized(info));
+        converted.map(|info| info.size_in_bytes() as u64).max().unwrap_or(0)
+    }
+
+    /// The tensors that the decoder reads.
+    fn infos(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.config.tensors().into_iter().filter_map(|(name, _)| self.info(&name).ok())
     }
 
     /// Every tensor of the configuration is on disk in its shape and in a type that can be read, and nothing is there
@@ -252,6 +259,14 @@ impl Pretrained {
             "self_attn.k_proj.weight" | "self_attn.k_proj.bias" => Some(attention.num_kv_heads),
             _ => None,
         }
+    }
+}
+
+/// Whether a tensor is computed with as it is stored.
+fn stays_quantized(info: &TensorInfo) -> bool {
+    match info.dtype {
+        StoredType::Quantized(stored) => info.shape.len() == 2 && Quantized::supports(stored),
+        StoredType::Float(_) | StoredType::Other(_) => false,
     }
 }
 

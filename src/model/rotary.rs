@@ -25,7 +25,8 @@ impl Rotary {
     /// `[tokens, head_dim / 2]` cosines and sines, computed in f32 so that they agree with Hugging Face's.
     pub(super) fn angles(&self, positions: &[u32], device: &Device) -> Result<Angles> {
         let shape = (positions.len(), self.frequencies.len());
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        let values = positions.len() * self.frequencies.len();
+        let (mut cos, mut sin) = (Vec::with_capacity(values), Vec::with_capacity(values));
         for &position in positions {
             for &frequency in &self.frequencies {
                 let (s, c) = (position as f32 * frequency).sin_cos();

@@ -43,16 +43,26 @@ struct Kept {
     len: usize,
     /// What has never been given out of the newest piece, and so is all zero.
     fresh: (usize, usize),
+    /// Bytes that are given out now, and the most that were so far.
+    in_use: usize,
+    most_in_use: usize,
 }
 
 impl<A> KeepBuffers<A> {
     /// With `small` for everything below 64 KiB.
     pub const fn new(small: A) -> Self {
-        Self { small, kept: Mutex::new(Kept { ranges: [(0, 0); SLOTS], len: 0, fresh: (0, 0) }) }
+        Self { small, kept: Mutex::new(Kept::EMPTY) }
+    }
+
+    /// The most bytes that large buffers had together at any time, without what lay free between them.
+    pub fn most_in_use(&self) -> u64 {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).most_in_use as u64
     }
 }
 
 impl Kept {
+    const EMPTY: Self = Self { ranges: [(0, 0); SLOTS], len: 0, fresh: (0, 0), in_use: 0, most_in_use: 0 };
+
     /// A buffer of `size` bytes, and whether it is fresh; null when the system has no more.
     fn take(&mut self, size: usize) -> (*mut u8, bool) {
         let fits = |&range: &usize| self.ranges[range].1 >= size;
@@ -115,7 +125,10 @@ fn rounded(size: usize) -> usize {
 
 impl<A> KeepBuffers<A> {
     fn large(&self, size: usize) -> (*mut u8, bool) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).take(size)
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.in_use += size;
+        kept.most_in_use = kept.most_in_use.max(kept.in_use);
+        kept.take(size)
     }
 }
 
@@ -147,6 +160,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for KeepBuffers<A> {
     unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
         if is_large(layout) {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.in_use -= rounded(layout.size());
             kept.put(address as usize, rounded(layout.size()));
             return;
         }

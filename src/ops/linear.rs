@@ -42,16 +42,19 @@ pub struct Saved {
 }
 
 impl Saved {
-    /// Drops what no gradient of `wanted` needs.
-    pub fn trim(&mut self, layer: &Layer<'_>, wanted: &Gradients) {
-        if !layer.needs_input(wanted) {
-            self.x = None;
-        }
-    }
-
-    /// Drops the input, which is given again to [`input_gradients`].
+    /// Drops the input, which [`Saved::set_input`] gives again where a gradient needs it.
     pub fn drop_input(&mut self) {
         self.x = None;
+    }
+
+    /// The input, computed where it was dropped.
+    pub fn input_or(&self, input: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        self.x.clone().map_or_else(input, Ok)
+    }
+
+    /// Gives the input again.
+    pub fn set_input(&mut self, x: &Tensor) {
+        self.x = Some(x.clone());
     }
 
     fn x(&self) -> Result<&Tensor> {

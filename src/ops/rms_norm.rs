@@ -30,6 +30,11 @@ pub fn forward(x: &Tensor, weight: &Parameter, eps: f64) -> Result<(Tensor, Save
     Ok((y, Saved { x }))
 }
 
+/// `y` again, from what the backward needs.
+pub fn value(saved: &Saved, weight: &Parameter, eps: f64) -> Result<Tensor> {
+    Ok(forward(&saved.x, weight, eps)?.0)
+}
+
 /// The norm of `x + delta`: the sum, `y`, and what the backward needs.
 pub fn forward_of_sum(
     x: &Tensor,

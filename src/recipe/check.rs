@@ -2,7 +2,8 @@
 
 use serde::Serialize;
 
-use super::describe::describe;
+use super::describe::{describe, warnings};
+use super::fitting::Memory;
 use super::plan::Plan;
 use super::prepared::{Prepared, Trainable, Trainee};
 use crate::data::{Counts, preview};
@@ -27,6 +28,8 @@ pub struct Report {
     pub eval_documents: usize,
     /// Updates in all.
     pub steps: u64,
+    /// What the run takes at its peak, and what was chosen for it.
+    pub memory: Memory,
     /// What to look at before starting.
     pub warnings: Vec<String>,
     /// The first document that is trained on, in pieces; the learned ones are marked.
@@ -54,6 +57,7 @@ pub struct Segment {
 /// Opens what `plan` names and reports on it.
 pub fn check(plan: &Plan) -> Result<Report> {
     let prepared = Prepared::of(plan)?;
+    let memory = Memory::of(plan, &prepared);
     let targets = match &prepared.trained {
         Trainee::Full => Vec::new(),
         Trainee::Adapter(adapter) => {
@@ -64,7 +68,7 @@ pub fn check(plan: &Plan) -> Result<Report> {
     let first = prepared.dataset.train.iter().flat_map(|part| &part.rows).next();
     let pieces = first.map_or(Ok(Vec::new()), |row| preview(row, &prepared.text))?;
     Ok(Report {
-        lines: describe(plan, &prepared),
+        lines: describe(plan, &prepared, &memory),
         recipe: plan.to_toml()?,
         targets,
         parameters: prepared.trainable(),
@@ -72,7 +76,8 @@ pub fn check(plan: &Plan) -> Result<Report> {
         eval: prepared.dataset.eval_counts.clone(),
         eval_documents: prepared.dataset.eval.len(),
         steps: prepared.steps,
-        warnings: prepared.dataset.warnings.iter().map(ToString::to_string).collect(),
+        warnings: warnings(plan, &prepared, &memory),
+        memory,
         sample: pieces.into_iter().map(|(text, learned)| Segment { text, learned }).collect(),
     })
 }

@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 
 use super::figures;
+use super::fitting::Memory;
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
 use crate::data::{Counts, Layout};
 
 /// The model, what is trained, the data and the course of training.
-pub(super) fn describe(plan: &Plan, prepared: &Prepared) -> Vec<String> {
+pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
     let mut lines = vec![model(prepared)];
     lines.extend(trained(plan, prepared));
     lines.extend(prepared.dataset.train_counts.iter().map(|counts| data("train", counts)));
@@ -18,9 +19,17 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared) -> Vec<String> {
         lines.push(format!("eval: {held_out} documents held out of training"));
     }
     lines.push(course(plan, prepared));
+    lines.push(memory.line());
     let trainable = prepared.trainable();
     lines.push(figures::trainable(trainable.trainable, trainable.all));
     lines
+}
+
+/// What to look at before starting.
+pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
+    let data = prepared.dataset.warnings.iter().map(ToString::to_string);
+    let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
+    data.chain(excess).collect()
 }
 
 fn model(prepared: &Prepared) -> String {

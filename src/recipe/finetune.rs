@@ -5,16 +5,17 @@ use std::sync::atomic::AtomicBool;
 use candle_core::Device;
 
 use super::artifact::{AdapterFiles, ModelFiles, publish};
-use super::choice::RecomputeChoice;
-use super::describe::describe;
+use super::describe::{describe, warnings};
+use super::fitting::Memory;
+use super::memory::Way;
 use super::output::RunDirectory;
-use super::plan::{MemoryBudget, Plan};
+use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
 use crate::adapter::{attach, init};
 use crate::data::Row;
 use crate::error::{Context, Error, Result};
 use crate::generate::{Limits, Sampling, Session};
-use crate::model::{Decoder, Recompute};
+use crate::model::Decoder;
 use crate::ops::Trainables;
 use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary};
 
@@ -31,16 +32,18 @@ pub fn finetune(
 ) -> Result<Summary> {
     RunDirectory::check(plan, resume)?;
     let prepared = Prepared::of(plan)?;
+    let memory = Memory::of(plan, &prepared);
+    memory.refuse_excess(plan)?;
     let fingerprint = prepared.fingerprint(plan)?;
     let directory = RunDirectory::take(&plan.output, resume)?;
     if resume {
         refuse_other(plan, &fingerprint)?;
     }
-    for text in describe(plan, &prepared) {
+    for text in describe(plan, &prepared, &memory) {
         reporter.report(&Event::Note { text });
     }
-    for warning in &prepared.dataset.warnings {
-        reporter.report(&Event::Warning { text: warning.to_string() });
+    for text in warnings(plan, &prepared, &memory) {
+        reporter.report(&Event::Warning { text });
     }
     let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;
     let (trainables, artifact) = make_trainable(plan, &prepared, &mut model)?;
@@ -70,7 +73,7 @@ pub fn finetune(
         resume,
         interrupt,
     };
-    let summary = train::run(job, &settings(plan, &prepared), reporter)?;
+    let summary = train::run(job, &settings(plan, &prepared, memory.way()), reporter)?;
     publish(&*artifact, &plan.output)?;
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     reporter.report(&Event::End { path: plan.output.clone(), seconds: summary.seconds });
@@ -126,9 +129,9 @@ fn attach_adapter(adapter: &PlacedAdapter, prepared: &Prepared, model: &mut Deco
     attach(model.linears_mut(), &placements.placements, &tensors, dropout, seed)
 }
 
-fn settings(plan: &Plan, prepared: &Prepared) -> Settings {
+fn settings(plan: &Plan, prepared: &Prepared, way: Way) -> Settings {
     let train = &plan.train;
-    let (recompute, piece_tokens) = memory_choice(plan, prepared);
+    let Way { recompute, piece_tokens } = way;
     Settings {
         steps: prepared.steps,
         accumulate: train.accumulate as u64,
@@ -143,29 +146,6 @@ fn settings(plan: &Plan, prepared: &Prepared) -> Settings {
         recompute,
         piece_tokens,
     }
-}
-
-/// What is kept for the backward, and how many tokens are computed at once, for the memory there is.
-fn memory_choice(plan: &Plan, prepared: &Prepared) -> (Recompute, usize) {
-    let budget = match plan.train.memory_budget {
-        MemoryBudget::Free => train::available_bytes(),
-        MemoryBudget::Limit(bytes) => bytes.0,
-    };
-    let config = prepared.base.config();
-    let weights = prepared.base.weight_bytes(prepared.dtype);
-    // Gradient, two moments and, at most, a value in f32 for each number that is trained.
-    let training = 16 * prepared.trainable().trainable;
-    let left = budget.saturating_sub(weights + training);
-    let tokens = plan.data.max_length.saturating_mul(plan.train.batch_size) as u64;
-    let bytes = |recompute| config.activation_bytes_per_token(prepared.dtype, recompute).max(1);
-    let recompute = match plan.train.checkpoint {
-        RecomputeChoice::None => Recompute::None,
-        RecomputeChoice::Block => Recompute::Block,
-        RecomputeChoice::Auto if tokens.saturating_mul(bytes(Recompute::None)) <= left => Recompute::None,
-        RecomputeChoice::Auto => Recompute::Block,
-    };
-    let fitting = (left / bytes(recompute)).clamp(plan.data.max_length as u64, tokens);
-    (recompute, fitting as usize)
 }
 
 /// Shows what the model answers to the beginning of a row of the evaluation data.

@@ -36,7 +36,9 @@ mod describe;
 mod document;
 pub mod figures;
 mod finetune;
+mod fitting;
 mod loaded;
+mod memory;
 mod mixture;
 mod output;
 mod plan;
@@ -47,7 +49,9 @@ pub use check::{Report, Segment, Target, check};
 pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
 pub use document::Document;
 pub use finetune::finetune;
+pub use fitting::Memory;
 pub use loaded::{Loaded, read_adapter};
+pub use memory::{Components, Moment, Needs, Way};
 pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };

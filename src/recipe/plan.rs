@@ -168,6 +168,15 @@ impl Plan {
         }
     }
 
+    /// Tokens of a batch of the evaluation: as in training, but no more than are of use.
+    #[must_use]
+    pub fn eval_tokens(&self) -> usize {
+        const ENOUGH: usize = 2048;
+
+        let longest = self.data.max_length;
+        longest.saturating_mul(self.train.batch_size).min(longest.max(ENOUGH))
+    }
+
     /// The recipe that says all of the plan: reading it gives the same plan.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(&Recipe::from(self))

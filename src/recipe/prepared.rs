@@ -108,7 +108,7 @@ impl Prepared {
     /// What the model is evaluated on.
     #[must_use]
     pub fn eval_batches(&self, plan: &Plan) -> Vec<Batch> {
-        eval_batches(&self.dataset.eval, plan.data.max_length.saturating_mul(plan.train.batch_size))
+        eval_batches(&self.dataset.eval, plan.eval_tokens())
     }
 
     /// What a resumed run must have in common with its beginning: data, weights and everything else that decides a

@@ -55,7 +55,7 @@ fn accumulate(
     let predicting = rows::gather(&output.hidden, &rows)?; // [supervised, hidden]
     let (nll, loss) = cross_entropy::forward(&predicting, model.head(), &targets, scale, gradients)?;
     let d_hidden = rows::scatter(&cross_entropy::backward(loss), &rows, batch.tokens.len())?;
-    drop(output);
+    drop((output, predicting));
     model.backward(saved, &pass, &d_hidden, gradients)?;
     Ok(nll.iter().map(|nll| f64::from(*nll)).sum())
 }
