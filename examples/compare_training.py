@@ -2,7 +2,7 @@
 
     cargo build --release --example bench_train
     python examples/compare_training.py F32_MODEL BF16_MODEL [--runs 3] [--threads 2] [--rank 16] [--targets mlp|all]
-        [--batch 4] [--length 512] [--only f32|bf16] [--eager-only]
+        [--batch 4] [--length 512] [--only f32|bf16] [--peers eager,compiled]
 
 Both sides train rank-16 adapters beside gate, up and down on 4 x 512 random tokens without padding, all labelled, with AdamW, and
 take turns on the same machine: ours, then each of the peers, `--runs` times. Prints, as Markdown, the medians over the runs: tokens/s
@@ -20,7 +20,8 @@ import sys
 import time
 
 BEGIN = time.time()
-BENCH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../target/release/examples/bench_train")
+BENCH = os.environ.get("BENCH_TRAIN") or os.path.join(
+    os.path.dirname(os.path.abspath(__file__)), "../target/release/examples/bench_train")
 
 
 def arguments():
@@ -34,7 +35,7 @@ def arguments():
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only")
-    parser.add_argument("--eager-only", action="store_true")
+    parser.add_argument("--peers", default="eager,compiled")
     # How the script calls itself for one measurement of the peer.
     parser.add_argument("--peer")
     parser.add_argument("--compile", action="store_true")
@@ -126,8 +127,7 @@ def main():
         return peer(options)
     dtypes = [options.only] if options.only else ["f32", "bf16"]
     models = dict(zip(["f32", "bf16"], options.models if len(options.models) > 1 else options.models * 2))
-    sides = [(dtype, name) for dtype in dtypes for name in ("ours", "eager", "compiled")
-             if not (options.eager_only and name == "compiled")]
+    sides = [(dtype, name) for dtype in dtypes for name in ["ours"] + options.peers.split(",")]
     found = {side: [] for side in sides}
     for _ in range(options.runs):
         for dtype, name in sides:
