@@ -19,6 +19,8 @@ mod hub;
 mod layering;
 /// Ten optimizer steps against ten golden losses.
 mod losses;
+/// A run takes the memory that was predicted, and chooses by it.
+mod memory;
 /// Merged weights are those of PEFT, compute what the adapter computes, and are the base's elsewhere.
 mod merge;
 /// The published toy outputs of a course, from the seeds alone.

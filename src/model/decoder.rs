@@ -70,7 +70,9 @@ impl Decoder {
     /// The decoder of a checkpoint, computing in `dtype`. Its tensors are read one by one; quantized matrices stay so.
     pub fn open(pretrained: &Pretrained, dtype: DType, device: &Device) -> Result<Self> {
         pretrained.check()?;
-        Self::load(pretrained.config(), device, |name| pretrained.weight(name, dtype, device))
+        let decoder = Self::load(pretrained.config(), device, |name| pretrained.weight(name, dtype, device))?;
+        pretrained.checkpoint().release_files();
+        Ok(decoder)
     }
 
     /// A decoder whose weights come from `read(name)`, each in the type that products are computed in.

@@ -83,10 +83,9 @@ impl DecoderConfig {
     #[must_use]
     pub fn held(&self, piece: Piece, how: &Computed<'_>, several: bool) -> Held {
         let walk = Walk { config: self, piece, how };
-        let layers = 0..self.layers.len();
-        let mut ledger = Ledger::default();
+        let mut ledger = Ledger { several, ..Ledger::default() };
         if several {
-            ledger.now.gradients = layers.map(|index| walk.gradients_of(index)).sum();
+            ledger.now.gradients = walk.gradients();
         }
         walk.forward(&mut ledger);
         walk.loss(&mut ledger);
@@ -110,6 +109,8 @@ impl DecoderConfig {
 struct Ledger {
     now: Held,
     most: Held,
+    /// Whether all gradients are there already.
+    several: bool,
 }
 
 impl Ledger {
@@ -118,6 +119,17 @@ impl Ledger {
         change(&mut self.now);
         if self.now.total() > self.most.total() {
             self.most = self.now;
+        }
+    }
+
+    /// Gradients of so many bytes, of which the largest has `largest`, arrive: added to what is there, they and the sum
+    /// are new.
+    fn gradients(&mut self, bytes: u64, largest: u64, is_there: bool) {
+        if self.several || is_there {
+            self.now(|held| held.gradients += 2 * largest);
+            self.now.gradients -= 2 * largest;
+        } else {
+            self.now(|held| held.gradients += bytes);
         }
     }
 }
@@ -168,12 +180,11 @@ impl Walk<'_> {
         let states = self.values(hidden) + 2 * learned + self.rows(rows, hidden);
         ledger.now(|held| held.loss = states + self.rows(rows, vocab) + powers);
         if matches!(self.how.trained, TrainedParts::Everything) {
-            // The sum so far, what is added and the new sum.
-            let weight = (4 * hidden * vocab) as u64;
-            let sums = if self.piece.learned > rows { 3 } else { 1 };
             ledger.now(|held| held.loss = states + self.rows(rows, vocab));
-            ledger.now(|held| held.gradients = sums * weight);
-            ledger.now(|held| held.gradients = weight);
+            ledger.gradients(self.head(), self.head(), false);
+            if self.piece.learned > rows {
+                ledger.gradients(self.head(), self.head(), true);
+            }
         }
         ledger.now(|held| held.loss = 2 * learned + self.values(hidden));
         ledger.now(|held| held.loss = self.values(hidden));
@@ -193,8 +204,9 @@ impl Walk<'_> {
                     beside += block.saved;
                 }
             }
-            ledger.now(|held| held.gradients += self.gradients_of(index));
+            let (gradients, largest) = self.gradients_of(index);
             ledger.now(|held| held.layer = beside + block.backward);
+            ledger.gradients(gradients, largest, false);
             let kept = match self.how.recompute {
                 Recompute::None => x + block.kept,
                 Recompute::Block => x,
@@ -202,10 +214,7 @@ impl Walk<'_> {
             ledger.now(|held| (held.activations, held.layer) = (held.activations - kept, x));
         }
         if matches!(self.how.trained, TrainedParts::Everything) {
-            let embedding = (4 * self.config.vocab_size * self.config.hidden_size) as u64;
-            // Zeros, the rows added to them, and the sum with the head's gradient.
-            let more = if self.config.tie_word_embeddings { 3 } else { 2 };
-            ledger.now(|held| held.gradients += more * embedding);
+            ledger.gradients(self.head(), self.head(), self.config.tie_word_embeddings);
         }
     }
 
@@ -265,20 +274,34 @@ impl Walk<'_> {
         (self.how.threads * rows * (self.piece.longest * of_score + d * (size + 4))) as u64
     }
 
-    /// Bytes of the gradients that the backward of a layer leaves.
-    fn gradients_of(&self, index: usize) -> u64 {
-        let layer = &self.config.layers[index];
-        let sizes = layer.linear_sizes(self.config.hidden_size);
-        let values: usize = match self.how.trained {
-            TrainedParts::Everything => {
-                sizes.iter().map(|(_, out, input)| out * input).sum::<usize>() + 2 * self.config.hidden_size
+    /// Bytes of the gradients that the backward of a layer leaves, and of the largest.
+    fn gradients_of(&self, index: usize) -> (u64, u64) {
+        let sizes = self.config.layers[index].linear_sizes(self.config.hidden_size);
+        let sizes = sizes.map(|(projection, out, input)| match self.how.trained {
+            TrainedParts::Everything => (4 * out * input, 4 * out * input),
+            TrainedParts::LowRank { .. } => {
+                let rank = self.rank(index, projection).unwrap_or(0);
+                (4 * rank * (out + input), 4 * rank * out.max(input))
             }
-            TrainedParts::LowRank { .. } => sizes
-                .iter()
-                .map(|(projection, out, input)| self.rank(index, *projection).unwrap_or(0) * (out + input))
-                .sum(),
+        });
+        let all: usize = sizes.iter().map(|(bytes, _)| bytes).sum();
+        (all as u64, sizes.iter().map(|(_, largest)| *largest as u64).max().unwrap_or(0))
+    }
+
+    /// Bytes of all gradients.
+    fn gradients(&self) -> u64 {
+        let heads = match (self.how.trained, self.config.tie_word_embeddings) {
+            (TrainedParts::LowRank { .. }, _) => 0,
+            (TrainedParts::Everything, true) => 1,
+            (TrainedParts::Everything, false) => 2,
         };
-        4 * values as u64
+        let layers = (0..self.config.layers.len()).map(|index| self.gradients_of(index).0);
+        heads * self.head() + layers.sum::<u64>()
+    }
+
+    /// Bytes of the gradient of the embedding or of the head.
+    fn head(&self) -> u64 {
+        4 * (self.config.vocab_size * self.config.hidden_size) as u64
     }
 
     /// The first layer that something is trained in.

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! Memory is taken from the system in large pieces, of which only touched pages count, and never given back: what is free
-//! lies in ranges that join when neighbours are freed, and a buffer takes the smallest range that holds it.
+//! lies in ranges that join when neighbours are freed, and a buffer takes the first range that holds it. The pieces follow
+//! one another in addresses that are reserved once, so that a range at the end grows into the next.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::sync::{Mutex, PoisonError};
@@ -43,6 +44,8 @@ struct Kept {
     len: usize,
     /// What has never been given out of the newest piece, and so is all zero.
     fresh: (usize, usize),
+    /// Addresses behind `fresh` that are not used yet.
+    reserved: (usize, usize),
     /// Bytes that are given out now, and the most that were so far.
     in_use: usize,
     most_in_use: usize,
@@ -61,33 +64,69 @@ impl<A> KeepBuffers<A> {
 }
 
 impl Kept {
-    const EMPTY: Self = Self { ranges: [(0, 0); SLOTS], len: 0, fresh: (0, 0), in_use: 0, most_in_use: 0 };
+    const EMPTY: Self =
+        Self { ranges: [(0, 0); SLOTS], len: 0, fresh: (0, 0), reserved: (0, 0), in_use: 0, most_in_use: 0 };
 
-    /// A buffer of `size` bytes, and whether it is fresh; null when the system has no more.
+    /// A buffer of `size` bytes, and whether it is fresh; null when the system has no more. It is cut off the first range
+    /// that holds it, so that what is free gathers at the end, where it can grow.
     fn take(&mut self, size: usize) -> (*mut u8, bool) {
         let fits = |&range: &usize| self.ranges[range].1 >= size;
-        if let Some(best) = (0..self.len).filter(fits).min_by_key(|&range| self.ranges[range].1) {
-            let (address, found) = self.ranges[best];
+        if let Some(first) = (0..self.len).find(fits) {
+            let (address, found) = self.ranges[first];
             if found == size {
-                self.ranges.copy_within(best + 1..self.len, best);
-                self.len -= 1;
+                self.remove(first);
             } else {
-                self.ranges[best] = (address + size, found - size);
+                self.ranges[first] = (address + size, found - size);
             }
             return (address as *mut u8, false);
         }
-        if self.fresh.1 < size {
-            let piece = size.next_multiple_of(PAGE).max(PIECE);
-            let address = pages::map(piece) as usize;
-            if address == 0 {
-                return (std::ptr::null_mut(), false);
-            }
-            let (rest, left) = std::mem::replace(&mut self.fresh, (address, piece));
-            self.put(rest, left);
+        let last = (0..self.len).find(|&range| self.ranges[range].0 + self.ranges[range].1 == self.fresh.0);
+        let used = last.map_or(0, |last| self.ranges[last].1);
+        if self.fresh.1 < size - used && !self.extend(size - used) {
+            return self.take_of_new_piece(size);
         }
-        let address = self.fresh.0;
-        self.fresh = (address + size, self.fresh.1 - size);
+        if let Some(last) = last {
+            self.remove(last);
+        }
+        let address = self.fresh.0 - used;
+        self.fresh = (address + size, self.fresh.1 - (size - used));
+        (address as *mut u8, used == 0)
+    }
+
+    fn take_of_new_piece(&mut self, size: usize) -> (*mut u8, bool) {
+        let piece = size.next_multiple_of(PAGE).max(PIECE);
+        let address = pages::map(piece) as usize;
+        if address == 0 {
+            return (std::ptr::null_mut(), false);
+        }
+        let (rest, left) = std::mem::replace(&mut self.fresh, (address + size, piece - size));
+        self.put(rest, left);
         (address as *mut u8, true)
+    }
+
+    /// Makes `fresh` hold `size` bytes, if the reserved addresses lie behind it.
+    fn extend(&mut self, size: usize) -> bool {
+        if self.fresh.0 == 0 {
+            self.reserved = pages::reserve();
+            self.fresh = (self.reserved.0, 0);
+        }
+        let more = (size - self.fresh.1).next_multiple_of(PAGE).max(PIECE);
+        let (address, left) = self.reserved;
+        if address == 0
+            || self.fresh.0 + self.fresh.1 != address
+            || left < more
+            || !pages::open(address, more)
+        {
+            return false;
+        }
+        self.fresh.1 += more;
+        self.reserved = (address + more, left - more);
+        true
+    }
+
+    fn remove(&mut self, range: usize) {
+        self.ranges.copy_within(range + 1..self.len, range);
+        self.len -= 1;
     }
 
     fn put(&mut self, address: usize, size: usize) {
@@ -100,8 +139,7 @@ impl Kept {
         match (before, behind) {
             (true, true) => {
                 self.ranges[at - 1].1 += size + self.ranges[at].1;
-                self.ranges.copy_within(at + 1..self.len, at);
-                self.len -= 1;
+                self.remove(at);
             }
             (true, false) => self.ranges[at - 1].1 += size,
             (false, true) => self.ranges[at] = (address, size + self.ranges[at].1),
@@ -220,6 +258,37 @@ mod pages {
         aligned as *mut u8
     }
 
+    /// Addresses that nothing else gets, as many as the machine has memory, aligned to `PAGE`; none where the system refuses.
+    pub(super) fn reserve() -> (usize, usize) {
+        // SAFETY: asks for two numbers.
+        let (pages, size) =
+            unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+        let memory = usize::try_from(pages).unwrap_or(0).saturating_mul(usize::try_from(size).unwrap_or(0));
+        let length = memory.next_multiple_of(PAGE);
+        // SAFETY: a new mapping that cannot be read or written touches nothing that exists.
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            libc::mmap(std::ptr::null_mut(), length + PAGE, libc::PROT_NONE, flags, -1, 0)
+        };
+        if memory == 0 || start == libc::MAP_FAILED {
+            return (0, 0);
+        }
+        ((start as usize).next_multiple_of(PAGE), length)
+    }
+
+    /// Makes reserved addresses usable: zeros, on huge pages where the system has them.
+    pub(super) fn open(address: usize, size: usize) -> bool {
+        // SAFETY: the range is reserved and nobody uses it. A refused advice leaves ordinary pages.
+        unsafe {
+            let start = address as *mut libc::c_void;
+            let opened = libc::mprotect(start, size, libc::PROT_READ | libc::PROT_WRITE) == 0;
+            if opened {
+                libc::madvise(start, size, libc::MADV_HUGEPAGE);
+            }
+            opened
+        }
+    }
+
     /// Gives back a range that `map` gave and nobody uses.
     pub(super) fn unmap(address: usize, size: usize) {
         if size > 0 {
@@ -233,6 +302,14 @@ mod pages {
 mod pages {
     pub(super) fn map(_: usize) -> *mut u8 {
         std::ptr::null_mut()
+    }
+
+    pub(super) fn reserve() -> (usize, usize) {
+        (0, 0)
+    }
+
+    pub(super) fn open(_: usize, _: usize) -> bool {
+        false
     }
 
     pub(super) fn unmap(_: usize, _: usize) {}

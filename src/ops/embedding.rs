@@ -17,5 +17,7 @@ pub fn forward(ids: &Tensor, weight: &Weight) -> Result<Tensor> {
 pub fn backward(ids: &Tensor, weight: &Weight, dy: &Tensor, gradients: &mut Gradients) -> Result<()> {
     let Some(weight) = gradients.wanted(weight) else { return Ok(()) };
     let zeros = Tensor::zeros(weight.tensor().dims(), DType::F32, dy.device())?;
-    gradients.add(weight, &zeros.index_add(ids, &dy.to_dtype(DType::F32)?, 0)?)
+    let rows = zeros.index_add(ids, &dy.to_dtype(DType::F32)?, 0)?;
+    drop(zeros);
+    gradients.add(weight, &rows)
 }

@@ -29,7 +29,7 @@ pub struct Memory {
     pub components: Components,
     /// Bytes that it may be.
     pub budget_bytes: u64,
-    /// Whether the recipe says that budget; otherwise it is what the machine has free.
+    /// Whether the recipe says that budget; otherwise it is nine tenths of what the machine has free.
     pub budget_is_asked_for: bool,
     /// What is recomputed in the backward: `none` or `block`.
     pub checkpoint: RecomputeChoice,
@@ -46,7 +46,8 @@ impl Memory {
         let needs = Needs::of(plan, prepared);
         let budget = match plan.train.memory_budget {
             MemoryBudget::Limit(Bytes(bytes)) => bytes,
-            MemoryBudget::Free => train::available_bytes(),
+            // A tenth stays for what else the machine does.
+            MemoryBudget::Free => train::available_bytes() / 10 * 9,
         };
         let asked_for = plan.train.memory_budget != MemoryBudget::Free;
         Self::choose(&needs, plan.train.checkpoint, budget, asked_for)

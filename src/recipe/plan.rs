@@ -171,7 +171,7 @@ impl Plan {
     /// Tokens of a batch of the evaluation: as in training, but no more than are of use.
     #[must_use]
     pub fn eval_tokens(&self) -> usize {
-        const ENOUGH: usize = 2048;
+        const ENOUGH: usize = 1024;
 
         let longest = self.data.max_length;
         longest.saturating_mul(self.train.batch_size).min(longest.max(ENOUGH))

@@ -21,12 +21,26 @@ pub fn peak_rss_bytes() -> u64 {
     0
 }
 
-/// Memory that the machine could give this process now, in bytes; 4 GiB where the system does not tell.
+/// Memory that the machine could give this process now, in bytes, or what its container still allows; 4 GiB where the
+/// system does not tell.
 #[must_use]
 pub fn available_bytes() -> u64 {
     let told = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
         line.split_whitespace().nth(1)?.parse::<u64>().ok()
     });
-    told.map_or(4 << 30, |kib| kib * 1024)
+    let machine = told.map_or(4 << 30, |kib| kib * 1024);
+    allowed_bytes().map_or(machine, |allowed| allowed.min(machine))
+}
+
+/// What the control group of the process still allows; none where it sets no limit.
+fn allowed_bytes() -> Option<u64> {
+    let read = |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok();
+    let limit: u64 = read("memory.max")?.trim().parse().ok()?;
+    let used: u64 = read("memory.current")?.trim().parse().ok()?;
+    // Files that were read count as used, and are given back first.
+    let stat = read("memory.stat")?;
+    let cached =
+        stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok());
+    Some(limit.saturating_sub(used.saturating_sub(cached.unwrap_or(0))))
 }

@@ -75,6 +75,13 @@ impl Folder {
         }
     }
 
+    /// Lets go of all pages of all files.
+    pub(super) fn release_all(&self) {
+        for shard in &self.shards {
+            super::release(&shard.map, 0, shard.map.len());
+        }
+    }
+
     fn add_shard(&mut self, name: &str, tensors: &mut BTreeMap<String, TensorInfo>) -> Result<()> {
         let path = self.path.join(name);
         let map = super::map(&path)?;

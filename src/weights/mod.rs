@@ -312,6 +312,14 @@ impl Checkpoint {
         }
     }
 
+    /// Gives back what reading tensors left of a folder's files: the system reads more than it is asked for. Of a GGUF file
+    /// the pages stay, for its weights are computed with where they are.
+    pub fn release_files(&self) {
+        if let Store::Folder(folder) = &self.store {
+            folder.release_all();
+        }
+    }
+
     /// The safetensors file that holds a tensor and where in it its bytes are; `None` in a GGUF file.
     #[must_use]
     pub fn place_of(&self, name: &str) -> Option<(&Path, std::ops::Range<usize>)> {

@@ -1,0 +1,200 @@
+use std::collections::BTreeMap;
+use std::fs;
+
+use candle_core::DType;
+use peft::model::config::Projection;
+use peft::model::footprint::{Piece, TrainedParts};
+use peft::model::{DecoderConfig, family};
+use peft::recipe::{Memory, Needs, RecomputeChoice};
+use serde_json::{Value, json};
+
+use super::place::Place;
+
+const MIB: u64 = 1 << 20;
+
+/// Llama-3.2-1B's shape.
+fn one_billion() -> DecoderConfig {
+    family::read(&json!({
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256,
+        "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": true,
+        "max_position_embeddings": 131_072, "hidden_act": "silu"
+    }))
+    .unwrap()
+}
+
+/// Mistral-7B's shape.
+fn seven_billion() -> DecoderConfig {
+    family::read(&json!({
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_768, "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0, "tie_word_embeddings": false, "max_position_embeddings": 32_768,
+        "hidden_act": "silu", "sliding_window": null
+    }))
+    .unwrap()
+}
+
+/// Rank 16 on the feed-forward layers, documents of 512 tokens that are all learned, two threads.
+fn needs(config: DecoderConfig, quantized: bool, documents: usize) -> Needs {
+    let targets = [Projection::Gate, Projection::Up, Projection::Down];
+    let ranks: BTreeMap<_, _> = (0..config.layers.len())
+        .flat_map(|layer| targets.map(|projection| ((layer, projection), 16)))
+        .collect();
+    let widths = config.linears().into_iter().filter(|linear| targets.contains(&linear.projection));
+    let trainable = widths.map(|linear| 16 * (linear.in_features + linear.out_features) as u64).sum();
+    let bytes = |shape: &[usize]| {
+        let values = shape.iter().product::<usize>() as u64;
+        // Q4_0: 18 bytes for 32 values.
+        if quantized && shape.len() == 2 { values / 32 * 18 } else { 2 * values }
+    };
+    let tensors: Vec<u64> = config.tensors().iter().map(|(_, shape)| bytes(shape)).collect();
+    Needs {
+        dtype: DType::BF16,
+        trained: TrainedParts::LowRank { ranks, dropout: false },
+        trainable,
+        masters: false,
+        weights: tensors.iter().sum(),
+        largest_read: if quantized { 0 } else { tensors.into_iter().max().unwrap() },
+        batches: vec![vec![(512, 511); documents]],
+        accumulate: 1,
+        evaluation: Piece { tokens: 512, longest: 512, learned: 511 },
+        threads: 2,
+        process: 64 * MIB,
+        config,
+    }
+}
+
+fn chosen(needs: &Needs, choice: RecomputeChoice, mib: u64) -> String {
+    let memory = Memory::choose(needs, choice, mib * MIB, true);
+    let fits = if memory.fits() { "fits" } else { "does not fit" };
+    let peak = memory.peak_bytes / MIB;
+    format!("{mib} MiB: {:?}, {} tokens, {peak} MiB, {fits}", memory.checkpoint, memory.piece_tokens)
+}
+
+#[test]
+fn auto_keeps_all_in_smaller_pieces_before_it_computes_twice() {
+    let mut needs = needs(one_billion(), true, 4);
+    needs.batches = vec![vec![(256, 255); 16]];
+    let lines = [4000, 1800, 1400, 1150, 1050, 500].map(|mib| chosen(&needs, RecomputeChoice::Auto, mib));
+    insta::assert_snapshot!(lines.join("\n"), @"");
+    let lines = [4000, 1400, 500].map(|mib| chosen(&needs, RecomputeChoice::None, mib));
+    insta::assert_snapshot!(lines.join("\n"), @"");
+    let lines = [4000, 500].map(|mib| chosen(&needs, RecomputeChoice::Block, mib));
+    insta::assert_snapshot!(lines.join("\n"), @"");
+}
+
+#[test]
+fn a_document_is_never_cut() {
+    let mut needs = needs(one_billion(), true, 1);
+    needs.batches = vec![vec![(300, 299), (3000, 2999), (20, 19)]];
+    let memory = Memory::choose(&needs, RecomputeChoice::Auto, u64::MAX, false);
+    assert_eq!((memory.checkpoint, memory.piece_tokens), (RecomputeChoice::None, 3000));
+    assert_eq!(Memory::choose(&needs, RecomputeChoice::Auto, MIB, false).piece_tokens, 3000);
+    // A batch that is smaller than a piece is computed as one.
+    needs.batches = vec![vec![(30, 29), (40, 39)]];
+    assert_eq!(Memory::choose(&needs, RecomputeChoice::Auto, u64::MAX, false).piece_tokens, 70);
+}
+
+/// The numbers of the README.
+#[test]
+fn what_models_of_one_and_of_seven_billion_parameters_take() {
+    let mut lines = Vec::new();
+    for (name, config) in [("1B", one_billion()), ("7B", seven_billion())] {
+        for (format, quantized) in [("bf16", false), ("Q4_0", true)] {
+            for documents in [1, 4] {
+                let needs = needs(config.clone(), quantized, documents);
+                let gib = |choice: RecomputeChoice| {
+                    let memory = Memory::choose(&needs, choice, u64::MAX, false);
+                    memory.peak_bytes as f64 / f64::from(1 << 30)
+                };
+                let (none, block) = (gib(RecomputeChoice::None), gib(RecomputeChoice::Block));
+                lines.push(format!("{name} {format} {documents} x 512: {none:.2} GiB, {block:.2} GiB"));
+            }
+        }
+    }
+    insta::assert_snapshot!(lines.join("\n"), @"");
+}
+
+#[test]
+fn the_components_are_a_table() {
+    let memory = Memory::choose(&needs(seven_billion(), true, 4), RecomputeChoice::Auto, u64::MAX, false);
+    assert_eq!(memory.components.total(), memory.peak_bytes);
+    let table = memory.table();
+    assert!(table.lines().all(|line| line.len() <= 80), "{table}");
+    insta::assert_snapshot!(table, @"");
+}
+
+/// A recipe with batches of 1024 tokens, all learned.
+fn large_place(model: &str, train: &str) -> Place {
+    let place = Place::new();
+    let stories: String = (0..96)
+        .map(|n| {
+            let text: String = (0..80).map(|i| format!("Kite {} is in box {}. ", n + i, n * i)).collect();
+            format!("{}\n", json!({ "text": text }))
+        })
+        .collect();
+    fs::write(place.path("stories.jsonl"), stories).unwrap();
+    let recipe = format!(
+        "task = \"finetune\"\noutput = \"run\"\nmodel = {{ source = \"model\", dtype = \"{model}\" }}\n\
+         data = {{ train = [{{ path = \"stories.jsonl\" }}], eval_share = 0.1, max_length = 512, train_on = \"all\" }}\n\
+         train = {{ steps = 3, batch_size = 6, {train} }}\n"
+    );
+    let adapter =
+        if train.contains("full") { "" } else { "adapter = { rank = 8, targets = \"all-linear\" }\n" };
+    fs::write(place.path("recipe.toml"), recipe + adapter).unwrap();
+    place
+}
+
+/// Exit status and stdout or stderr of `peft` on two threads.
+fn peft(place: &Place, arguments: &[&str]) -> (i32, String, String) {
+    let output = place.command(arguments).env("RAYON_NUM_THREADS", "2").output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// Of a process of some ten MiB the larger part is the program: within 10% or 12 MiB.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_run_takes_what_was_predicted() {
+    for (dtype, train) in [
+        ("f32", "checkpoint = \"none\""),
+        ("f32", "checkpoint = \"block\""),
+        ("bf16", "checkpoint = \"none\""),
+        ("f32", "full = true"),
+    ] {
+        let place = large_place(dtype, train);
+        let (_, report, _) = peft(&place, &["check", "recipe.toml", "--json"]);
+        let report: Value = serde_json::from_str(&report).unwrap();
+        let predicted = report["memory"]["peak_bytes"].as_u64().unwrap();
+        let (exit, _, said) = peft(&place, &["finetune", "recipe.toml", "--log", "silent"]);
+        assert_eq!(exit, 0, "{said}");
+        let metrics = fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let shown = lines.filter_map(|line| line["peak_rss_bytes"].as_u64()).max().unwrap();
+        let slack = (shown / 10).max(12 * MIB);
+        let (predicted_mib, shown_mib) = (predicted / MIB, shown / MIB);
+        assert!(
+            predicted.abs_diff(shown) <= slack,
+            "{dtype}, {train}: predicted {predicted_mib} MiB, shown {shown_mib} MiB"
+        );
+    }
+}
+
+#[test]
+fn a_budget_that_cannot_be_kept_is_refused_with_what_helps() {
+    let place = large_place("f32", "memory_budget = \"16MiB\"");
+    let (exit, said, warning) = peft(&place, &["check", "recipe.toml"]);
+    assert_eq!(exit, 0);
+    let line = said.lines().find(|line| line.starts_with("memory: ")).unwrap();
+    insta::assert_snapshot!(line, @"");
+    insta::assert_snapshot!(warning, @"");
+    let (exit, _, said) = peft(&place, &["finetune", "recipe.toml"]);
+    assert_eq!(exit, 2);
+    insta::assert_snapshot!(said, @"");
+    assert!(!place.path("run").exists());
+    let budget = ["--set", "train.memory_budget=1GiB"];
+    let (_, said, warning) = peft(&place, &[&["check", "recipe.toml"], &budget[..]].concat());
+    assert_eq!(warning, "");
+    let line = said.lines().find(|line| line.starts_with("memory: ")).unwrap();
+    insta::assert_snapshot!(line, @"");
+}
