@@ -76,6 +76,11 @@ impl<'a> Factor<'a> {
         if self.transposed { self.stored_rows } else { self.stored_columns }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn is_f32(&self) -> bool {
+        matches!(self.source, Source::F32(_))
+    }
+
     pub(super) fn is_bf16(&self) -> bool {
         matches!(self.source, Source::Bf16(_))
     }

@@ -50,7 +50,7 @@ pub(crate) fn multiply<T: Target>(c: &mut [T], beta: f32, alpha: f32, terms: &[(
     let [(a, b), ..] = terms else { panic!("a product without terms") };
     let (m, n) = (a.rows(), b.columns());
     assert_eq!(c.len(), m * n, "values of a {m}x{n} product");
-    multiply_by(Path::best(), Crew::All, Out::rows(c, n), beta, alpha, terms);
+    multiply_by(best(terms), Crew::All, Out::rows(c, n), beta, alpha, terms);
 }
 
 /// As [`multiply`], on the calling thread alone: for tasks that are one of many already. `c` is
@@ -61,7 +61,7 @@ pub(crate) fn multiply_here<T: Target>(
     alpha: f32,
     terms: &[(Factor<'_>, Factor<'_>)],
 ) {
-    multiply_by(Path::best(), Crew::Caller, c, beta, alpha, terms);
+    multiply_by(best(terms), Crew::Caller, c, beta, alpha, terms);
 }
 
 /// As [`multiply`] and [`multiply_here`], on a given path of those that the machine has.
@@ -139,6 +139,19 @@ fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
         (None, Some(_)) => true,
         (Some(_), None) => false,
     }
+}
+
+/// The path for these terms. Splitting f32 in three does not pay where each value meets few others: then the memory sets the
+/// pace, or the sums of a block are written after a step or two.
+fn best(terms: &[(Factor<'_>, Factor<'_>)]) -> Path {
+    #[cfg(target_arch = "x86_64")]
+    if Path::best() == Path::Amx && terms.iter().all(|(a, b)| a.is_f32() && b.is_f32()) {
+        let depth: usize = terms.iter().map(|(a, _)| a.columns()).sum();
+        if terms.iter().any(|(a, b)| a.rows() < 64 || b.columns() < 64) || depth < 32 {
+            return Path::Avx512;
+        }
+    }
+    Path::best()
 }
 
 fn scale<T: Target>(c: &Out<'_, T>, (m, n): (usize, usize), beta: f32) {
