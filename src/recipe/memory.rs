@@ -65,7 +65,7 @@ pub struct Components {
     pub layer: u64,
     /// The loss: logits of some rows, and the gradient of the hidden states.
     pub loss: u64,
-    /// Other buffers of this moment: a tensor that is read, copies for a checkpoint.
+    /// Other buffers of this moment: a tensor that is read, copies of one that is updated.
     pub buffers: u64,
     /// Where each thread packs the factors of its products.
     pub packing: u64,
@@ -113,8 +113,6 @@ pub enum Moment {
     Updating,
     /// While the model is evaluated.
     Evaluating,
-    /// While a checkpoint is written.
-    Saving,
 }
 
 impl Moment {
@@ -126,7 +124,6 @@ impl Moment {
             Self::Training => "in forward and backward",
             Self::Updating => "in the optimizer's update",
             Self::Evaluating => "in evaluation",
-            Self::Saving => "while a checkpoint is written",
         }
     }
 }
@@ -231,7 +228,6 @@ impl Needs {
             (training, Moment::Training),
             (Components { gradients, buffers: 12 * largest, ..idle }, Moment::Updating),
             (Components { layer: evaluating, ..idle }, Moment::Evaluating),
-            (Components { buffers: idle.optimizer, ..idle }, Moment::Saving),
             (Components { optimizer: 0, buffers: self.largest_read, ..idle }, Moment::Loading),
         ];
         // The first of those that are equal: training.

@@ -3,7 +3,6 @@
 //! `checkpoint-N/` holds the adapter (or the model), `optimizer.safetensors` and `trainer_state.json`. Data order,
 //! schedule and dropout are pure functions of the step, so the step is all that has to be remembered of them.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
@@ -13,7 +12,7 @@ use super::metrics::FILE as METRICS;
 use super::optimizer::AdamW;
 use crate::error::{Context, Error, Result};
 use crate::ops::Trainables;
-use crate::weights::{Staged, remove_folder, write_safetensors};
+use crate::weights::{Staged, remove_folder};
 
 /// What a run trains, on disk.
 pub trait Artifact {
@@ -120,7 +119,7 @@ pub(super) fn save(
     let path = output.join(format!("{PREFIX}{}", state.step));
     replace_folder(&path, |folder| {
         artifact.write(folder)?;
-        write_safetensors(folder.join("optimizer.safetensors"), &optimizer.tensors()?, &BTreeMap::new())?;
+        optimizer.write(&folder.join("optimizer.safetensors"))?;
         let file = folder.join("trainer_state.json");
         std::fs::write(&file, serde_json::to_vec_pretty(state)?).at(&file)
     })?;

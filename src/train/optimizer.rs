@@ -1,6 +1,7 @@
 //! AdamW (Loshchilov and Hutter, 2019) with a state of its own, in f32, in the order of torch's arithmetic.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -8,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::error::{Context, Error, Result};
 use crate::ops::{Gradients, Trainables};
+use crate::weights::{TensorSpec, write_one_by_one};
 
 /// What AdamW is set to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,6 +44,15 @@ struct Moments {
     second: Vec<f32>,
     /// The value in f32, where the model computes with a rounded one or is written rounded.
     master: Option<Vec<f32>>,
+}
+
+impl Moments {
+    fn named(&self, name: &str) -> impl Iterator<Item = (String, &[f32])> {
+        let Self { first, second, master } = self;
+        let named = [("exp_avg", Some(first)), ("exp_avg_sq", Some(second)), ("master", master.as_ref())];
+        let there = named.into_iter().filter_map(|(kind, values)| Some((kind, values?)));
+        there.map(move |(kind, values)| (format!("{name}.{kind}"), values.as_slice()))
+    }
 }
 
 impl AdamW {
@@ -103,23 +114,22 @@ impl AdamW {
         })
     }
 
-    /// The state as tensors: `<name>.exp_avg`, `<name>.exp_avg_sq`, and `<name>.master` where there is one.
-    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
-        let mut tensors = BTreeMap::new();
-        for (name, moments) in &self.state {
-            let Moments { first, second, master } = moments;
-            let named = [("exp_avg", Some(first)), ("exp_avg_sq", Some(second)), ("master", master.as_ref())];
-            for (kind, values) in named {
-                if let Some(values) = values {
-                    let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
-                    tensors.insert(format!("{name}.{kind}"), tensor);
-                }
-            }
-        }
-        Ok(tensors)
+    /// Writes the state to a safetensors file: `<name>.exp_avg`, `<name>.exp_avg_sq`, and `<name>.master` where there is
+    /// one. Of the whole state there is never a second copy in memory.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let all: BTreeMap<String, &[f32]> =
+            self.state.iter().flat_map(|(name, moments)| moments.named(name)).collect();
+        let specs = all.iter().map(|(name, values)| {
+            let empty = TensorSpec::of(name, &Tensor::zeros(0, DType::F32, &Device::Cpu)?)?;
+            Ok(TensorSpec { shape: vec![values.len()], ..empty })
+        });
+        write_one_by_one(path, &specs.collect::<Result<Vec<_>>>()?, &BTreeMap::new(), |name| {
+            let values = all.get(name).copied().unwrap_or_default();
+            Ok(Tensor::from_slice(values, values.len(), &Device::Cpu)?)
+        })
     }
 
-    /// Takes up the state of `step` updates that [`AdamW::tensors`] gave; values it holds in f32 go to `trainables`.
+    /// Takes up the state of `step` updates that [`AdamW::write`] wrote; values it holds in f32 go to `trainables`.
     pub fn restore(
         &mut self,
         step: u64,

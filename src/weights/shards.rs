@@ -194,11 +194,27 @@ pub fn write_safetensors(
 ) -> Result<()> {
     let specs =
         tensors.iter().map(|(name, tensor)| TensorSpec::of(name, tensor)).collect::<Result<Vec<_>>>()?;
-    let layout = Layout::new(&specs.iter().collect::<Vec<_>>(), metadata)?;
+    write_one_by_one(path, &specs, metadata, |name| Ok(tensors[name].clone()))
+}
+
+/// The same with tensors that are made when it is their turn: `values` gives what was announced under a name.
+pub fn write_one_by_one(
+    path: impl AsRef<Path>,
+    tensors: &[TensorSpec],
+    metadata: &BTreeMap<String, String>,
+    mut values: impl FnMut(&str) -> Result<Tensor>,
+) -> Result<()> {
+    let layout = Layout::new(&tensors.iter().collect::<Vec<_>>(), metadata)?;
     replace_file(path.as_ref(), |file| {
         file.write_all(&layout.header)?;
-        for (spec, _, _) in &layout.places {
-            write_values(file, &tensors[&spec.name])?;
+        for (spec, _, bytes) in &layout.places {
+            let tensor = values(&spec.name)?;
+            let found = tensor.elem_count() * tensor.dtype().size_in_bytes();
+            if found != *bytes {
+                return Err(Error::invalid(format!("expected {bytes} bytes, found {found}")))
+                    .in_tensor(&spec.name);
+            }
+            write_values(file, &tensor)?;
         }
         Ok(())
     })
