@@ -17,6 +17,8 @@ const ALONE: usize = 1 << 17;
 const LANES: usize = 16;
 /// Keys whose sums wait until all of them are folded.
 const KEYS: usize = 16;
+/// Keys between what is read and what is asked for.
+const AHEAD: usize = 16;
 /// Rows of values that are read for one head after the other: they stay in the L1 cache.
 const ROWS: usize = 32;
 
@@ -61,7 +63,7 @@ vectorized! {
         let stride = heads.num_kv_heads * d;
         let keys = k.len() / stride;
         let mut scores = vec![0f32; heads.num_heads * keys];
-        score(&mut scores, q, k, heads);
+        score(&mut scores, q, k, v, heads);
         let heads_of_parts = parts.chunks_exact_mut(d + 2);
         for (part, p) in heads_of_parts.zip(scores.chunks_exact_mut(keys)) {
             let max = largest(p);
@@ -83,7 +85,7 @@ vectorized! {
 /// `scores [heads, keys] = scale q k^T`. Sums of several keys are kept in lanes and folded at once, by halves, because to fold
 /// those of one takes longer than its products.
 #[inline(always)]
-fn score<T: Element>(scores: &mut [f32], q: &[f32], k: &[T], heads: &Heads) {
+fn score<T: Element>(scores: &mut [f32], q: &[f32], k: &[T], v: &[T], heads: &Heads) {
     let (d, group) = (heads.head_dim, heads.group());
     let stride = heads.num_kv_heads * d;
     let keys = k.len() / stride;
@@ -93,6 +95,9 @@ fn score<T: Element>(scores: &mut [f32], q: &[f32], k: &[T], heads: &Heads) {
         let count = rows.len() / stride;
         let (sums, _) = lanes.as_chunks_mut::<LANES>();
         for (key, row) in rows.chunks_exact(stride).enumerate() {
+            let here = (block * KEYS + key) * stride;
+            ask_for(&k[(here + AHEAD * stride).min(k.len())..], stride);
+            ask_for(&v[here..], stride);
             for (kv_head, k) in row.chunks_exact(d).enumerate() {
                 for head in kv_head * group..(kv_head + 1) * group {
                     multiply(&mut sums[head * KEYS + key], &q[head * d..][..d], k);
@@ -111,6 +116,20 @@ fn score<T: Element>(scores: &mut [f32], q: &[f32], k: &[T], heads: &Heads) {
             }
         }
     }
+}
+
+/// Asks for the first `count` values, which are read soon.
+#[inline(always)]
+fn ask_for<T>(values: &[T], count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values[..count.min(values.len())].chunks((64 / size_of::<T>()).max(1)) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
+        // SAFETY: a hint, without which nothing but the time changes; every machine of this architecture has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (values, count);
 }
 
 /// `q k`, in lanes that are still to be summed.
