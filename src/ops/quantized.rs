@@ -135,7 +135,7 @@ impl Quantized {
     /// `dot(i, row)` for each of `m` rows on the left and each row of blocks, `[m, out]`.
     fn dots(&self, m: usize, dot: impl Fn(usize, &[u8]) -> f32 + Sync) -> Result<Tensor> {
         /// Values of the result in a task.
-        const TASK: usize = 64;
+        const TASK: usize = 16;
 
         let mut y = vec![0f32; m * self.rows];
         for (i, y) in y.chunks_exact_mut(self.rows).enumerate() {

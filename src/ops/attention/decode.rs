@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::ops::kernel::{Element, Values, exp, largest, sum, to_tensor, vectorized, written};
 
 /// Keys of a chunk.
-const CHUNK: usize = 128;
+const CHUNK: usize = 64;
 /// Multiply-adds from which on other threads are asked: less are done sooner than they are there.
 const ALONE: usize = 1 << 17;
 /// Products that are summed side by side.
