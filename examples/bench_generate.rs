@@ -3,7 +3,7 @@
 //!     cargo run --release --example bench_generate -- MODEL [--dtype bf16] [--prompt 512] [--tokens 128] [--runs 3]
 //!         [--threads 2]
 //!
-//! Each run processes the prompt and then generates greedily, as `peft generate` does. The last line is one JSON document:
+//! Each run processes the prompt and then generates, as `peft generate` does. The last line is one JSON document:
 //! the medians over the runs of prompt and decoding tokens/s, the tokens of the last run, bytes of weights read per second
 //! of decoding, and the rate at which this machine reads a buffer of that size, which is what decoding is bound by.
 
@@ -39,6 +39,9 @@ struct Arguments {
     /// Tokens to generate
     #[arg(long, default_value_t = 128)]
     tokens: usize,
+    /// Sample at this temperature from the tokens that have 0.95 of the probability; 0 takes the most probable one
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
     #[arg(long, default_value_t = 3)]
     runs: usize,
     #[arg(long, default_value_t = 0)]
@@ -51,16 +54,17 @@ fn main() -> Result<()> {
     let dtype = if arguments.dtype == "bf16" { DType::BF16 } else { DType::F32 };
     let model = Decoder::open(&Pretrained::open(&arguments.model)?, dtype, &Device::Cpu)?;
     let prompt = random_tokens(arguments.prompt, model.config().vocab_size.min(8000));
+    let sampling = Sampling { temperature: arguments.temperature, top_p: 0.95, ..Sampling::default() };
     let limits = Limits { max_new_tokens: arguments.tokens, stop: Vec::new() };
 
     // The first one brings weights into memory.
-    Session::new(&model).generate(&prompt, &limits, Sampling::default(), |_| Ok(false))?;
+    Session::new(&model).generate(&prompt, &limits, sampling, |_| Ok(false))?;
     let (mut prompt_rates, mut rates, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
     let mut seconds_of_ops = Op::ALL.map(|_| 0.0);
     for _ in 0..arguments.runs {
         tokens.clear();
         let (start, mut first, mut before) = (Instant::now(), None, [0.0; Op::ALL.len()]);
-        Session::new(&model).generate(&prompt, &limits, Sampling::default(), |token| {
+        Session::new(&model).generate(&prompt, &limits, sampling, |token| {
             tokens.push(token);
             first.get_or_insert_with(|| {
                 before = Op::ALL.map(Op::seconds);
@@ -87,13 +91,14 @@ fn main() -> Result<()> {
     let weights = model.linears().map(|linear| &linear.weight).chain([model.head()]);
     let bytes: usize = weights.map(bytes_of).sum();
     let decoding = median(&mut rates);
+    let peak = peak_rss_bytes();
     let report = json!({
         "prompt_tokens_per_second": median(&mut prompt_rates),
         "decode_tokens_per_second": decoding,
         "weight_bytes": bytes,
         "gb_per_second": bytes as f64 * decoding * 1e-9,
         "memory_gb_per_second": reading_rate(bytes) * 1e-9,
-        "peak_rss_mb": peak_rss_bytes() >> 20,
+        "peak_rss_mb": peak as f64 * 1e-6,
         "tokens": tokens,
     });
     println!("{report}");

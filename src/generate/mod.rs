@@ -11,6 +11,9 @@ use crate::model::{Cache, Decoder};
 
 use sampling::Sampler;
 
+/// Tokens of a prompt that are computed at once: activations of more would only take memory.
+const PIECE: usize = 1024;
+
 /// A conversation with a model: what it has seen stays in the cache.
 #[derive(Debug)]
 pub struct Session<'a> {
@@ -96,10 +99,10 @@ impl<'a> Session<'a> {
             let len = prompt.len();
             return Err(Error::request(format!("the prompt has {len} tokens, and the model sees {most}")));
         }
-        if prompt.len() <= self.seen.len() || !prompt.starts_with(&self.seen) {
-            self.cache = self.model.new_cache();
-            self.seen.clear();
-        }
+        let same = prompt.iter().zip(&self.seen).take_while(|(new, seen)| new == seen).count();
+        // The last one is always computed: what follows it is asked for.
+        self.seen.truncate(same.min(prompt.len() - 1));
+        self.cache.truncate(self.seen.len());
         let mut sampler = Sampler::new(sampling);
         let mut next = prompt[self.seen.len()..].to_vec();
         let mut outcome = Outcome { ended: Ended::Limit, prompt: Pace::default(), decoding: Pace::default() };
@@ -132,7 +135,11 @@ impl<'a> Session<'a> {
     fn logits(&mut self, next: &[u32]) -> Result<Vec<f32>> {
         // On a thread of the pool: hundreds of small products for a token would each wait until one has taken it over.
         let logits = rayon::scope(|_| -> Result<Vec<f32>> {
-            let hidden = self.model.forward_cached(next, &mut self.cache)?.hidden;
+            let (before, last) = next.split_at((next.len() - 1) / PIECE * PIECE);
+            for piece in before.chunks(PIECE) {
+                self.model.forward_cached(piece, &mut self.cache)?;
+            }
+            let hidden = self.model.forward_cached(last, &mut self.cache)?.hidden;
             let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?; // [1, hidden]
             Ok(self.model.logits(&last)?.squeeze(0)?.to_vec1()?)
         })?;

@@ -8,7 +8,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 pub struct Sampling {
     /// Logits are divided by it; 0 takes the most probable token.
     pub temperature: f64,
-    /// Only so many of the most probable tokens are left; `None`: all.
+    /// Only so many of the most probable tokens are left, and those as probable as the last of them; `None`: all.
     pub top_k: Option<usize>,
     /// Only the most probable tokens that together reach this probability are left; 1: all.
     pub top_p: f64,
@@ -52,11 +52,10 @@ fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) {
     if penalty == 1.0 {
         return;
     }
-    let mut seen = seen.to_vec();
-    seen.sort_unstable();
-    seen.dedup();
+    let mut is_done = vec![false; logits.len()];
     for token in seen {
-        if let Some(logit) = logits.get_mut(token as usize) {
+        let Some(logit) = logits.get_mut(*token as usize) else { continue };
+        if !std::mem::replace(&mut is_done[*token as usize], true) {
             *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
         }
     }
@@ -123,8 +122,12 @@ impl<'a> Ranking<'a> {
         let temperature = sampling.temperature;
         let mut ranking = Self { logits, order, sorted: 0, highest: 0.0, temperature, total: 0.0 };
         if let Some(most) = sampling.top_k.filter(|most| *most < logits.len()) {
-            ranking.sort_up_to(most.max(1));
-            ranking.order.truncate(most.max(1));
+            let most = most.max(1);
+            ranking.sort_up_to(most);
+            let least = logits[ranking.order[most - 1] as usize];
+            let mut behind = ranking.order.split_off(most);
+            behind.retain(|token| logits[*token as usize] == least);
+            ranking.order.append(&mut behind);
         }
         ranking.highest = f64::from(logits[most_probable(logits) as usize]);
         ranking.total = ranking.order.iter().map(|token| ranking.probability(*token)).sum();

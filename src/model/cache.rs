@@ -28,6 +28,18 @@ impl Cache {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// Forgets all but the first `len` tokens.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn truncate(&mut self, len: usize) {
+        assert!(len <= self.len, "{len} of {} tokens", self.len);
+        self.len = len;
+        for layer in &mut self.layers {
+            layer.len = len;
+        }
+    }
 }
 
 /// Rotated keys and values of one layer. Not `Clone`: a copy would share the buffers and write into the same rows.

@@ -134,7 +134,7 @@ impl Quantized {
 
     /// `dot(i, row)` for each of `m` rows on the left and each row of blocks, `[m, out]`.
     fn dots(&self, m: usize, dot: impl Fn(usize, &[u8]) -> f32 + Sync) -> Result<Tensor> {
-        /// Values of the result in a task.
+        /// Values of the result in a task: few, so that threads end together.
         const TASK: usize = 16;
 
         let mut y = vec![0f32; m * self.rows];
