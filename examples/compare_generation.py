@@ -3,16 +3,18 @@
     cargo build --release --example bench_generate
     python examples/compare_generation.py MODEL.. [--runs 3] [--threads 2] [--prompt 512] [--tokens 128]
 
-A MODEL is a folder, whose values decide between f32 and bf16, or a GGUF file. Folders are run by us and by transformers, files
-by us and by llama.cpp where `llama_cpp` or `xllamacpp` can be imported. All get the same random tokens as their prompt, continue
-them greedily with keys and values kept, and take turns on the same machine, `--runs` times. Prints, as Markdown, medians over
-the runs: tokens/s of the prompt and of decoding, our side divided by the other, at how many tokens both say the same, and the bytes of weights that are
-read per second of decoding beside the rate at which the machine reads a buffer of that size. Needs torch and transformers;
-run it when nothing else does.
+A MODEL is a folder, whose values decide between f32 and bf16, or a GGUF file. Folders are run by us and by transformers (with
+torch), files by us and by llama.cpp (package `llama_cpp` or `xllamacpp`); `--torch-python` and `--llama-python` name the
+interpreters that have them. All get the same random tokens as their prompt, continue them greedily with keys and values
+kept, and take turns on the same machine, `--runs` times, each in a process of its own. Prints, as Markdown, medians over the runs:
+tokens/s of the prompt and of decoding, our side divided by the other, peak memory, how many tokens from the first on are
+the same, and the bytes of weights that are read per second of decoding beside the rate at which the machine reads a buffer
+of that size. Run it when nothing else runs.
 """
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,8 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--torch-python", default=sys.executable)
+    parser.add_argument("--llama-python", default=sys.executable)
     # How the script calls itself for one measurement of a peer.
     parser.add_argument("--peer")
     return parser.parse_args()
@@ -44,7 +48,9 @@ def random_tokens(count, vocab=8000):
 
 
 def report(prompt_rate, rate, tokens):
-    print(json.dumps({"prompt_tokens_per_second": prompt_rate, "decode_tokens_per_second": rate, "tokens": tokens}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-6
+    print(json.dumps({"prompt_tokens_per_second": prompt_rate, "decode_tokens_per_second": rate, "peak_rss_mb": peak,
+                      "tokens": tokens}))
 
 
 def with_transformers(options):
@@ -98,11 +104,12 @@ def with_xllamacpp(options):
         pool.n_threads = options.threads
     server = xllamacpp.Server(params)
     request = {"prompt": random_tokens(options.prompt), "n_predict": options.tokens, "temperature": 0.0,
-               "top_k": 1, "repeat_penalty": 1.0, "cache_prompt": False, "ignore_eos": True, "return_tokens": True}
+               "top_k": 1, "repeat_penalty": 1.0, "cache_prompt": False, "ignore_eos": True}
     for _ in range(2):
-        answer = server.handle_completions(request)
-    timings = answer["timings"]
-    report(timings["prompt_per_second"], timings["predicted_per_second"], answer.get("tokens", []))
+        timings = server.handle_completions(request)["timings"]
+    # Tokens are told only beside their probabilities, which take time.
+    told = server.handle_completions({**request, "n_probs": 1})["choices"][0]["logprobs"]["content"]
+    report(timings["prompt_per_second"], timings["predicted_per_second"], [token["id"] for token in told])
 
 
 PEERS = {"transformers": with_transformers, "llama_cpp": with_llama_cpp, "xllamacpp": with_xllamacpp}
@@ -115,10 +122,10 @@ def run(command):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def llama():
+def llama(python):
     """Which of the two packages is there."""
     for name in ("llama_cpp", "xllamacpp"):
-        if subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode == 0:
+        if subprocess.run([python, "-c", f"import {name}"], capture_output=True).returncode == 0:
             return name
     return None
 
@@ -132,7 +139,8 @@ def stored_type(model):
 def measured(model, who, options):
     sizes = ["--prompt", str(options.prompt), "--tokens", str(options.tokens), "--threads", str(options.threads)]
     if who != "ours":
-        return run([sys.executable, os.path.abspath(__file__), model, "--peer", who, *sizes])
+        python = options.torch_python if who == "transformers" else options.llama_python
+        return run([python, os.path.abspath(__file__), model, "--peer", who, *sizes])
     dtype = "bf16" if model.endswith(".gguf") else stored_type(model)
     return run([BENCH, model, "--dtype", dtype, "--runs", "1", *sizes])
 
@@ -147,7 +155,7 @@ def main():
     options = arguments()
     if options.peer:
         return PEERS[options.peer](options)
-    gguf = llama()
+    gguf = llama(options.llama_python)
     sides = {}
     for model in options.models:
         peer = gguf if model.endswith(".gguf") else "transformers"
@@ -160,13 +168,14 @@ def main():
             rates = [f"{result[f'{part}_tokens_per_second']:.1f}" for part in ("prompt", "decode")]
             print(model, who, *rates, "tokens/s", file=sys.stderr, flush=True)
     median = lambda side, key: statistics.median(result[key] for result in found[side])
-    print("| model | who | prompt, tokens/s | ours to it | decoding, tokens/s | ours to it | first tokens that are the same |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | who | prompt, tokens/s | ours to it | decoding, tokens/s | ours to it | peak memory | same tokens |")
+    print("|---|---|---|---|---|---|---|---|")
     for model, who in found:
         cells = [os.path.basename(model.rstrip("/")), who]
         for part in ("prompt", "decode"):
             rate, ours = (median((model, side), f"{part}_tokens_per_second") for side in (who, "ours"))
             cells += [f"{rate:.0f}" if part == "prompt" else f"{rate:.1f}", f"{ours / rate:.2f}"]
+        cells.append(f"{median((model, who), 'peak_rss_mb'):.0f} MB")
         cells.append(agreement(found[model, "ours"][-1]["tokens"], found[model, who][-1]["tokens"]))
         print("| " + " | ".join(cells) + " |")
     print("\n| model | bytes of weights | read per second of decoding | a buffer of that size |\n|---|---|---|---|")

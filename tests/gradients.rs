@@ -274,7 +274,9 @@ fn attention_with_a_cache_continues_a_document() {
 
 #[test]
 fn attention_of_one_query_behind_a_cache_agrees() {
-    for (num_heads, num_kv_heads, head_dim) in [(9, 3, 64), (4, 4, 80), (2, 1, 24), (3, 1, 128)] {
+    for (num_heads, num_kv_heads, head_dim) in
+        [(9, 3, 64), (4, 4, 80), (2, 1, 24), (3, 1, 128), (1, 1, 7), (1, 1, 16), (6, 2, 17), (5, 5, 65)]
+    {
         for (keys, window) in [(2, None), (257, None), (1500, None), (900, Some(300)), (40, Some(1))] {
             let scale = 1.0 / (head_dim as f64).sqrt();
             let heads = Heads { num_heads, num_kv_heads, head_dim, window, scale };

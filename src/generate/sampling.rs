@@ -202,6 +202,40 @@ mod tests {
         assert_eq!(highest(Sampling { top_p: 0.4, ..hot }), 0);
     }
 
+    /// What transformers 5.23 leaves and how probable it is, with each warper where its value is not neutral:
+    ///
+    /// ```python
+    /// x = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[0, 4, 0]]), logits)
+    /// x = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(k)(None, TemperatureLogitsWarper(t)(None, x)))
+    /// x.softmax(-1)
+    /// ```
+    #[test]
+    fn shares_of_tokens_are_those_of_transformers() {
+        const DRAWS: usize = 20_000;
+
+        let logits = [2.0, 1.0, 1.0, 0.5, -0.25, -1.0, 0.75, 1.0];
+        for (repetition_penalty, temperature, top_k, top_p, expected) in [
+            (1.0, 1.0, None, 1.0, [0.36121, 0.13288, 0.13288, 0.0806, 0.03807, 0.01798, 0.10349, 0.13288]),
+            (1.5, 0.7, None, 1.0, [0.26846, 0.16675, 0.16675, 0.08163, 0.02339, 0.00958, 0.11667, 0.16675]),
+            (1.0, 1.0, Some(2), 1.0, [0.47537, 0.17488, 0.17488, 0.0, 0.0, 0.0, 0.0, 0.17488]),
+            (1.0, 1.3, Some(5), 0.85, [0.41839, 0.19387, 0.19387, 0.0, 0.0, 0.0, 0.0, 0.19387]),
+            (1.3, 0.8, Some(6), 0.9, [0.3444, 0.17569, 0.17569, 0.0, 0.0, 0.0, 0.12854, 0.17569]),
+            (1.0, 1.0, None, 0.3, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ] {
+            let sampling = Sampling { temperature, top_k, top_p, repetition_penalty, seed: 0 };
+            let mut penalized = logits.to_vec();
+            penalize(&mut penalized, &[0, 4, 0], repetition_penalty as f32);
+            let mut counts = [0; 8];
+            for i in 0..DRAWS {
+                counts[drawn(&penalized, &sampling, (i as f64 + 0.5) / DRAWS as f64) as usize] += 1;
+            }
+            for (count, expected) in counts.into_iter().zip(expected) {
+                let share = f64::from(count) / DRAWS as f64;
+                assert!((share - expected).abs() < 2.0 / DRAWS as f64, "{sampling:?}: {counts:?}");
+            }
+        }
+    }
+
     /// Everything sorted, everything divided by the sum: as one would write it down.
     fn drawn_from_all(logits: &[f32], sampling: &Sampling, draw: f64) -> u32 {
         let mut all: Vec<(u32, f64)> = logits
