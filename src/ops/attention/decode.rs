@@ -118,18 +118,19 @@ fn score<T: Element>(scores: &mut [f32], q: &[f32], k: &[T], v: &[T], heads: &He
     }
 }
 
-/// Asks for the first `count` values, which are read soon.
+/// Asks for the first `count` values, which are read soon. Where a processor has no such hint it does nothing.
 #[inline(always)]
-fn ask_for<T>(values: &[T], count: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in values[..count.min(values.len())].chunks((64 / size_of::<T>()).max(1)) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-
-        // SAFETY: a hint, without which nothing but the time changes; every machine of this architecture has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+fn ask_for<T: Element>(values: &[T], count: usize) {
+    for line in values[..count.min(values.len())].chunks(64 / size_of::<T>()) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every machine of this architecture has the hint, which changes nothing but the time.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, count);
 }
 
 /// `q k`, in lanes that are still to be summed.

@@ -112,16 +112,24 @@ impl Kind {
 /// A row of bf16 that is multiplied with many rows of blocks, and what is wanted of it each time.
 pub(crate) struct Row {
     narrow: Vec<bf16>,
+    #[cfg(target_arch = "x86_64")]
     wide: Vec<f32>,
     /// Of each part.
+    #[cfg(target_arch = "x86_64")]
     sums: Vec<f32>,
 }
 
 impl Row {
     pub(crate) fn new(values: &[bf16]) -> Self {
+        #[cfg(target_arch = "x86_64")]
         let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
-        let sums = wide.chunks(PART).map(|part| part.iter().sum()).collect();
-        Self { narrow: values.to_vec(), wide, sums }
+        Self {
+            narrow: values.to_vec(),
+            #[cfg(target_arch = "x86_64")]
+            sums: wide.chunks(PART).map(|part| part.iter().sum()).collect(),
+            #[cfg(target_arch = "x86_64")]
+            wide,
+        }
     }
 }
 
