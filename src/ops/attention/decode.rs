@@ -197,3 +197,28 @@ fn join<'a, T: Element>(o: &mut [T], parts: impl Iterator<Item = &'a [f32]> + Cl
         *o = T::narrow(sum / total);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::kernel::with_each_vectors;
+
+    #[test]
+    fn every_machine_computes_the_same_bits() {
+        for (num_heads, num_kv_heads, head_dim, keys) in [(1, 1, 7, 3), (6, 2, 17, 64), (9, 3, 64, 33)] {
+            let heads = Heads { num_heads, num_kv_heads, head_dim, window: None, scale: 0.3 };
+            let values = |count: usize, step: usize| {
+                (0..count).map(|i| (i * step % 101) as f32 / 50.0 - 1.0).collect()
+            };
+            let q: Vec<f32> = values(num_heads * head_dim, 37);
+            let [k, v]: [Vec<f32>; 2] = [29, 53].map(|step| values(keys * num_kv_heads * head_dim, step));
+            let mut first = None;
+            with_each_vectors(|vectors| {
+                let mut parts = vec![0f32; num_heads * (head_dim + 2)];
+                attend(&mut parts, &q, &k, &v, &heads);
+                let bits: Vec<u32> = parts.iter().map(|part| part.to_bits()).collect();
+                assert_eq!(&bits, first.get_or_insert_with(|| bits.clone()), "{heads:?} by {vectors:?}");
+            });
+        }
+    }
+}
