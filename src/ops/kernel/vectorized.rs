@@ -1,6 +1,7 @@
 //! Loops over rows, compiled for the vectors of several machines and chosen when the program runs.
 //!
-//! Only the width differs: nothing is contracted or reordered, so every machine computes the same bits.
+//! Only the width differs: nothing is contracted that does not say so, nothing reordered, so every machine computes the
+//! same bits; one without fused multiply-add computes them slowly.
 
 use std::sync::LazyLock;
 
@@ -34,10 +35,11 @@ impl Vectors {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("fma")
                 {
                     return Vectors::Avx512;
                 }
-                if is_x86_feature_detected!("avx2") {
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                     return Vectors::Avx2;
                 }
             }
@@ -88,14 +90,14 @@ macro_rules! vectorized {
 
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::allow_attributes, clippy::too_many_arguments, reason = "as above")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
             fn avx512 $(<$($generic: $bound),+>)? ($($argument: $type),*) $(-> $result)? {
                 body($($argument),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[allow(clippy::allow_attributes, clippy::too_many_arguments, reason = "as above")]
-            #[target_feature(enable = "avx2")]
+            #[target_feature(enable = "avx2,fma")]
             fn avx2 $(<$($generic: $bound),+>)? ($($argument: $type),*) $(-> $result)? {
                 body($($argument),*)
             }
@@ -126,12 +128,12 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // Written so that a NaN stays.
     let bounded = if x > 88.7 { 88.7 } else { x };
-    let shifted = bounded * std::f32::consts::LOG2_E + ROUND;
+    let shifted = bounded.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = (bounded - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = 1.383_653_4e-3;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, bounded));
+    let mut p = 1.383_653_4e-3f32;
     for coefficient in [8.375_064e-3, 4.166_824_4e-2, 0.166_664_17, 0.499_999_9, 1.0, 1.0] {
-        p = p * r + coefficient;
+        p = p.mul_add(r, coefficient);
     }
     let scaled = f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23));
     if x < -87.3 {
@@ -213,18 +215,23 @@ pub(crate) fn largest<T: Element>(x: &[T]) -> f32 {
     folded(lanes, larger)
 }
 
-/// Halves are combined until one value is left.
+/// Halves are combined until one value is left. Each step has arrays of its own: then it is a vector operation.
 #[inline(always)]
-fn folded(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut len = LANES / 2;
-    while len > 0 {
-        let (low, high) = lanes.split_at_mut(len);
-        for (low, high) in low.iter_mut().zip(high) {
-            *low = f(*low, *high);
-        }
-        len /= 2;
+fn folded(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    macro_rules! halve {
+        ($lanes:ident, $half:literal) => {{
+            let mut low = [0.0f32; $half];
+            for (i, value) in low.iter_mut().enumerate() {
+                *value = f($lanes[i], $lanes[i + $half]);
+            }
+            low
+        }};
     }
-    lanes[0]
+    let lanes = halve!(lanes, 32);
+    let lanes = halve!(lanes, 16);
+    let lanes = halve!(lanes, 8);
+    let lanes = halve!(lanes, 4);
+    f(f(lanes[0], lanes[2]), f(lanes[1], lanes[3]))
 }
 
 #[cfg(test)]
