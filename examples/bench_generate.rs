@@ -1,7 +1,7 @@
 //! Speed of generation, on random tokens as the prompt:
 //!
 //!     cargo run --release --example bench_generate -- MODEL [--dtype bf16] [--prompt 512] [--tokens 128] [--runs 3]
-//!         [--threads 2]
+//!         [--temperature 0] [--threads 2]
 //!
 //! Each run processes the prompt and then generates, as `peft generate` does. The last line is one JSON document:
 //! the medians over the runs of prompt and decoding tokens/s, the tokens of the last run, bytes of weights read per second
