@@ -196,7 +196,7 @@ fn a_run_says_how_its_data_was_laid_out_and_the_adapter_remembers() {
 
     let generate = |more: &[&str]| {
         let prompt = ["generate", "--model", "model", "--prompt", "Where?", "--max-new-tokens", "2"];
-        place.run(&[&prompt[..], more].concat()).1
+        place.run(&[&prompt[..], &["--log", "silent"], more].concat()).1
     };
     insta::assert_snapshot!(generate(&["--adapter", "run"]), @"
     warning: the adapter was trained on plain text, and what is said goes through the chat template; `--raw` leaves it out

@@ -273,6 +273,29 @@ fn attention_with_a_cache_continues_a_document() {
 }
 
 #[test]
+fn attention_of_one_query_behind_a_cache_agrees() {
+    for (num_heads, num_kv_heads, head_dim) in
+        [(9, 3, 64), (4, 4, 80), (2, 1, 24), (3, 1, 128), (1, 1, 7), (1, 1, 16), (6, 2, 17), (5, 5, 65)]
+    {
+        for (keys, window) in [(2, None), (257, None), (1500, None), (900, Some(300)), (40, Some(1))] {
+            let scale = 1.0 / (head_dim as f64).sqrt();
+            let heads = Heads { num_heads, num_kv_heads, head_dim, window, scale };
+            let rows = |rows: usize, heads: usize, seed| random(&[rows, heads * head_dim], seed);
+            let (q, k, v) =
+                (rows(1, num_heads, 33), rows(keys, num_kv_heads, 34), rows(keys, num_kv_heads, 35));
+            let documents = Documents::single(1, keys - 1);
+            for (dtype, most) in [(DType::F32, 1e-5), (DType::BF16, 1e-2)] {
+                let [q, k, v] = [&q, &k, &v].map(|x| x.to_dtype(dtype).unwrap());
+                let wide = |x: Tensor| x.to_dtype(DType::F32).unwrap();
+                let expected = wide(attention::reference(&q, &k, &v, &heads, &documents).unwrap());
+                let found = wide(attention::forward(q, k, v, &heads, &documents).unwrap().0);
+                assert_close(&format!("{heads:?}, {keys} keys, {dtype:?}"), &found, &expected, most);
+            }
+        }
+    }
+}
+
+#[test]
 fn cross_entropy_agrees() {
     // The last one takes two chunks.
     for (rows, d, vocab) in [(1, 3, 2), (40, 16, 50), (1500, 2, 3)] {

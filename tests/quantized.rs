@@ -10,11 +10,13 @@ use candle_core::{DType, Device, Tensor};
 use peft::adapter::torch_random::Generator;
 use peft::adapter::{LoraConfig, Targets, attach, resolve, tensor_names};
 use peft::data::Batch;
+use peft::generate::Session;
 use peft::model::{Decoder, Pretrained, Recompute};
 use peft::ops::{Parameter, Quantized, Trainables, Weight};
 use peft::train::{StepGradients, step_gradients};
 
 use crate::fixture::{difference, logits, relative, values};
+use crate::generate::{generated, without_cache};
 use crate::place::{Place, refusal};
 use crate::weights::gguf::tokenizers::byte_level;
 use crate::weights::gguf::write;
@@ -195,6 +197,20 @@ fn generating_from_quantized_weights_gives_the_logits_of_the_whole() {
             let relative = relative(&Tensor::cat(&found, 0).unwrap(), &whole);
             assert!(relative <= most, "{format:?} in {dtype:?}: {relative}");
         }
+    }
+}
+
+#[test]
+fn greedy_tokens_from_quantized_weights_are_those_of_a_forward_over_everything() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    for format in FORMATS {
+        model(&path, format, false);
+        let model = Decoder::open(&open(&path), DType::F32, &CPU).unwrap();
+        let prompt = &batch().tokens[..20];
+        let expected = without_cache(&model, prompt, 30);
+        assert_eq!(generated(&mut Session::new(&model), prompt, 30), expected, "{format:?}");
+        assert_eq!(without_cache(&dense(&open(&path), DType::F32), prompt, 30), expected, "{format:?}");
     }
 }
 

@@ -11,6 +11,8 @@ mod commands;
 mod data;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
+/// Tokens generated with a cache are those of a forward over everything.
+mod generate;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.
 mod gradients;
 /// Models come from the Hub as a whole or not at all, with what a user has to know when they do not.

@@ -7,7 +7,7 @@ use super::{Chat, Dtype, Eval, Generate, Measure, ModelArguments, SamplingArgume
 use crate::data::{self, Layout, Message, Role, Source, Text, eval_batches};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
-use crate::generate::{Ended, Limits, Sampling, Session};
+use crate::generate::{Ended, Limits, Outcome, Sampling, Session};
 use crate::recipe::{DtypeChoice, Loaded};
 
 /// Tokens of a batch in evaluation.
@@ -34,9 +34,22 @@ pub(super) fn generate(arguments: &Generate, terminal: &mut Terminal) -> Result<
     let limits = Limits { max_new_tokens: arguments.max_new_tokens, stop: text.eos_ids().to_vec() };
     let sampling = arguments.sampling.sampling();
     let mut session = Session::new(&loaded.model);
-    let (_, ended) = stream(&mut session, text, &prompt, &limits, sampling, terminal)?;
-    warn_if_full(ended, &loaded, terminal);
+    let (_, outcome) = stream(&mut session, text, &prompt, &limits, sampling, terminal)?;
+    warn_if_full(outcome.ended, &loaded, terminal);
+    say_pace(&outcome, terminal);
     Ok(())
+}
+
+fn say_pace(outcome: &Outcome, terminal: &Terminal) {
+    let Outcome { prompt, decoding, .. } = outcome;
+    if prompt.tokens == 0 {
+        return;
+    }
+    let mut summary = format!("{} tokens of prompt, {:.0} tokens/s", prompt.tokens, prompt.per_second());
+    if decoding.tokens > 0 {
+        summary += &format!("; {} decoded, {:.1} tokens/s", decoding.tokens, decoding.per_second());
+    }
+    terminal.say(format_args!("{summary}"));
 }
 
 /// What is said of a prompt that goes through the template all the same.
@@ -63,10 +76,10 @@ fn stream(
     limits: &Limits,
     sampling: Sampling,
     terminal: &mut Terminal,
-) -> Result<(String, Ended)> {
+) -> Result<(String, Outcome)> {
     let mut decoder = text.decode_stream(true);
     let mut answer = String::new();
-    let ended = session.generate(prompt, limits, sampling, |token| {
+    let outcome = session.generate(prompt, limits, sampling, |token| {
         let piece = decoder.push(token)?;
         terminal.write(format_args!("{piece}"))?;
         answer.push_str(&piece);
@@ -75,7 +88,7 @@ fn stream(
     let rest = decoder.finish()?;
     terminal.write(format_args!("{rest}\n"))?;
     answer.push_str(&rest);
-    Ok((answer, ended))
+    Ok((answer, outcome))
 }
 
 fn warn_if_full(ended: Ended, loaded: &Loaded, terminal: &Terminal) {
@@ -111,8 +124,8 @@ pub(super) fn chat(arguments: &Chat, terminal: &mut Terminal) -> Result<()> {
         messages.push(Message::new(Role::User, line));
         let Some(prompt) = fitting(&mut messages, text, most, &limits, terminal)? else { continue };
         let sampling = arguments.sampling.sampling();
-        let (content, ended) = stream(&mut session, text, &prompt, &limits, sampling, terminal)?;
-        warn_if_full(ended, &loaded, terminal);
+        let (content, outcome) = stream(&mut session, text, &prompt, &limits, sampling, terminal)?;
+        warn_if_full(outcome.ended, &loaded, terminal);
         messages.push(Message::new(Role::Assistant, content));
     }
     Ok(())

@@ -4,10 +4,15 @@ mod sampling;
 
 pub use sampling::Sampling;
 
+use std::time::{Duration, Instant};
+
 use crate::error::{Error, Result};
 use crate::model::{Cache, Decoder};
 
 use sampling::Sampler;
+
+/// Tokens of a prompt that are computed at once: activations of more would only take memory.
+const PIECE: usize = 1024;
 
 /// A conversation with a model: what it has seen stays in the cache.
 #[derive(Debug)]
@@ -40,6 +45,34 @@ pub enum Ended {
     Context,
 }
 
+/// What came of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outcome {
+    /// Why it ended.
+    pub ended: Ended,
+    /// The prompt, as far as it had not been seen before, up to the first token.
+    pub prompt: Pace,
+    /// The tokens after the first one.
+    pub decoding: Pace,
+}
+
+/// Tokens, and the time that they took.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Pace {
+    /// How many the model has seen.
+    pub tokens: usize,
+    /// By the clock.
+    pub time: Duration,
+}
+
+impl Pace {
+    /// Tokens per second; zero of none.
+    #[must_use]
+    pub fn per_second(&self) -> f64 {
+        self.tokens as f64 / self.time.as_secs_f64().max(1e-9)
+    }
+}
+
 impl<'a> Session<'a> {
     /// A session that has seen nothing.
     #[must_use]
@@ -55,7 +88,7 @@ impl<'a> Session<'a> {
         limits: &Limits,
         sampling: Sampling,
         mut on_token: impl FnMut(u32) -> Result<bool>,
-    ) -> Result<Ended> {
+    ) -> Result<Outcome> {
         let most = self.model.config().max_position_embeddings;
         if prompt.is_empty() {
             return Err(
@@ -66,32 +99,54 @@ impl<'a> Session<'a> {
             let len = prompt.len();
             return Err(Error::request(format!("the prompt has {len} tokens, and the model sees {most}")));
         }
-        if prompt.len() <= self.seen.len() || !prompt.starts_with(&self.seen) {
-            self.cache = self.model.new_cache();
-            self.seen.clear();
-        }
+        let same = prompt.iter().zip(&self.seen).take_while(|(new, seen)| new == seen).count();
+        // The last one is always computed: what follows it is asked for.
+        self.seen.truncate(same.min(prompt.len() - 1));
+        self.cache.truncate(self.seen.len());
         let mut sampler = Sampler::new(sampling);
         let mut next = prompt[self.seen.len()..].to_vec();
-        for _ in 0..limits.max_new_tokens {
-            let hidden = self.model.forward_cached(&next, &mut self.cache)?.hidden;
+        let mut outcome = Outcome { ended: Ended::Limit, prompt: Pace::default(), decoding: Pace::default() };
+        for step in 0..limits.max_new_tokens {
+            let start = Instant::now();
+            let logits = self.logits(&next)?;
+            let pace = if step == 0 { &mut outcome.prompt } else { &mut outcome.decoding };
+            pace.tokens += next.len();
             self.seen.append(&mut next);
-            let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?; // [1, hidden]
-            let logits = self.model.logits(&last)?.squeeze(0)?.to_vec1::<f32>()?;
-            if logits.iter().any(|logit| logit.is_nan()) {
-                return Err(Error::invalid("the model's logits are NaN"));
-            }
             let token = sampler.next(logits, &self.seen);
+            pace.time += start.elapsed();
             if limits.stop.contains(&token) {
-                return Ok(Ended::Stop);
+                outcome.ended = Ended::Stop;
+                break;
             }
             if !on_token(token)? {
-                return Ok(Ended::Caller);
+                outcome.ended = Ended::Caller;
+                break;
             }
             if self.seen.len() + 1 >= most {
-                return Ok(Ended::Context);
+                outcome.ended = Ended::Context;
+                break;
             }
             next = vec![token];
         }
-        Ok(Ended::Limit)
+        Ok(outcome)
+    }
+
+    /// Those of the token after `next`, which follow what has been seen.
+    fn logits(&mut self, next: &[u32]) -> Result<Vec<f32>> {
+        // On a thread of the pool: hundreds of small products for a token would each wait until one has taken it over.
+        let logits = rayon::scope(|_| -> Result<Vec<f32>> {
+            let (before, last) = next.split_at((next.len() - 1) / PIECE * PIECE);
+            for piece in before.chunks(PIECE) {
+                self.model.forward_cached(piece, &mut self.cache)?;
+            }
+            let hidden = self.model.forward_cached(last, &mut self.cache)?.hidden;
+            let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?; // [1, hidden]
+            Ok(self.model.logits(&last)?.squeeze(0)?.to_vec1()?)
+        })?;
+        // All of them are looked at, which is faster than to stop at the first.
+        if logits.iter().fold(false, |any, logit| any | logit.is_nan()) {
+            return Err(Error::invalid("the model's logits are NaN"));
+        }
+        Ok(logits)
     }
 }

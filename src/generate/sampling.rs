@@ -8,7 +8,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 pub struct Sampling {
     /// Logits are divided by it; 0 takes the most probable token.
     pub temperature: f64,
-    /// Only so many of the most probable tokens are left; `None`: all.
+    /// Only so many of the most probable tokens are left, and those as probable as the last of them; `None`: all.
     pub top_k: Option<usize>,
     /// Only the most probable tokens that together reach this probability are left; 1: all.
     pub top_p: f64,
@@ -42,18 +42,9 @@ impl Sampler {
         if self.sampling.temperature <= 0.0 {
             return most_probable(&logits);
         }
-        let candidates = candidates(&logits, &self.sampling);
         // 53 bits, as a double has them.
         let draw = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let total: f64 = candidates.iter().map(|(_, p)| p).sum();
-        let mut left = draw * total;
-        for (token, probability) in &candidates {
-            left -= probability;
-            if left < 0.0 {
-                return *token;
-            }
-        }
-        candidates.last().map_or(0, |(token, _)| *token)
+        drawn(&logits, &self.sampling, draw)
     }
 }
 
@@ -61,52 +52,118 @@ fn penalize(logits: &mut [f32], seen: &[u32], penalty: f32) {
     if penalty == 1.0 {
         return;
     }
-    let mut seen = seen.to_vec();
-    seen.sort_unstable();
-    seen.dedup();
+    let mut is_done = vec![false; logits.len()];
     for token in seen {
-        if let Some(logit) = logits.get_mut(token as usize) {
+        let Some(logit) = logits.get_mut(*token as usize) else { continue };
+        if !std::mem::replace(&mut is_done[*token as usize], true) {
             *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
         }
     }
 }
 
 fn most_probable(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (token, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = token;
+    /// As many side by side as the compiler makes vectors of.
+    const LANES: usize = 64;
+
+    let larger = |x: f32, y: f32| if y > x { y } else { x };
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in whole {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, *logit);
         }
     }
-    best as u32
+    let highest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    logits.iter().position(|logit| *logit == highest).unwrap_or(0) as u32
 }
 
-/// What is left after top-k and top-p, most probable first, with probabilities that do not add up to one.
-fn candidates(logits: &[f32], sampling: &Sampling) -> Vec<(u32, f64)> {
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let by_logit =
-        |x: &u32, y: &u32| logits[*y as usize].total_cmp(&logits[*x as usize]).then_with(|| x.cmp(y));
-    let most = sampling.top_k.unwrap_or(order.len()).clamp(1, order.len());
-    if most < order.len() {
-        order.select_nth_unstable_by(most - 1, by_logit);
-        order.truncate(most);
+/// The token that `draw`, a share of one, falls on among what is left after top-k and top-p, most probable first.
+fn drawn(logits: &[f32], sampling: &Sampling, draw: f64) -> u32 {
+    let mut ranking = Ranking::new(logits, sampling);
+    let mut mass = ranking.total;
+    if sampling.top_p < 1.0 {
+        // What is left is the shortest beginning that reaches that share.
+        mass = 0.0;
+        let mut rank = 0;
+        while let Some((_, probability)) = ranking.at(rank) {
+            mass += probability;
+            rank += 1;
+            if mass >= sampling.top_p * ranking.total {
+                break;
+            }
+        }
+        ranking.order.truncate(rank);
     }
-    order.sort_unstable_by(by_logit);
-    let highest = f64::from(logits[order[0] as usize]);
-    let mut kept: Vec<(u32, f64)> = order
-        .into_iter()
-        .map(|token| (token, ((f64::from(logits[token as usize]) - highest) / sampling.temperature).exp()))
-        .collect();
-    let total: f64 = kept.iter().map(|(_, p)| p).sum();
-    let mut reached = 0.0;
-    let enough = kept.iter().position(|(_, p)| {
-        reached += p / total;
-        reached >= sampling.top_p
-    });
-    if let Some(last) = enough {
-        kept.truncate(last + 1);
+    let (mut left, mut last) = (draw * mass, 0);
+    for rank in 0.. {
+        let Some((token, probability)) = ranking.at(rank) else { break };
+        (left, last) = (left - probability, token);
+        if left < 0.0 {
+            break;
+        }
     }
-    kept
+    last
+}
+
+/// Tokens from the most probable on, sorted as far as anybody asks: a vocabulary is large, and few tokens of it are probable.
+struct Ranking<'a> {
+    logits: &'a [f32],
+    order: Vec<u32>,
+    sorted: usize,
+    highest: f64,
+    temperature: f64,
+    /// The sum of all probabilities, which are not scaled to add up to one.
+    total: f64,
+}
+
+impl<'a> Ranking<'a> {
+    fn new(logits: &'a [f32], sampling: &Sampling) -> Self {
+        let order: Vec<u32> = (0..logits.len() as u32).collect();
+        let temperature = sampling.temperature;
+        let mut ranking = Self { logits, order, sorted: 0, highest: 0.0, temperature, total: 0.0 };
+        if let Some(most) = sampling.top_k.filter(|most| *most < logits.len()) {
+            let most = most.max(1);
+            ranking.sort_up_to(most);
+            let least = logits[ranking.order[most - 1] as usize];
+            let mut behind = ranking.order.split_off(most);
+            behind.retain(|token| logits[*token as usize] == least);
+            ranking.order.append(&mut behind);
+        }
+        ranking.highest = f64::from(logits[most_probable(logits) as usize]);
+        ranking.total = ranking.order.iter().map(|token| ranking.probability(*token)).sum();
+        ranking
+    }
+
+    fn probability(&self, token: u32) -> f64 {
+        ((f64::from(self.logits[token as usize]) - self.highest) / self.temperature).exp()
+    }
+
+    /// The token at a rank and its probability.
+    fn at(&mut self, rank: usize) -> Option<(u32, f64)> {
+        if rank >= self.sorted {
+            self.sort_up_to((8 * rank).max(64));
+        }
+        self.order.get(rank).map(|token| (*token, self.probability(*token)))
+    }
+
+    /// Tokens in front of `end` are sorted; `end` may lie behind the last.
+    fn sort_up_to(&mut self, end: usize) {
+        let end = end.min(self.order.len());
+        if end <= self.sorted {
+            return;
+        }
+        let by_logit = |x: &u32, y: &u32| {
+            let [x_logit, y_logit] = [x, y].map(|token| self.logits[*token as usize]);
+            y_logit.total_cmp(&x_logit).then_with(|| x.cmp(y))
+        };
+        let behind = &mut self.order[self.sorted..];
+        let count = end - self.sorted;
+        if count < behind.len() {
+            behind.select_nth_unstable_by(count - 1, by_logit);
+        }
+        behind[..count].sort_unstable_by(by_logit);
+        self.sorted = end;
+    }
 }
 
 #[cfg(test)]
@@ -143,6 +200,88 @@ mod tests {
         assert_eq!(highest(Sampling { top_k: Some(2), ..hot }), 1);
         assert_eq!(highest(Sampling { top_p: 0.75, ..hot }), 1);
         assert_eq!(highest(Sampling { top_p: 0.4, ..hot }), 0);
+    }
+
+    /// What transformers 5.23 leaves and how probable it is, with each warper where its value is not neutral:
+    ///
+    /// ```python
+    /// x = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[0, 4, 0]]), logits)
+    /// x = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(k)(None, TemperatureLogitsWarper(t)(None, x)))
+    /// x.softmax(-1)
+    /// ```
+    #[test]
+    fn shares_of_tokens_are_those_of_transformers() {
+        const DRAWS: usize = 20_000;
+
+        let logits = [2.0, 1.0, 1.0, 0.5, -0.25, -1.0, 0.75, 1.0];
+        for (repetition_penalty, temperature, top_k, top_p, expected) in [
+            (1.0, 1.0, None, 1.0, [0.36121, 0.13288, 0.13288, 0.0806, 0.03807, 0.01798, 0.10349, 0.13288]),
+            (1.5, 0.7, None, 1.0, [0.26846, 0.16675, 0.16675, 0.08163, 0.02339, 0.00958, 0.11667, 0.16675]),
+            (1.0, 1.0, Some(2), 1.0, [0.47537, 0.17488, 0.17488, 0.0, 0.0, 0.0, 0.0, 0.17488]),
+            (1.0, 1.3, Some(5), 0.85, [0.41839, 0.19387, 0.19387, 0.0, 0.0, 0.0, 0.0, 0.19387]),
+            (1.3, 0.8, Some(6), 0.9, [0.3444, 0.17569, 0.17569, 0.0, 0.0, 0.0, 0.12854, 0.17569]),
+            (1.0, 1.0, None, 0.3, [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+        ] {
+            let sampling = Sampling { temperature, top_k, top_p, repetition_penalty, seed: 0 };
+            let mut penalized = logits.to_vec();
+            penalize(&mut penalized, &[0, 4, 0], repetition_penalty as f32);
+            let mut counts = [0; 8];
+            for i in 0..DRAWS {
+                counts[drawn(&penalized, &sampling, (i as f64 + 0.5) / DRAWS as f64) as usize] += 1;
+            }
+            for (count, expected) in counts.into_iter().zip(expected) {
+                let share = f64::from(count) / DRAWS as f64;
+                assert!((share - expected).abs() < 2.0 / DRAWS as f64, "{sampling:?}: {counts:?}");
+            }
+        }
+    }
+
+    /// Everything sorted, everything divided by the sum: as one would write it down.
+    fn drawn_from_all(logits: &[f32], sampling: &Sampling, draw: f64) -> u32 {
+        let mut all: Vec<(u32, f64)> = logits
+            .iter()
+            .enumerate()
+            .map(|(i, l)| (i as u32, f64::from(*l) / sampling.temperature))
+            .collect();
+        all.sort_by(|x, y| y.1.total_cmp(&x.1));
+        all.truncate(sampling.top_k.unwrap_or(all.len()));
+        let highest = all[0].1;
+        all.iter_mut().for_each(|(_, p)| *p = (*p - highest).exp());
+        let total: f64 = all.iter().map(|(_, p)| p).sum();
+        let mut reached = 0.0;
+        let kept = all.iter().take_while(|(_, p)| {
+            let is_kept = reached < sampling.top_p * total;
+            reached += p;
+            is_kept
+        });
+        let kept: Vec<_> = kept.copied().collect();
+        let mut left = draw * kept.iter().map(|(_, p)| p).sum::<f64>();
+        for (token, p) in &kept {
+            left -= p;
+            if left < 0.0 {
+                return *token;
+            }
+        }
+        kept[kept.len() - 1].0
+    }
+
+    #[test]
+    fn draws_from_a_large_vocabulary_are_those_of_the_sorted_whole() {
+        let mut random = ChaCha8Rng::seed_from_u64(5);
+        let mut uniform = || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        for round in 0..200 {
+            let spread = [0.1, 2.0, 12.0][round % 3];
+            let logits: Vec<f32> = (0..3000).map(|_| (spread * uniform()) as f32).collect();
+            let top_k = [None, Some(1), Some(700)][round / 3 % 3];
+            let top_p = [1.0, 0.9, 0.2][round / 9 % 3];
+            let sampling = Sampling { temperature: 0.7, top_k, top_p, ..Sampling::default() };
+            let draw = uniform();
+            assert_eq!(
+                drawn(&logits, &sampling, draw),
+                drawn_from_all(&logits, &sampling, draw),
+                "{sampling:?}"
+            );
+        }
     }
 
     #[test]

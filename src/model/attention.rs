@@ -2,7 +2,8 @@
 
 use candle_core::Tensor;
 
-use super::linear::Linear;
+use super::cache::KeyValues;
+use super::linear::{Linear, both};
 use super::norm::Norm;
 use crate::error::Result;
 use crate::ops::attention::{self, Heads};
@@ -49,9 +50,6 @@ impl Saved {
     }
 }
 
-/// Rotated keys and values of one layer, `[past, kv_heads * head_dim]`.
-pub(super) type KeyValues = Option<(Tensor, Tensor)>;
-
 impl Attention {
     /// `[tokens, hidden] -> [tokens, hidden]`. With a cache, keys and values are appended to it and all of it is seen.
     pub(super) fn forward(
@@ -61,9 +59,9 @@ impl Attention {
         pass: &Pass<'_>,
         cache: Option<&mut KeyValues>,
     ) -> Result<(Tensor, Saved)> {
-        let (mut q, q_saved) = self.q.forward(x, pass)?; // [tokens, heads * d]
-        let (mut k, k_saved) = self.k.forward(x, pass)?; // [tokens, kv_heads * d]
-        let (mut v, v_saved) = self.v.forward(x, pass)?; // [tokens, kv_heads * d]
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(|linear| move || linear.forward(x, pass));
+        // [tokens, heads * d] and twice [tokens, kv_heads * d]
+        let ((mut q, q_saved), ((mut k, k_saved), (mut v, v_saved))) = both(x, q, || both(x, k, v))?;
         let mut norms_saved = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             let (new_q, q_norm_saved) = q_norm.forward(&self.per_head(&q)?)?; // [tokens * heads, d]
@@ -73,10 +71,7 @@ impl Attention {
         }
         (q, k) = (rotary::forward(q, angles)?, rotary::forward(k, angles)?);
         if let Some(cache) = cache {
-            if let Some((past_k, past_v)) = cache.take() {
-                (k, v) = (Tensor::cat(&[past_k, k], 0)?, Tensor::cat(&[past_v, v], 0)?);
-            }
-            *cache = Some((k.clone(), v.clone()));
+            (k, v) = cache.append(&k, &v)?; // [past + tokens, kv_heads * d]
         }
         let (mixed, attention) = attention::forward(q, k, v, &self.heads, pass.documents)?;
         let (y, o) = self.o.forward(&mixed, pass)?; // [tokens, hidden]

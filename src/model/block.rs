@@ -2,7 +2,8 @@
 
 use candle_core::Tensor;
 
-use super::attention::{self, Attention, KeyValues};
+use super::attention::{self, Attention};
+use super::cache::KeyValues;
 use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
 use super::norm::Norm;

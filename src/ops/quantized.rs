@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::kernel::{Element, Fill, Kind, PART, Values, dispatch, for_rows, to_tensor};
+use super::kernel::{Element, Fill, Kind, PART, Row, Values, dispatch, for_rows, to_tensor};
 use crate::error::{Context, Error, Result};
 
 /// Bytes that a weight is read from for as long as it lives.
@@ -121,25 +121,27 @@ impl Quantized {
     /// `x W^T` for a row or two of `x`, `[m, out]` in f32: blocks are read once for each of them, so that the memory sets
     /// the pace.
     pub(super) fn product_of_few(&self, x: &Tensor) -> Result<Tensor> {
+        let m = x.dim(0)?;
         let x = x.to_dtype(self.dtype)?.contiguous()?;
         if self.dtype == DType::BF16 {
-            let x = Values::<bf16>::of(&x)?;
-            return self.dots(&x, |row, x| self.kind.dot_narrow(row, x));
+            let rows: Vec<Row> = Values::<bf16>::of(&x)?.chunks_exact(self.columns).map(Row::new).collect();
+            return self.dots(m, |i, blocks| self.kind.dot_narrow(blocks, &rows[i]));
         }
         let x = Values::<f32>::of(&x)?;
-        self.dots(&x, |row, x| self.kind.dot(row, x))
+        let x: &[f32] = &x;
+        self.dots(m, |i, blocks| self.kind.dot(blocks, &x[i * self.columns..][..self.columns]))
     }
 
-    fn dots<T: Sync>(&self, x: &[T], dot: impl Fn(&[u8], &[T]) -> f32 + Sync) -> Result<Tensor> {
-        /// Values of the result in a task.
-        const TASK: usize = 64;
+    /// `dot(i, row)` for each of `m` rows on the left and each row of blocks, `[m, out]`.
+    fn dots(&self, m: usize, dot: impl Fn(usize, &[u8]) -> f32 + Sync) -> Result<Tensor> {
+        /// Values of the result in a task: few, so that threads end together.
+        const TASK: usize = 16;
 
-        let m = x.len() / self.columns;
         let mut y = vec![0f32; m * self.rows];
-        for (x, y) in x.chunks_exact(self.columns).zip(y.chunks_exact_mut(self.rows)) {
+        for (i, y) in y.chunks_exact_mut(self.rows).enumerate() {
             y.par_chunks_mut(TASK).enumerate().for_each(|(task, y)| {
-                for (i, y) in y.iter_mut().enumerate() {
-                    *y = dot(self.row(task * TASK + i), x);
+                for (j, y) in y.iter_mut().enumerate() {
+                    *y = dot(i, self.row(task * TASK + j));
                 }
             });
         }

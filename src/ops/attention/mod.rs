@@ -6,6 +6,7 @@
 //! `i` stands at position `start + i`, and `keys = start + tokens`.
 
 mod backward;
+mod decode;
 mod forward;
 
 use std::ops::Range;
@@ -17,6 +18,7 @@ use super::kernel::{Element, Matrix, dispatch, vectorized};
 use super::{Documents, Op, differentiate};
 use crate::error::Result;
 use backward::backward_blocks;
+use decode::forward_one;
 use forward::forward_blocks;
 
 /// Heads and what a query sees.
@@ -55,7 +57,10 @@ pub fn forward(
 ) -> Result<(Tensor, Saved)> {
     let _time = Op::Attention.begin();
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
-    let (o, logsumexp) = if q.device().is_cpu() {
+    let (o, logsumexp) = if q.device().is_cpu() && documents.num_tokens() == 1 && documents.start() > 0 {
+        // Behind a cache nothing is trained, so nothing is kept for it.
+        (dispatch!(q.dtype(), forward_one(&q, &k, &v, heads, documents.start()))?, Vec::new())
+    } else if q.device().is_cpu() {
         dispatch!(q.dtype(), forward_blocks(&q, &k, &v, heads, documents))?
     } else {
         (reference(&q, &k, &v, heads, documents)?, Vec::new())

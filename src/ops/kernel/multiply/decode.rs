@@ -19,8 +19,8 @@ use super::out::{Crew, Out};
 use super::path::Path;
 use super::target::Target;
 
-/// Columns of a task.
-const TASK: usize = 64;
+/// Columns of a task: few, so that threads end together.
+const TASK: usize = 32;
 /// Weight rows at once.
 const LINES: usize = 4;
 

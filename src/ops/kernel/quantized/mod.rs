@@ -5,6 +5,8 @@
 //! set of instructions that is worth it and chosen when the program runs.
 
 mod dots;
+#[cfg(target_arch = "x86_64")]
+mod integers;
 mod large;
 mod small;
 
@@ -97,9 +99,37 @@ impl Kind {
         with_format!(self, wide(row, x))
     }
 
-    /// As [`dot`](Self::dot) with values rounded to bf16; sums are in f32.
-    pub(crate) fn dot_narrow(self, row: &[u8], x: &[bf16]) -> f32 {
-        with_format!(self, narrow(row, x))
+    /// As [`dot`](Self::dot) in bf16: sums are in f32, and values are rounded to bf16 or taken as they are.
+    pub(crate) fn dot_narrow(self, row: &[u8], x: &Row) -> f32 {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(sum) = integers::dot(self, row, x) {
+            return sum;
+        }
+        with_format!(self, narrow(row, &x.narrow))
+    }
+}
+
+/// A row of bf16 that is multiplied with many rows of blocks, and what is wanted of it each time.
+pub(crate) struct Row {
+    narrow: Vec<bf16>,
+    #[cfg(target_arch = "x86_64")]
+    wide: Vec<f32>,
+    /// Of each part.
+    #[cfg(target_arch = "x86_64")]
+    sums: Vec<f32>,
+}
+
+impl Row {
+    pub(crate) fn new(values: &[bf16]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
+        Self {
+            narrow: values.to_vec(),
+            #[cfg(target_arch = "x86_64")]
+            sums: wide.chunks(PART).map(|part| part.iter().sum()).collect(),
+            #[cfg(target_arch = "x86_64")]
+            wide,
+        }
     }
 }
 

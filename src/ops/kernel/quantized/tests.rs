@@ -75,7 +75,8 @@ fn every_format_is_what_candle_dequantizes() {
 
 #[test]
 fn dots_are_those_of_the_values() {
-    fn check<F: Format + Copy>(format: F, row: &[u8], x: &[bf16], values: &[f32], what: &str) {
+    fn check<F: Format + Copy>(format: F, kind: Kind, row: &[u8], x: &[bf16], values: &[f32]) {
+        let what = format!("{kind:?}");
         let exact = |x: &dyn Fn(usize) -> f32, w: &dyn Fn(f32) -> f32| -> (f64, f64) {
             let products = values.iter().enumerate().map(|(i, v)| f64::from(x(i)) * f64::from(w(*v)));
             products.fold((0.0, 0.0), |(sum, all), product| (sum + product, all + product.abs()))
@@ -84,19 +85,26 @@ fn dots_are_those_of_the_values() {
         let (expected, all) = exact(&|i| wide_x[i], &|w| w);
         let found = f64::from(wide(format, row, &wide_x));
         assert!((found - expected).abs() <= 1e-6 * all, "{what}: {found} for {expected}");
+        let (unrounded, _) = exact(&|i| x[i].to_f32(), &|w| w);
+        let found = f64::from(kind.dot_narrow(row, &Row::new(x)));
         let (expected, all) = exact(&|i| x[i].to_f32(), &|w| bf16::from_f32(w).to_f32());
+        let off = (found - unrounded).abs().min((found - expected).abs());
+        assert!(off <= 1e-6 * all, "{what} in bf16: {found} for {unrounded} or {expected}");
         for found in [narrow(format, row, x), rounded(format, row, x)].map(f64::from) {
             assert!((found - expected).abs() <= 1e-6 * all, "{what} in bf16: {found} for {expected}");
         }
     }
-    for dtype in ALL {
-        let columns = 5 * 256;
+    // As many blocks of 32 as are taken at once, and more, and less.
+    for (dtype, columns) in
+        ALL.into_iter().flat_map(|dtype| [5 * 256, 7 * 256].map(|columns| (dtype, columns)))
+    {
+        let columns = if dtype.block_size() == 32 { columns - 32 } else { columns };
         let row = blocks(dtype, columns / dtype.block_size());
         let x: Vec<bf16> = (0..columns).map(|i| bf16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0)).collect();
         let kind = Kind::of(dtype).unwrap();
         let mut values = vec![0.0; columns];
         kind.fill(&row, 0, &mut values);
-        with_format!(kind, check(&row, &x, &values, &format!("{dtype:?}")));
+        with_format!(kind, check(kind, &row, &x, &values));
     }
 }
 
