@@ -45,7 +45,7 @@ struct Arguments {
     targets: String,
     #[arg(long, default_value_t = 8)]
     steps: u64,
-    /// Tokens computed at once; 1024 in bf16 and 512 in f32 unless told
+    /// Tokens computed at once; 1024 unless told
     #[arg(long)]
     piece: Option<usize>,
     /// none or block
@@ -86,7 +86,7 @@ fn main() -> Result<()> {
     let trainables = attach(model.linears_mut(), &placements.placements, &first, arguments.dropout, 0)?;
 
     let batch = random_batch(arguments.batch, arguments.length, base.config().vocab_size);
-    let piece = arguments.piece.unwrap_or(if dtype == DType::BF16 { 1024 } else { 512 });
+    let piece = arguments.piece.unwrap_or(1024);
     let pieces = batch.pieces(piece);
     let documents = Documents::new(pieces[0].offsets.clone(), pieces[0].documents.clone());
     model.forward(&pieces[0].tokens, &documents)?;

@@ -1,12 +1,12 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use peft::model::config::Projection;
 use peft::model::footprint::{Piece, TrainedParts};
 use peft::model::{DecoderConfig, family};
 use peft::recipe::{Memory, Needs, RecomputeChoice};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::place::Place;
 
@@ -162,7 +162,7 @@ fn large_place(model: &str, train: &str) -> Place {
     let recipe = format!(
         "task = \"finetune\"\noutput = \"run\"\nmodel = {{ source = \"model\", dtype = \"{model}\" }}\n\
          data = {{ train = [{{ path = \"stories.jsonl\" }}], eval_share = 0.1, max_length = 512, train_on = \"all\" }}\n\
-         train = {{ steps = 3, batch_size = 6, {train} }}\n"
+         train = {{ steps = 2, batch_size = 4, {train} }}\n"
     );
     let adapter =
         if train.contains("full") { "" } else { "adapter = { rank = 8, targets = \"all-linear\" }\n" };
@@ -175,6 +175,56 @@ fn peft(place: &Place, arguments: &[&str]) -> (i32, String, String) {
     let output = place.command(arguments).env("RAYON_NUM_THREADS", "2").output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// A model of 14 million parameters in `model`, which is more than what a process takes by itself.
+fn larger_model(place: &Place) {
+    let path = place.path("model/config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for (key, value) in [
+        ("hidden_size", 512),
+        ("intermediate_size", 1536),
+        ("num_hidden_layers", 4),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("head_dim", 64),
+    ] {
+        config[key] = json!(value);
+    }
+    fs::write(&path, config.to_string()).unwrap();
+    let tensors: HashMap<String, Tensor> = family::read(&config)
+        .unwrap()
+        .tensors()
+        .into_iter()
+        .map(|(name, shape)| (name, Tensor::rand(-0.05f32, 0.05, shape, &Device::Cpu).unwrap()))
+        .collect();
+    candle_core::safetensors::save(&tensors, place.path("model/model.safetensors")).unwrap();
+}
+
+#[test]
+fn a_run_takes_what_was_predicted() {
+    let mut lines = Vec::new();
+    for (dtype, train) in [
+        ("f32", "checkpoint = \"none\""),
+        ("f32", "checkpoint = \"block\""),
+        ("bf16", "checkpoint = \"none\""),
+        ("f32", "full = true"),
+    ] {
+        let place = large_place(dtype, train);
+        larger_model(&place);
+        let (exit, report, said) = peft(&place, &["check", "recipe.toml", "--json"]);
+        assert_eq!(exit, 0, "{said}");
+        let report: Value = serde_json::from_str(&report).unwrap();
+        let predicted = report["memory"]["peak_bytes"].as_u64().unwrap();
+        let (exit, _, said) = peft(&place, &["finetune", "recipe.toml", "--log", "silent"]);
+        assert_eq!(exit, 0, "{said}");
+        let metrics = fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+        let lines_of_run = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let shown = lines_of_run.filter_map(|line| line["peak_rss_bytes"].as_u64()).max().unwrap();
+        let share = predicted as f64 / shown as f64;
+        lines.push((share, format!("{dtype}, {train}: {} of {} MiB", predicted / MIB, shown / MIB)));
+    }
+    assert!(lines.iter().all(|(share, _)| (0.9..1.1).contains(share)), "{lines:#?}");
 }
 
 #[test]

@@ -282,5 +282,5 @@ fn gaps(bytes: u64) -> u64 {
 
 /// The program and its libraries, and a tokenizer with that many words: measured.
 fn process_bytes(vocab: usize) -> u64 {
-    (24 << 20) + 700 * vocab as u64
+    (36 << 20) + 450 * vocab as u64
 }
