@@ -269,7 +269,7 @@ impl Walk<'_> {
     fn attention_scratch(&self, index: usize, backward: bool) -> u64 {
         let attention = &self.config.layers[index].attention;
         let (d, size) = (attention.head_dim, self.how.dtype.size_in_bytes());
-        let (rows, of_score) = if backward { (128, 8 + 2 * size) } else { (192, 4 + size) };
+        let (rows, of_score) = (192, if backward { 8 + 2 * size } else { 4 + size });
         let rows = rows.min(self.piece.longest * attention.num_heads / attention.num_kv_heads.max(1));
         (self.how.threads * rows * (self.piece.longest * of_score + d * (size + 4))) as u64
     }

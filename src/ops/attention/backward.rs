@@ -11,11 +11,12 @@ use crate::ops::kernel::{
     Disjoint, Element, Matrix, Values, exp, for_rows, product, sum_of_pairs, to_tensor, vectorized, written,
 };
 
-/// Queries of a block in the backward.
-const BACKWARD_ROWS: usize = 128;
+/// Rows of a block in the backward: queries times the query heads that share a key head.
+const BACKWARD_ROWS: usize = 192;
 
-/// A task is one query head of one document: what it adds to the gradients of its keys and values stays apart until all
-/// heads that share them are done, then it is summed in their order.
+/// As many tasks as query heads for each document: those of one key head take turns with its blocks of queries, in all heads
+/// that share it. What a task adds to the gradients of keys and values stays apart until all are done, then it is summed in
+/// their order.
 pub(super) fn backward_blocks<T: Element>(
     saved: &Saved,
     heads: &Heads,
@@ -27,9 +28,10 @@ pub(super) fn backward_blocks<T: Element>(
     let (os, d_os) = (Values::<T>::of(&saved.o)?, Values::<T>::of(d_o)?);
     let [qs, os, d_os] = [&qs, &os, &d_os].map(|x| Columns::<T>::new(x, heads.num_heads, d));
     let [ks, vs] = [&ks, &vs].map(|x| Columns::<T>::new(x, heads.num_kv_heads, d));
+    let size = (BACKWARD_ROWS / group).clamp(16, BACKWARD_ROWS);
     let mut tasks: Vec<(Range<usize>, usize)> = documents
         .ranges()
-        .flat_map(|range| (0..heads.num_heads).map(move |head| (range.clone(), head)))
+        .flat_map(|range| (0..heads.num_heads).map(move |part| (range.clone(), part)))
         .collect();
     tasks.sort_by_key(|(range, _)| std::cmp::Reverse(range.len()));
     // `[heads, tokens, d]` each.
@@ -38,51 +40,58 @@ pub(super) fn backward_blocks<T: Element>(
     let compute_all = |dq: &mut [T], dks: &mut [f32], dvs: &mut [f32]| {
         let [dk_parts, dv_parts] = [dks, dvs].map(Disjoint::new);
         let dq = Disjoint::new(dq);
-        let compute = |scratch: &mut Scratch<T>, (range, head): &(Range<usize>, usize)| {
-            let (first, len, head, kv_head) = (range.start, range.len(), *head, head / group);
-            let own = (head * tokens + first) * d;
-            // SAFETY: the rows of this document in this head belong to this task alone.
+        let compute = |scratch: &mut Scratch<T>, (range, part_number): &(Range<usize>, usize)| {
+            let (first, len, kv_head) = (range.start, range.len(), part_number / group);
+            let own = (part_number * tokens + first) * d;
+            // SAFETY: the rows of this document in this part belong to this task alone.
             let (dk, dv) = unsafe { (dk_parts.part(own, len * d), dv_parts.part(own, len * d)) };
-            if heads.window.is_some() {
-                dk.fill(0.0);
-                dv.fill(0.0);
-            }
-            // The last block sees all keys, if there is no window: it writes what the others add to.
-            let mut blocks: Vec<Block> = blocks(heads, len, 0, BACKWARD_ROWS).collect();
-            blocks.reverse();
-            for (number, block) in blocks.into_iter().enumerate() {
-                let beta = if number == 0 && heads.window.is_none() { 0.0 } else { 1.0 };
-                let (rows, width) = (block.rows(), block.width());
-                let (queries, keys) = (first + block.from, first + block.low);
-                let (q, d_o) = (qs.head(queries, rows, head), d_os.head(queries, rows, head));
+            let blocks: Vec<Block> = blocks(heads, len, 0, size).collect();
+            // The last block sees most keys, if there is no window: it writes what the others add to.
+            let mut is_first = heads.window.is_none();
+            let seen = blocks.iter().rev().skip(part_number % group).step_by(group);
+            let end = seen.clone().next().filter(|_| is_first).map_or(0, |block| block.high);
+            dk[end * d..].fill(0.0);
+            dv[end * d..].fill(0.0);
+            for block in seen {
+                let beta = if std::mem::take(&mut is_first) { 0.0 } else { 1.0 };
+                let (each, width) = (block.rows(), block.width());
+                let rows = group * each;
+                let token = |row: usize| first + block.from + row % each;
+                let head = |row: usize| kv_head * group + row / each;
+                let keys = first + block.low;
                 let (k, v) = (ks.head(keys, width, kv_head), vs.head(keys, width, kv_head));
+                let [q, d_o] = [(&qs, &mut scratch.q), (&d_os, &mut scratch.d_o)].map(|(all, own)| {
+                    let own = part(own, rows * d);
+                    for (row, own) in own.chunks_exact_mut(d).enumerate() {
+                        own.copy_from_slice(all.row(token(row), head(row)));
+                    }
+                    Matrix::rows(own, rows, d, d)
+                });
                 let scores = part(&mut scratch.scores, rows * width);
                 let dp = part(&mut scratch.slopes, rows * width);
                 product(scores, 0.0, 1.0, q, k.t());
                 product(dp, 0.0, 1.0, d_o, v.t());
                 let (p, ds) = (part(&mut scratch.p, rows * width), part(&mut scratch.ds, rows * width));
                 for row in 0..rows {
-                    let seen = block.seen(row, 0, heads);
-                    let token = queries + row;
-                    let dot = dot(d_os.row(token, head), os.row(token, head));
+                    let (token, head) = (token(row), head(row));
                     let all = row * width..(row + 1) * width;
                     weights_and_slopes(
                         &mut p[all.clone()],
                         &mut ds[all.clone()],
                         &mut scores[all.clone()],
                         &dp[all],
-                        seen,
+                        block.seen(row % each, 0, heads),
                         heads.scale as f32,
                         saved.logsumexp[head * tokens + token],
-                        dot,
+                        dot(d_os.row(token, head), os.row(token, head)),
                     );
                 }
                 let (p, ds) = (Matrix::rows(p, rows, width, width), Matrix::rows(ds, rows, width, width));
                 let out = part(&mut scratch.rows, rows * d);
                 product(out, 0.0, 1.0, ds, k);
                 for (row, out) in out.chunks_exact(d).enumerate() {
-                    // SAFETY: every task writes its own tokens in the columns of its own head.
-                    let dq = unsafe { dq.part(((queries + row) * heads.num_heads + head) * d, d) };
+                    // SAFETY: every task writes its own tokens in the columns of its own heads.
+                    let dq = unsafe { dq.part((token(row) * heads.num_heads + head(row)) * d, d) };
                     scale_into(dq, out, heads.scale as f32);
                 }
                 let keys = block.low * d..block.high * d;
@@ -97,14 +106,14 @@ pub(super) fn backward_blocks<T: Element>(
     });
     let shape = saved.k.dims();
     let (dk, dv) = (
-        sum_of_heads::<T>(&dks, heads, tokens, heads.scale as f32),
-        sum_of_heads::<T>(&dvs, heads, tokens, 1.0),
+        sum_of_parts::<T>(&dks, heads, tokens, heads.scale as f32),
+        sum_of_parts::<T>(&dvs, heads, tokens, 1.0),
     );
     Ok((to_tensor(dq, saved.q.dims())?, to_tensor(dk, shape)?, to_tensor(dv, shape)?))
 }
 
-/// `[heads, tokens, d]` to `[tokens, kv_heads * d]`: query heads of one key head summed in their order, times `scale`.
-fn sum_of_heads<T: Element>(parts: &[f32], heads: &Heads, tokens: usize, scale: f32) -> Vec<T> {
+/// `[heads, tokens, d]` to `[tokens, kv_heads * d]`: the parts of one key head summed in their order, times `scale`.
+fn sum_of_parts<T: Element>(parts: &[f32], heads: &Heads, tokens: usize, scale: f32) -> Vec<T> {
     let (d, group) = (heads.head_dim, heads.group());
     written(tokens * heads.num_kv_heads * d, |sums| {
         for_rows(sums, heads.num_kv_heads * d, |token, row| {

@@ -195,6 +195,7 @@ impl<'a, T: Element> Columns<'a, T> {
 /// Buffers of a task, which grow to what the largest needs.
 struct Scratch<T> {
     q: Vec<T>,
+    d_o: Vec<T>,
     scores: Vec<f32>,
     slopes: Vec<f32>,
     p: Vec<T>,
@@ -207,6 +208,7 @@ impl<T> Default for Scratch<T> {
     fn default() -> Self {
         Self {
             q: Vec::new(),
+            d_o: Vec::new(),
             scores: Vec::new(),
             slopes: Vec::new(),
             p: Vec::new(),

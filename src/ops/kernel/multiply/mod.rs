@@ -135,7 +135,7 @@ fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
     let (left, right) = &sides[0];
     match (left.in_place(), right.in_place()) {
         (Some(_), Some(_)) => m < n && m <= 64,
-        (None, None) if m.min(n) <= 64 => !left.along && !right.along && m > n,
+        (None, None) if m.min(n) <= 32 => !left.along && !right.along && m > n,
         (None, None) => !left.along && !right.along && m < n,
         (None, Some(_)) => true,
         (Some(_), None) => false,
