@@ -3,12 +3,14 @@
     cargo build --release --example bench_train
     python examples/compare_training.py F32_MODEL BF16_MODEL [--runs 3] [--threads 2] [--rank 16] [--targets mlp|all]
         [--batch 4] [--length 512] [--only f32|bf16] [--peers eager,compiled]
+    python examples/compare_training.py --experts 8 [--active 2] ..
 
 Both sides train rank-16 adapters beside gate, up and down on 4 x 512 random tokens without padding, all labelled, with AdamW, and
 take turns on the same machine: ours, then each of the peers, `--runs` times. Prints, as Markdown, the medians over the runs: tokens/s
 (of a run: the median of its steps after two), the highest resident memory, seconds from the start of the process to the end of
 the first forward, and the share of the ceiling: what the step would take if it were only multiply-adds at the rate of the
-faster side's products. Needs torch, transformers and peft; run it when nothing else does.
+faster side's products. With `--experts` the model is a mixture of SmolLM2-135M's size with random weights, in Mixtral's layout,
+that is written to a folder of its own first, and the adapters are on attention and all experts. Needs torch, transformers and peft; run it when nothing else does.
 """
 import argparse
 import json
@@ -17,6 +19,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 BEGIN = time.time()
@@ -26,7 +29,9 @@ BENCH = os.environ.get("BENCH_TRAIN") or os.path.join(
 
 def arguments():
     parser = argparse.ArgumentParser()
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--experts", type=int, default=0)
+    parser.add_argument("--active", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
@@ -52,12 +57,19 @@ def peer(options):
     torch.set_num_threads(options.threads)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[options.peer]
     names = ["gate_proj", "up_proj", "down_proj"]
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if options.targets == "all":
-        names += ["q_proj", "k_proj", "v_proj", "o_proj"]
-    model = AutoModelForCausalLM.from_pretrained(options.models[0], dtype=dtype)
+        names += attention
+    # Of PEFT's and transformers' ways the fastest on this machine for a mixture.
+    how = {"experts_implementation": "grouped_mm"} if options.experts else {}
+    model = AutoModelForCausalLM.from_pretrained(options.models[0], dtype=dtype, **how)
     shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     vocabulary = model.config.vocab_size
-    config = LoraConfig(r=options.rank, lora_alpha=32, target_modules=names, task_type="CAUSAL_LM")
+    parameters = None
+    if options.experts:
+        names, parameters = attention, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=options.rank, lora_alpha=32, target_modules=names, target_parameters=parameters,
+                        task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     model.train()
     if options.compile:
@@ -101,6 +113,20 @@ def timed(f):
     return time.perf_counter() - start
 
 
+def mixture(folder, dtype, options):
+    """A mixture of SmolLM2-135M's size with random weights."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536 // options.experts, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, num_local_experts=options.experts,
+        num_experts_per_tok=options.active, tie_word_embeddings=True, output_router_logits=True,
+        max_position_embeddings=2048, sliding_window=None)
+    MixtralForCausalLM(config).to({"f32": torch.float32, "bf16": torch.bfloat16}[dtype]).save_pretrained(folder)
+
+
 def run(command):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -116,7 +142,7 @@ def ours(model, dtype, options):
 
 def theirs(model, dtype, compiled, options):
     command = [sys.executable, os.path.abspath(__file__), model, "--peer", dtype]
-    for name in ("batch", "length", "rank", "targets", "steps", "threads"):
+    for name in ("batch", "length", "rank", "targets", "steps", "threads", "experts"):
         command += [f"--{name}", str(getattr(options, name))]
     return run(command + (["--compile"] if compiled else []))
 
@@ -127,6 +153,14 @@ def main():
         return peer(options)
     dtypes = [options.only] if options.only else ["f32", "bf16"]
     models = dict(zip(["f32", "bf16"], options.models if len(options.models) > 1 else options.models * 2))
+    if options.experts:
+        options.targets = "all"
+        folder = tempfile.TemporaryDirectory()
+        models = {dtype: os.path.join(folder.name, dtype) for dtype in dtypes}
+        for dtype, path in models.items():
+            mixture(path, dtype, options)
+    elif not models:
+        sys.exit("expected a model, or --experts")
     sides = [(dtype, name) for dtype in dtypes for name in ["ours"] + options.peers.split(",")]
     found = {side: [] for side in sides}
     for _ in range(options.runs):
