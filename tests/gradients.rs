@@ -96,7 +96,7 @@ fn rotary_agrees_and_turns_back() {
     let (tokens, heads, d) = (67, 3, 10);
     let x = random(&[tokens, heads * d], 4);
     let angle = random(&[tokens, d / 2], 5);
-    let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap() };
+    let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap(), head_dim: d };
     let y = rotary::forward(x.copy().unwrap(), &angles).unwrap();
     assert_close("y", &y, &rotary::reference(&x, &angles).unwrap(), 1e-6);
     assert_close("back", &rotary::backward(y, &angles).unwrap(), &x, 1e-6);
@@ -133,7 +133,7 @@ fn linear_with_low_rank_and_dropout_agrees() {
     for (tokens, input, output, rank) in [(1, 1, 1, 1), (9, 33, 17, 5), (70, 64, 48, 16)] {
         for probability in [0.0, 0.3] {
             let documents = Documents::new(vec![0, tokens], vec![3]);
-            let pass = Pass { documents: &documents, dropout_step: Some(4) };
+            let pass = Pass::training(&documents, Some(4));
             let dropout = Dropout { probability, seed: 1, module: 2 };
             let mut trainables = Trainables::new();
             let x = random(&[tokens, input], 10);
@@ -177,7 +177,7 @@ fn layers_with_one_input_add_their_dx_up() {
     let documents = Documents::new(vec![0, 7], vec![3]);
     let x = random(&[7, 12], 10);
     for probability in [0.0, 0.4] {
-        let pass = Pass { documents: &documents, dropout_step: Some(1) };
+        let pass = Pass::training(&documents, Some(1));
         let dropout = |module| Dropout { probability, seed: 1, module };
         let low_rank = |module: u64| LowRank {
             a: Parameter::new("a", &random(&[3, 12], 80 + module)),

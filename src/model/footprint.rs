@@ -222,7 +222,9 @@ impl Walk<'_> {
     fn block(&self, index: usize) -> BlockBytes {
         let hidden = self.config.hidden_size;
         let LayerConfig { attention, feed_forward } = &self.config.layers[index];
-        let FeedForwardConfig::Dense { width, .. } = *feed_forward;
+        let Widths { width, rows, .. } = feed_forward.widths();
+        // What goes to experts is gathered, and what they give is kept to be weighed.
+        let routed = self.values(rows * hidden);
         let (q, kv, heads) = (attention.q_width(), attention.kv_width(), attention.num_heads);
         let values = |width: usize| self.values(width);
         let inner = |projections: &[Projection]| -> u64 {
@@ -231,10 +233,10 @@ impl Walk<'_> {
         let dropped = |width: usize| if self.drops() { values(width) } else { 0 };
 
         // q, k, v and what attention gives, q and k before their norms, the logsumexp; the middle of the residual stream.
-        let head_norms = if attention.qk_norm { values(q + kv) } else { 0 };
+        let head_norms = if attention.qk_norm.is_some() { values(q + kv) } else { 0 };
         let logsumexp = self.wide(heads);
         let of_attention = values(q + 2 * kv + q) + head_norms + logsumexp;
-        let of_feed_forward = values(2 * width);
+        let of_feed_forward = values(2 * width) + routed;
         let inner_of_attention = inner(&[Projection::Q, Projection::K, Projection::V, Projection::O]);
         let inner_of_feed_forward = inner(&[Projection::Gate, Projection::Up, Projection::Down]);
         let all_inner = inner_of_attention + inner_of_feed_forward;
@@ -247,7 +249,8 @@ impl Walk<'_> {
             values(hidden) + of_attention + inner_of_attention + scratch.max(values(hidden) + dropped(q));
         let in_feed_forward = saved + values(hidden); // and what attention has given
         let forward =
-            forward_of_attention.max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden));
+            forward_of_attention.max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden))
+                + 2 * routed;
 
         // `down`: the product again, and its gradient; then the gradients of gate and up.
         let through = if self.drops() { self.wide(width) + self.wide(width) } else { 0 };
@@ -261,7 +264,8 @@ impl Walk<'_> {
         let parts = 2 * self.wide(q) + self.attention_scratch(index, true);
         let in_attention = (values(hidden) + values(q) + parts + values(q + kv))
             .max(values(hidden) + values(q + 2 * kv) + 2 * values(hidden) + through);
-        let backward = down.max(unit).max(towards).max(in_attention.saturating_sub(freed));
+        let in_network = down.max(unit).max(towards) + 3 * routed;
+        let backward = in_network.max(in_attention.saturating_sub(freed));
         BlockBytes { kept, forward, saved, backward }
     }
 
@@ -277,13 +281,16 @@ impl Walk<'_> {
     /// Bytes of the gradients that the backward of a layer leaves, and of the largest.
     fn gradients_of(&self, index: usize) -> (u64, u64) {
         let sizes = self.config.layers[index].linear_sizes(self.config.hidden_size);
-        let sizes = sizes.map(|(projection, out, input)| match self.how.trained {
-            TrainedParts::Everything => (4 * out * input, 4 * out * input),
-            TrainedParts::LowRank { .. } => {
-                let rank = self.rank(index, projection).unwrap_or(0);
-                (4 * rank * (out + input), 4 * rank * out.max(input))
-            }
-        });
+        let sizes: Vec<(usize, usize)> = sizes
+            .into_iter()
+            .map(|(projection, out, input, copies)| match self.how.trained {
+                TrainedParts::Everything => (4 * copies * out * input, 4 * out * input),
+                TrainedParts::LowRank { .. } => {
+                    let rank = self.rank(index, projection).unwrap_or(0);
+                    (4 * copies * rank * (out + input), 4 * rank * out.max(input))
+                }
+            })
+            .collect();
         let all: usize = sizes.iter().map(|(bytes, _)| bytes).sum();
         (all as u64, sizes.iter().map(|(_, largest)| *largest as u64).max().unwrap_or(0))
     }
@@ -326,7 +333,13 @@ impl Walk<'_> {
     }
 
     fn inner(&self, layer: usize, projection: Projection) -> u64 {
-        self.wide(self.rank(layer, projection).unwrap_or(0))
+        let times = match projection {
+            Projection::Gate | Projection::Up | Projection::Down => {
+                self.config.layers[layer].feed_forward.widths().times
+            }
+            _ => 1,
+        };
+        self.wide(times * self.rank(layer, projection).unwrap_or(0))
     }
 
     fn head_dim(&self) -> usize {
@@ -348,19 +361,51 @@ impl Walk<'_> {
     }
 }
 
+/// What a token takes in a feed-forward network.
+struct Widths {
+    /// Neurons.
+    width: usize,
+    /// Rows of the hidden width that are gathered for experts.
+    rows: usize,
+    /// Networks that it goes through.
+    times: usize,
+}
+
+impl FeedForwardConfig {
+    fn widths(&self) -> Widths {
+        match self {
+            Self::Dense { width, .. } => Widths { width: *width, rows: 0, times: 1 },
+            Self::Sparse(moe) => {
+                let shared = moe.shared.map_or(0, |shared| shared.width);
+                let times = moe.active + usize::from(moe.shared.is_some());
+                Widths { width: moe.active * moe.width + shared, rows: moe.active, times }
+            }
+        }
+    }
+}
+
 impl LayerConfig {
-    /// Projection, rows and columns of each linear layer.
-    fn linear_sizes(&self, hidden: usize) -> [(Projection, usize, usize); 7] {
+    /// Projection, rows and columns of each kind of linear layer, and how many there are.
+    fn linear_sizes(&self, hidden: usize) -> Vec<(Projection, usize, usize, usize)> {
         let (q, kv) = (self.attention.q_width(), self.attention.kv_width());
-        let FeedForwardConfig::Dense { width, .. } = self.feed_forward;
-        [
-            (Projection::Q, q, hidden),
-            (Projection::K, kv, hidden),
-            (Projection::V, kv, hidden),
-            (Projection::O, hidden, q),
-            (Projection::Gate, width, hidden),
-            (Projection::Up, width, hidden),
-            (Projection::Down, hidden, width),
-        ]
+        let mut sizes = vec![
+            (Projection::Q, q, hidden, 1),
+            (Projection::K, kv, hidden, 1),
+            (Projection::V, kv, hidden, 1),
+            (Projection::O, hidden, q, 1),
+        ];
+        let networks = match &self.feed_forward {
+            FeedForwardConfig::Dense { width, .. } => vec![(*width, 1)],
+            FeedForwardConfig::Sparse(moe) => {
+                sizes.push((Projection::Router, moe.experts, hidden, 1));
+                std::iter::once((moe.width, moe.experts)).chain(moe.shared.map(|s| (s.width, 1))).collect()
+            }
+        };
+        for (width, copies) in networks {
+            sizes.push((Projection::Gate, width, hidden, copies));
+            sizes.push((Projection::Up, width, hidden, copies));
+            sizes.push((Projection::Down, hidden, width, copies));
+        }
+        sizes
     }
 }

@@ -12,9 +12,13 @@ pub mod family;
 mod feed_forward;
 pub mod footprint;
 mod linear;
+mod load;
+mod moe;
+mod network;
 mod norm;
 mod pretrained;
 mod rotary;
+mod router;
 
 pub use cache::Cache;
 pub use config::DecoderConfig;
@@ -22,3 +26,4 @@ pub use decoder::{Decoder, Output, Recompute, Saved};
 pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use pretrained::Pretrained;
+pub use router::{Routing, Rule};

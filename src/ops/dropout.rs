@@ -119,8 +119,8 @@ fn mix(mut word: u64) -> u64 {
 fn row_keys(dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Vec<u64> {
     let chain = |key: u64, next: u64| mix(key.wrapping_add(GOLDEN) ^ mix(next.wrapping_add(GOLDEN)));
     let run = chain(chain(mix(dropout.seed), dropout.module), step);
-    pass.documents
-        .places()
+    pass.places()
+        .into_iter()
         .map(|(document, position)| chain(chain(run, document), u64::from(position)))
         .collect()
 }
@@ -135,7 +135,7 @@ mod tests {
     const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 7, module: 3 };
 
     fn rows(documents: &Documents) -> Vec<Vec<f32>> {
-        let pass = Pass { documents, dropout_step: Some(5) };
+        let pass = Pass::training(documents, Some(5));
         mask(64, &DROPOUT, 5, &pass).unwrap().to_vec2().unwrap()
     }
 
@@ -161,7 +161,7 @@ mod tests {
     fn applying_is_multiplying_with_the_mask_and_no_step_is_no_dropout() {
         let documents = Documents::new(vec![0, 4], vec![9]);
         let x = Tensor::rand(-1f32, 1.0, (4, 301), &Device::Cpu).unwrap();
-        let pass = Pass { documents: &documents, dropout_step: Some(2) };
+        let pass = Pass::training(&documents, Some(2));
         let expected = (&x * mask(301, &DROPOUT, 2, &pass).unwrap()).unwrap();
         let found = apply(&x, &DROPOUT, &pass).unwrap();
         assert_eq!(found.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());

@@ -50,7 +50,7 @@ fn accumulate(
         return Ok(0.0);
     }
     let documents = Documents::new(batch.offsets.clone(), batch.documents.clone());
-    let pass = Pass { documents: &documents, dropout_step };
+    let pass = Pass::training(&documents, dropout_step);
     let (output, saved) = model.forward_training(&batch.tokens, &pass, recompute, gradients)?;
     let predicting = rows::gather(&output.hidden, &rows)?; // [supervised, hidden]
     let (nll, loss) = cross_entropy::forward(&predicting, model.head(), &targets, scale, gradients)?;

@@ -1,5 +1,11 @@
 //! What a decoder is built from. A family's reader resolves every oddity of its `config.json` into these values.
 
+mod linears;
+mod moe;
+
+pub use linears::{LinearConfig, Projection, Site};
+pub use moe::{Bundle, MoeConfig, MoeNames, PackedTensor, Scoring, SharedConfig};
+
 /// A decoder of any family.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
@@ -17,6 +23,26 @@ pub struct DecoderConfig {
     pub tie_word_embeddings: bool,
     /// The longest sequence the model was made for.
     pub max_position_embeddings: usize,
+    /// What the multipliers of the residual stream are; 1 in most families.
+    pub multipliers: Multipliers,
+    /// Layers in the files behind the last that is computed: made to predict further tokens, and left aside.
+    pub spare_layers: usize,
+}
+
+/// What is scaled on the way from the embedding to the logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Multipliers {
+    /// Of the embedding's rows.
+    pub embedding: f64,
+    /// Of what attention and feed-forward network add to the residual stream.
+    pub residual: f64,
+    /// Of the logits.
+    pub logits: f64,
+}
+
+impl Multipliers {
+    /// Nothing is scaled.
+    pub const NONE: Self = Self { embedding: 1.0, residual: 1.0, logits: 1.0 };
 }
 
 /// One layer: attention, then a feed-forward network.
@@ -43,8 +69,19 @@ pub struct AttentionConfig {
     pub qkv_bias: bool,
     /// Whether o has a bias.
     pub output_bias: bool,
-    /// Whether q and k are normalised per head.
-    pub qk_norm: bool,
+    /// How q and k are normalised.
+    pub qk_norm: Option<QkNorm>,
+    /// What scores are multiplied with, commonly `1 / sqrt(head_dim)`.
+    pub scale: f64,
+}
+
+/// What the norms of q and k go over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head by itself.
+    PerHead,
+    /// All heads together.
+    FullWidth,
 }
 
 /// The feed-forward network of a layer.
@@ -59,6 +96,8 @@ pub enum FeedForwardConfig {
         /// The gate's activation.
         activation: Activation,
     },
+    /// A router, experts, and shared experts beside them.
+    Sparse(MoeConfig),
 }
 
 pub use crate::ops::Activation;
@@ -70,6 +109,8 @@ pub struct RotaryConfig {
     pub theta: f64,
     /// How the frequencies are stretched.
     pub scaling: RotaryScaling,
+    /// The share of a head, from its first column on, that is rotated.
+    pub share: f64,
 }
 
 /// How rotary frequencies are stretched beyond the trained length.
@@ -95,104 +136,7 @@ pub enum RotaryScaling {
     },
 }
 
-/// The seven kinds of linear layer that adapters go to, and the head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Projection {
-    /// Attention query.
-    Q,
-    /// Attention key.
-    K,
-    /// Attention value.
-    V,
-    /// Attention output.
-    O,
-    /// Feed-forward gate.
-    Gate,
-    /// Feed-forward up.
-    Up,
-    /// Feed-forward down.
-    Down,
-    /// The output embedding; never in `all-linear`.
-    Head,
-}
-
-impl Projection {
-    /// The last part of the module's path, as Hugging Face has it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Q => "q_proj",
-            Self::K => "k_proj",
-            Self::V => "v_proj",
-            Self::O => "o_proj",
-            Self::Gate => "gate_proj",
-            Self::Up => "up_proj",
-            Self::Down => "down_proj",
-            Self::Head => "lm_head",
-        }
-    }
-}
-
-/// A linear layer as the configuration knows it, without its weights.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LinearConfig {
-    /// Module path, as Hugging Face has it: `model.layers.0.mlp.gate_proj`.
-    pub path: String,
-    /// The layer it is in; `None` for the head.
-    pub layer: Option<usize>,
-    /// Its place there.
-    pub projection: Projection,
-    /// Rows of the weight.
-    pub out_features: usize,
-    /// Columns of the weight.
-    pub in_features: usize,
-    /// Whether it has a bias.
-    pub bias: bool,
-}
-
 impl DecoderConfig {
-    /// Every linear layer in the order of the forward pass, the head last (also when it is tied): the single door for
-    /// targets, counting, merging and inspection.
-    #[must_use]
-    pub fn linears(&self) -> Vec<LinearConfig> {
-        let mut linears = Vec::with_capacity(self.layers.len() * 7 + 1);
-        let hidden = self.hidden_size;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mut push = |projection: Projection, block: &str, out_features, in_features, bias| {
-                linears.push(LinearConfig {
-                    path: format!("model.layers.{index}.{block}.{}", projection.name()),
-                    layer: Some(index),
-                    projection,
-                    out_features,
-                    in_features,
-                    bias,
-                });
-            };
-            let attention = &layer.attention;
-            let (q, kv) = (attention.q_width(), attention.kv_width());
-            push(Projection::Q, "self_attn", q, hidden, attention.qkv_bias);
-            push(Projection::K, "self_attn", kv, hidden, attention.qkv_bias);
-            push(Projection::V, "self_attn", kv, hidden, attention.qkv_bias);
-            push(Projection::O, "self_attn", hidden, q, attention.output_bias);
-            match layer.feed_forward {
-                FeedForwardConfig::Dense { width, bias, .. } => {
-                    push(Projection::Gate, "mlp", width, hidden, bias);
-                    push(Projection::Up, "mlp", width, hidden, bias);
-                    push(Projection::Down, "mlp", hidden, width, bias);
-                }
-            }
-        }
-        linears.push(LinearConfig {
-            path: "lm_head".to_string(),
-            layer: None,
-            projection: Projection::Head,
-            out_features: self.vocab_size,
-            in_features: hidden,
-            bias: false,
-        });
-        linears
-    }
-
     /// Name and shape of every tensor of the model, in the order of the forward pass; a tied head has none.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
@@ -202,10 +146,14 @@ impl DecoderConfig {
             let path = format!("model.layers.{index}");
             tensors.push((format!("{path}.input_layernorm.weight"), vec![hidden]));
             tensors.push((format!("{path}.post_attention_layernorm.weight"), vec![hidden]));
-            if layer.attention.qk_norm {
-                let head_dim = layer.attention.head_dim;
-                tensors.push((format!("{path}.self_attn.q_norm.weight"), vec![head_dim]));
-                tensors.push((format!("{path}.self_attn.k_norm.weight"), vec![head_dim]));
+            if let Some((q, k)) = layer.attention.qk_norm_widths() {
+                tensors.push((format!("{path}.self_attn.q_norm.weight"), vec![q]));
+                tensors.push((format!("{path}.self_attn.k_norm.weight"), vec![k]));
+            }
+            if let FeedForwardConfig::Sparse(moe) = &layer.feed_forward
+                && moe.selection_bias
+            {
+                tensors.push((moe.selection_bias_path(index), vec![moe.experts]));
             }
         }
         tensors.push(("model.norm.weight".to_string(), vec![hidden]));
@@ -219,6 +167,43 @@ impl DecoderConfig {
             }
         }
         tensors
+    }
+
+    /// The sparse layers: number and network.
+    pub fn sparse_layers(&self) -> impl Iterator<Item = (usize, &MoeConfig)> {
+        self.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.feed_forward {
+            FeedForwardConfig::Sparse(moe) => Some((index, moe)),
+            FeedForwardConfig::Dense { .. } => None,
+        })
+    }
+
+    /// The tensors that other layouts of these weights have, each with those of [`DecoderConfig::tensors`] in it.
+    #[must_use]
+    pub fn packed_tensors(&self) -> Vec<PackedTensor> {
+        self.sparse_layers().flat_map(|(index, moe)| moe.packed_tensors(index, self.hidden_size)).collect()
+    }
+
+    /// Whether a tensor belongs to a layer that is left aside.
+    #[must_use]
+    pub fn is_spare(&self, name: &str) -> bool {
+        let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        let spare = self.layers.len()..self.layers.len() + self.spare_layers;
+        layer.is_some_and(|layer: usize| spare.contains(&layer))
+    }
+
+    /// Whether a tensor is held in f32 whatever the model computes in: what decides on experts.
+    #[must_use]
+    pub fn is_held_in_f32(&self, name: &str) -> bool {
+        let in_layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+        in_layer.is_some_and(|(layer, rest)| {
+            let layer = layer.parse().ok().and_then(|layer: usize| self.layers.get(layer));
+            match layer.map(|layer| &layer.feed_forward) {
+                Some(FeedForwardConfig::Sparse(moe)) => {
+                    rest.strip_prefix(moe.names.router).is_some_and(|rest| rest.starts_with('.'))
+                }
+                _ => false,
+            }
+        })
     }
 
     /// Numbers in all tensors together.
@@ -239,5 +224,14 @@ impl AttentionConfig {
     #[must_use]
     pub fn kv_width(&self) -> usize {
         self.num_kv_heads * self.head_dim
+    }
+
+    /// Values in the weights of the norms of q and k, where there are any.
+    #[must_use]
+    pub fn qk_norm_widths(&self) -> Option<(usize, usize)> {
+        self.qk_norm.map(|norm| match norm {
+            QkNorm::PerHead => (self.head_dim, self.head_dim),
+            QkNorm::FullWidth => (self.q_width(), self.kv_width()),
+        })
     }
 }
