@@ -180,7 +180,8 @@ fn output_names(model: &Pretrained) -> Vec<String> {
 
 /// A tensor as the base has it. Quantized values, which safetensors cannot hold, become f32 unless a type is asked for.
 fn output<'a>(model: &Pretrained, name: String, dtype: Option<DType>) -> Result<Output<'a>> {
-    let info = if model.checkpoint().is_gguf() { model.info(&name)? } else { model.checkpoint().info(&name)? };
+    let info =
+        if model.checkpoint().is_gguf() { model.info(&name)? } else { model.checkpoint().info(&name)? };
     let dtype = match info.dtype {
         StoredType::Float(stored) => Some(dtype.unwrap_or(stored)),
         StoredType::Quantized(_) => Some(dtype.unwrap_or(DType::F32)),

@@ -70,8 +70,7 @@ impl Block {
         saved: Saved,
         angles: &Angles,
         pass: &Pass<'_>,
-        dy: &Tensor,
-        d_logits: Option<&Tensor>,
+        (dy, d_logits): (&Tensor, Option<&Tensor>),
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
@@ -95,8 +94,14 @@ impl Block {
         if self.attention.needs_input(gradients) {
             attention.with_input(|| self.input_norm.value(&input_norm))?;
         }
-        let normalised =
-            self.attention.backward(attention, angles, pass, &self.scaled(dy.clone())?, wants_input_norm, gradients)?;
+        let normalised = self.attention.backward(
+            attention,
+            angles,
+            pass,
+            &self.scaled(dy.clone())?,
+            wants_input_norm,
+            gradients,
+        )?;
         let Some(normalised) = normalised else { return Ok(None) };
         let dx = self.input_norm.backward(&input_norm, &normalised, Some(&dy), gradients)?;
         Ok(wants_dx.then_some(dx))

@@ -222,7 +222,7 @@ impl Decoder {
                 Some(Kept::Nothing) | None => return Ok(()),
             };
             let wants_dx = index > lowest || wants_embedding;
-            match block.backward(saved, &angles, pass, &dx, d_logits.get(&index), wants_dx, gradients)? {
+            match block.backward(saved, &angles, pass, (&dx, d_logits.get(&index)), wants_dx, gradients)? {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::DType;
 
-use super::config::{DecoderConfig, FeedForwardConfig, LayerConfig, Projection};
+use super::config::{DecoderConfig, LayerConfig, Projection, Widths};
 use super::decoder::Recompute;
 use crate::ops::cross_entropy::chunk_rows;
 
@@ -248,9 +248,9 @@ impl Walk<'_> {
         let forward_of_attention =
             values(hidden) + of_attention + inner_of_attention + scratch.max(values(hidden) + dropped(q));
         let in_feed_forward = saved + values(hidden); // and what attention has given
-        let forward =
-            forward_of_attention.max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden))
-                + 2 * routed;
+        let forward = forward_of_attention
+            .max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden))
+            + 2 * routed;
 
         // `down`: the product again, and its gradient; then the gradients of gate and up.
         let through = if self.drops() { self.wide(width) + self.wide(width) } else { 0 };
@@ -358,54 +358,5 @@ impl Walk<'_> {
     /// `[tokens, width]` in f32.
     fn wide(&self, width: usize) -> u64 {
         (self.piece.tokens * width * 4) as u64
-    }
-}
-
-/// What a token takes in a feed-forward network.
-struct Widths {
-    /// Neurons.
-    width: usize,
-    /// Rows of the hidden width that are gathered for experts.
-    rows: usize,
-    /// Networks that it goes through.
-    times: usize,
-}
-
-impl FeedForwardConfig {
-    fn widths(&self) -> Widths {
-        match self {
-            Self::Dense { width, .. } => Widths { width: *width, rows: 0, times: 1 },
-            Self::Sparse(moe) => {
-                let shared = moe.shared.map_or(0, |shared| shared.width);
-                let times = moe.active + usize::from(moe.shared.is_some());
-                Widths { width: moe.active * moe.width + shared, rows: moe.active, times }
-            }
-        }
-    }
-}
-
-impl LayerConfig {
-    /// Projection, rows and columns of each kind of linear layer, and how many there are.
-    fn linear_sizes(&self, hidden: usize) -> Vec<(Projection, usize, usize, usize)> {
-        let (q, kv) = (self.attention.q_width(), self.attention.kv_width());
-        let mut sizes = vec![
-            (Projection::Q, q, hidden, 1),
-            (Projection::K, kv, hidden, 1),
-            (Projection::V, kv, hidden, 1),
-            (Projection::O, hidden, q, 1),
-        ];
-        let networks = match &self.feed_forward {
-            FeedForwardConfig::Dense { width, .. } => vec![(*width, 1)],
-            FeedForwardConfig::Sparse(moe) => {
-                sizes.push((Projection::Router, moe.experts, hidden, 1));
-                std::iter::once((moe.width, moe.experts)).chain(moe.shared.map(|s| (s.width, 1))).collect()
-            }
-        };
-        for (width, copies) in networks {
-            sizes.push((Projection::Gate, width, hidden, copies));
-            sizes.push((Projection::Up, width, hidden, copies));
-            sizes.push((Projection::Down, hidden, width, copies));
-        }
-        sizes
     }
 }

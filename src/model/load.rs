@@ -43,7 +43,7 @@ pub(super) fn load_block(
             let gate = of_layer("mlp", Projection::Gate, *bias)?;
             let up = of_layer("mlp", Projection::Up, *bias)?;
             let down = of_layer("mlp", Projection::Down, *bias)?;
-            Network::Dense(FeedForward { gate, up, down, activation: *activation })
+            Network::Dense(Box::new(FeedForward { gate, up, down, activation: *activation }))
         }
         FeedForwardConfig::Sparse(moe) => Network::Sparse(Box::new(load_moe(read, index, moe)?)),
     };

@@ -111,8 +111,17 @@ impl Moe {
             y = add(&y, &term)?;
             saved_shared = Some(saved);
         }
-        let saved =
-            Saved { routing: routing.clone(), router, groups, gate, up, unit, down, out, shared: saved_shared };
+        let saved = Saved {
+            routing: routing.clone(),
+            router,
+            groups,
+            gate,
+            up,
+            unit,
+            down,
+            out,
+            shared: saved_shared,
+        };
         Ok((y, routing, saved))
     }
 
@@ -137,8 +146,7 @@ impl Moe {
         drop(out);
         if let Some(d_weights) = d_weights {
             let through = (d_weights.as_slice(), d_logits);
-            let d_router =
-                self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
+            let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
             dx = sum(dx, d_router, dy.dtype())?;
         }
         let saved = SavedExperts { gate, up, unit, down };
@@ -170,9 +178,10 @@ impl Moe {
     pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
         let Experts { gate, up, down, .. } = &mut self.experts;
         let experts = gate.iter_mut().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down]);
-        let shared = self.shared.iter_mut().flat_map(|Shared { network, gate }| {
-            network.linears_mut().into_iter().chain(gate.iter_mut())
-        });
+        let shared = self
+            .shared
+            .iter_mut()
+            .flat_map(|Shared { network, gate }| network.linears_mut().into_iter().chain(gate.iter_mut()));
         std::iter::once(&mut self.router.linear).chain(experts).chain(shared).collect()
     }
 }
@@ -197,13 +206,21 @@ impl Experts {
     ) -> Result<Option<Tensor>> {
         let SavedExperts { gate, up, unit, down } = saved;
         let (gates, ups, downs) = (layers(&self.gate), layers(&self.up), layers(&self.down));
-        let trained = |linears: &[Linear], gradients: &Gradients| linears.iter().any(|l| l.is_trained(gradients));
+        let trained =
+            |linears: &[Linear], gradients: &Gradients| linears.iter().any(|l| l.is_trained(gradients));
         let wants_product = wants_dx || trained(&self.gate, gradients) || trained(&self.up, gradients);
         if !wants_product && !trained(&self.down, gradients) {
             return Ok(None);
         }
-        let (d_product, inner) =
-            grouped_linear::backward_without_input(&down, &downs, groups, pass, dy, wants_product, gradients)?;
+        let (d_product, inner) = grouped_linear::backward_without_input(
+            &down,
+            &downs,
+            groups,
+            pass,
+            dy,
+            wants_product,
+            gradients,
+        )?;
         let Some(d_product) = d_product else {
             let product = glu::value(&unit, self.activation)?;
             grouped_linear::input_gradients(&downs, &product, &inner, groups, dy, pass, gradients)?;

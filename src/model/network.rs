@@ -11,7 +11,7 @@ use crate::ops::{Gradients, Pass};
 
 #[derive(Debug, Clone)]
 pub(super) enum Network {
-    Dense(FeedForward),
+    Dense(Box<FeedForward>),
     Sparse(Box<Moe>),
 }
 

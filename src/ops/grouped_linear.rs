@@ -38,7 +38,12 @@ impl Saved {
 }
 
 /// `y [rows, out]`, and what the backward needs.
-pub fn forward(x: &Tensor, layers: &[Layer<'_>], groups: &Groups, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
+pub fn forward(
+    x: &Tensor,
+    layers: &[Layer<'_>],
+    groups: &Groups,
+    pass: &Pass<'_>,
+) -> Result<(Tensor, Saved)> {
     let parts = of_each(groups, |expert| {
         let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
         linear::forward(&rows(x, groups, expert)?, &layers[expert], &pass)
@@ -59,7 +64,8 @@ pub fn backward_of_all(
     let layers: Vec<&[Layer<'_>]> = all.iter().map(|(layers, _, _)| *layers).collect();
     let dxs = with_gradients(groups, &layers, gradients, |expert, gradients| {
         let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
-        let dys: Vec<Tensor> = all.iter().map(|(_, _, dy)| rows(dy, groups, expert)).collect::<Result<_>>()?;
+        let dys: Vec<Tensor> =
+            all.iter().map(|(_, _, dy)| rows(dy, groups, expert)).collect::<Result<_>>()?;
         let towards: Vec<_> = all
             .iter()
             .zip(&dys)
@@ -124,12 +130,11 @@ pub fn input_gradients(
     Ok(())
 }
 
-/// The same composed of candle primitives: each layer is given as `(weight, low-rank term)`.
-pub fn reference(
-    x: &Tensor,
-    layers: &[(Tensor, Option<(Tensor, Tensor, f64)>)],
-    groups: &Groups,
-) -> Result<Tensor> {
+/// A layer as [`reference`] takes it: the weight, and `A`, `B` and the scale of its low-rank term.
+pub type Plain = (Tensor, Option<(Tensor, Tensor, f64)>);
+
+/// The same composed of candle primitives.
+pub fn reference(x: &Tensor, layers: &[Plain], groups: &Groups) -> Result<Tensor> {
     let mut parts = Vec::new();
     for (expert, (weight, low_rank)) in layers.iter().enumerate() {
         if !groups.range(expert).is_empty() {

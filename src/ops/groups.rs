@@ -128,7 +128,8 @@ pub fn combine_backward(
 ) -> Result<(Tensor, Option<Vec<f32>>)> {
     let _time = Op::Experts.begin();
     if !x.device().is_cpu() {
-        let both = differentiate(&[x, &Tensor::new(weights, x.device())?], dy, |v| reference(&v[0], &v[1], groups))?;
+        let both =
+            differentiate(&[x, &Tensor::new(weights, x.device())?], dy, |v| reference(&v[0], &v[1], groups))?;
         return Ok((both[0].clone(), if wants_weights { Some(both[1].to_vec1()?) } else { None }));
     }
     let (x, dy) = (x.contiguous()?, dy.contiguous()?);
@@ -139,8 +140,7 @@ pub fn combine_backward(
         }
     }
     let dx = dispatch!(dy.dtype(), gathered(&dy, groups, Some(&of_rows)))?;
-    let d_weights =
-        if wants_weights { Some(dispatch!(x.dtype(), products(&x, groups, &dy))?) } else { None };
+    let d_weights = if wants_weights { Some(dispatch!(x.dtype(), products(&x, groups, &dy))?) } else { None };
     Ok((dx, d_weights))
 }
 
@@ -233,4 +233,3 @@ fn products<T: Element>(x: &Tensor, groups: &Groups, dy: &Tensor) -> Result<Vec<
     });
     Ok(products)
 }
-

@@ -81,7 +81,13 @@ fn rotate_rows<T: Element>(x: Tensor, angles: &Angles, direction: f32) -> Result
     let mut values = into_values::<T>(x)?;
     debug_assert_eq!(values.len(), tokens * shape[1]);
     for_rows(&mut values, shape[1], |token, row| {
-        rotate_row(row, &cos[token * half..][..half], &sin[token * half..][..half], angles.head_dim, direction);
+        rotate_row(
+            row,
+            &cos[token * half..][..half],
+            &sin[token * half..][..half],
+            angles.head_dim,
+            direction,
+        );
     });
     to_tensor(values, &shape)
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
-use super::super::target::{Placements, few};
+use super::super::target::{Placements, few, is_named};
 use super::Provenance;
 use super::fields::{Fields, NamesOrText, is_neutral};
 use crate::error::{Context, Error, Result};
@@ -279,9 +279,17 @@ pub(super) fn to_json(
 fn targets_json(targets: &Targets, placements: &Placements) -> Value {
     let names: BTreeSet<&str> = match targets {
         Targets::Pattern(pattern) => return json!(pattern),
-        Targets::Names(names) => names.iter().map(String::as_str).collect(),
+        Targets::Names(names) => {
+            let is_path = |name: &&str| placements.placements.iter().any(|p| is_named(&p.linear.path, name));
+            // Elsewhere an expert's projections have the family's names only.
+            let others =
+                placements.placements.iter().filter(|p| !names.iter().any(|n| is_named(&p.linear.path, n)));
+            let others: BTreeSet<&str> = others.map(|p| p.linear.name()).collect();
+            let known = names.iter().map(String::as_str).filter(|name| others.is_empty() || is_path(name));
+            known.chain(others.iter().copied()).collect()
+        }
         // PEFT, too, writes names: readers do not know the word.
-        Targets::AllLinear => placements.placements.iter().map(|p| p.linear.projection.name()).collect(),
+        Targets::AllLinear => placements.placements.iter().map(|p| p.linear.name()).collect(),
     };
     json!(names)
 }

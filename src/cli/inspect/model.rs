@@ -129,7 +129,13 @@ fn linear_groups(config: &DecoderConfig) -> Vec<LinearGroup> {
             Some(group) => group.layers += 1,
             None => {
                 let (name, out_features, in_features, bias) = key;
-                groups.push(LinearGroup { name: name.to_string(), out_features, in_features, bias, layers: 1 });
+                groups.push(LinearGroup {
+                    name: name.to_string(),
+                    out_features,
+                    in_features,
+                    bias,
+                    layers: 1,
+                });
             }
         }
     }

@@ -2,9 +2,11 @@
 
 mod linears;
 mod moe;
+mod sizes;
 
 pub use linears::{LinearConfig, Projection, Site};
 pub use moe::{Bundle, MoeConfig, MoeNames, PackedTensor, Scoring, SharedConfig};
+pub(in crate::model) use sizes::Widths;
 
 /// A decoder of any family.
 #[derive(Debug, Clone, PartialEq)]

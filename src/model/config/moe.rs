@@ -133,7 +133,9 @@ impl MoeConfig {
         let packed = self.names.packed.iter().map(|(name, bundle)| {
             let (shape, parts) = match bundle {
                 Bundle::GateUp => {
-                    let of = |expert| [0, 1].map(|p| (weight(self.expert_path(layer, expert, p)), [width, hidden]));
+                    let of = |expert| {
+                        [0, 1].map(|p| (weight(self.expert_path(layer, expert, p)), [width, hidden]))
+                    };
                     (vec![self.experts, 2 * width, hidden], (0..self.experts).flat_map(of).collect())
                 }
                 Bundle::Down => {

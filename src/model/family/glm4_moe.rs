@@ -18,7 +18,9 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
     })?;
     for name in ["n_group", "topk_group"] {
         if let Some(groups) = fields.optional_count(name)?.filter(|groups| *groups != 1) {
-            return Err(Error::invalid(format!("`{name}` is {groups}; only one group of experts is supported")));
+            return Err(Error::invalid(format!(
+                "`{name}` is {groups}; only one group of experts is supported"
+            )));
         }
     }
     let (bias, norms) = (fields.flag("attention_bias", false)?, fields.flag("use_qk_norm", false)?);

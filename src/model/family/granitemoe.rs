@@ -4,9 +4,7 @@
 use super::fields::{Defaults, Fields, number};
 use super::sparse::{Keys, NAMES, place};
 use crate::error::Result;
-use crate::model::config::{
-    Bundle, DecoderConfig, MoeConfig, MoeNames, Multipliers, Scoring, SharedConfig,
-};
+use crate::model::config::{Bundle, DecoderConfig, MoeConfig, MoeNames, Multipliers, Scoring, SharedConfig};
 
 const GRANITE_NAMES: MoeNames = MoeNames {
     router: "block_sparse_moe.router.layer",

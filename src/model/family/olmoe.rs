@@ -7,13 +7,12 @@ use crate::model::config::{DecoderConfig, MoeConfig, QkNorm};
 
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
     if let Some(value) = fields.get("clip_qkv") {
-        return Err(Error::invalid(format!("`clip_qkv` is {value}; clipped queries and keys are not supported")));
+        return Err(Error::invalid(format!(
+            "`clip_qkv` is {value}; clipped queries and keys are not supported"
+        )));
     }
-    let mut config = fields.decoder(&Defaults {
-        max_position_embeddings: 4096,
-        norm_eps: 1e-5,
-        ..Defaults::default()
-    })?;
+    let mut config =
+        fields.decoder(&Defaults { max_position_embeddings: 4096, norm_eps: 1e-5, ..Defaults::default() })?;
     let attention_bias = fields.flag("attention_bias", false)?;
     for layer in &mut config.layers {
         layer.attention.qk_norm = Some(QkNorm::FullWidth);

@@ -18,7 +18,7 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
         // Unlike in its dense sister, every other layer below `max_window_layers` slides.
         let slides = fields.flag("use_sliding_window", false)?;
         let (below, window) = (fields.index("max_window_layers", 28)?, fields.index("sliding_window", 4096)?);
-        let of = |layer: usize| (slides && layer % 2 == 0 && layer < below).then_some(window);
+        let of = |layer: usize| (slides && layer.is_multiple_of(2) && layer < below).then_some(window);
         (0..config.layers.len()).map(of).collect()
     };
     for (layer, window) in config.layers.iter_mut().zip(windows) {

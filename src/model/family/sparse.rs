@@ -11,10 +11,7 @@ pub(super) const NAMES: MoeNames = MoeNames {
     projections: ["gate_proj", "up_proj", "down_proj"],
     shared: "mlp.shared_expert",
     shared_gate: "mlp.shared_expert_gate",
-    packed: &[
-        ("mlp.experts.gate_up_proj", Bundle::GateUp),
-        ("mlp.experts.down_proj", Bundle::Down),
-    ],
+    packed: &[("mlp.experts.gate_up_proj", Bundle::GateUp), ("mlp.experts.down_proj", Bundle::Down)],
 };
 
 /// The fields that differ in name from family to family, and what their classes have where a file says nothing.
@@ -28,7 +25,8 @@ pub(super) struct Keys {
 impl Fields<'_> {
     /// Experts with softmax before the choice, not renormalised, none shared.
     pub(super) fn experts(&self, keys: &Keys) -> Result<MoeConfig> {
-        let count = |(name, default): (&str, usize)| Ok::<_, Error>(self.optional_count(name)?.unwrap_or(default));
+        let count =
+            |(name, default): (&str, usize)| Ok::<_, Error>(self.optional_count(name)?.unwrap_or(default));
         // Two names of one field; the newer class writes either.
         let experts = match self.optional_count("num_local_experts")? {
             Some(experts) if !self.has(keys.experts.0) => experts,
@@ -72,7 +70,7 @@ impl Fields<'_> {
             let layers = value.as_array().and_then(|list| list.iter().map(layer).collect::<Option<Vec<_>>>());
             dense = layers.ok_or_else(|| wrong("mlp_only_layers", "a list of layer numbers", value))?;
         }
-        Ok(move |layer: usize| !dense.contains(&layer) && (layer + 1) % step == 0)
+        Ok(move |layer: usize| !dense.contains(&layer) && (layer + 1).is_multiple_of(step))
     }
 }
 
