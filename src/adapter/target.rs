@@ -15,7 +15,7 @@ use fancy_regex::Regex;
 use super::config::{Exclude, LoraConfig, Targets};
 use super::patterns::Patterns;
 use crate::error::{Error, Result, nearest};
-use crate::model::config::{DecoderConfig, LinearConfig, Projection, Site};
+use crate::model::config::{DecoderConfig, InPeft, LinearConfig, Projection, Site};
 
 /// An adapter on one linear layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +52,8 @@ pub struct Placements {
     pub counts: Vec<TargetCount>,
     /// Paths of the layers that would have an adapter, did `rank_pattern` not say rank 0.
     pub without: Vec<String>,
+    /// What PEFT makes of adapters on the model's experts; none of a dense model.
+    pub in_peft: Option<InPeft>,
 }
 
 impl Placements {
@@ -137,7 +139,8 @@ pub(super) fn place(config: &LoraConfig, model: &DecoderConfig) -> Result<Placem
             without.push(linear.path);
         }
     }
-    Ok(Placements { placements, counts, without })
+    let in_peft = model.sparse_layers().next().map(|(_, moe)| moe.names.in_peft);
+    Ok(Placements { placements, counts, without, in_peft })
 }
 
 /// The settings with every pattern compiled.

@@ -121,6 +121,14 @@ impl Block {
         self.attention.linears_mut().into_iter().chain(self.feed_forward.linears_mut())
     }
 
+    /// Those of routed experts.
+    pub(super) fn routed_linears(&self) -> Vec<&Linear> {
+        match &self.feed_forward {
+            Network::Dense(_) => Vec::new(),
+            Network::Sparse(moe) => moe.experts.linears().collect(),
+        }
+    }
+
     /// Every value of the model in this layer, without the adapter's.
     pub(super) fn base_parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
         let head_norms = self.attention.qk_norm.iter_mut().flat_map(|(q, k)| [&mut q.weight, &mut k.weight]);

@@ -1,6 +1,6 @@
 //! The decoder of every family: embedding, layers, norm, head. Its backward walks the layers in reverse.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -146,7 +146,7 @@ impl Decoder {
     }
 
     fn run(&self, tokens: &[u32], documents: &Documents, mut cache: Option<&mut Cache>) -> Result<Output> {
-        let pass = Pass::inference(documents);
+        let pass = Pass::inference(documents).with_ids(tokens);
         let (ids, angles) = self.begin(tokens, documents)?;
         let mut x = self.embed(&ids)?; // [tokens, hidden]
         let mut decided = Vec::new();
@@ -168,6 +168,7 @@ impl Decoder {
         recompute: Recompute,
         gradients: &Gradients,
     ) -> Result<(Output, Saved)> {
+        let pass = &pass.with_ids(tokens);
         let (ids, angles) = self.begin(tokens, pass.documents)?;
         let lowest = self.lowest_trained(gradients);
         let mut x = self.embed(&ids)?; // [tokens, hidden]
@@ -210,6 +211,8 @@ impl Decoder {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let Saved { ids, angles, mut blocks, norm } = saved;
+        let tokens: Vec<u32> = ids.to_vec1()?;
+        let pass = &pass.with_ids(&tokens);
         let wants_embedding = gradients.wanted(&self.embedding).is_some();
         let lowest = self.lowest_trained(gradients);
         let Multipliers { embedding: of_embedding, logits, .. } = self.config.multipliers;
@@ -247,6 +250,13 @@ impl Decoder {
     /// The linear layers that an adapter can go to, in the order of the forward pass.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.blocks.iter().flat_map(Block::linears)
+    }
+
+    /// The names of all values in routed experts: of those that get no token, nothing is learned.
+    #[must_use]
+    pub fn routed_parameters(&self) -> BTreeSet<Arc<str>> {
+        let linears = self.blocks.iter().flat_map(Block::routed_linears);
+        linears.flat_map(Linear::parameters).map(|parameter| Arc::from(parameter.name())).collect()
     }
 
     /// Makes every weight of the model trainable and returns them all, in the type that they compute in.

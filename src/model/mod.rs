@@ -19,6 +19,7 @@ mod norm;
 mod pretrained;
 mod rotary;
 mod router;
+mod router_loss;
 
 pub use cache::Cache;
 pub use config::DecoderConfig;
@@ -27,3 +28,4 @@ pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use pretrained::Pretrained;
 pub use router::{Routing, Rule};
+pub use router_loss::{RouterLosses, Spread, Tally, Terms, balanced};

@@ -168,8 +168,7 @@ impl Moe {
 
     /// Its linear layers, in the order of the configuration.
     pub(super) fn linears(&self) -> Vec<&Linear> {
-        let Experts { gate, up, down, .. } = &self.experts;
-        let experts = gate.iter().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down]);
+        let experts = self.experts.linears();
         let shared = self.shared.iter().flat_map(|s| s.network.linears().into_iter().chain(&s.gate));
         std::iter::once(&self.router.linear).chain(experts).chain(shared).collect()
     }
@@ -194,6 +193,12 @@ struct SavedExperts {
 }
 
 impl Experts {
+    /// Of each expert gate, up and down.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let Self { gate, up, down, .. } = self;
+        gate.iter().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down])
+    }
+
     /// As [`FeedForward::backward`], with the rows of each expert.
     fn backward(
         &self,

@@ -5,26 +5,50 @@
 
 use candle_core::{DType, Tensor};
 
-use super::config::{MoeConfig, Scoring};
+use super::config::{MoeConfig, Overflow, RoutingKind, RoutingVariant, Scoring};
 use super::linear::Linear;
 use crate::error::Result;
-use crate::ops::{Gradients, Groups, Parameter, Pass, linear};
+use crate::ops::{Gradients, Groups, Parameter, Pass, dropout, linear};
 
 /// What a router decided: facts for losses and reports.
 #[derive(Debug, Clone)]
 pub struct Routing {
     /// The layer.
     pub layer: usize,
-    /// `[tokens, experts]`, f32.
+    /// `[tokens, experts]`, f32, with their noise.
     pub logits: Tensor,
     /// The experts of each token, the highest score first, `[tokens * active]`.
     pub chosen: Vec<u32>,
+    /// Whether a choice found room; `None`: all did.
+    pub kept: Option<Vec<bool>>,
     /// What their results are weighed with.
     pub weights: Vec<f32>,
     /// Experts of a token.
     pub active: usize,
     /// Experts to choose from.
     pub experts: usize,
+    /// How scores come from logits.
+    pub scoring: Scoring,
+    /// Whether the weights of a token sum to one (times a constant).
+    pub renormalised: bool,
+    /// The deviation of the noise in the logits.
+    pub noise_deviation: Option<f64>,
+}
+
+impl Routing {
+    /// Its tokens by expert.
+    #[must_use]
+    pub fn groups(&self) -> Groups {
+        let Some(kept) = &self.kept else { return Groups::new(&self.chosen, self.active, self.experts) };
+        let taken = self.chosen.iter().zip(kept).map(|(expert, kept)| if *kept { *expert } else { Groups::NO_ROW });
+        Groups::new(&taken.collect::<Vec<_>>(), self.active, self.experts)
+    }
+
+    /// Choices that found no room.
+    #[must_use]
+    pub fn num_dropped(&self) -> u64 {
+        self.kept.iter().flatten().filter(|kept| !**kept).count() as u64
+    }
 }
 
 /// The router of one layer.
@@ -46,20 +70,38 @@ pub struct Rule {
     scoring: Scoring,
     renormalise: bool,
     scale: f32,
+    variant: RoutingVariant,
 }
 
 impl Router {
     /// What it decides for `x [tokens, hidden]`, and what the backward needs.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Routing, linear::Saved)> {
-        let (logits, saved) = self.linear.forward(&x.to_dtype(DType::F32)?, pass)?; // [tokens, experts]
+        let (mut logits, saved) = self.linear.forward(&x.to_dtype(DType::F32)?, pass)?; // [tokens, experts]
+        let Rule { active, experts, scoring, renormalise, variant, .. } = self.rule;
+        let training = pass.dropout_step.is_some();
+        let noise_deviation = (variant.noise && training).then(|| 1.0 / experts as f64);
+        if let Some(deviation) = noise_deviation {
+            let noise = noise(experts, deviation, variant.seed, self.layer, pass);
+            logits = (logits + Tensor::from_vec(noise, (pass.num_rows(), experts), x.device())?)?;
+        }
         let rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
         let bias: Option<Vec<f32>> = match &self.bias {
             Some(bias) => Some(bias.tensor().to_dtype(DType::F32)?.to_vec1()?),
             None => None,
         };
-        let (chosen, weights) = self.rule.choose(&rows, bias.as_deref());
-        let Rule { active, experts, .. } = self.rule;
-        Ok((Routing { layer: self.layer, logits, chosen, weights, active, experts }, saved))
+        let ranked = self.rule.ranked(&rows, bias.as_deref(), self.layer, pass);
+        let mut chosen = self.rule.choose(&ranked);
+        let capacity = variant.capacity_factor.filter(|_| training).map(|factor| {
+            (factor * pass.num_rows() as f64 * active as f64 / experts as f64).ceil() as usize
+        });
+        let kept = capacity.map(|capacity| limit(&mut chosen, &ranked, (active, experts), capacity, variant.overflow));
+        let weights = self.rule.weights(&rows, &chosen);
+        let renormalised = renormalise || scoring == Scoring::SoftmaxOfActive;
+        let layer = self.layer;
+        let routing = Routing {
+            layer, logits, chosen, kept, weights, active, experts, scoring, renormalised, noise_deviation,
+        };
+        Ok((routing, saved))
     }
 
     /// `dx` in f32 when `wants_dx`, from the gradient of the weights and, where a loss has one, of the logits.
@@ -85,27 +127,50 @@ impl Rule {
     /// That of a configuration.
     #[must_use]
     pub fn of(config: &MoeConfig) -> Self {
-        let MoeConfig { experts, active, scoring, renormalise, scale, .. } = *config;
-        Self { experts, active, scoring, renormalise, scale: scale as f32 }
+        let MoeConfig { experts, active, scoring, renormalise, scale, variant, .. } = *config;
+        Self { experts, active, scoring, renormalise, scale: scale as f32, variant }
     }
 
-    /// The experts of each row of `logits [tokens, experts]`, and their weights, `[tokens * active]` both.
-    #[must_use]
-    pub fn choose(&self, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f32>) {
-        let tokens = logits.len() / self.experts;
-        let (mut chosen, mut weights) =
-            (Vec::with_capacity(tokens * self.active), Vec::with_capacity(tokens * self.active));
-        for row in logits.chunks_exact(self.experts) {
-            let scores = self.scores(row);
-            let ranked: Vec<f32> = match bias {
-                Some(bias) => scores.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
-                None => scores.clone(),
-            };
-            let start = chosen.len();
-            largest(&ranked, self.active, &mut chosen);
-            self.weigh(&scores, &chosen[start..], &mut weights);
+    /// What experts are chosen by, `[tokens * experts]`.
+    fn ranked(&self, logits: &[f32], bias: Option<&[f32]>, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
+        let rows = logits.chunks_exact(self.experts);
+        match (self.variant.kind, pass.ids) {
+            (RoutingKind::Random, _) => {
+                dropout::uniforms(self.experts, self.variant.seed, CHANCE + 2 * layer as u64, pass)
+            }
+            (RoutingKind::Hash, Some(ids)) => ids
+                .iter()
+                .flat_map(|id| (0..self.experts).map(move |e| dropout::hashed(u64::from(*id), (layer << 32 | e) as u64)))
+                .collect(),
+            (RoutingKind::Model | RoutingKind::Hash, _) => rows
+                .flat_map(|row| {
+                    let mut scores = self.scores(row);
+                    if let Some(bias) = bias {
+                        scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+                    }
+                    scores
+                })
+                .collect(),
         }
-        (chosen, weights)
+    }
+
+    /// The experts of each token, `[tokens * active]`.
+    fn choose(&self, ranked: &[f32]) -> Vec<u32> {
+        let mut chosen = Vec::with_capacity(ranked.len() / self.experts * self.active);
+        for row in ranked.chunks_exact(self.experts) {
+            largest(row, self.active, &mut chosen);
+        }
+        chosen
+    }
+
+    /// The weights of the chosen, `[tokens * active]`.
+    #[must_use]
+    pub fn weights(&self, logits: &[f32], chosen: &[u32]) -> Vec<f32> {
+        let mut weights = Vec::with_capacity(chosen.len());
+        for (row, chosen) in logits.chunks_exact(self.experts).zip(chosen.chunks_exact(self.active)) {
+            self.weigh(&self.scores(row), chosen, &mut weights);
+        }
+        weights
     }
 
     /// What weights are taken from: of [`Scoring::SoftmaxOfActive`] the logits themselves.
@@ -173,12 +238,45 @@ impl Rule {
     }
 }
 
-impl Routing {
-    /// Its tokens by expert.
-    #[must_use]
-    pub fn groups(&self) -> Groups {
-        Groups::new(&self.chosen, self.active, self.experts)
+/// The first number of the modules that draw chance here; those of linear layers are below.
+const CHANCE: u64 = 1 << 40;
+
+/// Normal values, `[tokens * experts]` (Box and Muller).
+fn noise(experts: usize, deviation: f64, seed: u64, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
+    let uniform = dropout::uniforms(2 * experts, seed, CHANCE + 2 * layer as u64 + 1, pass);
+    let normal = |pair: &[f32]| {
+        let radius = (-2.0 * f64::from(pair[0]).ln()).sqrt();
+        (deviation * radius * (std::f64::consts::TAU * f64::from(pair[1])).cos()) as f32
+    };
+    uniform.chunks_exact(2).map(normal).collect()
+}
+
+/// Lets each expert have `capacity` tokens: all first choices before the second ones, tokens in their order. Gives whether a
+/// choice found room; with [`Overflow::Reroute`] it may be another one then.
+fn limit(
+    chosen: &mut [u32],
+    ranked: &[f32],
+    (active, experts): (usize, usize),
+    capacity: usize,
+    overflow: Overflow,
+) -> Vec<bool> {
+    let mut room = vec![capacity; experts];
+    let mut kept = vec![true; chosen.len()];
+    for slot in 0..active {
+        for (token, ranked) in ranked.chunks_exact(experts).enumerate() {
+            let own = &mut chosen[token * active..][..active];
+            if room[own[slot] as usize] == 0 && overflow == Overflow::Reroute {
+                let free = (0..experts).filter(|e| room[*e] > 0 && !own.contains(&(*e as u32)));
+                if let Some(best) = free.reduce(|best, e| if ranked[e] > ranked[best] { e } else { best }) {
+                    own[slot] = best as u32;
+                }
+            }
+            let room = &mut room[own[slot] as usize];
+            kept[token * active + slot] = *room > 0;
+            *room = room.saturating_sub(1);
+        }
     }
+    kept
 }
 
 /// The `count` largest of `values`, the largest first; of equal ones the first.
@@ -201,4 +299,51 @@ fn softmax(values: impl Iterator<Item = f32> + Clone) -> Vec<f32> {
     let powers: Vec<f32> = values.map(|value| (value - most).exp()).collect();
     let sum: f32 = powers.iter().sum();
     powers.into_iter().map(|power| power / sum).collect()
+}
+
+#[cfg(test)]
+impl Routing {
+    /// What a plain router decides for these logits, the choice in order of them.
+    pub(super) fn example(logits: Tensor, active: usize, scoring: Scoring) -> Self {
+        let experts = logits.dims()[1];
+        let rows: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+        let mut chosen = Vec::new();
+        rows.chunks_exact(experts).for_each(|row| largest(row, active, &mut chosen));
+        let (weights, kept, noise_deviation) = (vec![1.0; chosen.len()], None, None);
+        Self { layer: 0, logits, chosen, kept, weights, active, experts, scoring, renormalised: false, noise_deviation }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_equal_scores_the_first_are_chosen() {
+        let mut chosen = Vec::new();
+        largest(&[0.5, 0.7, 0.5, 0.7], 3, &mut chosen);
+        assert_eq!(chosen, [1, 3, 0]);
+    }
+
+    #[test]
+    fn a_full_expert_takes_no_more() {
+        // All four tokens want expert 0, then expert 1; each has room for two.
+        let ranked = [0.9, 0.5, 0.1].repeat(4);
+        let mut chosen = [0, 1].repeat(4);
+        let kept = limit(&mut chosen, &ranked, (2, 3), 2, Overflow::Drop);
+        assert_eq!(kept, [true, true, true, true, false, false, false, false]);
+        assert_eq!(chosen, [0, 1].repeat(4));
+        let kept = limit(&mut chosen, &ranked, (2, 3), 3, Overflow::Reroute);
+        assert_eq!(chosen, [0, 1, 0, 1, 0, 1, 2, 1]);
+        assert_eq!(kept, [true, true, true, true, true, true, true, false]);
+    }
+
+    #[test]
+    fn noise_is_normal() {
+        let documents = crate::ops::Documents::new(vec![0, 4000], vec![1]);
+        let values = noise(2, 0.5, 3, 1, &Pass::training(&documents, Some(7)));
+        let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64;
+        assert!(mean.abs() < 0.02 && (variance - 0.25).abs() < 0.01, "{mean} {variance}");
+    }
 }

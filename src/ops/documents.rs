@@ -75,19 +75,21 @@ pub struct Pass<'a> {
     pub dropout_step: Option<u64>,
     /// The token of each row of the input; `None`: rows are the tokens.
     pub rows: Option<&'a [u32]>,
+    /// The ids of the tokens, for routers that go by them.
+    pub ids: Option<&'a [u32]>,
 }
 
 impl<'a> Pass<'a> {
     /// A pass without dropout: evaluation, generation.
     #[must_use]
     pub fn inference(documents: &'a Documents) -> Self {
-        Self { documents, dropout_step: None, rows: None }
+        Self { documents, dropout_step: None, rows: None, ids: None }
     }
 
     /// A pass of training, with the dropout masks of a step; without dropout when that is `None`.
     #[must_use]
     pub fn training(documents: &'a Documents, dropout_step: Option<u64>) -> Self {
-        Self { documents, dropout_step, rows: None }
+        Self { documents, dropout_step, rows: None, ids: None }
     }
 
     /// The same pass over rows that are these tokens.
@@ -96,7 +98,22 @@ impl<'a> Pass<'a> {
     where
         'a: 'r,
     {
-        Pass { documents: self.documents, dropout_step: self.dropout_step, rows: Some(rows) }
+        Pass { rows: Some(rows), ..*self }
+    }
+
+    /// The same pass over tokens of these ids.
+    #[must_use]
+    pub fn with_ids<'r>(&self, ids: &'r [u32]) -> Pass<'r>
+    where
+        'a: 'r,
+    {
+        Pass { ids: Some(ids), ..*self }
+    }
+
+    /// Rows of the input.
+    #[must_use]
+    pub fn num_rows(&self) -> usize {
+        self.rows.map_or_else(|| self.documents.num_tokens(), <[u32]>::len)
     }
 
     /// Of each row the document's number and the position there.

@@ -50,6 +50,26 @@ pub fn mask(columns: usize, dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Re
     to_tensor(factors, &[keys.len(), columns])
 }
 
+/// Numbers between 0 and 1, `columns` for each row of the pass: a pure function of seed, module, step and place, as masks are.
+#[must_use]
+pub fn uniforms(columns: usize, seed: u64, module: u64, pass: &Pass<'_>) -> Vec<f32> {
+    let source = Dropout { probability: 0.0, seed, module };
+    let keys = row_keys(&source, pass.dropout_step.unwrap_or(0), pass);
+    let number = |key: u64, column: usize| {
+        let word = mix(key.wrapping_add((column as u64 + 1).wrapping_mul(GOLDEN)));
+        // Half a step from either end, so that a logarithm is finite.
+        ((word >> 41) as f32 + 0.5) / (1u32 << 23) as f32
+    };
+    keys.iter().flat_map(|key| (0..columns).map(move |column| number(*key, column))).collect()
+}
+
+/// A number between 0 and 1 that follows from two.
+#[must_use]
+pub fn hashed(one: u64, other: u64) -> f32 {
+    let word = mix(mix(one.wrapping_add(GOLDEN)) ^ other.wrapping_mul(GOLDEN));
+    (word >> 40) as f32 / (1u32 << 24) as f32
+}
+
 fn apply_rows<T: Element>(x: &Tensor, dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Result<Tensor> {
     let (values, columns) = (Values::<T>::of(x)?, x.dim(1)?);
     let keys = row_keys(dropout, step, pass);

@@ -108,7 +108,7 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
         last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
         state.first_eval_loss = last_eval_loss.map(checkpoint::restorable);
     }
-    let mut arrival = Arrival::of(job.trainables);
+    let mut arrival = Arrival::of(job.trainables, &job.model.routed_parameters());
     let mut saved_at = state.step;
     while state.step < settings.steps {
         if job.interrupt.load(Ordering::Relaxed) {

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
 use super::super::target::{Placements, few, is_named};
-use super::Provenance;
+use super::{Provenance, experts};
 use super::fields::{Fields, NamesOrText, is_neutral};
 use crate::error::{Context, Error, Result};
 
@@ -89,6 +89,7 @@ fn parse(text: &str) -> Result<Read> {
         }
         None => return Err(Error::invalid("has no `peft_type`, expected \"LORA\"")),
     }
+    fields.forget_redundant_parameters();
     fields.refuse_unsupported();
     let init = fields.init();
     let targets = fields.targets();
@@ -198,6 +199,21 @@ impl Fields {
         }
     }
 
+    /// Takes out what is written for PEFT alone, see [`experts`].
+    fn forget_redundant_parameters(&mut self) {
+        let is_redundant = |value: &Value| value.as_str().is_some_and(experts::is_redundant);
+        let parameters = self.map.get("target_parameters").and_then(Value::as_array);
+        if !parameters.is_some_and(|list| list.iter().all(is_redundant)) {
+            return;
+        }
+        self.map.shift_remove("target_parameters");
+        for key in ["rank_pattern", "alpha_pattern"] {
+            if let Some(Value::Object(patterns)) = self.map.get_mut(key) {
+                patterns.retain(|pattern, _| !experts::is_joined(pattern));
+            }
+        }
+    }
+
     fn refuse_unsupported(&mut self) {
         for (key, what) in REFUSED {
             if let Some(value) = self.take(key).filter(|value| !is_neutral(value)) {
@@ -241,6 +257,11 @@ pub(super) fn to_json(
     let alphas = config.alpha_pattern.iter();
     let alphas: Map<String, Value> =
         alphas.map(|(pattern, alpha)| (pattern.to_string(), number(*alpha))).collect();
+    let (mut ranks, mut alphas) = (ranks, alphas);
+    let parameters = experts::target_parameters(placements);
+    experts::join_patterns(config, &parameters, &mut ranks, &mut alphas);
+    // PEFT refuses dropout beside parameters, at inference too, where it has no effect.
+    let dropout = if experts::are_adapted(placements) { 0.0 } else { config.dropout };
     let gaussian = config.init == Init::Gaussian && !config.lora_bias;
     let mut fields: BTreeMap<&str, Value> = BTreeMap::from([
         ("alpha_pattern", Value::Object(alphas)),
@@ -256,7 +277,7 @@ pub(super) fn to_json(
         ),
         ("layers_to_transform", json!(config.layers_to_transform)),
         ("lora_alpha", number(config.alpha())),
-        ("lora_dropout", number(config.dropout)),
+        ("lora_dropout", number(dropout)),
         ("modules_to_save", Value::Null),
         ("peft_type", json!("LORA")),
         ("r", json!(config.rank)),
@@ -269,6 +290,9 @@ pub(super) fn to_json(
     ]);
     if let Some(exclude) = exclude_json(&config.exclude, &placements.without) {
         fields.insert("exclude_modules", exclude);
+    }
+    if !parameters.is_empty() {
+        fields.insert("target_parameters", json!(parameters));
     }
     if config.lora_bias {
         fields.insert("lora_bias", json!(true));
@@ -308,6 +332,6 @@ fn exclude_json(exclude: &Exclude, without: &[String]) -> Option<Value> {
 }
 
 /// Whole numbers without a point, as PEFT writes an alpha.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }

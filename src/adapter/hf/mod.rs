@@ -6,6 +6,7 @@
 
 mod card;
 mod config;
+mod experts;
 mod fields;
 mod tensors;
 

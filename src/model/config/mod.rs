@@ -1,11 +1,13 @@
 //! What a decoder is built from. A family's reader resolves every oddity of its `config.json` into these values.
 
+use crate::error::{Error, Result};
+
 mod linears;
 mod moe;
 mod sizes;
 
 pub use linears::{LinearConfig, Projection, Site};
-pub use moe::{Bundle, MoeConfig, MoeNames, PackedTensor, Scoring, SharedConfig};
+pub use moe::{Bundle, InPeft, MoeConfig, MoeNames, Overflow, PackedTensor, RoutingKind, RoutingVariant, Scoring, SharedConfig};
 pub(in crate::model) use sizes::Widths;
 
 /// A decoder of any family.
@@ -177,6 +179,22 @@ impl DecoderConfig {
             FeedForwardConfig::Sparse(moe) => Some((index, moe)),
             FeedForwardConfig::Dense { .. } => None,
         })
+    }
+
+    /// Changes how experts are chosen in every sparse layer: how many, and in which way.
+    pub fn reroute(&mut self, active: Option<usize>, variant: RoutingVariant) -> Result<()> {
+        for layer in &mut self.layers {
+            let FeedForwardConfig::Sparse(moe) = &mut layer.feed_forward else { continue };
+            moe.active = active.unwrap_or(moe.active);
+            moe.variant = variant;
+            if moe.active > moe.experts {
+                return Err(Error::request(format!(
+                    "`routing.active` is {}, and the model has {} experts",
+                    moe.active, moe.experts
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The tensors that other layouts of these weights have, each with those of [`DecoderConfig::tensors`] in it.

@@ -1,5 +1,7 @@
 //! A sparse feed-forward network: how scores become weights, what is shared, and under which names all of it is stored.
 
+use serde::{Deserialize, Serialize};
+
 use super::Activation;
 
 /// Experts of which a router chooses a few for each token.
@@ -27,6 +29,48 @@ pub struct MoeConfig {
     pub router_loss: f64,
     /// What its tensors are called.
     pub names: MoeNames,
+    /// What a run does otherwise than the model.
+    pub variant: RoutingVariant,
+}
+
+/// How a run departs from the model's way of choosing experts. Chance is a function of seed, step, layer, document, position
+/// and expert, so that recomputation and resumed runs see the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RoutingVariant {
+    /// Whether the logits get normal noise of deviation `1 / experts` in training.
+    pub noise: bool,
+    /// In training an expert takes at most `ceil(factor * tokens * active / experts)` of the tokens computed at once.
+    pub capacity_factor: Option<f64>,
+    /// Where the others go.
+    pub overflow: Overflow,
+    /// By what experts are chosen.
+    pub kind: RoutingKind,
+    /// Where chance comes from.
+    pub seed: u64,
+}
+
+/// What becomes of a choice that finds no room at its expert.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Overflow {
+    /// It is left out: the residual stream alone goes on.
+    #[default]
+    Drop,
+    /// The best expert that has room takes it.
+    Reroute,
+}
+
+/// By what experts are chosen; weights are the model's in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RoutingKind {
+    /// The router's scores.
+    #[default]
+    Model,
+    /// Chance.
+    Random,
+    /// The token's id: always the same experts for a word.
+    Hash,
 }
 
 /// How the router's logits become the scores that weights are taken from.
@@ -64,6 +108,20 @@ pub struct MoeNames {
     pub shared_gate: &'static str,
     /// The tensors of other layouts.
     pub packed: &'static [(&'static str, Bundle)],
+    /// What PEFT makes of an adapter on experts.
+    pub in_peft: InPeft,
+}
+
+/// How PEFT 0.21 on transformers 5, which holds all experts in one parameter, reads an adapter with tensors per expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InPeft {
+    /// It translates targets and tensors; what is not an expert but has the name of an expert's projection has to be
+    /// targeted as a parameter.
+    Translated,
+    /// It translates tensors only: experts have to be targeted as parameters.
+    TensorsTranslated,
+    /// It does not.
+    Unknown,
 }
 
 /// What a tensor of another layout holds.

@@ -4,7 +4,9 @@
 use super::fields::{Defaults, Fields, number};
 use super::sparse::{Keys, NAMES, place};
 use crate::error::Result;
-use crate::model::config::{Bundle, DecoderConfig, MoeConfig, MoeNames, Multipliers, Scoring, SharedConfig};
+use crate::model::config::{
+    Bundle, DecoderConfig, InPeft, MoeConfig, MoeNames, Multipliers, Scoring, SharedConfig,
+};
 
 const GRANITE_NAMES: MoeNames = MoeNames {
     router: "block_sparse_moe.router.layer",
@@ -19,6 +21,7 @@ const GRANITE_NAMES: MoeNames = MoeNames {
         ("shared_mlp.input_linear.weight", Bundle::SharedGateUp),
         ("shared_mlp.output_linear.weight", Bundle::SharedDown),
     ],
+    in_peft: InPeft::Unknown,
     ..NAMES
 };
 

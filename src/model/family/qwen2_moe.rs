@@ -1,9 +1,9 @@
 //! Qwen 2 with experts: q, k and v have a bias; a shared expert is weighed by a sigmoid; some layers may be dense.
 
 use super::fields::{Defaults, Fields};
-use super::sparse::{Keys, place};
+use super::sparse::{Keys, NAMES, place};
 use crate::error::Result;
-use crate::model::config::{DecoderConfig, MoeConfig, SharedConfig};
+use crate::model::config::{DecoderConfig, InPeft, MoeConfig, MoeNames, SharedConfig};
 
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
     let mut config = fields.decoder(&Defaults {
@@ -35,6 +35,7 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
     let moe = MoeConfig {
         renormalise: fields.flag("norm_topk_prob", false)?,
         shared: Some(SharedConfig { width, gated: true }),
+        names: MoeNames { in_peft: InPeft::TensorsTranslated, ..NAMES },
         ..moe
     };
     place(&mut config, &moe, fields.sparse_by_step()?);

@@ -2,7 +2,7 @@
 
 use super::fields::{Fields, wrong};
 use crate::error::{Error, Result};
-use crate::model::config::{Bundle, DecoderConfig, FeedForwardConfig, MoeConfig, MoeNames, Scoring};
+use crate::model::config::{Bundle, DecoderConfig, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant, Scoring};
 
 /// Names of Qwen's kind, which most families have taken over.
 pub(super) const NAMES: MoeNames = MoeNames {
@@ -12,6 +12,7 @@ pub(super) const NAMES: MoeNames = MoeNames {
     shared: "mlp.shared_expert",
     shared_gate: "mlp.shared_expert_gate",
     packed: &[("mlp.experts.gate_up_proj", Bundle::GateUp), ("mlp.experts.down_proj", Bundle::Down)],
+    in_peft: InPeft::Translated,
 };
 
 /// The fields that differ in name from family to family, and what their classes have where a file says nothing.
@@ -50,6 +51,7 @@ impl Fields<'_> {
             shared: None,
             router_loss: self.coefficient("router_aux_loss_coef", keys.router_loss)?,
             names: NAMES,
+            variant: RoutingVariant::default(),
         })
     }
 

@@ -1,0 +1,76 @@
+//! What of `adapter_config.json` is there so that PEFT, which sees all experts of a layer as one parameter, reads adapters on
+//! each of them: see [`InPeft`].
+
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value, json};
+
+use super::super::config::LoraConfig;
+use super::super::target::{Placement, Placements};
+use crate::model::config::{InPeft, Projection, Site};
+
+const GATE_UP: &str = "mlp.experts.gate_up_proj";
+const DOWN: &str = "mlp.experts.down_proj";
+/// PEFT joins the terms of gate and up, so that their ranks and alphas add up.
+const JOINED: &str = r".*\.gate_up_proj";
+
+/// Whether any expert has an adapter.
+pub(super) fn are_adapted(placements: &Placements) -> bool {
+    placements.placements.iter().any(is_expert)
+}
+
+/// Values of `target_parameters`, none for most models.
+pub(super) fn target_parameters(placements: &Placements) -> BTreeSet<String> {
+    match placements.in_peft {
+        Some(InPeft::Translated) => {
+            placements.placements.iter().filter(|p| is_feed_forward(p) && !is_expert(p)).map(parameter).collect()
+        }
+        Some(InPeft::TensorsTranslated) => {
+            let has = |projection| {
+                placements.placements.iter().any(|p| is_expert(p) && p.linear.projection == projection)
+            };
+            let both = has(Projection::Gate) && has(Projection::Up);
+            let names = [(GATE_UP, both), (DOWN, has(Projection::Down))];
+            names.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name.to_string()).collect()
+        }
+        Some(InPeft::Unknown) | None => BTreeSet::new(),
+    }
+}
+
+/// Adds to the patterns of rank and alpha what `target_parameters` calls for.
+pub(super) fn join_patterns(
+    config: &LoraConfig,
+    parameters: &BTreeSet<String>,
+    ranks: &mut Map<String, Value>,
+    alphas: &mut Map<String, Value>,
+) {
+    if parameters.contains(GATE_UP) {
+        ranks.insert(JOINED.to_string(), json!(2 * config.rank));
+        alphas.insert(JOINED.to_string(), super::config::number(2.0 * config.alpha()));
+    }
+}
+
+/// Whether a pattern is one of those that [`join_patterns`] adds: it is about PEFT's parameters, not about layers.
+pub(super) fn is_joined(pattern: &str) -> bool {
+    pattern == JOINED
+}
+
+/// Whether a value of `target_parameters` only repeats what the names of tensors say.
+pub(super) fn is_redundant(parameter: &str) -> bool {
+    [GATE_UP, DOWN].contains(&parameter) || parameter.ends_with("_proj.weight")
+}
+
+fn is_expert(placement: &Placement) -> bool {
+    matches!(placement.linear.site, Site::Expert(_))
+}
+
+fn is_feed_forward(placement: &Placement) -> bool {
+    matches!(placement.linear.projection, Projection::Gate | Projection::Up | Projection::Down)
+}
+
+/// `mlp.gate_proj.weight`: the end of a weight's name.
+fn parameter(placement: &Placement) -> String {
+    let mut parts = placement.linear.path.rsplitn(3, '.');
+    let (name, block) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    format!("{block}.{name}.weight")
+}
