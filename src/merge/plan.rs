@@ -58,6 +58,8 @@ pub(super) enum TermKind<'a> {
     LowRank { a: &'a Tensor, b: &'a Tensor },
     /// `scale * bias`, on a bias `[out]`.
     Bias(&'a Tensor),
+    /// What a trained router has more than the base's, `[experts, hidden]`.
+    Difference(Tensor),
 }
 
 impl Term<'_> {
@@ -66,6 +68,7 @@ impl Term<'_> {
         let own = match &self.kind {
             TermKind::LowRank { b, .. } => b.dim(0)?,
             TermKind::Bias(bias) => bias.dim(0)?,
+            TermKind::Difference(difference) => difference.dim(0)?,
         };
         let (from, end) = (start.max(self.first), (start + count).min(self.first + own));
         if from >= end {
@@ -75,6 +78,7 @@ impl Term<'_> {
         let values = match &self.kind {
             TermKind::LowRank { a, b } => delta(a, &b.narrow(0, skipped, count_here)?, self.scale)?,
             TermKind::Bias(bias) => (bias.narrow(0, skipped, count_here)? * self.scale)?,
+            TermKind::Difference(difference) => difference.narrow(0, skipped, count_here)?,
         };
         let width = sums.len() / count;
         let values: Vec<f32> = values.flatten_all()?.to_vec1()?;
@@ -90,6 +94,7 @@ impl Term<'_> {
             || match &self.kind {
                 TermKind::LowRank { a, b } => largest(a)? == 0.0 || largest(b)? == 0.0,
                 TermKind::Bias(bias) => largest(bias)? == 0.0,
+                TermKind::Difference(difference) => largest(difference)? == 0.0,
             })
     }
 }
@@ -137,7 +142,13 @@ impl<'a> MergePlan<'a> {
                     output.terms.push(term(TermKind::Bias(bias), 0));
                 }
             }
-            plan.layers.push(placements.len());
+            for (name, router) in &adapter.routers {
+                let base = model.read(name, DType::F32, router.device())?;
+                let kind = TermKind::Difference((router - base)?);
+                let (stored, _) = plan.place(model, name, router.dim(1)?);
+                plan.of(&stored)?.terms.push(Term { adapter: index, scale: 1.0, first: 0, kind });
+            }
+            plan.layers.push(placements.len() + adapter.routers.len());
         }
         Ok(plan)
     }

@@ -121,6 +121,13 @@ impl Block {
         self.attention.linears_mut().into_iter().chain(self.feed_forward.linears_mut())
     }
 
+    pub(super) fn router_mut(&mut self) -> Option<&mut Linear> {
+        match &mut self.feed_forward {
+            Network::Dense(_) => None,
+            Network::Sparse(moe) => Some(&mut moe.router.linear),
+        }
+    }
+
     /// Those of routed experts.
     pub(super) fn routed_linears(&self) -> Vec<&Linear> {
         match &self.feed_forward {

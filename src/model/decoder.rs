@@ -252,6 +252,29 @@ impl Decoder {
         self.blocks.iter().flat_map(Block::linears)
     }
 
+    /// Makes the weights of routers trainable and returns them.
+    pub fn make_routers_trainable(&mut self) -> Result<Trainables> {
+        let mut trainables = Trainables::new();
+        for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
+            if let Some(weight) = router.weight.parameter_mut() {
+                make_variable(weight, &mut trainables)?;
+            }
+        }
+        Ok(trainables)
+    }
+
+    /// Puts other values into the weights of routers, by name.
+    pub fn set_routers(&mut self, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
+            if let Some(weight) = router.weight.parameter_mut()
+                && let Some(tensor) = values.get(weight.name())
+            {
+                weight.replace(&tensor.to_dtype(DType::F32)?);
+            }
+        }
+        Ok(())
+    }
+
     /// The names of all values in routed experts: of those that get no token, nothing is learned.
     #[must_use]
     pub fn routed_parameters(&self) -> BTreeSet<Arc<str>> {

@@ -80,6 +80,11 @@ impl Pretrained {
         &self.config
     }
 
+    /// The same, to change how experts are chosen.
+    pub fn config_mut(&mut self) -> &mut DecoderConfig {
+        &mut self.config
+    }
+
     /// The `config.json` that a copy of this model needs; for a GGUF file the one its metadata amounts to.
     #[must_use]
     pub fn config_json(&self) -> &Value {

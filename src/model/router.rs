@@ -40,7 +40,8 @@ impl Routing {
     #[must_use]
     pub fn groups(&self) -> Groups {
         let Some(kept) = &self.kept else { return Groups::new(&self.chosen, self.active, self.experts) };
-        let taken = self.chosen.iter().zip(kept).map(|(expert, kept)| if *kept { *expert } else { Groups::NO_ROW });
+        let taken =
+            self.chosen.iter().zip(kept).map(|(expert, kept)| if *kept { *expert } else { Groups::NO_ROW });
         Groups::new(&taken.collect::<Vec<_>>(), self.active, self.experts)
     }
 
@@ -91,15 +92,26 @@ impl Router {
         };
         let ranked = self.rule.ranked(&rows, bias.as_deref(), self.layer, pass);
         let mut chosen = self.rule.choose(&ranked);
-        let capacity = variant.capacity_factor.filter(|_| training).map(|factor| {
-            (factor * pass.num_rows() as f64 * active as f64 / experts as f64).ceil() as usize
-        });
-        let kept = capacity.map(|capacity| limit(&mut chosen, &ranked, (active, experts), capacity, variant.overflow));
+        let capacity = variant
+            .capacity_factor
+            .filter(|_| training)
+            .map(|factor| (factor * pass.num_rows() as f64 * active as f64 / experts as f64).ceil() as usize);
+        let kept = capacity
+            .map(|capacity| limit(&mut chosen, &ranked, (active, experts), capacity, variant.overflow));
         let weights = self.rule.weights(&rows, &chosen);
         let renormalised = renormalise || scoring == Scoring::SoftmaxOfActive;
         let layer = self.layer;
         let routing = Routing {
-            layer, logits, chosen, kept, weights, active, experts, scoring, renormalised, noise_deviation,
+            layer,
+            logits,
+            chosen,
+            kept,
+            weights,
+            active,
+            experts,
+            scoring,
+            renormalised,
+            noise_deviation,
         };
         Ok((routing, saved))
     }
@@ -140,7 +152,9 @@ impl Rule {
             }
             (RoutingKind::Hash, Some(ids)) => ids
                 .iter()
-                .flat_map(|id| (0..self.experts).map(move |e| dropout::hashed(u64::from(*id), (layer << 32 | e) as u64)))
+                .flat_map(|id| {
+                    (0..self.experts).map(move |e| dropout::hashed(u64::from(*id), (layer << 32 | e) as u64))
+                })
                 .collect(),
             (RoutingKind::Model | RoutingKind::Hash, _) => rows
                 .flat_map(|row| {
@@ -310,7 +324,18 @@ impl Routing {
         let mut chosen = Vec::new();
         rows.chunks_exact(experts).for_each(|row| largest(row, active, &mut chosen));
         let (weights, kept, noise_deviation) = (vec![1.0; chosen.len()], None, None);
-        Self { layer: 0, logits, chosen, kept, weights, active, experts, scoring, renormalised: false, noise_deviation }
+        Self {
+            layer: 0,
+            logits,
+            chosen,
+            kept,
+            weights,
+            active,
+            experts,
+            scoring,
+            renormalised: false,
+            noise_deviation,
+        }
     }
 }
 

@@ -19,6 +19,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, Tensor, Var};
+use serde::Serialize;
 
 use super::config::Scoring;
 use super::router::Routing;
@@ -69,7 +70,8 @@ impl RouterLosses {
         }
         let variables: Vec<Var> =
             routing.iter().map(|layer| Ok(Var::from_tensor(&layer.logits)?)).collect::<Result<_>>()?;
-        let layers: Vec<Layer> = variables.iter().zip(routing).map(|(z, routing)| Layer::of(z, routing)).collect::<Result<_>>()?;
+        let layers: Vec<Layer> =
+            variables.iter().zip(routing).map(|(z, routing)| Layer::of(z, routing)).collect::<Result<_>>()?;
         let layers = if self.pooled { vec![Layer::joined(&layers)?] } else { layers };
         let mut terms = Terms::default();
         let mut total: Option<Tensor> = None;
@@ -211,7 +213,7 @@ fn variation(values: &Tensor) -> Result<Tensor> {
 }
 
 /// How a layer's tokens are spread over its experts.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Spread {
     /// The layer.
     pub layer: usize,
@@ -277,7 +279,15 @@ impl Tally {
 #[must_use]
 pub fn balanced(biases: &[f32], load: &[f64], rate: f64) -> Vec<f32> {
     let equal = 1.0 / load.len().max(1) as f64;
-    let step = |share: f64| if share < equal { rate } else if share > equal { -rate } else { 0.0 };
+    let step = |share: f64| {
+        if share < equal {
+            rate
+        } else if share > equal {
+            -rate
+        } else {
+            0.0
+        }
+    };
     biases.iter().zip(load).map(|(bias, share)| bias + step(*share) as f32).collect()
 }
 
@@ -298,7 +308,8 @@ mod tests {
     }
 
     const ON: [RouterLosses; 5] = {
-        let off = RouterLosses { switch: 0.0, importance: 0.0, load: 0.0, load_std: 0.0, z: 0.0, pooled: false };
+        let off =
+            RouterLosses { switch: 0.0, importance: 0.0, load: 0.0, load_std: 0.0, z: 0.0, pooled: false };
         [
             RouterLosses { switch: 1.0, ..off },
             RouterLosses { importance: 1.0, ..off },
@@ -337,9 +348,11 @@ mod tests {
     #[test]
     fn equal_shares_cost_least() {
         // Each expert is chosen once, with the same logits.
-        let even: Vec<f32> = (0..4).flat_map(|t| (0..4).map(move |e| if e == t { 1.0 } else { 0.0 })).collect();
+        let even: Vec<f32> =
+            (0..4).flat_map(|t| (0..4).map(move |e| if e == t { 1.0 } else { 0.0 })).collect();
         let even = routing(&even, 4, 1, Scoring::Softmax);
-        let [switch, importance, load, load_std, z] = ON.map(|losses| value(losses, std::slice::from_ref(&even)));
+        let [switch, importance, load, load_std, z] =
+            ON.map(|losses| value(losses, std::slice::from_ref(&even)));
         assert!((switch - 1.0).abs() < 1e-6, "{switch}");
         assert!(importance < 1e-9 && load < 1e-9 && load_std < 1e-4, "{importance} {load} {load_std}");
         let expected = f64::from(1f32.exp() + 3.0).ln().powi(2);
@@ -366,7 +379,9 @@ mod tests {
     fn a_spread_counts_and_a_bias_follows_it() {
         let spread = Spread::of(3, &[6, 2, 0, 0], 2);
         assert_eq!((spread.max_over_mean, spread.dead, spread.dropped), (3.0, 2, 0.25));
-        assert!((spread.entropy - (0.75f64 * (4.0f64 / 3.0).ln() + 0.25 * 4f64.ln()) / 4f64.ln()).abs() < 1e-12);
+        assert!(
+            (spread.entropy - (0.75f64 * (4.0f64 / 3.0).ln() + 0.25 * 4f64.ln()) / 4f64.ln()).abs() < 1e-12
+        );
         assert_eq!(Spread::of(0, &[5, 5], 0).entropy, 1.0);
         assert_eq!(balanced(&[0.0, 0.5, 0.0, 0.0], &spread.load, 0.125), [-0.125, 0.5, 0.125, 0.125]);
     }

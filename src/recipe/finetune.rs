@@ -120,13 +120,20 @@ fn make_trainable<'a>(
 }
 
 fn attach_adapter(adapter: &PlacedAdapter, prepared: &Prepared, model: &mut Decoder) -> Result<Trainables> {
-    let PlacedAdapter { config, placements, from } = adapter;
+    let PlacedAdapter { config, placements, from, routers } = adapter;
+    if let Some(from) = from {
+        model.set_routers(&from.routers)?;
+    }
     let tensors = match from {
         Some(from) => from.tensors.clone(),
         None => init::fresh(config, &placements.placements, prepared.base.config(), model.device())?,
     };
     let (dropout, seed) = (config.dropout, config.dropout_seed);
-    attach(model.linears_mut(), &placements.placements, &tensors, dropout, seed)
+    let mut trainables = attach(model.linears_mut(), &placements.placements, &tensors, dropout, seed)?;
+    if *routers {
+        trainables.extend(model.make_routers_trainable()?);
+    }
+    Ok(trainables)
 }
 
 fn settings(plan: &Plan, prepared: &Prepared, way: Way) -> Settings {
@@ -145,6 +152,7 @@ fn settings(plan: &Plan, prepared: &Prepared, way: Way) -> Settings {
         keep: train.keep,
         recompute,
         piece_tokens,
+        losses: plan.mixture.losses,
     }
 }
 

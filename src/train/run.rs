@@ -13,11 +13,11 @@ use super::memory::peak_rss_bytes;
 use super::metrics::Metrics;
 use super::optimizer::{AdamW, AdamWConfig};
 use super::schedule::Schedule;
-use super::step::step_gradients;
+use super::step::balanced_step_gradients;
 use crate::data::{Batch, Sampler};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
-use crate::model::{Decoder, Recompute};
+use crate::model::{Decoder, Recompute, RouterLosses};
 use crate::ops::Trainables;
 
 /// How a run trains.
@@ -48,6 +48,8 @@ pub struct Settings {
     /// The most tokens of a batch that are computed at once; batches are cut between documents. A resumed run keeps
     /// what it began with.
     pub piece_tokens: usize,
+    /// Losses on routers.
+    pub losses: RouterLosses,
 }
 
 /// Everything a run needs.
@@ -152,7 +154,9 @@ fn update(
     let batches: Vec<Batch> = (first..first + settings.accumulate)
         .flat_map(|index| job.train.batch(index).pieces(state.piece_tokens))
         .collect();
-    let step = step_gradients(job.model, job.trainables, &batches, Some(state.step), settings.recompute)?;
+    let (now, recompute) = (Some(state.step), settings.recompute);
+    let step =
+        balanced_step_gradients(job.model, job.trainables, &batches, now, recompute, &settings.losses)?;
     let number = state.step + 1;
     if !step.loss.is_finite() || !step.norm.is_finite() {
         let what = if step.loss.is_finite() { "gradient norm" } else { "loss" };
@@ -191,6 +195,8 @@ fn update(
         supervised_tokens,
         tokens_per_second: tokens as f64 / begin.elapsed().as_secs_f64(),
         peak_rss_bytes: peak_rss_bytes(),
+        router_losses: step.router.values,
+        routing: step.tally.spreads(),
     })
 }
 

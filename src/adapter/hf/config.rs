@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
 use super::super::target::{Placements, few, is_named};
-use super::{Provenance, experts};
 use super::fields::{Fields, NamesOrText, is_neutral};
+use super::{Provenance, experts};
 use crate::error::{Context, Error, Result};
 
 /// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
@@ -90,6 +90,7 @@ fn parse(text: &str) -> Result<Read> {
         None => return Err(Error::invalid("has no `peft_type`, expected \"LORA\"")),
     }
     fields.forget_redundant_parameters();
+    fields.forget_routers();
     fields.refuse_unsupported();
     let init = fields.init();
     let targets = fields.targets();
@@ -214,6 +215,15 @@ impl Fields {
         }
     }
 
+    /// Takes out the modules that are routers: their tensors say that they are trained.
+    fn forget_routers(&mut self) {
+        let is_router = |value: &Value| value.as_str().is_some_and(experts::is_router_module);
+        let modules = self.map.get("modules_to_save").and_then(Value::as_array);
+        if modules.is_some_and(|list| list.iter().all(is_router)) {
+            self.map.shift_remove("modules_to_save");
+        }
+    }
+
     fn refuse_unsupported(&mut self) {
         for (key, what) in REFUSED {
             if let Some(value) = self.take(key).filter(|value| !is_neutral(value)) {
@@ -249,6 +259,7 @@ impl Fields {
 pub(super) fn to_json(
     config: &LoraConfig,
     placements: &Placements,
+    routers: &[&str],
     provenance: &Provenance,
 ) -> Result<String> {
     // PEFT knows no rank 0: such layers are excluded instead.
@@ -278,7 +289,7 @@ pub(super) fn to_json(
         ("layers_to_transform", json!(config.layers_to_transform)),
         ("lora_alpha", number(config.alpha())),
         ("lora_dropout", number(dropout)),
-        ("modules_to_save", Value::Null),
+        ("modules_to_save", experts::router_modules(routers)),
         ("peft_type", json!("LORA")),
         ("r", json!(config.rank)),
         ("rank_pattern", Value::Object(ranks)),

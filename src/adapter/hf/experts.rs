@@ -22,9 +22,12 @@ pub(super) fn are_adapted(placements: &Placements) -> bool {
 /// Values of `target_parameters`, none for most models.
 pub(super) fn target_parameters(placements: &Placements) -> BTreeSet<String> {
     match placements.in_peft {
-        Some(InPeft::Translated) => {
-            placements.placements.iter().filter(|p| is_feed_forward(p) && !is_expert(p)).map(parameter).collect()
-        }
+        Some(InPeft::Translated) => placements
+            .placements
+            .iter()
+            .filter(|p| is_feed_forward(p) && !is_expert(p))
+            .map(parameter)
+            .collect(),
         Some(InPeft::TensorsTranslated) => {
             let has = |projection| {
                 placements.placements.iter().any(|p| is_expert(p) && p.linear.projection == projection)
@@ -58,6 +61,22 @@ pub(super) fn is_joined(pattern: &str) -> bool {
 /// Whether a value of `target_parameters` only repeats what the names of tensors say.
 pub(super) fn is_redundant(parameter: &str) -> bool {
     [GATE_UP, DOWN].contains(&parameter) || parameter.ends_with("_proj.weight")
+}
+
+/// `modules_to_save` for these weights of routers: the ends of their modules' paths, null where there are none.
+pub(super) fn router_modules(routers: &[&str]) -> Value {
+    let module = |name: &&str| {
+        let path = name.strip_suffix(".weight").unwrap_or(name);
+        let below = path.splitn(4, '.').nth(3).unwrap_or(path);
+        below.to_string()
+    };
+    let modules: BTreeSet<String> = routers.iter().map(module).collect();
+    if modules.is_empty() { Value::Null } else { json!(modules) }
+}
+
+/// Whether a module is a router by its name.
+pub(super) fn is_router_module(module: &str) -> bool {
+    [".gate", ".router.layer"].iter().any(|end| module.ends_with(end))
 }
 
 fn is_expert(placement: &Placement) -> bool {

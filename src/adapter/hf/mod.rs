@@ -49,6 +49,8 @@ pub struct Adapter {
     /// Copies of the model's own embedding or head, which PEFT adds where these are targeted: [`Adapter::fit`] makes
     /// sure that they are copies.
     pub copies: BTreeMap<String, Tensor>,
+    /// Trained weights of routers, in f32 by name.
+    pub routers: BTreeMap<String, Tensor>,
     /// What its trainer noted in the tensors' file.
     pub metadata: BTreeMap<String, String>,
     /// What was found and left aside because it changes nothing.
@@ -67,7 +69,7 @@ impl Adapter {
         if !path.exists() {
             return Err(missing_tensors(folder));
         }
-        let tensors::Read { tensors, copies, metadata } =
+        let tensors::Read { tensors, copies, routers, metadata } =
             tensors::read(&path, read.config.lora_bias, device)?;
         Ok(Self {
             source: folder.display().to_string(),
@@ -76,6 +78,7 @@ impl Adapter {
             revision: read.revision,
             tensors,
             copies,
+            routers,
             metadata,
             warnings: read.warnings,
         })
@@ -137,6 +140,17 @@ impl Adapter {
                 Some(_) => {}
             }
         }
+        let shapes: BTreeMap<String, Vec<usize>> =
+            if self.routers.is_empty() { BTreeMap::new() } else { model.tensors().into_iter().collect() };
+        for (name, tensor) in &self.routers {
+            match shapes.get(name).filter(|_| model.is_held_in_f32(name)) {
+                None => wrong.push(format!("`{name}` is a whole tensor, and no router of the model")),
+                Some(shape) if tensor.dims() != shape => {
+                    wrong.push(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()));
+                }
+                Some(_) => {}
+            }
+        }
         for name in expected.keys().filter(|name| !self.tensors.contains_key(*name)) {
             wrong.push(format!("`{name}` is missing, though the configuration targets its layer"));
         }
@@ -183,7 +197,7 @@ pub struct Provenance {
 
 /// Writes the three files of an adapter into `folder`, which exists; each replaces its predecessor in one step.
 ///
-/// `tensors` are those of [`super::attach`] or of [`Adapter::tensors`].
+/// `tensors` are those of [`super::attach`] or of [`Adapter::tensors`], and trained weights of routers.
 pub fn write<'t>(
     folder: &Path,
     config: &LoraConfig,
@@ -191,8 +205,12 @@ pub fn write<'t>(
     tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     provenance: &Provenance,
 ) -> Result<()> {
+    let tensors: Vec<(&str, &Tensor)> = tensors.into_iter().collect();
+    let routers: Vec<&str> =
+        tensors.iter().map(|(name, _)| *name).filter(|name| !name.contains(".lora_")).collect();
     tensors::write(&folder.join(TENSORS_FILE), tensors, &provenance.metadata)?;
-    write_atomic(folder.join(CONFIG_FILE), config::to_json(config, placements, provenance)?.as_bytes())?;
+    let text = config::to_json(config, placements, &routers, provenance)?;
+    write_atomic(folder.join(CONFIG_FILE), text.as_bytes())?;
     write_atomic(folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())
 }
 

@@ -7,7 +7,10 @@ mod moe;
 mod sizes;
 
 pub use linears::{LinearConfig, Projection, Site};
-pub use moe::{Bundle, InPeft, MoeConfig, MoeNames, Overflow, PackedTensor, RoutingKind, RoutingVariant, Scoring, SharedConfig};
+pub use moe::{
+    Bundle, InPeft, MoeConfig, MoeNames, Overflow, PackedTensor, RoutingKind, RoutingVariant, Scoring,
+    SharedConfig,
+};
 pub(in crate::model) use sizes::Widths;
 
 /// A decoder of any family.
@@ -101,7 +104,7 @@ pub enum FeedForwardConfig {
         activation: Activation,
     },
     /// A router, experts, and shared experts beside them.
-    Sparse(MoeConfig),
+    Sparse(Box<MoeConfig>),
 }
 
 pub use crate::ops::Activation;
@@ -176,7 +179,7 @@ impl DecoderConfig {
     /// The sparse layers: number and network.
     pub fn sparse_layers(&self) -> impl Iterator<Item = (usize, &MoeConfig)> {
         self.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.feed_forward {
-            FeedForwardConfig::Sparse(moe) => Some((index, moe)),
+            FeedForwardConfig::Sparse(moe) => Some((index, &**moe)),
             FeedForwardConfig::Dense { .. } => None,
         })
     }

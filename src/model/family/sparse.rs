@@ -2,7 +2,9 @@
 
 use super::fields::{Fields, wrong};
 use crate::error::{Error, Result};
-use crate::model::config::{Bundle, DecoderConfig, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant, Scoring};
+use crate::model::config::{
+    Bundle, DecoderConfig, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant, Scoring,
+};
 
 /// Names of Qwen's kind, which most families have taken over.
 pub(super) const NAMES: MoeNames = MoeNames {
@@ -80,7 +82,7 @@ impl Fields<'_> {
 pub(super) fn place(config: &mut DecoderConfig, moe: &MoeConfig, is_sparse: impl Fn(usize) -> bool) {
     for (index, layer) in config.layers.iter_mut().enumerate() {
         if is_sparse(index) {
-            layer.feed_forward = FeedForwardConfig::Sparse(moe.clone());
+            layer.feed_forward = FeedForwardConfig::Sparse(Box::new(moe.clone()));
         }
     }
 }
