@@ -155,7 +155,8 @@ proptest! {
 
 #[test]
 fn everything_else_is_the_base_byte_for_byte() {
-    for name in ALL {
+    // Granite has many layers of an adapter in one tensor.
+    for name in ALL.into_iter().filter(|name| !name.starts_with("granite")) {
         let fixture = Fixture::open(name);
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("merged");

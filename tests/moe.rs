@@ -8,7 +8,7 @@ use peft::adapter::torch_random::Generator;
 use peft::adapter::{attach, hf};
 use peft::merge::merge;
 use peft::model::config::{Overflow, RoutingKind, RoutingVariant};
-use peft::model::{Decoder, Pretrained, Recompute, RouterLosses, family};
+use peft::model::{Decoder, Pretrained, Recompute, RouterLosses};
 use peft::train::{StepGradients, balanced_step_gradients, step_gradients};
 use serde_json::{Value, json};
 
@@ -147,7 +147,7 @@ fn recomputation_sees_the_same_routing() {
         RoutingVariant { kind: RoutingKind::Random, ..plain },
         RoutingVariant { kind: RoutingKind::Hash, ..plain },
         RoutingVariant { capacity_factor: Some(0.7), ..plain },
-        RoutingVariant { capacity_factor: Some(0.7), overflow: Overflow::Reroute, ..plain },
+        RoutingVariant { capacity_factor: Some(1.3), overflow: Overflow::Reroute, ..plain },
     ];
     let mut losses = Vec::new();
     for name in ["qwen2_moe", "glm4_moe"] {
@@ -246,14 +246,18 @@ fn adapters_are_merged_into_the_layout_that_is_there() {
     }
 }
 
-/// A tiny sparse model in place of the dense one.
 fn sparse_place() -> Place {
+    sparse_place_of("qwen2_moe", "Qwen2MoeForCausalLM")
+}
+
+/// A tiny sparse model in place of the dense one, its first layer dense.
+fn sparse_place_of(family: &str, class: &str) -> Place {
     let place = Place::new();
     let path = place.path("model");
     let mut config: Value = serde_json::from_slice(&fs::read(path.join("config.json")).unwrap()).unwrap();
     for (key, value) in [
-        ("architectures", json!(["Qwen2MoeForCausalLM"])),
-        ("model_type", json!("qwen2_moe")),
+        ("architectures", json!([class])),
+        ("model_type", json!(family)),
         ("hidden_size", json!(32)),
         ("num_hidden_layers", json!(2)),
         ("num_attention_heads", json!(4)),
@@ -263,13 +267,14 @@ fn sparse_place() -> Place {
         ("shared_expert_intermediate_size", json!(16)),
         ("intermediate_size", json!(32)),
         ("num_experts", json!(4)),
+        ("n_routed_experts", json!(4)),
         ("num_experts_per_tok", json!(2)),
         ("mlp_only_layers", json!([0])),
     ] {
         config[key] = value;
     }
     let mut generator = Generator::new(11);
-    let tensors: std::collections::HashMap<String, Tensor> = family::read(&config)
+    let tensors: std::collections::HashMap<String, Tensor> = peft::model::family::read(&config)
         .unwrap()
         .tensors()
         .into_iter()
@@ -367,7 +372,7 @@ fn experts_and_routers_are_targets() {
             .as_array()
             .unwrap()
             .iter()
-            .map(|t| format!("{} {}", t["target"], t["placed"]))
+            .map(|t| format!("{} {}", t["target"], t["layers"]))
             .collect()
     };
     // One dense layer; in the other four experts and a shared one.
@@ -400,4 +405,36 @@ fn a_dense_model_has_no_experts() {
             "{text}"
         );
     }
+}
+
+/// Experts that get less than their share are lifted, step by step, and the biases are part of the adapter.
+#[test]
+fn selection_biases_follow_the_load() {
+    let place = sparse_place_of("glm4_moe", "Glm4MoeForCausalLM");
+    let keys = ["--set", "losses.bias_update=0.125"];
+    place.run(&[&["finetune", "recipe.toml"], &keys[..]].concat());
+    let name = "base_model.model.model.layers.1.mlp.gate.e_score_correction_bias";
+    let read = |file: &str| candle_core::safetensors::load(place.path(file), &Device::Cpu).unwrap();
+    let first = values(&read("model/model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]);
+    let found = values(&read("run/adapter_model.safetensors")[name]);
+    let mut expected: Vec<f32> = first;
+    for line in lines(&place, "run").iter().filter(|line| line.get("loss").is_some()) {
+        let load: Vec<f64> =
+            line["routing"][0]["load"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        expected = peft::model::balanced(&expected, &load, 0.125);
+    }
+    assert_eq!(found, expected);
+    let whole = fs::read(place.path("run/adapter_model.safetensors")).unwrap();
+    fs::remove_dir_all(place.path("run/checkpoint-6")).unwrap();
+    place.run(&[&["finetune", "recipe.toml", "--resume"], &keys[..]].concat());
+    assert_eq!(fs::read(place.path("run/adapter_model.safetensors")).unwrap(), whole);
+    place.run(&["merge", "--model", "model", "--adapter", "run", "--output", "merged"]);
+    let merged = values(&read("merged/model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]);
+    let far = merged.iter().zip(&found).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    assert!(far < 1e-6, "{far}");
+
+    let place = sparse_place();
+    let output = place.command(&[&["finetune", "recipe.toml"], &keys[..]].concat()).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("moves a bias of the choice of experts, and `model` has none"), "{text}");
 }

@@ -208,8 +208,8 @@ fn what_is_not_built_is_refused_and_what_is_off_is_not() {
     test.toml:2: `task = "upcycle"`: upcycling is not built yet
     hint: this version runs recipes with `task = "finetune"`
     "#);
-    insta::assert_snapshot!(refusal_of("losses.bias_update = 0.001"), @"
-    test.toml:6: what `losses.bias_update` asks for is not built yet
+    insta::assert_snapshot!(refusal_of("distill.teacher = \"big\""), @"
+    test.toml:6: what `distill.teacher` asks for is not built yet
     hint: leave it out
     ");
     insta::assert_snapshot!(refusal_of("routing.noise = \"learned\""), @"
@@ -413,13 +413,21 @@ fn mixture() -> impl Strategy<Value = MixturePlan> {
     let kind = prop_oneof![Just(RoutingKind::Model), Just(RoutingKind::Random), Just(RoutingKind::Hash)];
     let overflow = prop_oneof![Just(Overflow::Drop), Just(Overflow::Reroute)];
     let coefficient = || prop_oneof![Just(0.0), number(1e-6..10.0)];
-    let losses = (coefficient(), coefficient(), coefficient(), coefficient(), coefficient(), any::<bool>());
+    let losses = (
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        any::<bool>(),
+    );
     let routing = (option::of(1usize..9), any::<bool>(), option::of(number(0.1..9.0)), overflow, kind);
     (router, routing, losses).prop_map(|(router, routing, losses)| {
         let (active, noise, capacity_factor, overflow, kind) = routing;
-        let (switch, importance, load, load_std, z, pooled) = losses;
+        let (switch, importance, load, load_std, z, bias_update, pooled) = losses;
         let losses = RouterLosses { switch, importance, load, load_std, z, pooled };
-        MixturePlan { router, active, noise, capacity_factor, overflow, kind, losses }
+        MixturePlan { router, active, noise, capacity_factor, overflow, kind, losses, bias_update }
     })
 }
 

@@ -145,7 +145,7 @@ impl<'a> MergePlan<'a> {
             for (name, router) in &adapter.routers {
                 let base = model.read(name, DType::F32, router.device())?;
                 let kind = TermKind::Difference((router - base)?);
-                let (stored, _) = plan.place(model, name, router.dim(1)?);
+                let (stored, _) = plan.place(model, name, router.dims().last().copied().unwrap_or(1));
                 plan.of(&stored)?.terms.push(Term { adapter: index, scale: 1.0, first: 0, kind });
             }
             plan.layers.push(placements.len() + adapter.routers.len());

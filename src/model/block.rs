@@ -6,7 +6,7 @@ use super::attention::{self, Attention, KeyValues};
 use super::linear::Linear;
 use super::network::{self, Network};
 use super::norm::Norm;
-use super::router::Routing;
+use super::router::{Router, Routing};
 use crate::error::Result;
 use crate::ops::rotary::Angles;
 use crate::ops::{Gradients, Parameter, Pass, add, rms_norm};
@@ -121,10 +121,10 @@ impl Block {
         self.attention.linears_mut().into_iter().chain(self.feed_forward.linears_mut())
     }
 
-    pub(super) fn router_mut(&mut self) -> Option<&mut Linear> {
+    pub(super) fn router_mut(&mut self) -> Option<&mut Router> {
         match &mut self.feed_forward {
             Network::Dense(_) => None,
-            Network::Sparse(moe) => Some(&mut moe.router.linear),
+            Network::Sparse(moe) => Some(&mut moe.router),
         }
     }
 

@@ -256,20 +256,35 @@ impl Decoder {
     pub fn make_routers_trainable(&mut self) -> Result<Trainables> {
         let mut trainables = Trainables::new();
         for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
-            if let Some(weight) = router.weight.parameter_mut() {
+            if let Some(weight) = router.linear.weight.parameter_mut() {
                 make_variable(weight, &mut trainables)?;
             }
         }
         Ok(trainables)
     }
 
-    /// Puts other values into the weights of routers, by name.
+    /// Makes the biases that only the choice of experts sees into variables and returns them by layer. They get no gradient:
+    /// see [`super::balanced`].
+    pub fn make_selection_biases_variable(&mut self) -> Result<BTreeMap<usize, (Arc<str>, Var)>> {
+        let mut biases = BTreeMap::new();
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            if let Some(bias) = block.router_mut().and_then(|router| router.bias.as_mut()) {
+                let mut variable = Trainables::new();
+                make_variable(bias, &mut variable)?;
+                biases.extend(variable.into_iter().map(|named| (layer, named)));
+            }
+        }
+        Ok(biases)
+    }
+
+    /// Puts other values into the weights and biases of routers, by name.
     pub fn set_routers(&mut self, values: &BTreeMap<String, Tensor>) -> Result<()> {
         for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
-            if let Some(weight) = router.weight.parameter_mut()
-                && let Some(tensor) = values.get(weight.name())
-            {
-                weight.replace(&tensor.to_dtype(DType::F32)?);
+            let parameters = router.linear.weight.parameter_mut().into_iter().chain(&mut router.bias);
+            for parameter in parameters {
+                if let Some(tensor) = values.get(parameter.name()) {
+                    parameter.replace(&tensor.to_dtype(DType::F32)?);
+                }
             }
         }
         Ok(())

@@ -39,12 +39,14 @@ pub struct MixturePlan {
     pub kind: RoutingKind,
     /// How much each loss on routers counts.
     pub losses: RouterLosses,
+    /// The step of selection biases that follow the load; 0: they stay.
+    pub bias_update: f64,
 }
 
 impl MixturePlan {
     pub(super) fn of(recipe: &Recipe) -> Self {
         let Routing { active, noise, capacity_factor, overflow, kind } = recipe.routing;
-        let Losses { switch, importance, load, load_std, z, pooled, .. } = recipe.losses;
+        let Losses { switch, importance, load, load_std, z, bias_update, pooled } = recipe.losses;
         let [switch, importance, load, load_std, z] =
             [switch, importance, load, load_std, z].map(|coefficient| coefficient.unwrap_or(0.0));
         Self {
@@ -55,12 +57,13 @@ impl MixturePlan {
             overflow,
             kind,
             losses: RouterLosses { switch, importance, load, load_std, z, pooled },
+            bias_update: bias_update.unwrap_or(0.0),
         }
     }
 
     /// The tables that say it.
     pub(super) fn tables(&self) -> (Routing, Losses) {
-        let Self { active, noise, capacity_factor, overflow, kind, losses, .. } = *self;
+        let Self { active, noise, capacity_factor, overflow, kind, losses, bias_update, .. } = *self;
         let RouterLosses { switch, importance, load, load_std, z, pooled } = losses;
         let on = |coefficient: f64| (coefficient > 0.0).then_some(coefficient);
         let noise = if noise { Noise::Gaussian } else { Noise::None };
@@ -71,7 +74,7 @@ impl MixturePlan {
             load: on(load),
             load_std: on(load_std),
             z: on(z),
-            bias_update: None,
+            bias_update: on(bias_update),
             pooled,
         };
         (routing, losses)
@@ -79,7 +82,7 @@ impl MixturePlan {
 
     /// The first key that asks for something only a mixture of experts has.
     fn key(&self) -> Option<&'static str> {
-        let Self { router, active, noise, capacity_factor, overflow, kind, losses } = self;
+        let Self { router, active, noise, capacity_factor, overflow, kind, losses, bias_update } = self;
         [
             ("train.router", *router != RouterTraining::Frozen),
             ("routing.active", active.is_some()),
@@ -92,6 +95,7 @@ impl MixturePlan {
             ("losses.load", losses.load > 0.0),
             ("losses.load_std", losses.load_std > 0.0),
             ("losses.z", losses.z > 0.0),
+            ("losses.bias_update", *bias_update > 0.0),
             ("losses.pooled", losses.pooled),
         ]
         .into_iter()
@@ -108,6 +112,12 @@ impl MixturePlan {
                         .with_hint("leave it out"))
                 }
             };
+        }
+        if self.bias_update > 0.0 && !model.sparse_layers().all(|(_, moe)| moe.selection_bias) {
+            return Err(Error::request(format!(
+                "`losses.bias_update` moves a bias of the choice of experts, and `{name}` has none"
+            ))
+            .with_hint("balance with `losses.switch`"));
         }
         let Self { active, noise, capacity_factor, overflow, kind, .. } = *self;
         model.reroute(active, RoutingVariant { noise, capacity_factor, overflow, kind, seed })
@@ -185,7 +195,6 @@ impl Recipe {
     pub(super) fn unbuilt_key(&self) -> Option<&'static str> {
         [
             ("routing.noise", self.routing.noise == Noise::Learned),
-            ("losses.bias_update", self.losses.bias_update.is_some_and(|rate| rate > 0.0)),
             ("distill.teacher", self.distill.teacher.is_some()),
         ]
         .into_iter()

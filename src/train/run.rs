@@ -1,9 +1,12 @@
 //! The training loop.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use candle_core::{Tensor, Var};
 use serde_json::json;
 
 use super::arrival::Arrival;
@@ -15,9 +18,9 @@ use super::optimizer::{AdamW, AdamWConfig};
 use super::schedule::Schedule;
 use super::step::balanced_step_gradients;
 use crate::data::{Batch, Sampler};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::eval::evaluate;
-use crate::model::{Decoder, Recompute, RouterLosses};
+use crate::model::{Decoder, Recompute, RouterLosses, balanced};
 use crate::ops::Trainables;
 
 /// How a run trains.
@@ -50,6 +53,9 @@ pub struct Settings {
     pub piece_tokens: usize,
     /// Losses on routers.
     pub losses: RouterLosses,
+    /// What a step adds to the selection bias of an expert with less than an equal share of the tokens, and takes from
+    /// that of one with more.
+    pub bias_update: f64,
 }
 
 /// Everything a run needs.
@@ -58,6 +64,8 @@ pub struct Job<'a> {
     pub model: &'a Decoder,
     /// What is trained.
     pub trainables: &'a Trainables,
+    /// Selection biases by layer, which follow the load.
+    pub biases: &'a BTreeMap<usize, (Arc<str>, Var)>,
     /// The same on disk.
     pub artifact: &'a dyn Artifact,
     /// Batches to train on.
@@ -177,6 +185,14 @@ fn update(
         1.0
     };
     optimizer.update(job.trainables, &step.gradients, clip, learning_rate)?;
+    let routing = step.tally.spreads();
+    for spread in &routing {
+        if let Some((name, variable)) = job.biases.get(&spread.layer) {
+            let biases: Vec<f32> = variable.to_vec1().in_tensor(name)?;
+            let biases = balanced(&biases, &spread.load, settings.bias_update);
+            variable.set(&Tensor::new(biases, variable.device())?).in_tensor(name)?;
+        }
+    }
     let tokens = batches.iter().map(|batch| batch.tokens.len() as u64).sum();
     let supervised_tokens = batches.iter().map(|batch| batch.num_supervised() as u64).sum();
     state.step = number;
@@ -196,7 +212,7 @@ fn update(
         tokens_per_second: tokens as f64 / begin.elapsed().as_secs_f64(),
         peak_rss_bytes: peak_rss_bytes(),
         router_losses: step.router.values,
-        routing: step.tally.spreads(),
+        routing,
     })
 }
 

@@ -66,7 +66,7 @@ pub(super) fn is_redundant(parameter: &str) -> bool {
 /// `modules_to_save` for these weights of routers: the ends of their modules' paths, null where there are none.
 pub(super) fn router_modules(routers: &[&str]) -> Value {
     let module = |name: &&str| {
-        let path = name.strip_suffix(".weight").unwrap_or(name);
+        let path = name.rsplit_once('.').map_or(*name, |(path, _)| path);
         let below = path.splitn(4, '.').nth(3).unwrap_or(path);
         below.to_string()
     };
