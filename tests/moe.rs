@@ -384,7 +384,7 @@ fn experts_and_routers_are_targets() {
         "\"gate_proj\" 3"
     );
     assert_eq!(adapted(&["--set", "train.router=lora"])[3], "\"mlp.gate\" 1");
-    assert_eq!(adapted(&["--set", "adapter.targets=all-linear"]), ["\"all-linear\" 27"]);
+    assert_eq!(adapted(&["--set", "adapter.targets=all-linear"]), ["\"all-linear\" 26"]);
 }
 
 #[test]
@@ -437,4 +437,24 @@ fn selection_biases_follow_the_load() {
     let output = place.command(&[&["finetune", "recipe.toml"], &keys[..]].concat()).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("moves a bias of the choice of experts, and `model` has none"), "{text}");
+}
+
+/// `adapter_fused` is what PEFT 0.21.2 saves when it has loaded `adapter`.
+#[test]
+fn adapters_on_fused_parameters_are_those_on_experts() {
+    let fixture = Fixture::open("mixtral");
+    let mut model = fixture.model();
+    let adapter = hf::Adapter::read(&fixture.folder.join("adapter_fused"), &Device::Cpu).unwrap();
+    let adapter = adapter.for_model(model.config()).unwrap();
+    let placements = adapter.placements(model.config()).unwrap();
+    attach(model.linears_mut(), &placements.placements, &adapter.tensors, 0.0, 0).unwrap();
+    let found = logits(&model, &fixture.batch());
+    let far = difference(&found, &fixture.tensors["logits_adapter"]);
+    assert!(far <= 1e-4, "{far}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = adapter.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    hf::write(folder.path(), &adapter.config, &placements, tensors, &hf::Provenance::default()).unwrap();
+    let again = hf::Adapter::read(folder.path(), &Device::Cpu).unwrap().for_model(model.config()).unwrap();
+    assert_eq!(again.placements(model.config()).unwrap().placements, placements.placements);
 }

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::patterns::Patterns;
+use super::target::is_special;
 use crate::error::{Error, Result};
-use crate::model::config::{DecoderConfig, Projection};
+use crate::model::config::DecoderConfig;
 
 /// LoRA: beside a frozen weight `W [out, in]`, trained `A [rank, in]` and `B [out, rank]`, so that
 /// `y = x W^T + scale * dropout(x) A^T B^T`.
@@ -151,8 +152,7 @@ impl Targets {
             }
             Self::AllLinear => {
                 let linears = model.linears();
-                let all =
-                    linears.iter().filter(|l| !matches!(l.projection, Projection::Head | Projection::Router));
+                let all = linears.iter().filter(|linear| !is_special(linear.projection));
                 let names: BTreeSet<String> = all.map(|linear| linear.name().to_string()).collect();
                 Self::Names(names.into_iter().chain([router]).collect())
             }

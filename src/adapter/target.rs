@@ -5,7 +5,7 @@
 //! |---|---|
 //! | names | is one of them, or ends with a dot and one of them; `gate_proj` and the like name an expert's projections in every family |
 //! | pattern | is matched as a whole |
-//! | `all-linear` | is neither the output embedding nor a router |
+//! | `all-linear` | is neither the output embedding nor a router nor the gate of a shared expert, which has one row |
 //! | `exclude` | is out, whatever the targets say |
 //! | `layers_to_transform` | has one of these numbers after its first `.name.` |
 //! | `rank_pattern`, `alpha_pattern` | ends with what the pattern matches, at the start or after a dot; the first wins |
@@ -184,7 +184,7 @@ impl<'c> Rules<'c> {
                 names.iter().enumerate().filter(|(_, n)| names_linear(n, linear)).map(|(i, _)| i).collect()
             }
             Targets::Pattern(_) if matches(self.target.as_ref(), &linear.path)? => vec![0],
-            Targets::AllLinear if !matches!(linear.projection, Projection::Head | Projection::Router) => {
+            Targets::AllLinear if !is_special(linear.projection) => {
                 vec![0]
             }
             Targets::Pattern(_) | Targets::AllLinear => vec![],
@@ -238,6 +238,11 @@ impl<T: Copy> FirstMatch<T> {
     }
 }
 
+/// Whether only its name leads to a layer.
+pub(super) fn is_special(projection: Projection) -> bool {
+    matches!(projection, Projection::Head | Projection::Router | Projection::SharedGate)
+}
+
 /// Whether a name leads to a layer: by its path, or for an expert by what its projection is called everywhere else.
 fn names_linear(name: &str, linear: &LinearConfig) -> bool {
     let is_expert = matches!(linear.site, Site::Expert(_));
@@ -261,6 +266,12 @@ fn compile(key: &str, pattern: &str, around: impl Fn(&str) -> String) -> Result<
         };
         Error::request(format!("`{key}` has the invalid regular expression `{pattern}`, {what}"))
     })
+}
+
+/// The alpha of a module or parameter at this path.
+pub(super) fn alpha_at(config: &LoraConfig, path: &str) -> Result<f64> {
+    let alphas = FirstMatch::new("alpha_pattern", &config.alpha_pattern)?;
+    Ok(alphas.first(path)?.unwrap_or(config.alpha()))
 }
 
 fn too_costly(error: fancy_regex::Error) -> Error {

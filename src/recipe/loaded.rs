@@ -33,7 +33,7 @@ impl Loaded {
         let base = Pretrained::open(source)?;
         let adapter = match adapter {
             Some(folder) => {
-                let adapter = read_adapter(folder)?;
+                let adapter = read_adapter(folder)?.for_model(base.config())?;
                 Some((adapter.fit(&base).at(folder)?, adapter))
             }
             None => None,

@@ -167,7 +167,7 @@ impl Trainee {
             return Ok(Self::Full);
         };
         let from = match &written.from {
-            Some(path) => Some(read_adapter(path)?),
+            Some(path) => Some(read_adapter(path)?.for_model(base.config())?),
             None => None,
         };
         let config = match &from {

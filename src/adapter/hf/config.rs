@@ -66,6 +66,8 @@ pub(super) struct Read {
     pub(super) base_model: Option<String>,
     pub(super) revision: Option<String>,
     pub(super) warnings: Vec<String>,
+    /// `target_parameters`, which tensors have to bear out.
+    pub(super) parameters: Vec<String>,
 }
 
 /// Reads and checks the file.
@@ -89,7 +91,7 @@ fn parse(text: &str) -> Result<Read> {
         }
         None => return Err(Error::invalid("has no `peft_type`, expected \"LORA\"")),
     }
-    fields.forget_redundant_parameters();
+    let parameters = fields.parameters();
     fields.forget_routers();
     fields.refuse_unsupported();
     let init = fields.init();
@@ -128,7 +130,7 @@ fn parse(text: &str) -> Result<Read> {
         let changed_base = fields.problems.iter().any(|problem| problem.ends_with(CHANGED_BASE));
         return Err(if changed_base { error.with_hint(PLAIN_FORM) } else { error });
     }
-    Ok(Read { config, base_model, revision, warnings })
+    Ok(Read { config, base_model, revision, warnings, parameters })
 }
 
 impl Fields {
@@ -200,19 +202,15 @@ impl Fields {
         }
     }
 
-    /// Takes out what is written for PEFT alone, see [`experts`].
-    fn forget_redundant_parameters(&mut self) {
-        let is_redundant = |value: &Value| value.as_str().is_some_and(experts::is_redundant);
+    /// Adapters on the parameters of experts, and those that are written for PEFT alone, see [`experts`].
+    fn parameters(&mut self) -> Vec<String> {
+        let known = |value: &Value| value.as_str().filter(|name| experts::is_known(name)).map(str::to_string);
         let parameters = self.map.get("target_parameters").and_then(Value::as_array);
-        if !parameters.is_some_and(|list| list.iter().all(is_redundant)) {
-            return;
+        let parameters: Option<Vec<String>> = parameters.and_then(|list| list.iter().map(known).collect());
+        if parameters.is_some() {
+            self.map.shift_remove("target_parameters");
         }
-        self.map.shift_remove("target_parameters");
-        for key in ["rank_pattern", "alpha_pattern"] {
-            if let Some(Value::Object(patterns)) = self.map.get_mut(key) {
-                patterns.retain(|pattern, _| !experts::is_joined(pattern));
-            }
-        }
+        parameters.unwrap_or_default()
     }
 
     /// Takes out the modules that are routers: their tensors say that they are trained.

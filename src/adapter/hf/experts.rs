@@ -53,14 +53,9 @@ pub(super) fn join_patterns(
     }
 }
 
-/// Whether a pattern is one of those that [`join_patterns`] adds: it is about PEFT's parameters, not about layers.
-pub(super) fn is_joined(pattern: &str) -> bool {
-    pattern == JOINED
-}
-
-/// Whether a value of `target_parameters` only repeats what the names of tensors say.
-pub(super) fn is_redundant(parameter: &str) -> bool {
-    [GATE_UP, DOWN].contains(&parameter) || parameter.ends_with("_proj.weight")
+/// Whether a value of `target_parameters` can be that of experts, or of a module whose tensors say it all.
+pub(super) fn is_known(parameter: &str) -> bool {
+    ["gate_up_proj", "down_proj", "_proj.weight"].iter().any(|end| parameter.ends_with(end))
 }
 
 /// `modules_to_save` for these weights of routers: the ends of their modules' paths, null where there are none.

@@ -8,6 +8,7 @@ mod card;
 mod config;
 mod experts;
 mod fields;
+mod fused;
 mod tensors;
 
 use std::collections::BTreeMap;
@@ -49,6 +50,8 @@ pub struct Adapter {
     /// Copies of the model's own embedding or head, which PEFT adds where these are targeted: [`Adapter::fit`] makes
     /// sure that they are copies.
     pub copies: BTreeMap<String, Tensor>,
+    /// What PEFT has as parameters, not as modules: see [`Adapter::for_model`].
+    pub parameters: Vec<String>,
     /// Trained weights of routers, in f32 by name.
     pub routers: BTreeMap<String, Tensor>,
     /// What its trainer noted in the tensors' file.
@@ -78,6 +81,7 @@ impl Adapter {
             revision: read.revision,
             tensors,
             copies,
+            parameters: read.parameters,
             routers,
             metadata,
             warnings: read.warnings,

@@ -21,7 +21,7 @@ pub enum Projection {
     Down,
     /// What chooses experts; never in `all-linear`.
     Router,
-    /// What the shared expert is weighed by.
+    /// What the shared expert is weighed by; never in `all-linear`.
     SharedGate,
     /// The output embedding; never in `all-linear`.
     Head,
