@@ -54,6 +54,8 @@ pub struct Placements {
     pub without: Vec<String>,
     /// What PEFT makes of adapters on the model's experts; none of a dense model.
     pub in_peft: Option<InPeft>,
+    /// The ends of the name of a router's weight: ours, and that of transformers 5 where it is another.
+    pub router: Option<(String, &'static str)>,
 }
 
 impl Placements {
@@ -139,8 +141,11 @@ pub(super) fn place(config: &LoraConfig, model: &DecoderConfig) -> Result<Placem
             without.push(linear.path);
         }
     }
-    let in_peft = model.sparse_layers().next().map(|(_, moe)| moe.names.in_peft);
-    Ok(Placements { placements, counts, without, in_peft })
+    let names = model.sparse_layers().next().map(|(_, moe)| moe.names);
+    let in_peft = names.map(|names| names.in_peft);
+    let router =
+        names.and_then(|names| Some((format!("{}.weight", names.router), names.router_in_transformers()?)));
+    Ok(Placements { placements, counts, without, in_peft, router })
 }
 
 /// The settings with every pattern compiled.

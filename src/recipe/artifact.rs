@@ -57,7 +57,7 @@ impl Artifact for AdapterFiles<'_> {
     }
 
     fn restore(&self, folder: &Path) -> Result<()> {
-        let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?;
+        let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?.for_model(self.base.config())?;
         set_all(&self.trainables, saved.tensors.into_iter().chain(saved.routers).collect()).at(folder)
     }
 

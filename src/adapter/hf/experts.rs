@@ -71,7 +71,7 @@ pub(super) fn router_modules(routers: &[&str]) -> Value {
 
 /// Whether a module is a router by its name.
 pub(super) fn is_router_module(module: &str) -> bool {
-    [".gate", ".router.layer"].iter().any(|end| module.ends_with(end))
+    [".gate", ".router.layer", ".router"].iter().any(|end| module.ends_with(end))
 }
 
 fn is_expert(placement: &Placement) -> bool {

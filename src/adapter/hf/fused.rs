@@ -40,10 +40,15 @@ impl Kind {
 }
 
 impl Adapter {
-    /// The adapter with a pair of tensors for each expert of `model`, whatever its file has.
+    /// The adapter with a pair of tensors for each expert of `model`, and routers by their names there, whatever its file has.
     pub fn for_model(mut self, model: &DecoderConfig) -> Result<Self> {
         let mut found: Vec<(Kind, usize, f64)> = Vec::new();
         for (layer, moe) in model.sparse_layers() {
+            let theirs =
+                moe.names.router_in_transformers().map(|name| format!("model.layers.{layer}.{name}"));
+            if let Some(router) = theirs.and_then(|name| self.routers.remove(&name)) {
+                self.routers.insert(format!("{}.weight", moe.router_path(layer)), router);
+            }
             let own = format!("model.layers.{layer}.{}", moe.names.experts);
             // Transformers 5 calls all of them alike.
             for path in [own, format!("model.layers.{layer}.mlp.experts")] {

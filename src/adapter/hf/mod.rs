@@ -11,6 +11,7 @@ mod fields;
 mod fused;
 mod tensors;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -209,10 +210,21 @@ pub fn write<'t>(
     tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     provenance: &Provenance,
 ) -> Result<()> {
-    let tensors: Vec<(&str, &Tensor)> = tensors.into_iter().collect();
-    let routers: Vec<&str> =
-        tensors.iter().map(|(name, _)| *name).filter(|name| !name.contains(".lora_")).collect();
-    tensors::write(&folder.join(TENSORS_FILE), tensors, &provenance.metadata)?;
+    let renamed = |name: &'t str| -> Cow<'t, str> {
+        match &placements.router {
+            Some((own, theirs)) => match name.strip_suffix(own.as_str()) {
+                Some(before) => Cow::Owned(format!("{before}{theirs}")),
+                None => Cow::Borrowed(name),
+            },
+            None => Cow::Borrowed(name),
+        }
+    };
+    let tensors: Vec<(Cow<'t, str>, &Tensor)> =
+        tensors.into_iter().map(|(name, tensor)| (renamed(name), tensor)).collect();
+    let routers = tensors.iter().map(|(name, _)| &**name).filter(|name| !name.contains(".lora_"));
+    let routers: Vec<&str> = routers.collect();
+    let named = tensors.iter().map(|(name, tensor)| (&**name, *tensor));
+    tensors::write(&folder.join(TENSORS_FILE), named, &provenance.metadata)?;
     let text = config::to_json(config, placements, &routers, provenance)?;
     write_atomic(folder.join(CONFIG_FILE), text.as_bytes())?;
     write_atomic(folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())

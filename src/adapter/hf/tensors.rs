@@ -127,7 +127,9 @@ fn is_copy(name: &str) -> bool {
 
 /// Whether the name can be that of a router's weight or bias; the model says whether it is.
 fn is_router(name: &str) -> bool {
-    [".gate.weight", ".router.layer.weight", ".e_score_correction_bias"].iter().any(|end| name.ends_with(end))
+    [".gate.weight", ".router.layer.weight", ".router.weight", ".e_score_correction_bias"]
+        .iter()
+        .any(|end| name.ends_with(end))
 }
 
 /// `base_model.model.<path>.lora_A.weight` to `<path>.lora_A.weight`. Also read: no prefix, `model.` twice, and the

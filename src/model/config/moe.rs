@@ -150,6 +150,14 @@ pub struct PackedTensor {
     pub parts: Vec<(String, [usize; 2])>,
 }
 
+impl MoeNames {
+    /// The router's weight as transformers 5 calls it, where that is another name, below the layer's path as all here.
+    #[must_use]
+    pub fn router_in_transformers(&self) -> Option<&'static str> {
+        self.packed.iter().find(|(_, bundle)| *bundle == Bundle::Router).map(|(name, _)| *name)
+    }
+}
+
 impl MoeConfig {
     /// `model.layers.3.mlp.experts.5.gate_proj`: the path of the gate (0), up (1) or down (2) projection of an expert.
     #[must_use]
