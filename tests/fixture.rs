@@ -12,6 +12,27 @@ use serde_json::Value;
 
 pub(crate) const MODELS: [&str; 6] = ["llama", "llama3", "mistral", "qwen2", "qwen3", "llama_bias"];
 
+/// Mixtures of experts, made by `fixtures/make_sparse.py`.
+pub(crate) const SPARSE: [&str; 7] =
+    ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "granitemoeshared"];
+
+/// Every model that there is a fixture of.
+pub(crate) const ALL: [&str; 13] = [
+    "llama",
+    "llama3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "llama_bias",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "glm4_moe",
+    "granitemoe",
+    "granitemoeshared",
+];
+
 pub(crate) struct Fixture {
     pub(crate) folder: PathBuf,
     pub(crate) tensors: BTreeMap<String, Tensor>,

@@ -5,8 +5,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use peft::ops::attention::{self, Heads};
 use peft::ops::rotary::{self, Angles};
 use peft::ops::{
-    Activation, Documents, Dropout, Gradients, LowRank, Parameter, Pass, Trainables, Weight, add,
-    add_to_rows, cross_entropy, differentiate, dropout, embedding, glu, linear, rms_norm, rows,
+    Activation, Documents, Dropout, Gradients, Groups, LowRank, Parameter, Pass, Trainables, Weight, add,
+    add_to_rows, cross_entropy, differentiate, dropout, embedding, glu, grouped_linear, groups, linear,
+    rms_norm, rows,
 };
 
 const CPU: Device = Device::Cpu;
@@ -96,7 +97,7 @@ fn rotary_agrees_and_turns_back() {
     let (tokens, heads, d) = (67, 3, 10);
     let x = random(&[tokens, heads * d], 4);
     let angle = random(&[tokens, d / 2], 5);
-    let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap() };
+    let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap(), head_dim: d };
     let y = rotary::forward(x.copy().unwrap(), &angles).unwrap();
     assert_close("y", &y, &rotary::reference(&x, &angles).unwrap(), 1e-6);
     assert_close("back", &rotary::backward(y, &angles).unwrap(), &x, 1e-6);
@@ -133,7 +134,7 @@ fn linear_with_low_rank_and_dropout_agrees() {
     for (tokens, input, output, rank) in [(1, 1, 1, 1), (9, 33, 17, 5), (70, 64, 48, 16)] {
         for probability in [0.0, 0.3] {
             let documents = Documents::new(vec![0, tokens], vec![3]);
-            let pass = Pass { documents: &documents, dropout_step: Some(4) };
+            let pass = Pass::training(&documents, Some(4));
             let dropout = Dropout { probability, seed: 1, module: 2 };
             let mut trainables = Trainables::new();
             let x = random(&[tokens, input], 10);
@@ -177,7 +178,7 @@ fn layers_with_one_input_add_their_dx_up() {
     let documents = Documents::new(vec![0, 7], vec![3]);
     let x = random(&[7, 12], 10);
     for probability in [0.0, 0.4] {
-        let pass = Pass { documents: &documents, dropout_step: Some(1) };
+        let pass = Pass::training(&documents, Some(1));
         let dropout = |module| Dropout { probability, seed: 1, module };
         let low_rank = |module: u64| LowRank {
             a: Parameter::new("a", &random(&[3, 12], 80 + module)),
@@ -375,4 +376,122 @@ fn bf16_follows_f32() {
     let weight = random(&[32], 74);
     let norm = |x: &Tensor, w: &Tensor| rms_norm::forward(x, &Parameter::new("w", w), 1e-5).unwrap().0;
     assert_close("norm", &norm(&to(&q), &to(&weight)), &norm(&q, &weight), 1e-2);
+}
+
+/// Experts of seven tokens, the last of which has none, and one choice that was dropped.
+fn some_groups() -> Groups {
+    Groups::new(&[0, 2, 2, 1, 0, 1, 2, 0, Groups::NO_ROW, 1, 0, 1, 2, 1], 2, 4)
+}
+
+#[test]
+fn rows_of_experts_are_those_of_their_tokens() {
+    let groups = some_groups();
+    assert_eq!(groups.tokens(), [0, 2, 3, 5, 1, 2, 4, 5, 6, 0, 1, 3, 6]);
+    assert_eq!(groups.counts().collect::<Vec<_>>(), [4, 5, 4, 0]);
+    let x = random(&[7, 5], 1);
+    let y = groups::gather(&x, &groups).unwrap();
+    assert_eq!(
+        y.narrow(0, 8, 1).unwrap().to_vec2::<f32>().unwrap(),
+        x.narrow(0, 6, 1).unwrap().to_vec2::<f32>().unwrap()
+    );
+    // Gathering and summing are each other's transposes.
+    let dy = random(&[13, 5], 2);
+    assert!((dot(&y, &dy) - dot(&x, &groups::sum(&dy, &groups).unwrap())).abs() < 1e-4);
+}
+
+#[test]
+fn weighed_sums_of_experts_agree() {
+    let groups = some_groups();
+    let (x, dy) = (random(&[13, 33], 3), random(&[7, 33], 4));
+    let weights = random(&[14], 5);
+    let list: Vec<f32> = weights.to_vec1().unwrap();
+    let y = groups::combine(&x, &list, &groups).unwrap();
+    assert_close("y", &y, &groups::reference(&x, &weights, &groups).unwrap(), 1e-5);
+    let (dx, d_weights) = groups::combine_backward(&x, &list, &groups, &dy, true).unwrap();
+    let expected = differentiate(&[&x, &weights], &dy, |v| groups::reference(&v[0], &v[1], &groups)).unwrap();
+    assert_close("dx", &dx, &expected[0], 1e-5);
+    let d_weights = d_weights.unwrap();
+    assert_eq!(d_weights[8], 0.0);
+    assert_close("d_weights", &Tensor::new(d_weights, &CPU).unwrap(), &expected[1], 1e-5);
+    assert_slope("dx", &x, &dx, &dy, |x| groups::combine(x, &list, &groups).unwrap());
+}
+
+#[test]
+fn linear_layers_of_experts_agree() {
+    let (input, output, rank) = (17, 11, 3);
+    let groups = some_groups();
+    let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
+    let pass = Pass::training(&documents, Some(2));
+    let mut trainables = Trainables::new();
+    let (x, dy) = (random(&[13, input], 20), random(&[13, output], 21));
+    let experts: Vec<(Weight, LowRank)> = (0..4)
+        .map(|e: u64| {
+            let weight = parameter(&format!("w{e}"), &random(&[output, input], 30 + e), &mut trainables);
+            let a = parameter(&format!("a{e}"), &random(&[rank, input], 40 + e), &mut trainables);
+            let b = parameter(&format!("b{e}"), &random(&[output, rank], 50 + e), &mut trainables);
+            (Weight::Dense(weight), LowRank { a, b, bias: None, scale: 0.7, dropout: Dropout::NONE })
+        })
+        .collect();
+    let layers: Vec<linear::Layer<'_>> = experts
+        .iter()
+        .map(|(weight, low_rank)| linear::Layer { weight, bias: None, low_rank: Some(low_rank) })
+        .collect();
+    let plain = |values: &[Tensor]| -> Vec<grouped_linear::Plain> {
+        values.chunks(3).map(|v| (v[0].clone(), Some((v[1].clone(), v[2].clone(), 0.7)))).collect()
+    };
+    let values: Vec<Tensor> = experts
+        .iter()
+        .flat_map(|(w, l)| {
+            [w.parameter().unwrap().tensor().clone(), l.a.tensor().clone(), l.b.tensor().clone()]
+        })
+        .collect();
+    let (y, saved) = grouped_linear::forward(&x, &layers, &groups, &pass).unwrap();
+    assert_close("y", &y, &grouped_linear::reference(&x, &plain(&values), &groups).unwrap(), 1e-5);
+
+    let mut inputs = vec![&x];
+    inputs.extend(&values);
+    let reference = |v: &[Tensor]| grouped_linear::reference(&v[0], &plain(&v[1..]), &groups);
+    let expected = differentiate(&inputs, &dy, reference).unwrap();
+    let mut gradients = Gradients::of(&trainables);
+    let towards = [(layers.as_slice(), &saved, &dy)];
+    let dx =
+        grouped_linear::backward_of_all(&towards, &groups, &pass, true, &mut gradients).unwrap().unwrap();
+    assert_close("dx", &dx, &expected[0], 1e-4);
+    for expert in 0..4 {
+        for (i, name) in ["w", "a", "b"].iter().enumerate() {
+            let found = gradients.of_name(&format!("{name}{expert}")).unwrap();
+            assert_close(name, found, &expected[1 + 3 * expert + i], 1e-4);
+        }
+    }
+    // An idle expert's gradient is there, and zero.
+    assert_eq!(
+        gradients.of_name("a3").unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(),
+        0.0
+    );
+    assert_slope("dx", &x, &dx, &dy, |x| grouped_linear::forward(x, &layers, &groups, &pass).unwrap().0);
+}
+
+/// The mask of a row is that of its token, whichever expert it is at.
+#[test]
+fn dropout_of_grouped_rows_is_that_of_their_tokens() {
+    let groups = some_groups();
+    let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
+    let pass = Pass::training(&documents, Some(2));
+    let drop = Dropout { probability: 0.4, seed: 8, module: 9 };
+    let all = dropout::mask(12, &drop, 2, &pass).unwrap();
+    let of_rows = dropout::mask(12, &drop, 2, &pass.of_rows(groups.tokens())).unwrap();
+    assert_close("mask", &of_rows, &groups::gather(&all, &groups).unwrap(), 0.0);
+}
+
+/// Where part of a head is rotated, the rest stays.
+#[test]
+fn rotary_of_part_of_a_head_agrees() {
+    let (tokens, heads, d, rotated) = (5, 3, 10, 4);
+    let (x, angle) = (random(&[tokens, heads * d], 4), random(&[tokens, rotated / 2], 5));
+    let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap(), head_dim: d };
+    let y = rotary::forward(x.copy().unwrap(), &angles).unwrap();
+    assert_close("y", &y, &rotary::reference(&x, &angles).unwrap(), 1e-6);
+    let rest = |t: &Tensor| t.reshape((tokens, heads, d)).unwrap().narrow(2, rotated, d - rotated).unwrap();
+    assert_close("rest", &rest(&y).contiguous().unwrap(), &rest(&x).contiguous().unwrap(), 0.0);
+    assert_close("back", &rotary::backward(y, &angles).unwrap(), &x, 1e-6);
 }

@@ -5,11 +5,11 @@ use peft::model::Recompute;
 use peft::ops::Trainables;
 use peft::train::{StepGradients, step_gradients};
 
-use crate::fixture::{Fixture, MODELS, difference, logits, relative};
+use crate::fixture::{ALL, Fixture, difference, logits, relative};
 
 #[test]
 fn logits_are_those_of_transformers() {
-    for name in MODELS {
+    for name in ALL {
         let fixture = Fixture::open(name);
         let found = logits(&fixture.model(), &fixture.batch());
         let difference = difference(&found, &fixture.tensors["logits"]);
@@ -19,7 +19,7 @@ fn logits_are_those_of_transformers() {
 
 #[test]
 fn logits_with_an_adapter_are_those_of_peft() {
-    for name in MODELS {
+    for name in ALL {
         let fixture = Fixture::open(name);
         let found = logits(&fixture.with_adapter().0, &fixture.batch());
         let adapted = difference(&found, &fixture.tensors["logits_adapter"]);
@@ -30,7 +30,7 @@ fn logits_with_an_adapter_are_those_of_peft() {
 
 #[test]
 fn losses_are_those_of_peft() {
-    for name in MODELS {
+    for name in ALL {
         let fixture = Fixture::open(name);
         let batch = fixture.batch();
         assert_eq!(batch.num_supervised() as u64, fixture.golden["supervised"].as_u64().unwrap(), "{name}");
@@ -49,7 +49,7 @@ fn gradients(fixture: &Fixture, recompute: Recompute) -> (Trainables, StepGradie
 
 #[test]
 fn every_gradient_of_an_adapter_is_that_of_peft() {
-    for name in MODELS {
+    for name in ALL {
         let fixture = Fixture::open(name);
         let (trainables, step) = gradients(&fixture, Recompute::None);
         let golden = fixture.tensors.keys().filter(|key| key.starts_with("grad.")).count();
@@ -69,7 +69,7 @@ fn every_gradient_of_an_adapter_is_that_of_peft() {
 #[test]
 fn every_gradient_of_full_training_is_that_of_torch() {
     let mut models = 0;
-    for name in MODELS {
+    for name in ALL {
         let fixture = Fixture::open(name);
         if !fixture.tensors.keys().any(|key| key.starts_with("full_grad.")) {
             continue;
@@ -90,12 +90,12 @@ fn every_gradient_of_full_training_is_that_of_torch() {
             }
         }
     }
-    assert_eq!(models, 4);
+    assert_eq!(models, 11);
 }
 
 #[test]
 fn recomputation_gives_the_same_gradients_to_the_bit() {
-    for name in MODELS {
+    for name in ALL {
         let fixture = Fixture::open(name);
         let (_, kept) = gradients(&fixture, Recompute::None);
         let (_, again) = gradients(&fixture, Recompute::Block);
@@ -109,7 +109,7 @@ fn recomputation_gives_the_same_gradients_to_the_bit() {
 
 #[test]
 fn a_packed_batch_gives_the_gradients_of_its_documents_alone() {
-    for name in MODELS {
+    for name in ALL {
         let fixture = Fixture::open(name);
         let (model, trainables) = fixture.with_adapter();
         let packed = fixture.batch();

@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use peft::Error;
 use peft::adapter::{Init, LoraConfig, Targets};
 use peft::data::{Format, Source, TrainOn};
+use peft::model::RouterLosses;
+use peft::model::config::{Overflow, RoutingKind};
 use peft::recipe::{
-    AdapterPlan, Bytes, DataPlan, Document, DtypeChoice, Evaluation, Length, MemoryBudget, ModelPlan, Plan,
-    Recipe, RecomputeChoice, Said, TrainPlan, Trained,
+    AdapterPlan, Bytes, DataPlan, Document, DtypeChoice, Evaluation, ExpertChoice, Length, MemoryBudget,
+    MixturePlan, ModelPlan, Plan, Recipe, RecomputeChoice, RouterTraining, Said, TrainPlan, Trained,
 };
 use peft::train::Schedule;
 use proptest::prelude::*;
@@ -206,12 +208,12 @@ fn what_is_not_built_is_refused_and_what_is_off_is_not() {
     test.toml:2: `task = "upcycle"`: upcycling is not built yet
     hint: this version runs recipes with `task = "finetune"`
     "#);
-    insta::assert_snapshot!(refusal_of("losses.switch = 0.001"), @"
-    test.toml:6: `losses.switch` is for mixtures of experts, and this version trains dense models
+    insta::assert_snapshot!(refusal_of("distill.teacher = \"big\""), @"
+    test.toml:6: what `distill.teacher` asks for is not built yet
     hint: leave it out
     ");
-    insta::assert_snapshot!(refusal_of("train.router = \"lora\""), @"
-    test.toml:6: `train.router` is for mixtures of experts, and this version trains dense models
+    insta::assert_snapshot!(refusal_of("routing.noise = \"learned\""), @"
+    test.toml:6: what `routing.noise` asks for is not built yet
     hint: leave it out
     ");
     insta::assert_snapshot!(refusal_of("routing.nosie = \"none\""), @"
@@ -353,7 +355,8 @@ fn trained() -> impl Strategy<Value = Trained> {
                 dropout_seed,
                 ..LoraConfig::default()
             };
-            Trained::Adapter(Box::new(AdapterPlan { config, from: from.map(PathBuf::from), said: Said::ALL }))
+            let (from, said, experts) = (from.map(PathBuf::from), Said::ALL, ExpertChoice::All(true));
+            Trained::Adapter(Box::new(AdapterPlan { config, from, said, experts, shared_experts: true }))
         },
     );
     prop_oneof![4 => adapter, 1 => Just(Trained::Full)]
@@ -404,6 +407,30 @@ fn train() -> impl Strategy<Value = TrainPlan> {
     )
 }
 
+fn mixture() -> impl Strategy<Value = MixturePlan> {
+    let router =
+        prop_oneof![Just(RouterTraining::Frozen), Just(RouterTraining::Lora), Just(RouterTraining::Full)];
+    let kind = prop_oneof![Just(RoutingKind::Model), Just(RoutingKind::Random), Just(RoutingKind::Hash)];
+    let overflow = prop_oneof![Just(Overflow::Drop), Just(Overflow::Reroute)];
+    let coefficient = || prop_oneof![Just(0.0), number(1e-6..10.0)];
+    let losses = (
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        coefficient(),
+        any::<bool>(),
+    );
+    let routing = (option::of(1usize..9), any::<bool>(), option::of(number(0.1..9.0)), overflow, kind);
+    (router, routing, losses).prop_map(|(router, routing, losses)| {
+        let (active, noise, capacity_factor, overflow, kind) = routing;
+        let (switch, importance, load, load_std, z, bias_update, pooled) = losses;
+        let losses = RouterLosses { switch, importance, load, load_std, z, pooled };
+        MixturePlan { router, active, noise, capacity_factor, overflow, kind, losses, bias_update }
+    })
+}
+
 proptest! {
     /// The recipe in a run directory does what the run did.
     #[test]
@@ -415,9 +442,10 @@ proptest! {
         trained in trained(),
         data in data(),
         train in train(),
+        mixture in mixture(),
     ) {
         let model = ModelPlan { source, dtype };
-        let plan = Plan { seed, output: output.into(), model, trained, data, train };
+        let plan = Plan { seed, output: output.into(), model, trained, data, train, mixture };
         let text = plan.to_toml().unwrap();
         let recipe = Recipe::read(&Document::parse("again.toml", &text).unwrap());
         prop_assert!(recipe.is_ok(), "{}\n{}", recipe.unwrap_err(), text);

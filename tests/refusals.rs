@@ -309,7 +309,7 @@ fn weights_of_another_shape() {
 fn unknown_family() {
     insta::assert_snapshot!(refused_config("\"model_type\": \"llama\"", "\"model_type\": \"llame\""), @"
     exit 1
-    error: model/config.json: `model_type` is `llame`, which is not supported; supported are `llama`, `mistral`, `qwen2`, `qwen3`
+    error: model/config.json: `model_type` is `llame`, which is not supported; supported are `llama`, `mistral`, `qwen2`, `qwen3`, `mixtral`, `qwen2_moe`, `qwen3_moe`, `olmoe`, `glm4_moe`, `granitemoe`, `granitemoeshared`
     hint: nearest is `llama`
     ");
 }

@@ -25,6 +25,8 @@ mod losses;
 mod memory;
 /// Merged weights are those of PEFT, compute what the adapter computes, and are the base's elsewhere.
 mod merge;
+/// Tokens are routed as transformers routes them, in every layout of the weights; an idle expert learns nothing.
+mod moe;
 /// The published toy outputs of a course, from the seeds alone.
 mod nju;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.

@@ -101,7 +101,7 @@ fn oddities_of_families_are_resolved() {
     assert_eq!(window("qwen2"), [None, Some(6)]);
     assert_eq!(attention("mistral").head_dim, 12);
     assert_eq!(attention("qwen3").head_dim, 16);
-    assert!(attention("qwen3").qk_norm && !attention("qwen3").qkv_bias);
+    assert!(attention("qwen3").qk_norm.is_some() && !attention("qwen3").qkv_bias);
     assert!(attention("qwen2").qkv_bias && !attention("qwen2").output_bias);
     assert!(attention("llama_bias").qkv_bias && attention("llama_bias").output_bias);
     assert_eq!(

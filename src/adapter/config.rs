@@ -1,9 +1,13 @@
 //! What an adapter is to be: rank and scale, the layers it goes to, and how its values begin.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::patterns::Patterns;
+use super::target::is_special;
 use crate::error::{Error, Result};
+use crate::model::config::DecoderConfig;
 
 /// LoRA: beside a frozen weight `W [out, in]`, trained `A [rank, in]` and `B [out, rank]`, so that
 /// `y = x W^T + scale * dropout(x) A^T B^T`.
@@ -134,6 +138,25 @@ impl Targets {
     /// A list of names.
     pub fn names<N: Into<String>>(names: impl IntoIterator<Item = N>) -> Self {
         Self::Names(names.into_iter().map(Into::into).collect())
+    }
+
+    /// These, and the routers of a model, which nothing but their names leads to.
+    #[must_use]
+    pub fn with_routers(self, model: &DecoderConfig) -> Self {
+        let Some((_, moe)) = model.sparse_layers().next() else { return self };
+        let router = moe.names.router.to_string();
+        match self {
+            Self::Names(names) => Self::Names(names.into_iter().chain([router]).collect()),
+            Self::Pattern(pattern) => {
+                Self::Pattern(format!("(?:{pattern})|.*\\.{}", router.replace('.', "\\.")))
+            }
+            Self::AllLinear => {
+                let linears = model.linears();
+                let all = linears.iter().filter(|linear| !is_special(linear.projection));
+                let names: BTreeSet<String> = all.map(|linear| linear.name().to_string()).collect();
+                Self::Names(names.into_iter().chain([router]).collect())
+            }
+        }
     }
 }
 

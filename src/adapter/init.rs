@@ -7,7 +7,8 @@
 //! | A | 1 | 3 | 5 | 7 | 9 | 11 | 13 | 15 |
 //! | B | 2 | 4 | 6 | 8 | 10 | 12 | 14 | 16 |
 //!
-//! The head counts as part of layer 0. Biases of B begin at zero.
+//! In a mixture of experts, expert `e` adds `32 * (e + 1)` to these; the router has 17 and 18, the gate of the shared expert 19
+//! and 20, and the shared expert's up, gate and down what is above, plus 20. The head counts as part of layer 0. Biases of B begin at zero.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +19,7 @@ use super::lora::tensor_names;
 use super::target::Placement;
 use super::torch_random::Generator;
 use crate::error::{Context, Result};
-use crate::model::config::{DecoderConfig, FeedForwardConfig, Projection};
+use crate::model::config::{DecoderConfig, FeedForwardConfig, LinearConfig, Projection, Site};
 use crate::ops::Activation;
 
 const LAYER_STRIDE: u64 = 1 << 16;
@@ -34,7 +35,7 @@ pub fn fresh(
     for placement in placements {
         let linear = &placement.linear;
         let (inputs, outputs, rank) = (linear.in_features, linear.out_features, placement.rank);
-        let seed = seed_of(config.seed, linear.layer, linear.projection);
+        let seed = seed_of(config.seed, linear);
         let (a, b) = match config.init {
             Init::Nju => nju_pair(gate_of(model, linear.layer), inputs, outputs, rank, seed),
             init => (draw_a(init, inputs, rank, seed.wrapping_add(1)), vec![0.0; outputs * rank]),
@@ -52,8 +53,8 @@ pub fn fresh(
 
 /// The seed of a layer's pair: A is drawn with the next seed, B with the one after.
 #[must_use]
-pub fn seed_of(seed: u64, layer: Option<usize>, projection: Projection) -> u64 {
-    let offset = match projection {
+pub fn seed_of(seed: u64, linear: &LinearConfig) -> u64 {
+    let offset = match linear.projection {
         Projection::Up => 0,
         Projection::Gate => 2,
         Projection::Down => 4,
@@ -62,9 +63,16 @@ pub fn seed_of(seed: u64, layer: Option<usize>, projection: Projection) -> u64 {
         Projection::V => 10,
         Projection::O => 12,
         Projection::Head => 14,
+        Projection::Router => 16,
+        Projection::SharedGate => 18,
     };
-    let layer = layer.unwrap_or(0) as u64;
-    seed.wrapping_add(layer.wrapping_mul(LAYER_STRIDE)).wrapping_add(offset)
+    let of_site = match linear.site {
+        Site::Expert(expert) => 32 * (expert as u64 + 1),
+        Site::Shared if linear.projection != Projection::SharedGate => 20,
+        Site::Shared | Site::Router | Site::Dense => 0,
+    };
+    let layer = linear.layer.unwrap_or(0) as u64;
+    seed.wrapping_add(layer.wrapping_mul(LAYER_STRIDE)).wrapping_add(offset + of_site)
 }
 
 /// The `nju` values of `A [rank, in]` (seed + 1) and `B [out, rank]` (seed + 2), row-major.
@@ -134,7 +142,8 @@ fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 
 /// The activation of the feed-forward network in the same layer; the head goes by the first layer.
 fn gate_of(model: &DecoderConfig, layer: Option<usize>) -> Activation {
-    model.layers.get(layer.unwrap_or(0)).map_or(Activation::Silu, |layer| match layer.feed_forward {
-        FeedForwardConfig::Dense { activation, .. } => activation,
+    model.layers.get(layer.unwrap_or(0)).map_or(Activation::Silu, |layer| match &layer.feed_forward {
+        FeedForwardConfig::Dense { activation, .. } => *activation,
+        FeedForwardConfig::Sparse(moe) => moe.activation,
     })
 }

@@ -3,9 +3,9 @@
 //!
 //! | key | a layer with path `p` |
 //! |---|---|
-//! | names | is one of them, or ends with a dot and one of them |
+//! | names | is one of them, or ends with a dot and one of them; `gate_proj` and the like name an expert's projections in every family |
 //! | pattern | is matched as a whole |
-//! | `all-linear` | is not the output embedding |
+//! | `all-linear` | is neither the output embedding nor a router nor the gate of a shared expert, which has one row |
 //! | `exclude` | is out, whatever the targets say |
 //! | `layers_to_transform` | has one of these numbers after its first `.name.` |
 //! | `rank_pattern`, `alpha_pattern` | ends with what the pattern matches, at the start or after a dot; the first wins |
@@ -15,7 +15,7 @@ use fancy_regex::Regex;
 use super::config::{Exclude, LoraConfig, Targets};
 use super::patterns::Patterns;
 use crate::error::{Error, Result, nearest};
-use crate::model::config::{DecoderConfig, LinearConfig, Projection};
+use crate::model::config::{DecoderConfig, InPeft, LinearConfig, Projection, Site};
 
 /// An adapter on one linear layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +52,10 @@ pub struct Placements {
     pub counts: Vec<TargetCount>,
     /// Paths of the layers that would have an adapter, did `rank_pattern` not say rank 0.
     pub without: Vec<String>,
+    /// What PEFT makes of adapters on the model's experts; none of a dense model.
+    pub in_peft: Option<InPeft>,
+    /// The ends of the name of a router's weight: ours, and that of transformers 5 where it is another.
+    pub router: Option<(String, &'static str)>,
 }
 
 impl Placements {
@@ -82,8 +86,7 @@ pub fn resolve(config: &LoraConfig, model: &DecoderConfig) -> Result<Placements>
         resolved.counts.iter().filter(|count| count.matched == 0).map(|count| count.target.as_str());
     some_match("targets", unmatched.collect(), &config.targets, &linears)?;
     if let Exclude::Names(names) = &config.exclude {
-        let unmatched =
-            names.iter().filter(|name| !linears.iter().any(|linear| is_named(&linear.path, name)));
+        let unmatched = names.iter().filter(|name| !linears.iter().any(|linear| names_linear(name, linear)));
         some_match("exclude", unmatched.map(String::as_str).collect(), &config.targets, &linears)?;
     }
     if let Some(layer) = config.layers_to_transform.iter().flatten().find(|l| **l >= model.layers.len()) {
@@ -124,7 +127,7 @@ pub(super) fn place(config: &LoraConfig, model: &DecoderConfig) -> Result<Placem
         let rank = rules.ranks.first(&linear.path)?.unwrap_or(config.rank);
         let wanted = !matching.is_empty()
             && config.rank > 0
-            && !rules.is_excluded(&linear.path)?
+            && !rules.is_excluded(&linear)?
             && rules.is_in_layers(&linear.path)?;
         let placed = wanted && rank > 0;
         for index in matching {
@@ -138,7 +141,11 @@ pub(super) fn place(config: &LoraConfig, model: &DecoderConfig) -> Result<Placem
             without.push(linear.path);
         }
     }
-    Ok(Placements { placements, counts, without })
+    let names = model.sparse_layers().next().map(|(_, moe)| moe.names);
+    let in_peft = names.map(|names| names.in_peft);
+    let router =
+        names.and_then(|names| Some((format!("{}.weight", names.router), names.router_in_transformers()?)));
+    Ok(Placements { placements, counts, without, in_peft, router })
 }
 
 /// The settings with every pattern compiled.
@@ -179,18 +186,20 @@ impl<'c> Rules<'c> {
     fn matching_targets(&self, linear: &LinearConfig) -> Result<Vec<usize>> {
         Ok(match &self.config.targets {
             Targets::Names(names) => {
-                names.iter().enumerate().filter(|(_, n)| is_named(&linear.path, n)).map(|(i, _)| i).collect()
+                names.iter().enumerate().filter(|(_, n)| names_linear(n, linear)).map(|(i, _)| i).collect()
             }
             Targets::Pattern(_) if matches(self.target.as_ref(), &linear.path)? => vec![0],
-            Targets::AllLinear if linear.projection != Projection::Head => vec![0],
+            Targets::AllLinear if !is_special(linear.projection) => {
+                vec![0]
+            }
             Targets::Pattern(_) | Targets::AllLinear => vec![],
         })
     }
 
-    fn is_excluded(&self, path: &str) -> Result<bool> {
+    fn is_excluded(&self, linear: &LinearConfig) -> Result<bool> {
         match &self.config.exclude {
-            Exclude::Names(names) => Ok(names.iter().any(|name| is_named(path, name))),
-            Exclude::Pattern(_) => matches(self.exclude.as_ref(), path),
+            Exclude::Names(names) => Ok(names.iter().any(|name| names_linear(name, linear))),
+            Exclude::Pattern(_) => matches(self.exclude.as_ref(), &linear.path),
         }
     }
 
@@ -234,7 +243,18 @@ impl<T: Copy> FirstMatch<T> {
     }
 }
 
-fn is_named(path: &str, name: &str) -> bool {
+/// Whether only its name leads to a layer.
+pub(super) fn is_special(projection: Projection) -> bool {
+    matches!(projection, Projection::Head | Projection::Router | Projection::SharedGate)
+}
+
+/// Whether a name leads to a layer: by its path, or for an expert by what its projection is called everywhere else.
+fn names_linear(name: &str, linear: &LinearConfig) -> bool {
+    let is_expert = matches!(linear.site, Site::Expert(_));
+    is_named(&linear.path, name) || (is_expert && linear.projection.name() == name)
+}
+
+pub(super) fn is_named(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
 
@@ -251,6 +271,12 @@ fn compile(key: &str, pattern: &str, around: impl Fn(&str) -> String) -> Result<
         };
         Error::request(format!("`{key}` has the invalid regular expression `{pattern}`, {what}"))
     })
+}
+
+/// The alpha of a module or parameter at this path.
+pub(super) fn alpha_at(config: &LoraConfig, path: &str) -> Result<f64> {
+    let alphas = FirstMatch::new("alpha_pattern", &config.alpha_pattern)?;
+    Ok(alphas.first(path)?.unwrap_or(config.alpha()))
 }
 
 fn too_costly(error: fancy_regex::Error) -> Error {
@@ -301,11 +327,11 @@ fn some_match(key: &str, unmatched: Vec<&str>, targets: &Targets, linears: &[Lin
 }
 
 /// The distinct last parts of paths, in order of appearance.
-fn kinds<'l>(linears: impl Iterator<Item = &'l LinearConfig>) -> Vec<&'static str> {
+fn kinds<'l>(linears: impl Iterator<Item = &'l LinearConfig>) -> Vec<&'l str> {
     let mut kinds = Vec::new();
     for linear in linears {
-        if !kinds.contains(&linear.projection.name()) {
-            kinds.push(linear.projection.name());
+        if !kinds.contains(&linear.name()) {
+            kinds.push(linear.name());
         }
     }
     kinds

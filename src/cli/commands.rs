@@ -49,7 +49,8 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
 
 pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     let base = Pretrained::open(&arguments.model)?;
-    let adapters = arguments.adapter.iter().map(|folder| recipe::read_adapter(folder));
+    let adapters =
+        arguments.adapter.iter().map(|folder| recipe::read_adapter(folder)?.for_model(base.config()));
     let adapters = adapters.collect::<Result<Vec<_>>>()?;
     let dtype = arguments.dtype.map(|dtype| match dtype {
         WrittenDtype::F32 => DType::F32,

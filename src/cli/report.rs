@@ -289,6 +289,8 @@ mod tests {
             supervised_tokens: 1024,
             tokens_per_second: 1234.4,
             peak_rss_bytes: 1_932_735_283,
+            router_losses: std::collections::BTreeMap::new(),
+            routing: Vec::new(),
         })
     }
 

@@ -119,7 +119,7 @@ fn folded(model: &Pretrained, output: &Output<'_>) -> Result<(Vec<u8>, Totals)> 
         let before = base.values(start * width..(start + count) * width);
         let mut delta = vec![0.0_f32; count * width];
         for term in &output.terms {
-            delta.iter_mut().zip(term.rows(start, count)?).for_each(|(sum, value)| *sum += value);
+            term.add_to(&mut delta, start, count)?;
         }
         let exact: Vec<f32> = before.iter().zip(&delta).map(|(w, d)| w + d).collect();
         let piece = encode(&exact, dtype)?;

@@ -47,6 +47,8 @@ impl Output<'_> {
 pub(super) struct Term<'a> {
     pub(super) adapter: usize,
     pub(super) scale: f64,
+    /// The row of the tensor, of which experts may share one, that its first row is added to.
+    pub(super) first: usize,
     pub(super) kind: TermKind<'a>,
 }
 
@@ -56,16 +58,33 @@ pub(super) enum TermKind<'a> {
     LowRank { a: &'a Tensor, b: &'a Tensor },
     /// `scale * bias`, on a bias `[out]`.
     Bias(&'a Tensor),
+    /// What a trained router has more than the base's, `[experts, hidden]`.
+    Difference(Tensor),
 }
 
 impl Term<'_> {
-    /// The values that this term adds to some rows of the tensor, row-major, in f32.
-    pub(super) fn rows(&self, start: usize, count: usize) -> Result<Vec<f32>> {
-        let values = match &self.kind {
-            TermKind::LowRank { a, b } => delta(a, &b.narrow(0, start, count)?, self.scale)?,
-            TermKind::Bias(bias) => (bias.narrow(0, start, count)? * self.scale)?,
+    /// Adds this term to `sums`, which are `count` rows of the tensor from `start` on, row-major, in f32.
+    pub(super) fn add_to(&self, sums: &mut [f32], start: usize, count: usize) -> Result<()> {
+        let own = match &self.kind {
+            TermKind::LowRank { b, .. } => b.dim(0)?,
+            TermKind::Bias(bias) => bias.dim(0)?,
+            TermKind::Difference(difference) => difference.dim(0)?,
         };
-        Ok(values.flatten_all()?.to_vec1()?)
+        let (from, end) = (start.max(self.first), (start + count).min(self.first + own));
+        if from >= end {
+            return Ok(());
+        }
+        let (skipped, count_here) = (from - self.first, end - from);
+        let values = match &self.kind {
+            TermKind::LowRank { a, b } => delta(a, &b.narrow(0, skipped, count_here)?, self.scale)?,
+            TermKind::Bias(bias) => (bias.narrow(0, skipped, count_here)? * self.scale)?,
+            TermKind::Difference(difference) => difference.narrow(0, skipped, count_here)?,
+        };
+        let width = sums.len() / count;
+        let values: Vec<f32> = values.flatten_all()?.to_vec1()?;
+        let sums = &mut sums[(from - start) * width..(end - start) * width];
+        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        Ok(())
     }
 
     /// Whether it adds nothing but zeros.
@@ -75,6 +94,7 @@ impl Term<'_> {
             || match &self.kind {
                 TermKind::LowRank { a, b } => largest(a)? == 0.0 || largest(b)? == 0.0,
                 TermKind::Bias(bias) => largest(bias)? == 0.0,
+                TermKind::Difference(difference) => largest(difference)? == 0.0,
             })
     }
 }
@@ -101,7 +121,7 @@ impl<'a> MergePlan<'a> {
             let placements = adapter.fit(model)?.placements;
             for placement in &placements {
                 let names = tensor_names(&placement.linear.path);
-                let term = |kind| Term { adapter: index, scale: placement.scale, kind };
+                let term = |kind, first| Term { adapter: index, scale: placement.scale, first, kind };
                 let weight = format!("{}.weight", placement.linear.path);
                 if weight == HEAD && model.config().tie_word_embeddings && !plan.untied {
                     plan.tensors.insert(weight.clone(), output(model, EMBEDDING.to_string(), dtype)?);
@@ -109,7 +129,8 @@ impl<'a> MergePlan<'a> {
                 }
                 // `Adapter::fit` has checked that A and B are there.
                 let (a, b) = (&adapter.tensors[&names.a], &adapter.tensors[&names.b]);
-                plan.of(&weight)?.terms.push(term(TermKind::LowRank { a, b }));
+                let (stored, first) = plan.place(model, &weight, placement.linear.in_features);
+                plan.of(&stored)?.terms.push(term(TermKind::LowRank { a, b }, first));
                 if let Some(bias) = adapter.tensors.get(&names.bias) {
                     let tensor = format!("{}.bias", placement.linear.path);
                     let output = plan.of(&tensor).map_err(|error| {
@@ -118,10 +139,16 @@ impl<'a> MergePlan<'a> {
                              use it unmerged",
                         )
                     })?;
-                    output.terms.push(term(TermKind::Bias(bias)));
+                    output.terms.push(term(TermKind::Bias(bias), 0));
                 }
             }
-            plan.layers.push(placements.len());
+            for (name, router) in &adapter.routers {
+                let base = model.read(name, DType::F32, router.device())?;
+                let kind = TermKind::Difference((router - base)?);
+                let (stored, _) = plan.place(model, name, router.dims().last().copied().unwrap_or(1));
+                plan.of(&stored)?.terms.push(Term { adapter: index, scale: 1.0, first: 0, kind });
+            }
+            plan.layers.push(placements.len() + adapter.routers.len());
         }
         Ok(plan)
     }
@@ -141,6 +168,14 @@ impl<'a> MergePlan<'a> {
         dtypes.into_iter().max_by_key(|dtype| values_in(*dtype)).unwrap_or(DType::F32)
     }
 
+    /// The tensor of the output that holds a weight, and the row of it that the weight begins at.
+    fn place(&self, model: &Pretrained, weight: &str, width: usize) -> (String, usize) {
+        match model.stored_in(weight) {
+            Ok((stored, first)) if !self.tensors.contains_key(weight) => (stored.to_string(), first / width),
+            _ => (weight.to_string(), 0),
+        }
+    }
+
     fn of(&mut self, name: &str) -> Result<&mut Output<'a>> {
         self.tensors.get_mut(name).ok_or_else(|| Error::invalid(format!("the model has no tensor `{name}`")))
     }
@@ -151,12 +186,13 @@ fn output_names(model: &Pretrained) -> Vec<String> {
     if model.checkpoint().is_gguf() {
         return model.config().tensors().into_iter().map(|(name, _)| name).collect();
     }
-    model.names().map(str::to_string).collect()
+    model.checkpoint().tensors().keys().cloned().collect()
 }
 
 /// A tensor as the base has it. Quantized values, which safetensors cannot hold, become f32 unless a type is asked for.
 fn output<'a>(model: &Pretrained, name: String, dtype: Option<DType>) -> Result<Output<'a>> {
-    let info = model.info(&name)?;
+    let info =
+        if model.checkpoint().is_gguf() { model.info(&name)? } else { model.checkpoint().info(&name)? };
     let dtype = match info.dtype {
         StoredType::Float(stored) => Some(dtype.unwrap_or(stored)),
         StoredType::Quantized(_) => Some(dtype.unwrap_or(DType::F32)),

@@ -125,10 +125,13 @@ impl<'m> Base<'m> {
     }
 }
 
-/// A tensor as a matrix: rows, and values in one. A bias has one value per row.
+/// A tensor as a matrix: rows, and values in one. A bias has one value per row; matrices of several experts lie end to end.
 pub(super) fn rows_of(shape: &[usize]) -> (usize, usize) {
-    let rows = shape.first().copied().unwrap_or(1);
-    (rows, shape.iter().skip(1).product())
+    match shape {
+        [] => (1, 1),
+        [rows] => (*rows, 1),
+        [rows @ .., width] => (rows.iter().product(), *width),
+    }
 }
 
 /// First row and number of rows of each piece.

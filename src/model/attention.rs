@@ -16,7 +16,7 @@ pub(super) struct Attention {
     pub(super) k: Linear,
     pub(super) v: Linear,
     pub(super) o: Linear,
-    /// Norms of each head of q and of k.
+    /// Norms of q and of k, over each head or over all of them.
     pub(super) qk_norm: Option<(Norm, Norm)>,
     pub(super) heads: Heads,
 }
@@ -64,8 +64,8 @@ impl Attention {
         let ((mut q, q_saved), ((mut k, k_saved), (mut v, v_saved))) = both(x, q, || both(x, k, v))?;
         let mut norms_saved = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
-            let (new_q, q_norm_saved) = q_norm.forward(&self.per_head(&q)?)?; // [tokens * heads, d]
-            let (new_k, k_norm_saved) = k_norm.forward(&self.per_head(&k)?)?;
+            let (new_q, q_norm_saved) = q_norm.forward(&normed_rows(&q, q_norm)?)?; // [tokens * heads, d]
+            let (new_k, k_norm_saved) = k_norm.forward(&normed_rows(&k, k_norm)?)?;
             (q, k) = (new_q.reshape(q.shape())?, new_k.reshape(k.shape())?);
             norms_saved = Some((q_norm_saved, k_norm_saved));
         }
@@ -97,15 +97,11 @@ impl Attention {
         let (mut dq, mut dk) = (rotary::backward(dq, angles)?, rotary::backward(dk, angles)?);
         if let (Some((q_norm, k_norm)), Some((q_saved, k_saved))) = (&self.qk_norm, &saved.qk_norm) {
             let (q_shape, k_shape) = (dq.shape().clone(), dk.shape().clone());
-            dq = q_norm.backward(q_saved, &self.per_head(&dq)?, None, gradients)?.reshape(q_shape)?;
-            dk = k_norm.backward(k_saved, &self.per_head(&dk)?, None, gradients)?.reshape(k_shape)?;
+            dq = q_norm.backward(q_saved, &normed_rows(&dq, q_norm)?, None, gradients)?.reshape(q_shape)?;
+            dk = k_norm.backward(k_saved, &normed_rows(&dk, k_norm)?, None, gradients)?.reshape(k_shape)?;
         }
         let towards = [(&self.q, &saved.q, &dq), (&self.k, &saved.k, &dk), (&self.v, &saved.v, &dv)];
         Linear::backward_of_all(&towards, pass, wants_dx, gradients)
-    }
-
-    fn per_head(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.reshape(((), self.heads.head_dim))?)
     }
 
     fn is_trained_before_output(&self, gradients: &Gradients) -> bool {
@@ -130,4 +126,9 @@ impl Attention {
     pub(super) fn linears_mut(&mut self) -> [&mut Linear; 4] {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o]
     }
+}
+
+/// As many rows as the norm's weight makes of `x`.
+fn normed_rows(x: &Tensor, norm: &Norm) -> Result<Tensor> {
+    Ok(x.reshape(((), norm.weight.tensor().elem_count()))?)
 }

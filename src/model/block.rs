@@ -4,19 +4,27 @@ use candle_core::Tensor;
 
 use super::attention::{self, Attention};
 use super::cache::KeyValues;
-use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
+use super::network::{self, Network};
 use super::norm::Norm;
+use super::router::{Router, Routing};
 use crate::error::Result;
 use crate::ops::rotary::Angles;
 use crate::ops::{Gradients, Parameter, Pass, add, rms_norm};
+
+/// `x * factor`; `x` itself where the factor is 1.
+pub(super) fn scaled(x: Tensor, factor: f64) -> Result<Tensor> {
+    if factor == 1.0 { Ok(x) } else { Ok((x * factor)?) }
+}
 
 #[derive(Debug, Clone)]
 pub(super) struct Block {
     pub(super) input_norm: Norm,
     pub(super) attention: Attention,
     pub(super) post_norm: Norm,
-    pub(super) feed_forward: FeedForward,
+    pub(super) feed_forward: Network,
+    /// What both terms of the residual stream are multiplied with.
+    pub(super) residual: f64,
 }
 
 /// What the backward needs.
@@ -25,7 +33,7 @@ pub(super) struct Saved {
     input_norm: rms_norm::Saved,
     attention: attention::Saved,
     post_norm: rms_norm::Saved,
-    feed_forward: feed_forward::Saved,
+    feed_forward: network::Saved,
 }
 
 impl Saved {
@@ -37,28 +45,33 @@ impl Saved {
 }
 
 impl Block {
-    /// `[tokens, hidden] -> [tokens, hidden]`, and what the backward needs.
+    /// `[tokens, hidden] -> [tokens, hidden]`, what a router decided, and what the backward needs.
     pub(super) fn forward(
         &self,
         x: &Tensor,
         angles: &Angles,
         pass: &Pass<'_>,
         cache: Option<&mut KeyValues>,
-    ) -> Result<(Tensor, Saved)> {
+    ) -> Result<(Tensor, Option<Routing>, Saved)> {
         let (normalised, input_norm) = self.input_norm.forward(x)?;
         let (mixed, attention) = self.attention.forward(&normalised, angles, pass, cache)?;
-        let (x, normalised, post_norm) = self.post_norm.forward_of_sum(x, &mixed)?;
-        let (y, feed_forward) = self.feed_forward.forward(&normalised, pass)?;
-        Ok((add(&x, &y)?, Saved { input_norm, attention, post_norm, feed_forward }))
+        let (x, normalised, post_norm) = self.post_norm.forward_of_sum(x, &self.scaled(mixed)?)?;
+        let (y, routing, feed_forward) = self.feed_forward.forward(&normalised, pass)?;
+        let saved = Saved { input_norm, attention, post_norm, feed_forward };
+        Ok((add(&x, &self.scaled(y)?)?, routing, saved))
     }
 
-    /// `dx` when `wants_dx`. What was saved is freed on the way.
+    fn scaled(&self, term: Tensor) -> Result<Tensor> {
+        scaled(term, self.residual)
+    }
+
+    /// `dx` when `wants_dx`; `d_logits` is what losses on the router add. What was saved is freed on the way.
     pub(super) fn backward(
         &self,
         saved: Saved,
         angles: &Angles,
         pass: &Pass<'_>,
-        dy: &Tensor,
+        (dy, d_logits): (&Tensor, Option<&Tensor>),
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
@@ -69,7 +82,10 @@ impl Block {
         if self.feed_forward.needs_input(gradients) {
             feed_forward.with_input(|| self.post_norm.value(&post_norm))?;
         }
-        let normalised = self.feed_forward.backward(feed_forward, pass, dy, wants_post_norm, gradients)?;
+        let d_term = self.scaled(dy.clone())?;
+        let normalised =
+            self.feed_forward.backward(feed_forward, pass, &d_term, d_logits, wants_post_norm, gradients)?;
+        drop(d_term);
         let Some(normalised) = normalised else { return Ok(None) };
         let dy = self.post_norm.backward(&post_norm, &normalised, Some(dy), gradients)?;
         drop((post_norm, normalised));
@@ -79,8 +95,14 @@ impl Block {
         if self.attention.needs_input(gradients) {
             attention.with_input(|| self.input_norm.value(&input_norm))?;
         }
-        let normalised =
-            self.attention.backward(attention, angles, pass, &dy, wants_input_norm, gradients)?;
+        let normalised = self.attention.backward(
+            attention,
+            angles,
+            pass,
+            &self.scaled(dy.clone())?,
+            wants_input_norm,
+            gradients,
+        )?;
         let Some(normalised) = normalised else { return Ok(None) };
         let dx = self.input_norm.backward(&input_norm, &normalised, Some(&dy), gradients)?;
         Ok(wants_dx.then_some(dx))
@@ -98,6 +120,21 @@ impl Block {
 
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         self.attention.linears_mut().into_iter().chain(self.feed_forward.linears_mut())
+    }
+
+    pub(super) fn router_mut(&mut self) -> Option<&mut Router> {
+        match &mut self.feed_forward {
+            Network::Dense(_) => None,
+            Network::Sparse(moe) => Some(&mut moe.router),
+        }
+    }
+
+    /// Those of routed experts.
+    pub(super) fn routed_linears(&self) -> Vec<&Linear> {
+        match &self.feed_forward {
+            Network::Dense(_) => Vec::new(),
+            Network::Sparse(moe) => moe.experts.linears().collect(),
+        }
     }
 
     /// Every value of the model in this layer, without the adapter's.

@@ -1,20 +1,20 @@
 //! The decoder of every family: embedding, layers, norm, head. Its backward walks the layers in reverse.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::attention::Attention;
-use super::block::{self, Block};
+use super::block::{self, Block, scaled};
 use super::cache::Cache;
-use super::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, Projection};
-use super::feed_forward::FeedForward;
+use super::config::{DecoderConfig, Multipliers};
 use super::linear::Linear;
+use super::load::{load_block, parameter};
 use super::norm::Norm;
 use super::pretrained::Pretrained;
 use super::rotary::Rotary;
+use super::router::Routing;
 use crate::error::{Context, Error, Result};
-use crate::ops::attention::Heads;
 use crate::ops::rotary::Angles;
 use crate::ops::{
     Documents, Gradients, Parameter, Pass, Trainables, Weight, embedding, matmul_f32, rms_norm,
@@ -36,8 +36,10 @@ pub struct Decoder {
 /// What a forward pass gives.
 #[derive(Debug, Clone)]
 pub struct Output {
-    /// `[tokens, hidden]`, after the last norm: what the head is applied to.
+    /// `[tokens, hidden]`, after the last norm and scaled as logits are: what the head is applied to.
     pub hidden: Tensor,
+    /// What the router of each sparse layer decided, in the order of layers.
+    pub routing: Vec<Routing>,
 }
 
 /// What the forward of a layer keeps for the backward.
@@ -70,7 +72,11 @@ impl Decoder {
     /// The decoder of a checkpoint, computing in `dtype`. Its tensors are read one by one; quantized matrices stay so.
     pub fn open(pretrained: &Pretrained, dtype: DType, device: &Device) -> Result<Self> {
         pretrained.check()?;
-        let decoder = Self::load(pretrained.config(), device, |name| pretrained.weight(name, dtype, device))?;
+        let config = pretrained.config();
+        let decoder = Self::load(config, device, |name| {
+            let dtype = if config.is_held_in_f32(name) { DType::F32 } else { dtype };
+            pretrained.weight(name, dtype, device)
+        })?;
         pretrained.checkpoint().release_files();
         Ok(decoder)
     }
@@ -140,14 +146,18 @@ impl Decoder {
     }
 
     fn run(&self, tokens: &[u32], documents: &Documents, mut cache: Option<&mut Cache>) -> Result<Output> {
-        let pass = Pass::inference(documents);
+        let pass = Pass::inference(documents).with_ids(tokens);
         let (ids, angles) = self.begin(tokens, documents)?;
-        let mut x = embedding::forward(&ids, &self.embedding)?; // [tokens, hidden]
+        let mut x = self.embed(&ids)?; // [tokens, hidden]
+        let mut decided = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| &mut cache.layers[index]);
-            (x, _) = block.forward(&x, &angles, &pass, cache)?;
+            let (y, routing, _) = block.forward(&x, &angles, &pass, cache)?;
+            decided.extend(routing);
+            x = y;
         }
-        Ok(Output { hidden: self.norm.forward(&x)?.0 })
+        let hidden = scaled(self.norm.forward(&x)?.0, self.config.multipliers.logits)?;
+        Ok(Output { hidden, routing: decided })
     }
 
     /// Hidden states, and what [`Decoder::backward`] needs for the gradients that `gradients` wants.
@@ -158,12 +168,15 @@ impl Decoder {
         recompute: Recompute,
         gradients: &Gradients,
     ) -> Result<(Output, Saved)> {
+        let pass = &pass.with_ids(tokens);
         let (ids, angles) = self.begin(tokens, pass.documents)?;
         let lowest = self.lowest_trained(gradients);
-        let mut x = embedding::forward(&ids, &self.embedding)?; // [tokens, hidden]
+        let mut x = self.embed(&ids)?; // [tokens, hidden]
         let mut blocks = Vec::with_capacity(self.blocks.len());
+        let mut decided = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
-            let (y, mut saved) = block.forward(&x, &angles, pass, None)?;
+            let (y, routing, mut saved) = block.forward(&x, &angles, pass, None)?;
+            decided.extend(routing);
             saved.trim();
             blocks.push(match recompute {
                 _ if index < lowest => Kept::Nothing,
@@ -173,7 +186,8 @@ impl Decoder {
             x = y;
         }
         let (hidden, norm) = self.norm.forward(&x)?;
-        Ok((Output { hidden }, Saved { ids, angles, blocks, norm }))
+        let hidden = scaled(hidden, self.config.multipliers.logits)?;
+        Ok((Output { hidden, routing: decided }, Saved { ids, angles, blocks, norm }))
     }
 
     /// The gradients of everything wanted, from that of the hidden states. What was saved is freed on the way.
@@ -184,24 +198,43 @@ impl Decoder {
         d_hidden: &Tensor,
         gradients: &mut Gradients,
     ) -> Result<()> {
+        self.backward_with_routing(saved, pass, d_hidden, &BTreeMap::new(), gradients)
+    }
+
+    /// As [`Decoder::backward`], with losses on what routers gave: the gradient of the logits, by layer.
+    pub fn backward_with_routing(
+        &self,
+        saved: Saved,
+        pass: &Pass<'_>,
+        d_hidden: &Tensor,
+        d_logits: &BTreeMap<usize, Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
         let Saved { ids, angles, mut blocks, norm } = saved;
+        let tokens: Vec<u32> = ids.to_vec1()?;
+        let pass = &pass.with_ids(&tokens);
         let wants_embedding = gradients.wanted(&self.embedding).is_some();
         let lowest = self.lowest_trained(gradients);
-        let mut dx = self.norm.backward(&norm, d_hidden, None, gradients)?;
+        let Multipliers { embedding: of_embedding, logits, .. } = self.config.multipliers;
+        let mut dx = self.norm.backward(&norm, &scaled(d_hidden.clone(), logits)?, None, gradients)?;
         drop(norm);
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let saved = match blocks.pop() {
                 Some(Kept::All(saved)) => *saved,
-                Some(Kept::Input(x)) => block.forward(&x, &angles, pass, None)?.1,
+                Some(Kept::Input(x)) => block.forward(&x, &angles, pass, None)?.2,
                 Some(Kept::Nothing) | None => return Ok(()),
             };
             let wants_dx = index > lowest || wants_embedding;
-            match block.backward(saved, &angles, pass, &dx, wants_dx, gradients)? {
+            match block.backward(saved, &angles, pass, (&dx, d_logits.get(&index)), wants_dx, gradients)? {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }
         }
-        embedding::backward(&ids, &self.embedding, &dx, gradients)
+        embedding::backward(&ids, &self.embedding, &scaled(dx, of_embedding)?, gradients)
+    }
+
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        scaled(embedding::forward(ids, &self.embedding)?, self.config.multipliers.embedding)
     }
 
     /// `[rows, hidden] -> [rows, vocab]` in f32.
@@ -217,6 +250,51 @@ impl Decoder {
     /// The linear layers that an adapter can go to, in the order of the forward pass.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.blocks.iter().flat_map(Block::linears)
+    }
+
+    /// Makes the weights of routers trainable and returns them.
+    pub fn make_routers_trainable(&mut self) -> Result<Trainables> {
+        let mut trainables = Trainables::new();
+        for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
+            if let Some(weight) = router.linear.weight.parameter_mut() {
+                make_variable(weight, &mut trainables)?;
+            }
+        }
+        Ok(trainables)
+    }
+
+    /// Makes the biases that only the choice of experts sees into variables and returns them by layer. They get no gradient:
+    /// see [`super::balanced`].
+    pub fn make_selection_biases_variable(&mut self) -> Result<BTreeMap<usize, (Arc<str>, Var)>> {
+        let mut biases = BTreeMap::new();
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            if let Some(bias) = block.router_mut().and_then(|router| router.bias.as_mut()) {
+                let mut variable = Trainables::new();
+                make_variable(bias, &mut variable)?;
+                biases.extend(variable.into_iter().map(|named| (layer, named)));
+            }
+        }
+        Ok(biases)
+    }
+
+    /// Puts other values into the weights and biases of routers, by name.
+    pub fn set_routers(&mut self, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
+            let parameters = router.linear.weight.parameter_mut().into_iter().chain(&mut router.bias);
+            for parameter in parameters {
+                if let Some(tensor) = values.get(parameter.name()) {
+                    parameter.replace(&tensor.to_dtype(DType::F32)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The names of all values in routed experts: of those that get no token, nothing is learned.
+    #[must_use]
+    pub fn routed_parameters(&self) -> BTreeSet<Arc<str>> {
+        let linears = self.blocks.iter().flat_map(Block::routed_linears);
+        linears.flat_map(Linear::parameters).map(|parameter| Arc::from(parameter.name())).collect()
     }
 
     /// Makes every weight of the model trainable and returns them all, in the type that they compute in.
@@ -267,58 +345,4 @@ fn make_variable(parameter: &mut Parameter, trainables: &mut Trainables) -> Resu
     parameter.replace(variable.as_tensor());
     trainables.insert(Arc::from(parameter.name()), variable);
     Ok(())
-}
-
-/// Plain values: those of norms and biases.
-fn parameter(read: &mut impl FnMut(&str) -> Result<Weight>, name: &str) -> Result<Parameter> {
-    match read(name)? {
-        Weight::Dense(parameter) => Ok(parameter),
-        Weight::Quantized(_) => {
-            Err(Error::invalid("is quantized; norms and biases have plain values")).in_tensor(name)
-        }
-    }
-}
-
-fn load_block(
-    read: &mut impl FnMut(&str) -> Result<Weight>,
-    config: &DecoderConfig,
-    index: usize,
-    layer: &LayerConfig,
-) -> Result<Block> {
-    let LayerConfig { attention: a, feed_forward } = layer;
-    let path = format!("model.layers.{index}");
-    let FeedForwardConfig::Dense { bias, activation, .. } = *feed_forward;
-    let mut linear = |block: &str, projection: Projection, bias: bool| -> Result<Linear> {
-        let path = format!("{path}.{block}.{}", projection.name());
-        let weight = read(&format!("{path}.weight"))?;
-        let bias = if bias { Some(parameter(read, &format!("{path}.bias"))?) } else { None };
-        Ok(Linear { path, weight, bias, low_rank: None })
-    };
-    let q = linear("self_attn", Projection::Q, a.qkv_bias)?;
-    let k = linear("self_attn", Projection::K, a.qkv_bias)?;
-    let v = linear("self_attn", Projection::V, a.qkv_bias)?;
-    let o = linear("self_attn", Projection::O, a.output_bias)?;
-    let gate = linear("mlp", Projection::Gate, bias)?;
-    let up = linear("mlp", Projection::Up, bias)?;
-    let down = linear("mlp", Projection::Down, bias)?;
-    let mut norm = |name: &str| -> Result<Norm> {
-        Ok(Norm { weight: parameter(read, &format!("{path}.{name}.weight"))?, eps: config.norm_eps })
-    };
-    let qk_norm = if a.qk_norm { Some((norm("self_attn.q_norm")?, norm("self_attn.k_norm")?)) } else { None };
-    Ok(Block {
-        input_norm: norm("input_layernorm")?,
-        attention: Attention { q, k, v, o, qk_norm, heads: heads(a) },
-        post_norm: norm("post_attention_layernorm")?,
-        feed_forward: FeedForward { gate, up, down, activation },
-    })
-}
-
-fn heads(config: &AttentionConfig) -> Heads {
-    Heads {
-        num_heads: config.num_heads,
-        num_kv_heads: config.num_kv_heads,
-        head_dim: config.head_dim,
-        window: config.window,
-        scale: 1.0 / (config.head_dim as f64).sqrt(),
-    }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::DType;
 
-use super::config::{DecoderConfig, FeedForwardConfig, LayerConfig, Projection};
+use super::config::{DecoderConfig, LayerConfig, Projection, Widths};
 use super::decoder::Recompute;
 use crate::ops::cross_entropy::chunk_rows;
 
@@ -222,7 +222,9 @@ impl Walk<'_> {
     fn block(&self, index: usize) -> BlockBytes {
         let hidden = self.config.hidden_size;
         let LayerConfig { attention, feed_forward } = &self.config.layers[index];
-        let FeedForwardConfig::Dense { width, .. } = *feed_forward;
+        let Widths { width, rows, .. } = feed_forward.widths();
+        // What goes to experts is gathered, and what they give is kept to be weighed.
+        let routed = self.values(rows * hidden);
         let (q, kv, heads) = (attention.q_width(), attention.kv_width(), attention.num_heads);
         let values = |width: usize| self.values(width);
         let inner = |projections: &[Projection]| -> u64 {
@@ -231,10 +233,10 @@ impl Walk<'_> {
         let dropped = |width: usize| if self.drops() { values(width) } else { 0 };
 
         // q, k, v and what attention gives, q and k before their norms, the logsumexp; the middle of the residual stream.
-        let head_norms = if attention.qk_norm { values(q + kv) } else { 0 };
+        let head_norms = if attention.qk_norm.is_some() { values(q + kv) } else { 0 };
         let logsumexp = self.wide(heads);
         let of_attention = values(q + 2 * kv + q) + head_norms + logsumexp;
-        let of_feed_forward = values(2 * width);
+        let of_feed_forward = values(2 * width) + routed;
         let inner_of_attention = inner(&[Projection::Q, Projection::K, Projection::V, Projection::O]);
         let inner_of_feed_forward = inner(&[Projection::Gate, Projection::Up, Projection::Down]);
         let all_inner = inner_of_attention + inner_of_feed_forward;
@@ -246,8 +248,9 @@ impl Walk<'_> {
         let forward_of_attention =
             values(hidden) + of_attention + inner_of_attention + scratch.max(values(hidden) + dropped(q));
         let in_feed_forward = saved + values(hidden); // and what attention has given
-        let forward =
-            forward_of_attention.max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden));
+        let forward = forward_of_attention
+            .max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden))
+            + 2 * routed;
 
         // `down`: the product again, and its gradient; then the gradients of gate and up.
         let through = if self.drops() { self.wide(width) + self.wide(width) } else { 0 };
@@ -261,7 +264,8 @@ impl Walk<'_> {
         let parts = 2 * self.wide(q) + self.attention_scratch(index, true);
         let in_attention = (values(hidden) + values(q) + parts + values(q + kv))
             .max(values(hidden) + values(q + 2 * kv) + 2 * values(hidden) + through);
-        let backward = down.max(unit).max(towards).max(in_attention.saturating_sub(freed));
+        let in_network = down.max(unit).max(towards) + 3 * routed;
+        let backward = in_network.max(in_attention.saturating_sub(freed));
         BlockBytes { kept, forward, saved, backward }
     }
 
@@ -277,13 +281,16 @@ impl Walk<'_> {
     /// Bytes of the gradients that the backward of a layer leaves, and of the largest.
     fn gradients_of(&self, index: usize) -> (u64, u64) {
         let sizes = self.config.layers[index].linear_sizes(self.config.hidden_size);
-        let sizes = sizes.map(|(projection, out, input)| match self.how.trained {
-            TrainedParts::Everything => (4 * out * input, 4 * out * input),
-            TrainedParts::LowRank { .. } => {
-                let rank = self.rank(index, projection).unwrap_or(0);
-                (4 * rank * (out + input), 4 * rank * out.max(input))
-            }
-        });
+        let sizes: Vec<(usize, usize)> = sizes
+            .into_iter()
+            .map(|(projection, out, input, copies)| match self.how.trained {
+                TrainedParts::Everything => (4 * copies * out * input, 4 * out * input),
+                TrainedParts::LowRank { .. } => {
+                    let rank = self.rank(index, projection).unwrap_or(0);
+                    (4 * copies * rank * (out + input), 4 * rank * out.max(input))
+                }
+            })
+            .collect();
         let all: usize = sizes.iter().map(|(bytes, _)| bytes).sum();
         (all as u64, sizes.iter().map(|(_, largest)| *largest as u64).max().unwrap_or(0))
     }
@@ -326,7 +333,13 @@ impl Walk<'_> {
     }
 
     fn inner(&self, layer: usize, projection: Projection) -> u64 {
-        self.wide(self.rank(layer, projection).unwrap_or(0))
+        let times = match projection {
+            Projection::Gate | Projection::Up | Projection::Down => {
+                self.config.layers[layer].feed_forward.widths().times
+            }
+            _ => 1,
+        };
+        self.wide(times * self.rank(layer, projection).unwrap_or(0))
     }
 
     fn head_dim(&self) -> usize {
@@ -345,22 +358,5 @@ impl Walk<'_> {
     /// `[tokens, width]` in f32.
     fn wide(&self, width: usize) -> u64 {
         (self.piece.tokens * width * 4) as u64
-    }
-}
-
-impl LayerConfig {
-    /// Projection, rows and columns of each linear layer.
-    fn linear_sizes(&self, hidden: usize) -> [(Projection, usize, usize); 7] {
-        let (q, kv) = (self.attention.q_width(), self.attention.kv_width());
-        let FeedForwardConfig::Dense { width, .. } = self.feed_forward;
-        [
-            (Projection::Q, q, hidden),
-            (Projection::K, kv, hidden),
-            (Projection::V, kv, hidden),
-            (Projection::O, hidden, q),
-            (Projection::Gate, width, hidden),
-            (Projection::Up, width, hidden),
-            (Projection::Down, hidden, width),
-        ]
     }
 }

@@ -76,7 +76,7 @@ impl Linear {
         self.layer().needs_input(wanted)
     }
 
-    fn layer(&self) -> linear::Layer<'_> {
+    pub(super) fn layer(&self) -> linear::Layer<'_> {
         let (bias, low_rank) = (self.bias.as_ref(), self.low_rank.as_ref());
         linear::Layer { weight: &self.weight, bias, low_rank }
     }
@@ -89,8 +89,7 @@ impl Linear {
 
     /// Weight and bias of the model and of the adapter; a quantized weight is none of them.
     pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
-        let low_rank = self.low_rank.iter().flat_map(|l| [&l.a, &l.b].into_iter().chain(&l.bias));
-        self.weight.parameter().into_iter().chain(&self.bias).chain(low_rank)
+        self.layer().parameters()
     }
 
     /// The model's own weight and bias, without the adapter's.

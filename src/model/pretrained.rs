@@ -20,7 +20,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, PackedTensor};
 use super::family;
 use crate::error::{Context, Error, Result};
 use crate::ops::{Parameter, Quantized, SharedBytes, Weight};
@@ -32,8 +32,8 @@ pub struct Pretrained {
     checkpoint: Checkpoint,
     config: DecoderConfig,
     config_json: Value,
-    /// Hugging Face's name of each tensor, and the file's.
-    names: BTreeMap<String, String>,
+    /// Where each tensor is, by Hugging Face's name.
+    places: BTreeMap<String, Place>,
     interleaved: bool,
 }
 
@@ -54,14 +54,18 @@ impl Pretrained {
         let config_path = if gguf.is_some() { path } else { path.join("config.json") };
         let config = family::read(&config_json).at(config_path)?;
         let interleaved = gguf.is_some_and(family::gguf::is_interleaved);
-        let stored = checkpoint.tensors().keys();
-        let names = stored
-            .map(|name| {
-                let hf = gguf.and_then(|_| family::gguf::from_gguf(name));
-                (hf.unwrap_or_else(|| name.clone()), name.clone())
+        let mut places: BTreeMap<String, Place> = checkpoint
+            .tensors()
+            .values()
+            .map(|info| {
+                let hf = gguf.and_then(|_| family::gguf::from_gguf(&info.name));
+                (hf.unwrap_or_else(|| info.name.clone()), Place { info: info.clone(), first: 0 })
             })
             .collect();
-        Ok(Self { checkpoint, config, config_json, names, interleaved })
+        for packed in config.packed_tensors() {
+            unpack(&packed, &mut places);
+        }
+        Ok(Self { checkpoint, config, config_json, places, interleaved })
     }
 
     /// What it was opened from.
@@ -74,6 +78,11 @@ impl Pretrained {
     #[must_use]
     pub fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    /// The same, to change how experts are chosen.
+    pub fn config_mut(&mut self) -> &mut DecoderConfig {
+        &mut self.config
     }
 
     /// The `config.json` that a copy of this model needs; for a GGUF file the one its metadata amounts to.
@@ -115,14 +124,31 @@ impl Pretrained {
         write_atomic(folder.join("config.json"), text.as_bytes())
     }
 
-    /// The names of all tensors on disk, sorted; those that Hugging Face has no name for keep the file's.
+    /// The names of all tensors on disk, sorted; those that Hugging Face has no name for keep the file's. Of a tensor that
+    /// holds those of several experts, the names of its parts.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.names.keys().map(String::as_str)
+        self.places.keys().map(String::as_str)
     }
 
     /// Shape and type of a tensor on disk.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
-        self.checkpoint.info(&self.stored_name(name))
+        Ok(&self.place(name)?.info)
+    }
+
+    /// The tensor of the file that holds a tensor, and the number of the first value there.
+    pub fn stored_in(&self, name: &str) -> Result<(&str, usize)> {
+        let place = self.place(name)?;
+        Ok((&place.info.name, place.first))
+    }
+
+    fn place(&self, name: &str) -> Result<&Place> {
+        match self.places.get(name) {
+            Some(place) => Ok(place),
+            None => Err(match self.checkpoint.info(&self.stored_name(name)) {
+                Err(error) => error,
+                Ok(_) => Error::invalid(format!("`{}` has no tensor `{name}`", self.name())),
+            }),
+        }
     }
 
     /// How a tensor is stored.
@@ -132,7 +158,8 @@ impl Pretrained {
 
     /// The values of a tensor, rows in Hugging Face's order. NaN and infinity are errors.
     pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        let tensor = self.checkpoint.read(&self.stored_name(name), dtype, device)?;
+        let Place { info, first } = self.place(name)?;
+        let tensor = self.checkpoint.read_part(&info.name, *first, &info.shape, dtype, device)?;
         match self.interleaved_heads(name) {
             Some(heads) => family::gguf::restore_rows(&tensor, heads).in_tensor(name),
             None => Ok(tensor),
@@ -209,7 +236,7 @@ impl Pretrained {
         let known: BTreeSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
         let unexpected: Vec<String> = self
             .names()
-            .filter(|name| !known.contains(name) && !is_harmless(name))
+            .filter(|name| !known.contains(name) && !is_harmless(name) && !self.config.is_spare(name))
             .map(|name| format!("`{name}`"))
             .collect();
         let problems: Vec<String> = [
@@ -244,7 +271,8 @@ impl Pretrained {
     /// The file's name of a tensor, whether it is there or only should be.
     fn stored_name(&self, name: &str) -> String {
         let guess = || if self.checkpoint.is_gguf() { family::gguf::to_gguf(name) } else { None };
-        self.names.get(name).cloned().or_else(guess).unwrap_or_else(|| name.to_string())
+        let there = self.places.get(name).map(|place| place.info.name.clone());
+        there.or_else(guess).unwrap_or_else(|| name.to_string())
     }
 
     /// Into how many heads the rows of this tensor are interleaved.
@@ -259,6 +287,30 @@ impl Pretrained {
             "self_attn.k_proj.weight" | "self_attn.k_proj.bias" => Some(attention.num_kv_heads),
             _ => None,
         }
+    }
+}
+
+/// Where a tensor is.
+#[derive(Debug)]
+struct Place {
+    /// The name of the tensor in the file, and the shape of this one, which may be a part of it.
+    info: TensorInfo,
+    /// The number of its first value there.
+    first: usize,
+}
+
+/// Puts the parts of a tensor of another layout in its place, if it is there.
+fn unpack(packed: &PackedTensor, places: &mut BTreeMap<String, Place>) {
+    let has_shape = |place: &Place| place.info.shape == packed.shape;
+    if !places.get(&packed.name).is_some_and(has_shape) {
+        return;
+    }
+    let Some(whole) = places.remove(&packed.name) else { return };
+    let mut first = 0;
+    for (name, shape) in &packed.parts {
+        let info = TensorInfo { shape: shape.to_vec(), ..whole.info.clone() };
+        places.insert(name.clone(), Place { info, first });
+        first += shape.iter().product::<usize>();
     }
 }
 

@@ -9,20 +9,22 @@ use crate::ops::rotary::Angles;
 /// The frequencies of one model.
 #[derive(Debug, Clone)]
 pub(super) struct Rotary {
-    /// `head_dim / 2` values, in f32 as Hugging Face holds them.
+    /// A value for every two columns that are rotated, in f32 as Hugging Face holds them.
     frequencies: Vec<f32>,
+    head_dim: usize,
 }
 
 impl Rotary {
     pub(super) fn new(config: &RotaryConfig, head_dim: usize) -> Self {
-        let frequencies = (0..head_dim / 2)
-            .map(|i| config.theta.powf(-((2 * i) as f64) / head_dim as f64))
+        let width = (head_dim as f64 * config.share) as usize;
+        let frequencies = (0..width.div_ceil(2))
+            .map(|i| config.theta.powf(-((2 * i) as f64) / width as f64))
             .map(|frequency| stretched(frequency, &config.scaling) as f32)
             .collect();
-        Self { frequencies }
+        Self { frequencies, head_dim }
     }
 
-    /// `[tokens, head_dim / 2]` cosines and sines, computed in f32 so that they agree with Hugging Face's.
+    /// `[tokens, rotated / 2]` cosines and sines, computed in f32 so that they agree with Hugging Face's.
     pub(super) fn angles(&self, positions: &[u32], device: &Device) -> Result<Angles> {
         let shape = (positions.len(), self.frequencies.len());
         let values = positions.len() * self.frequencies.len();
@@ -34,7 +36,9 @@ impl Rotary {
                 sin.push(s);
             }
         }
-        Ok(Angles { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+        let head_dim = self.head_dim;
+        let (cos, sin) = (Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?);
+        Ok(Angles { cos, sin, head_dim })
     }
 }
 

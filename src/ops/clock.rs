@@ -22,11 +22,13 @@ pub enum Op {
     Dropout,
     /// Vocabulary projection, loss and their backward.
     CrossEntropy,
+    /// Rows gathered by expert and put together again.
+    Experts,
 }
 
 impl Op {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Linear,
         Self::LowRank,
         Self::Attention,
@@ -35,6 +37,7 @@ impl Op {
         Self::Rotary,
         Self::Dropout,
         Self::CrossEntropy,
+        Self::Experts,
     ];
 
     /// Seconds spent in it by all threads that began one, since the process began.

@@ -53,6 +53,12 @@ impl Documents {
         })
     }
 
+    /// The same of one token.
+    fn place(&self, token: usize) -> (u64, u32) {
+        let document = self.offsets.partition_point(|offset| *offset <= token) - 1;
+        (self.ids[document], (self.start + token - self.offsets[document]) as u32)
+    }
+
     /// The position of each token in its document.
     #[must_use]
     pub fn positions(&self) -> Vec<u32> {
@@ -67,12 +73,55 @@ pub struct Pass<'a> {
     pub documents: &'a Documents,
     /// The optimizer step whose dropout masks apply; `None` switches dropout off.
     pub dropout_step: Option<u64>,
+    /// The token of each row of the input; `None`: rows are the tokens.
+    pub rows: Option<&'a [u32]>,
+    /// The ids of the tokens, for routers that go by them.
+    pub ids: Option<&'a [u32]>,
 }
 
 impl<'a> Pass<'a> {
     /// A pass without dropout: evaluation, generation.
     #[must_use]
     pub fn inference(documents: &'a Documents) -> Self {
-        Self { documents, dropout_step: None }
+        Self { documents, dropout_step: None, rows: None, ids: None }
+    }
+
+    /// A pass of training, with the dropout masks of a step; without dropout when that is `None`.
+    #[must_use]
+    pub fn training(documents: &'a Documents, dropout_step: Option<u64>) -> Self {
+        Self { documents, dropout_step, rows: None, ids: None }
+    }
+
+    /// The same pass over rows that are these tokens.
+    #[must_use]
+    pub fn of_rows<'r>(&self, rows: &'r [u32]) -> Pass<'r>
+    where
+        'a: 'r,
+    {
+        Pass { rows: Some(rows), ..*self }
+    }
+
+    /// The same pass over tokens of these ids.
+    #[must_use]
+    pub fn with_ids<'r>(&self, ids: &'r [u32]) -> Pass<'r>
+    where
+        'a: 'r,
+    {
+        Pass { ids: Some(ids), ..*self }
+    }
+
+    /// Rows of the input.
+    #[must_use]
+    pub fn num_rows(&self) -> usize {
+        self.rows.map_or_else(|| self.documents.num_tokens(), <[u32]>::len)
+    }
+
+    /// Of each row the document's number and the position there.
+    #[must_use]
+    pub fn places(&self) -> Vec<(u64, u32)> {
+        match self.rows {
+            None => self.documents.places().collect(),
+            Some(rows) => rows.iter().map(|token| self.documents.place(*token as usize)).collect(),
+        }
     }
 }

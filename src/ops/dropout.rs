@@ -50,6 +50,26 @@ pub fn mask(columns: usize, dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Re
     to_tensor(factors, &[keys.len(), columns])
 }
 
+/// Numbers between 0 and 1, `columns` for each row of the pass: a pure function of seed, module, step and place, as masks are.
+#[must_use]
+pub fn uniforms(columns: usize, seed: u64, module: u64, pass: &Pass<'_>) -> Vec<f32> {
+    let source = Dropout { probability: 0.0, seed, module };
+    let keys = row_keys(&source, pass.dropout_step.unwrap_or(0), pass);
+    let number = |key: u64, column: usize| {
+        let word = mix(key.wrapping_add((column as u64 + 1).wrapping_mul(GOLDEN)));
+        // Half a step from either end, so that a logarithm is finite.
+        ((word >> 41) as f32 + 0.5) / (1u32 << 23) as f32
+    };
+    keys.iter().flat_map(|key| (0..columns).map(move |column| number(*key, column))).collect()
+}
+
+/// A number between 0 and 1 that follows from two.
+#[must_use]
+pub fn hashed(one: u64, other: u64) -> f32 {
+    let word = mix(mix(one.wrapping_add(GOLDEN)) ^ other.wrapping_mul(GOLDEN));
+    (word >> 40) as f32 / (1u32 << 24) as f32
+}
+
 fn apply_rows<T: Element>(x: &Tensor, dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Result<Tensor> {
     let (values, columns) = (Values::<T>::of(x)?, x.dim(1)?);
     let keys = row_keys(dropout, step, pass);
@@ -119,8 +139,8 @@ fn mix(mut word: u64) -> u64 {
 fn row_keys(dropout: &Dropout, step: u64, pass: &Pass<'_>) -> Vec<u64> {
     let chain = |key: u64, next: u64| mix(key.wrapping_add(GOLDEN) ^ mix(next.wrapping_add(GOLDEN)));
     let run = chain(chain(mix(dropout.seed), dropout.module), step);
-    pass.documents
-        .places()
+    pass.places()
+        .into_iter()
         .map(|(document, position)| chain(chain(run, document), u64::from(position)))
         .collect()
 }
@@ -135,7 +155,7 @@ mod tests {
     const DROPOUT: Dropout = Dropout { probability: 0.25, seed: 7, module: 3 };
 
     fn rows(documents: &Documents) -> Vec<Vec<f32>> {
-        let pass = Pass { documents, dropout_step: Some(5) };
+        let pass = Pass::training(documents, Some(5));
         mask(64, &DROPOUT, 5, &pass).unwrap().to_vec2().unwrap()
     }
 
@@ -161,7 +181,7 @@ mod tests {
     fn applying_is_multiplying_with_the_mask_and_no_step_is_no_dropout() {
         let documents = Documents::new(vec![0, 4], vec![9]);
         let x = Tensor::rand(-1f32, 1.0, (4, 301), &Device::Cpu).unwrap();
-        let pass = Pass { documents: &documents, dropout_step: Some(2) };
+        let pass = Pass::training(&documents, Some(2));
         let expected = (&x * mask(301, &DROPOUT, 2, &pass).unwrap()).unwrap();
         let found = apply(&x, &DROPOUT, &pass).unwrap();
         assert_eq!(found.to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());

@@ -48,6 +48,34 @@ impl Gradients {
         Ok(())
     }
 
+    /// Adds nothing: the gradient of `parameter`, where wanted, is zero unless something else is added.
+    pub fn add_nothing(&mut self, parameter: &Parameter) -> Result<()> {
+        if let Some(sum @ None) = self.sums.get_mut(parameter.name()) {
+            let tensor = parameter.tensor();
+            *sum = Some(Tensor::zeros(tensor.dims(), DType::F32, tensor.device())?);
+        }
+        Ok(())
+    }
+
+    /// Gradients of those of `parameters` that are wanted, of which none has arrived yet: what one of several tasks adds to.
+    #[must_use]
+    pub fn part<'p>(&self, parameters: impl IntoIterator<Item = &'p Parameter>) -> Self {
+        let names = parameters.into_iter().filter_map(|p| self.sums.get_key_value(p.name()));
+        Self { sums: names.map(|(name, _)| (Arc::clone(name), None)).collect() }
+    }
+
+    /// Adds what has arrived in a part.
+    pub fn absorb(&mut self, part: Self) -> Result<()> {
+        for (name, gradient) in part.sums {
+            let (Some(gradient), Some(sum)) = (gradient, self.sums.get_mut(&name)) else { continue };
+            *sum = Some(match sum.take() {
+                None => gradient,
+                Some(earlier) => add(&earlier, &gradient).in_tensor(&name)?,
+            });
+        }
+        Ok(())
+    }
+
     /// The Euclidean norm of all gradients together, summed in f64 in the order of their names.
     pub fn norm(&self) -> Result<f64> {
         let gradients: Vec<&Tensor> = self.sums.values().flatten().collect();

@@ -23,7 +23,13 @@ pub struct Layer<'a> {
     pub low_rank: Option<&'a LowRank>,
 }
 
-impl Layer<'_> {
+impl<'a> Layer<'a> {
+    /// All values that could be trained; a quantized weight is none of them.
+    pub fn parameters(self) -> impl Iterator<Item = &'a Parameter> {
+        let low_rank = self.low_rank.into_iter().flat_map(|l| [&l.a, &l.b].into_iter().chain(&l.bias));
+        self.weight.parameter().into_iter().chain(self.bias).chain(low_rank)
+    }
+
     /// Whether a gradient of `wanted` is computed from the layer's input.
     #[must_use]
     pub fn needs_input(&self, wanted: &Gradients) -> bool {

@@ -57,8 +57,8 @@ impl Artifact for AdapterFiles<'_> {
     }
 
     fn restore(&self, folder: &Path) -> Result<()> {
-        let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?;
-        set_all(&self.trainables, saved.tensors).at(folder)
+        let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?.for_model(self.base.config())?;
+        set_all(&self.trainables, saved.tensors.into_iter().chain(saved.routers).collect()).at(folder)
     }
 
     fn is_exact(&self) -> bool {
@@ -85,14 +85,26 @@ impl<'a> ModelFiles<'a> {
 impl Artifact for ModelFiles<'_> {
     fn write(&self, folder: &Path) -> Result<()> {
         let rounded = |tensor: &Tensor| tensor.to_dtype(self.stored);
+        // Biases that only the choice of experts sees are no weights, and stay what they are.
+        let mut untrained = BTreeMap::new();
+        for (name, _) in self.base.config().tensors() {
+            let trained = self.trainables.contains_key(name.as_str());
+            if !trained && self.base.config().is_held_in_f32(&name) {
+                untrained.insert(name.clone(), self.base.read(&name, DType::F32, &Device::Cpu)?);
+            }
+        }
         let specs = self.trainables.iter().map(|(name, variable)| {
             let shape = variable.dims().to_vec();
             Ok(TensorSpec { shape, ..TensorSpec::of(name, &Tensor::zeros(0, self.stored, &Device::Cpu)?)? })
         });
+        let specs = specs.chain(untrained.iter().map(|(name, tensor)| TensorSpec::of(name, tensor)));
         let specs = specs.collect::<Result<Vec<_>>>()?;
         let mut writer = ShardedWriter::create(folder, &specs, &BTreeMap::new(), DEFAULT_SHARD_BYTES)?;
         for (name, variable) in &self.trainables {
             writer.write(name, &rounded(variable.as_tensor())?)?;
+        }
+        for (name, tensor) in &untrained {
+            writer.write(name, tensor)?;
         }
         writer.finish()?;
         self.base.write_config(folder, self.stored)?;
@@ -109,7 +121,9 @@ impl Artifact for ModelFiles<'_> {
     }
 
     fn is_exact(&self) -> bool {
-        self.stored == self.dtype
+        // What routers are trained in is not what a rounded model stores.
+        let rounds_routers = self.stored != DType::F32 && self.base.config().sparse_layers().next().is_some();
+        self.stored == self.dtype && !rounds_routers
     }
 }
 

@@ -1,8 +1,10 @@
 //! A fine-tuning run, from plan to files.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::Device;
+use candle_core::{Device, Var};
 
 use super::artifact::{AdapterFiles, ModelFiles, publish};
 use super::describe::{describe, warnings};
@@ -46,7 +48,7 @@ pub fn finetune(
         reporter.report(&Event::Warning { text });
     }
     let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;
-    let (trainables, artifact) = make_trainable(plan, &prepared, &mut model)?;
+    let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     directory.write_recipe(plan)?;
 
     let sample_row = prepared.dataset.eval.first();
@@ -65,6 +67,7 @@ pub fn finetune(
     let job = Job {
         model: &model,
         trainables: &trainables,
+        biases: &biases,
         artifact: &*artifact,
         train: prepared.sampler(plan),
         eval: &eval,
@@ -100,33 +103,50 @@ fn refuse_other(plan: &Plan, now: &str) -> Result<()> {
     .at(&plan.output)
 }
 
-fn make_trainable<'a>(
-    plan: &'a Plan,
-    prepared: &'a Prepared,
-    model: &mut Decoder,
-) -> Result<(Trainables, Box<dyn Artifact + 'a>)> {
+/// What is trained, what of it is written, and the selection biases that follow the load.
+type Made<'a> = (Trainables, Box<dyn Artifact + 'a>, BTreeMap<usize, (Arc<str>, Var)>);
+
+fn make_trainable<'a>(plan: &'a Plan, prepared: &'a Prepared, model: &mut Decoder) -> Result<Made<'a>> {
+    let biases = |model: &mut Decoder| match plan.mixture.bias_update > 0.0 {
+        true => model.make_selection_biases_variable(),
+        false => Ok(BTreeMap::new()),
+    };
     match &prepared.trained {
         Trainee::Full => {
             let trainables = model.make_trainable()?;
-            let artifact = ModelFiles::new(&prepared.base, &trainables, prepared.dtype);
-            Ok((trainables, Box::new(artifact)))
+            let biases = biases(model)?;
+            let artifact = ModelFiles::new(&prepared.base, &with(&trainables, &biases), prepared.dtype);
+            Ok((trainables, Box::new(artifact), biases))
         }
         Trainee::Adapter(adapter) => {
             let trainables = attach_adapter(adapter, prepared, model)?;
-            let artifact = AdapterFiles::new(plan, prepared, adapter, &trainables);
-            Ok((trainables, Box::new(artifact)))
+            let biases = biases(model)?;
+            let artifact = AdapterFiles::new(plan, prepared, adapter, &with(&trainables, &biases));
+            Ok((trainables, Box::new(artifact), biases))
         }
     }
 }
 
+/// What is written: also what follows the load without a gradient.
+fn with(trainables: &Trainables, biases: &BTreeMap<usize, (Arc<str>, Var)>) -> Trainables {
+    trainables.clone().into_iter().chain(biases.values().cloned()).collect()
+}
+
 fn attach_adapter(adapter: &PlacedAdapter, prepared: &Prepared, model: &mut Decoder) -> Result<Trainables> {
-    let PlacedAdapter { config, placements, from } = adapter;
+    let PlacedAdapter { config, placements, from, routers } = adapter;
+    if let Some(from) = from {
+        model.set_routers(&from.routers)?;
+    }
     let tensors = match from {
         Some(from) => from.tensors.clone(),
         None => init::fresh(config, &placements.placements, prepared.base.config(), model.device())?,
     };
     let (dropout, seed) = (config.dropout, config.dropout_seed);
-    attach(model.linears_mut(), &placements.placements, &tensors, dropout, seed)
+    let mut trainables = attach(model.linears_mut(), &placements.placements, &tensors, dropout, seed)?;
+    if *routers {
+        trainables.extend(model.make_routers_trainable()?);
+    }
+    Ok(trainables)
 }
 
 fn settings(plan: &Plan, prepared: &Prepared, way: Way) -> Settings {
@@ -145,6 +165,8 @@ fn settings(plan: &Plan, prepared: &Prepared, way: Way) -> Settings {
         keep: train.keep,
         recompute,
         piece_tokens,
+        losses: plan.mixture.losses,
+        bias_update: plan.mixture.bias_update,
     }
 }
 

@@ -33,7 +33,7 @@ impl Loaded {
         let base = Pretrained::open(source)?;
         let adapter = match adapter {
             Some(folder) => {
-                let adapter = read_adapter(folder)?;
+                let adapter = read_adapter(folder)?.for_model(base.config())?;
                 Some((adapter.fit(&base).at(folder)?, adapter))
             }
             None => None,
@@ -43,6 +43,7 @@ impl Loaded {
         let (mut warnings, mut layout) = (Vec::new(), None);
         if let Some((placements, adapter)) = adapter {
             attach(model.linears_mut(), &placements.placements, &adapter.tensors, 0.0, 0)?;
+            model.set_routers(&adapter.routers)?;
             layout = adapter.metadata.get(LAYOUT).and_then(|name| Layout::parse(name));
             warnings.extend(adapter.base_mismatch(source));
             warnings.extend(adapter.warnings);

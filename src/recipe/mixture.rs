@@ -1,36 +1,149 @@
-//! The keys that are about mixtures of experts. They are known, so that a recipe may say that they are off; this
-//! version trains dense models and refuses everything else.
+//! The keys that are about mixtures of experts: `train.router`, `[routing]`, `[losses]` and `[distill]`.
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Recipe, bounds};
+use crate::error::{Error, Result};
+use crate::model::RouterLosses;
+use crate::model::config::{DecoderConfig, Overflow, RoutingKind, RoutingVariant};
 
-/// `train.router`
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+/// What of the routers is trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum RouterTraining {
+pub enum RouterTraining {
+    /// Nothing.
     #[default]
     Frozen,
+    /// A low-rank term beside each, as the adapter has elsewhere.
     Lora,
+    /// Their weights.
     Full,
 }
 
+/// Everything a plan says of a mixture of experts; the default is what a dense model allows.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct MixturePlan {
+    /// What of the routers is trained.
+    pub router: RouterTraining,
+    /// Experts of a token; `None`: as many as the model's configuration says.
+    pub active: Option<usize>,
+    /// Whether logits get noise in training.
+    pub noise: bool,
+    /// The most tokens of an expert by an equal share; `None`: no limit.
+    pub capacity_factor: Option<f64>,
+    /// Where the others go.
+    pub overflow: Overflow,
+    /// By what experts are chosen.
+    pub kind: RoutingKind,
+    /// How much each loss on routers counts.
+    pub losses: RouterLosses,
+    /// The step of selection biases that follow the load; 0: they stay.
+    pub bias_update: f64,
+}
+
+impl MixturePlan {
+    pub(super) fn of(recipe: &Recipe) -> Self {
+        let Routing { active, noise, capacity_factor, overflow, kind } = recipe.routing;
+        let Losses { switch, importance, load, load_std, z, bias_update, pooled } = recipe.losses;
+        let [switch, importance, load, load_std, z] =
+            [switch, importance, load, load_std, z].map(|coefficient| coefficient.unwrap_or(0.0));
+        Self {
+            router: recipe.train.router,
+            active,
+            noise: noise == Noise::Gaussian,
+            capacity_factor,
+            overflow,
+            kind,
+            losses: RouterLosses { switch, importance, load, load_std, z, pooled },
+            bias_update: bias_update.unwrap_or(0.0),
+        }
+    }
+
+    /// The tables that say it.
+    pub(super) fn tables(&self) -> (Routing, Losses) {
+        let Self { active, noise, capacity_factor, overflow, kind, losses, bias_update, .. } = *self;
+        let RouterLosses { switch, importance, load, load_std, z, pooled } = losses;
+        let on = |coefficient: f64| (coefficient > 0.0).then_some(coefficient);
+        let noise = if noise { Noise::Gaussian } else { Noise::None };
+        let routing = Routing { active, noise, capacity_factor, overflow, kind };
+        let losses = Losses {
+            switch: on(switch),
+            importance: on(importance),
+            load: on(load),
+            load_std: on(load_std),
+            z: on(z),
+            bias_update: on(bias_update),
+            pooled,
+        };
+        (routing, losses)
+    }
+
+    /// The first key that asks for something only a mixture of experts has.
+    fn key(&self) -> Option<&'static str> {
+        let Self { router, active, noise, capacity_factor, overflow, kind, losses, bias_update } = self;
+        [
+            ("train.router", *router != RouterTraining::Frozen),
+            ("routing.active", active.is_some()),
+            ("routing.noise", *noise),
+            ("routing.capacity_factor", capacity_factor.is_some()),
+            ("routing.overflow", *overflow != Overflow::Drop),
+            ("routing.kind", *kind != RoutingKind::Model),
+            ("losses.switch", losses.switch > 0.0),
+            ("losses.importance", losses.importance > 0.0),
+            ("losses.load", losses.load > 0.0),
+            ("losses.load_std", losses.load_std > 0.0),
+            ("losses.z", losses.z > 0.0),
+            ("losses.bias_update", *bias_update > 0.0),
+            ("losses.pooled", losses.pooled),
+        ]
+        .into_iter()
+        .find_map(|(key, set)| set.then_some(key))
+    }
+
+    /// Changes the routing of `model` as the plan says; refuses what a dense model has no place for. `seed` is the run's.
+    pub(super) fn apply(&self, model: &mut DecoderConfig, name: &str, seed: u64) -> Result<()> {
+        if model.sparse_layers().next().is_none() {
+            return match self.key() {
+                None => Ok(()),
+                Some(key) => {
+                    Err(Error::request(format!("`{key}` is for mixtures of experts, and `{name}` is dense"))
+                        .with_hint("leave it out"))
+                }
+            };
+        }
+        if self.bias_update > 0.0 && !model.sparse_layers().all(|(_, moe)| moe.selection_bias) {
+            return Err(Error::request(format!(
+                "`losses.bias_update` moves a bias of the choice of experts, and `{name}` has none"
+            ))
+            .with_hint("balance with `losses.switch`"));
+        }
+        let Self { active, noise, capacity_factor, overflow, kind, .. } = *self;
+        model.reroute(active, RoutingVariant { noise, capacity_factor, overflow, kind, seed })
+    }
+}
+
 /// `[routing]`
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a table")]
 pub(super) struct Routing {
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1>", skip_serializing_if = "Option::is_none")]
     active: Option<usize>,
     noise: Noise,
-    #[serde(deserialize_with = "bounds::positive")]
+    #[serde(deserialize_with = "bounds::positive", skip_serializing_if = "Option::is_none")]
     capacity_factor: Option<f64>,
     overflow: Overflow,
     kind: RoutingKind,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+impl Routing {
+    pub(super) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Noise {
     #[default]
@@ -39,40 +152,29 @@ enum Noise {
     Learned,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Overflow {
-    #[default]
-    Drop,
-    Reroute,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum RoutingKind {
-    #[default]
-    Model,
-    Random,
-    Hash,
-}
-
 /// `[losses]`
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a table")]
 pub(super) struct Losses {
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
     switch: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
     importance: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
     load: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
     load_std: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
     z: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
     bias_update: Option<f64>,
     pooled: bool,
+}
+
+impl Losses {
+    pub(super) fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// `[distill]`; without a teacher its other keys do nothing.
@@ -89,27 +191,38 @@ pub(super) struct Distill {
 }
 
 impl Recipe {
-    /// The first key that asks for something only a mixture of experts has.
-    pub(super) fn mixture_key(&self) -> Option<&'static str> {
-        let Self { routing, losses, distill, train, .. } = self;
-        let on = |coefficient: Option<f64>| coefficient.is_some_and(|c| c > 0.0);
+    /// The first key that asks for what this version has not.
+    pub(super) fn unbuilt_key(&self) -> Option<&'static str> {
         [
-            ("train.router", train.router != RouterTraining::Frozen),
-            ("routing.active", routing.active.is_some()),
-            ("routing.noise", routing.noise != Noise::None),
-            ("routing.capacity_factor", routing.capacity_factor.is_some()),
-            ("routing.overflow", routing.overflow != Overflow::Drop),
-            ("routing.kind", routing.kind != RoutingKind::Model),
-            ("losses.switch", on(losses.switch)),
-            ("losses.importance", on(losses.importance)),
-            ("losses.load", on(losses.load)),
-            ("losses.load_std", on(losses.load_std)),
-            ("losses.z", on(losses.z)),
-            ("losses.bias_update", on(losses.bias_update)),
-            ("losses.pooled", losses.pooled),
-            ("distill.teacher", distill.teacher.is_some()),
+            ("routing.noise", self.routing.noise == Noise::Learned),
+            ("distill.teacher", self.distill.teacher.is_some()),
         ]
         .into_iter()
         .find_map(|(key, set)| set.then_some(key))
     }
+}
+
+/// `adapter.experts`: all, none, or those with these numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected `true`, `false` or a list of experts")]
+pub enum ExpertChoice {
+    /// All or none.
+    All(bool),
+    /// Those with these numbers, in every layer.
+    Some(Vec<usize>),
+}
+
+/// The pattern on paths that leaves out what is not to have an adapter; none where everything may have one.
+pub(super) fn excluded(experts: &ExpertChoice, shared_experts: bool) -> Option<String> {
+    let of_experts = match experts {
+        ExpertChoice::All(true) => None,
+        ExpertChoice::All(false) => Some(r".*\.experts\.\d+\..*".to_string()),
+        ExpertChoice::Some(list) => {
+            let list: Vec<String> = list.iter().map(ToString::to_string).collect();
+            Some(format!(r".*\.experts\.(?!(?:{})\.)\d+\..*", list.join("|")))
+        }
+    };
+    let of_shared = (!shared_experts).then(|| r".*\.shared_.*".to_string());
+    let patterns: Vec<String> = [of_experts, of_shared].into_iter().flatten().collect();
+    (!patterns.is_empty()).then(|| patterns.join("|"))
 }

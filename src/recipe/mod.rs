@@ -57,7 +57,8 @@ pub use plan::{
 };
 pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
 
-use mixture::{Distill, Losses, RouterTraining, Routing};
+use mixture::{Distill, Losses, Routing};
+pub use mixture::{ExpertChoice, MixturePlan, RouterTraining};
 
 /// A fine-tuning recipe as it was written: what is `None` was left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -79,9 +80,9 @@ pub struct Recipe {
     /// How it is trained.
     #[serde(default)]
     pub train: TrainRecipe,
-    #[serde(default, skip_serializing)]
+    #[serde(default, skip_serializing_if = "Routing::is_default")]
     routing: Routing,
-    #[serde(default, skip_serializing)]
+    #[serde(default, skip_serializing_if = "Losses::is_default")]
     losses: Losses,
     #[serde(default, skip_serializing)]
     distill: Distill,
@@ -126,6 +127,10 @@ pub struct AdapterRecipe {
     pub dropout_seed: Option<u64>,
     /// The adapter to go on training.
     pub from: Option<PathBuf>,
+    /// Which experts of a mixture get one.
+    pub experts: Option<ExpertChoice>,
+    /// Whether shared experts get one.
+    pub shared_experts: Option<bool>,
 }
 
 /// `[data]`
@@ -206,8 +211,13 @@ pub struct TrainRecipe {
     pub checkpoint: Option<RecomputeChoice>,
     /// The memory that recomputation and pieces are chosen for.
     pub memory_budget: Option<Bytes>,
-    #[serde(skip_serializing)]
-    router: RouterTraining,
+    /// What of the routers of a mixture of experts is trained.
+    #[serde(skip_serializing_if = "is_frozen")]
+    pub router: RouterTraining,
+}
+
+fn is_frozen(router: &RouterTraining) -> bool {
+    *router == RouterTraining::Frozen
 }
 
 impl Recipe {
@@ -238,8 +248,8 @@ impl Recipe {
     fn contradiction(&self) -> Option<(&'static str, Error)> {
         let Self { adapter, data, train, .. } = self;
         let full = train.full.unwrap_or(false);
-        if let Some(key) = self.mixture_key() {
-            let message = format!("`{key}` is for mixtures of experts, and this version trains dense models");
+        if let Some(key) = self.unbuilt_key() {
+            let message = format!("what `{key}` asks for is not built yet");
             return Some((key, Error::request(message).with_hint("leave it out")));
         }
         if train.steps.is_some() && train.epochs.is_some() {

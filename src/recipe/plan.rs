@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use super::choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
+use super::mixture::{ExpertChoice, MixturePlan, excluded};
 use super::{AdapterRecipe, DataRecipe, ModelRecipe, Recipe, SourceRecipe, TrainRecipe};
-use crate::adapter::{LoraConfig, Targets};
+use crate::adapter::{Exclude, LoraConfig, Targets};
 use crate::data::{Source, TrainOn};
 use crate::error::{Error, Result};
 use crate::train::Schedule;
@@ -24,6 +25,8 @@ pub struct Plan {
     pub data: DataPlan,
     /// How.
     pub train: TrainPlan,
+    /// How experts are chosen, and what is trained of that.
+    pub mixture: MixturePlan,
 }
 
 /// The model to train.
@@ -54,6 +57,10 @@ pub struct AdapterPlan {
     /// Which values of `config` the recipe says itself. Those have to be the values of the adapter in `from`; the others
     /// it brings along.
     pub said: Said,
+    /// Which experts of a mixture get one.
+    pub experts: ExpertChoice,
+    /// Whether shared experts get one.
+    pub shared_experts: bool,
 }
 
 /// What a recipe says of an adapter. Of a fresh one a plan says everything.
@@ -165,6 +172,7 @@ impl Plan {
             },
             data: DataPlan::of(&recipe.data),
             train: TrainPlan::of(&recipe.train),
+            mixture: MixturePlan::of(recipe),
         }
     }
 
@@ -188,8 +196,11 @@ impl AdapterPlan {
     fn of(recipe: &AdapterRecipe, run_seed: u64) -> Self {
         let rank = recipe.rank.unwrap_or(16);
         let seed = recipe.seed.unwrap_or(run_seed);
+        let experts = recipe.experts.clone().unwrap_or(ExpertChoice::All(true));
+        let shared_experts = recipe.shared_experts.unwrap_or(true);
         let config = LoraConfig {
             rank,
+            exclude: excluded(&experts, shared_experts).map_or_else(Exclude::default, Exclude::Pattern),
             alpha: Some(recipe.alpha.unwrap_or(rank.max(1) as f64)),
             dropout: recipe.dropout.unwrap_or(0.0),
             // The feed-forward layers, where most of a model's weights are.
@@ -213,7 +224,7 @@ impl AdapterPlan {
                 rslora: recipe.rslora.is_some(),
             },
         };
-        Self { config, from: recipe.from.clone(), said }
+        Self { config, from: recipe.from.clone(), said, experts, shared_experts }
     }
 }
 
@@ -268,7 +279,8 @@ impl TrainPlan {
 
 impl From<&Plan> for Recipe {
     fn from(plan: &Plan) -> Self {
-        let Plan { seed, output, model, trained, data, train } = plan;
+        let Plan { seed, output, model, trained, data, train, mixture } = plan;
+        let (routing, losses) = mixture.tables();
         let sources = |sources: &[Source]| sources.iter().map(SourceRecipe::from).collect();
         Self {
             task: Task::Finetune,
@@ -293,9 +305,13 @@ impl From<&Plan> for Recipe {
                 pack: Some(data.pack),
                 train_on: Some(data.train_on),
             },
-            train: TrainRecipe { full: Some(*trained == Trained::Full), ..TrainRecipe::from(train) },
-            routing: Default::default(),
-            losses: Default::default(),
+            train: TrainRecipe {
+                full: Some(*trained == Trained::Full),
+                router: mixture.router,
+                ..TrainRecipe::from(train)
+            },
+            routing,
+            losses,
             distill: Default::default(),
         }
     }
@@ -316,6 +332,8 @@ impl From<&AdapterPlan> for AdapterRecipe {
             seed: Some(*seed),
             dropout_seed: Some(*dropout_seed),
             from: plan.from.clone(),
+            experts: (plan.experts != ExpertChoice::All(true)).then(|| plan.experts.clone()),
+            shared_experts: (!plan.shared_experts).then_some(false),
         }
     }
 }

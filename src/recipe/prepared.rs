@@ -7,11 +7,13 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::loaded::read_adapter;
+use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
 use crate::adapter::{LoraConfig, Placements, Targets, hf, resolve};
 use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
+use crate::model::config::{InPeft, MoeConfig};
 
 /// A run that is ready to load its weights.
 #[derive(Debug)]
@@ -48,6 +50,8 @@ pub struct PlacedAdapter {
     pub placements: Placements,
     /// The adapter that training goes on with.
     pub from: Option<hf::Adapter>,
+    /// Whether the weights of routers are trained too.
+    pub routers: bool,
 }
 
 /// How many numbers are trained.
@@ -62,7 +66,9 @@ pub struct Trainable {
 impl Prepared {
     /// Opens model, tokenizer and data of `plan` and resolves the targets; reads no weight.
     pub fn of(plan: &Plan) -> Result<Self> {
-        let base = Pretrained::open(&plan.model.source)?;
+        let mut base = Pretrained::open(&plan.model.source)?;
+        let name = base.name().to_string();
+        plan.mixture.apply(base.config_mut(), &name, plan.seed)?;
         base.check()?;
         let trained = Trainee::of(plan, &base)?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
@@ -131,7 +137,10 @@ impl Prepared {
             Trainee::Full => Trainable { trainable: model, all: model },
             Trainee::Adapter(adapter) => {
                 let own = adapter.placements.num_parameters(adapter.config.lora_bias) as u64;
-                Trainable { trainable: own, all: model + own }
+                let config = self.base.config();
+                let of_router = |(_, moe): (usize, &MoeConfig)| (moe.experts * config.hidden_size) as u64;
+                let routers = if adapter.routers { config.sparse_layers().map(of_router).sum() } else { 0 };
+                Trainable { trainable: own + routers, all: model + own }
             }
         }
     }
@@ -154,15 +163,23 @@ impl Trainee {
     fn of(plan: &Plan, base: &Pretrained) -> Result<Self> {
         let Trained::Adapter(written) = &plan.trained else {
             refuse_quantized(base)?;
+            refuse_unwritable(base)?;
             return Ok(Self::Full);
         };
         let from = match &written.from {
-            Some(path) => Some(read_adapter(path)?),
+            Some(path) => Some(read_adapter(path)?.for_model(base.config())?),
             None => None,
         };
         let config = match &from {
             Some(adapter) => continued(written, adapter)?,
             None => written.config.clone(),
+        };
+        refuse_dense(written, base)?;
+        let config = match plan.mixture.router {
+            RouterTraining::Lora => {
+                LoraConfig { targets: config.targets.with_routers(base.config()), ..config }
+            }
+            RouterTraining::Frozen | RouterTraining::Full => config,
         };
         if config.rank == 0 {
             return Err(Error::request("`adapter.rank` is 0, so nothing would be trained")
@@ -172,8 +189,34 @@ impl Trainee {
             Some(adapter) => adapter.fit(base).at(&adapter.source)?,
             None => resolve(&config, base.config())?,
         };
-        Ok(Self::Adapter(Box::new(PlacedAdapter { config, placements, from })))
+        let routers = plan.mixture.router == RouterTraining::Full;
+        Ok(Self::Adapter(Box::new(PlacedAdapter { config, placements, from, routers })))
     }
+}
+
+/// Which experts get an adapter is no question of a dense model.
+fn refuse_dense(written: &AdapterPlan, base: &Pretrained) -> Result<()> {
+    let key = match (&written.experts, written.shared_experts) {
+        _ if base.config().sparse_layers().next().is_some() => return Ok(()),
+        (ExpertChoice::All(true), true) => return Ok(()),
+        (ExpertChoice::All(true), false) => "adapter.shared_experts",
+        _ => "adapter.experts",
+    };
+    Err(Error::request(format!("`{key}` is for mixtures of experts, and `{}` is dense", base.name()))
+        .with_hint("leave it out"))
+}
+
+/// A trained model is written with a tensor per expert, which families with a layout of their own do not read.
+fn refuse_unwritable(base: &Pretrained) -> Result<()> {
+    let unknown = |moe: &MoeConfig| moe.names.in_peft == InPeft::Unknown;
+    if !base.config().sparse_layers().any(|(_, moe)| unknown(moe)) {
+        return Ok(());
+    }
+    Err(Error::request(format!(
+        "`train.full` cannot write `{}`, whose experts are stored in one tensor",
+        base.name()
+    ))
+    .with_hint("train an adapter and merge it"))
 }
 
 /// Training all weights needs weights that a small step can change.

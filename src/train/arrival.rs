@@ -1,6 +1,7 @@
 //! The live check that training reaches everything it is meant to: a trainable without a gradient is an error, not a
 //! silent constant.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -13,13 +14,15 @@ const PATIENCE: usize = 10;
 #[derive(Debug)]
 pub(super) struct Arrival {
     waiting: Vec<Arc<str>>,
+    /// Those of routed experts, which may wait for a token for as long as it takes.
+    routed: BTreeSet<Arc<str>>,
     /// Steps looked at in which something had a gradient of zero without a reason.
     zeros: usize,
 }
 
 impl Arrival {
-    pub(super) fn of(trainables: &Trainables) -> Self {
-        Self { waiting: trainables.keys().cloned().collect(), zeros: 0 }
+    pub(super) fn of(trainables: &Trainables, routed: &BTreeSet<Arc<str>>) -> Self {
+        Self { waiting: trainables.keys().cloned().collect(), routed: routed.clone(), zeros: 0 }
     }
 
     /// Looks at the gradients of a step before its update. One that is missing is an error at once. One that is zero must
@@ -34,8 +37,10 @@ impl Arrival {
         self.waiting = still;
         let (mut missing, mut lost) = (false, Vec::new());
         for name in &self.waiting {
-            missing |= gradients.of_name(name).is_none();
-            if !is_silenced(trainables, name)? {
+            let is_missing = gradients.of_name(name).is_none();
+            missing |= is_missing;
+            let may_wait = !is_missing && self.routed.contains(name);
+            if !may_wait && !is_silenced(trainables, name)? {
                 lost.push(format!("`{name}`"));
             }
         }
@@ -94,7 +99,7 @@ mod tests {
     #[test]
     fn an_a_may_wait_for_its_b_and_no_longer() {
         let fresh = pair(0.0);
-        let mut arrival = Arrival::of(&fresh);
+        let mut arrival = Arrival::of(&fresh, &BTreeSet::new());
         let first = [("q.lora_A.weight", 0.0), ("q.lora_B.weight", 1.0)];
         arrival.check(&fresh, &gradients(&fresh, &first)).unwrap();
         assert!(!arrival.is_done());
@@ -106,7 +111,7 @@ mod tests {
     #[test]
     fn a_gradient_that_stays_zero_or_is_missing_is_an_error() {
         let moved = pair(0.5);
-        let mut arrival = Arrival::of(&moved);
+        let mut arrival = Arrival::of(&moved, &BTreeSet::new());
         let zero = [("q.lora_A.weight", 0.0), ("q.lora_B.weight", 1.0)];
         for _ in 1..PATIENCE {
             arrival.check(&moved, &gradients(&moved, &zero)).unwrap();
@@ -114,6 +119,6 @@ mod tests {
         let error = arrival.check(&moved, &gradients(&moved, &zero)).unwrap_err().to_string();
         assert!(error.contains("1 of the trained tensors get no gradient: `q.lora_A.weight`"), "{error}");
         let missing = gradients(&moved, &[("q.lora_B.weight", 1.0)]);
-        Arrival::of(&moved).check(&moved, &missing).unwrap_err();
+        Arrival::of(&moved, &BTreeSet::new()).check(&moved, &missing).unwrap_err();
     }
 }

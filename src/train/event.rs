@@ -1,8 +1,11 @@
 //! What a run says while it goes on. The library never prints: a [`Reporter`] decides what becomes of it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Serialize;
+
+use crate::model::Spread;
 
 /// One optimizer step; a line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -27,6 +30,12 @@ pub struct StepReport {
     pub tokens_per_second: f64,
     /// The highest resident memory of the process so far.
     pub peak_rss_bytes: u64,
+    /// Losses on routers by name, without their coefficients; none where none counts.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub router_losses: BTreeMap<&'static str, f64>,
+    /// How the tokens were spread over the experts of each sparse layer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub routing: Vec<Spread>,
 }
 
 /// A sample before or after training.

@@ -1,9 +1,12 @@
 //! The training loop.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use candle_core::{Tensor, Var};
 use serde_json::json;
 
 use super::arrival::Arrival;
@@ -13,11 +16,11 @@ use super::memory::peak_rss_bytes;
 use super::metrics::Metrics;
 use super::optimizer::{AdamW, AdamWConfig};
 use super::schedule::Schedule;
-use super::step::step_gradients;
+use super::step::balanced_step_gradients;
 use crate::data::{Batch, Sampler};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::eval::evaluate;
-use crate::model::{Decoder, Recompute};
+use crate::model::{Decoder, Recompute, RouterLosses, balanced};
 use crate::ops::Trainables;
 
 /// How a run trains.
@@ -48,6 +51,11 @@ pub struct Settings {
     /// The most tokens of a batch that are computed at once; batches are cut between documents. A resumed run keeps
     /// what it began with.
     pub piece_tokens: usize,
+    /// Losses on routers.
+    pub losses: RouterLosses,
+    /// What a step adds to the selection bias of an expert with less than an equal share of the tokens, and takes from
+    /// that of one with more.
+    pub bias_update: f64,
 }
 
 /// Everything a run needs.
@@ -56,6 +64,8 @@ pub struct Job<'a> {
     pub model: &'a Decoder,
     /// What is trained.
     pub trainables: &'a Trainables,
+    /// Selection biases by layer, which follow the load.
+    pub biases: &'a BTreeMap<usize, (Arc<str>, Var)>,
     /// The same on disk.
     pub artifact: &'a dyn Artifact,
     /// Batches to train on.
@@ -108,7 +118,7 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
         last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
         state.first_eval_loss = last_eval_loss.map(checkpoint::restorable);
     }
-    let mut arrival = Arrival::of(job.trainables);
+    let mut arrival = Arrival::of(job.trainables, &job.model.routed_parameters());
     let mut saved_at = state.step;
     while state.step < settings.steps {
         if job.interrupt.load(Ordering::Relaxed) {
@@ -152,7 +162,9 @@ fn update(
     let batches: Vec<Batch> = (first..first + settings.accumulate)
         .flat_map(|index| job.train.batch(index).pieces(state.piece_tokens))
         .collect();
-    let step = step_gradients(job.model, job.trainables, &batches, Some(state.step), settings.recompute)?;
+    let (now, recompute) = (Some(state.step), settings.recompute);
+    let step =
+        balanced_step_gradients(job.model, job.trainables, &batches, now, recompute, &settings.losses)?;
     let number = state.step + 1;
     if !step.loss.is_finite() || !step.norm.is_finite() {
         let what = if step.loss.is_finite() { "gradient norm" } else { "loss" };
@@ -173,6 +185,14 @@ fn update(
         1.0
     };
     optimizer.update(job.trainables, &step.gradients, clip, learning_rate)?;
+    let routing = step.tally.spreads();
+    for spread in &routing {
+        if let Some((name, variable)) = job.biases.get(&spread.layer) {
+            let biases: Vec<f32> = variable.to_vec1().in_tensor(name)?;
+            let biases = balanced(&biases, &spread.load, settings.bias_update);
+            variable.set(&Tensor::new(biases, variable.device())?).in_tensor(name)?;
+        }
+    }
     let tokens = batches.iter().map(|batch| batch.tokens.len() as u64).sum();
     let supervised_tokens = batches.iter().map(|batch| batch.num_supervised() as u64).sum();
     state.step = number;
@@ -191,6 +211,8 @@ fn update(
         supervised_tokens,
         tokens_per_second: tokens as f64 / begin.elapsed().as_secs_f64(),
         peak_rss_bytes: peak_rss_bytes(),
+        router_losses: step.router.values,
+        routing,
     })
 }
 

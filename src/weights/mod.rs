@@ -264,11 +264,31 @@ impl Checkpoint {
 
     /// The values of a tensor in the wanted type; quantized ones are dequantized. NaN and infinity are errors.
     pub fn read(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.read_part(name, 0, &self.info(name)?.shape, dtype, device)
+    }
+
+    /// The values from number `first` on that fill `shape`; of a quantized tensor only all of them.
+    pub fn read_part(
+        &self,
+        name: &str,
+        first: usize,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
         let info = self.info(name)?;
+        let end = first + shape.iter().product::<usize>();
+        if end > info.num_values() {
+            let found = info.num_values();
+            return Err(Error::invalid(format!("has {found} values, expected {end}"))).in_tensor(name);
+        }
         let bytes = self.bytes(name)?;
         let tensor = match info.dtype {
-            StoredType::Float(stored) => convert::from_floats(bytes, stored, &info.shape, dtype, device),
-            StoredType::Quantized(stored) => gguf::dequantize(bytes, stored, &info.shape, dtype, device),
+            StoredType::Float(stored) => {
+                let size = stored.size_in_bytes();
+                convert::from_floats(&bytes[first * size..end * size], stored, shape, dtype, device)
+            }
+            StoredType::Quantized(stored) => gguf::dequantize(bytes, stored, shape, dtype, device),
             StoredType::Other(_) => {
                 Err(Error::invalid(format!("is stored as {}; weights are f32, f16 or bf16", info.dtype)))
             }

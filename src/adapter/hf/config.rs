@@ -7,9 +7,9 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
-use super::super::target::{Placements, few};
-use super::Provenance;
+use super::super::target::{Placements, few, is_named};
 use super::fields::{Fields, NamesOrText, is_neutral};
+use super::{Provenance, experts};
 use crate::error::{Context, Error, Result};
 
 /// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
@@ -66,6 +66,8 @@ pub(super) struct Read {
     pub(super) base_model: Option<String>,
     pub(super) revision: Option<String>,
     pub(super) warnings: Vec<String>,
+    /// `target_parameters`, which tensors have to bear out.
+    pub(super) parameters: Vec<String>,
 }
 
 /// Reads and checks the file.
@@ -89,6 +91,8 @@ fn parse(text: &str) -> Result<Read> {
         }
         None => return Err(Error::invalid("has no `peft_type`, expected \"LORA\"")),
     }
+    let parameters = fields.parameters();
+    fields.forget_routers();
     fields.refuse_unsupported();
     let init = fields.init();
     let targets = fields.targets();
@@ -126,7 +130,7 @@ fn parse(text: &str) -> Result<Read> {
         let changed_base = fields.problems.iter().any(|problem| problem.ends_with(CHANGED_BASE));
         return Err(if changed_base { error.with_hint(PLAIN_FORM) } else { error });
     }
-    Ok(Read { config, base_model, revision, warnings })
+    Ok(Read { config, base_model, revision, warnings, parameters })
 }
 
 impl Fields {
@@ -198,6 +202,26 @@ impl Fields {
         }
     }
 
+    /// Adapters on the parameters of experts, and those that are written for PEFT alone, see [`experts`].
+    fn parameters(&mut self) -> Vec<String> {
+        let known = |value: &Value| value.as_str().filter(|name| experts::is_known(name)).map(str::to_string);
+        let parameters = self.map.get("target_parameters").and_then(Value::as_array);
+        let parameters: Option<Vec<String>> = parameters.and_then(|list| list.iter().map(known).collect());
+        if parameters.is_some() {
+            self.map.shift_remove("target_parameters");
+        }
+        parameters.unwrap_or_default()
+    }
+
+    /// Takes out the modules that are routers: their tensors say that they are trained.
+    fn forget_routers(&mut self) {
+        let is_router = |value: &Value| value.as_str().is_some_and(experts::is_router_module);
+        let modules = self.map.get("modules_to_save").and_then(Value::as_array);
+        if modules.is_some_and(|list| list.iter().all(is_router)) {
+            self.map.shift_remove("modules_to_save");
+        }
+    }
+
     fn refuse_unsupported(&mut self) {
         for (key, what) in REFUSED {
             if let Some(value) = self.take(key).filter(|value| !is_neutral(value)) {
@@ -233,6 +257,7 @@ impl Fields {
 pub(super) fn to_json(
     config: &LoraConfig,
     placements: &Placements,
+    routers: &[&str],
     provenance: &Provenance,
 ) -> Result<String> {
     // PEFT knows no rank 0: such layers are excluded instead.
@@ -241,6 +266,11 @@ pub(super) fn to_json(
     let alphas = config.alpha_pattern.iter();
     let alphas: Map<String, Value> =
         alphas.map(|(pattern, alpha)| (pattern.to_string(), number(*alpha))).collect();
+    let (mut ranks, mut alphas) = (ranks, alphas);
+    let parameters = experts::target_parameters(placements);
+    experts::join_patterns(config, &parameters, &mut ranks, &mut alphas);
+    // PEFT refuses dropout beside parameters, at inference too, where it has no effect.
+    let dropout = if experts::are_adapted(placements) { 0.0 } else { config.dropout };
     let gaussian = config.init == Init::Gaussian && !config.lora_bias;
     let mut fields: BTreeMap<&str, Value> = BTreeMap::from([
         ("alpha_pattern", Value::Object(alphas)),
@@ -256,8 +286,8 @@ pub(super) fn to_json(
         ),
         ("layers_to_transform", json!(config.layers_to_transform)),
         ("lora_alpha", number(config.alpha())),
-        ("lora_dropout", number(config.dropout)),
-        ("modules_to_save", Value::Null),
+        ("lora_dropout", number(dropout)),
+        ("modules_to_save", experts::router_modules(routers)),
         ("peft_type", json!("LORA")),
         ("r", json!(config.rank)),
         ("rank_pattern", Value::Object(ranks)),
@@ -270,6 +300,9 @@ pub(super) fn to_json(
     if let Some(exclude) = exclude_json(&config.exclude, &placements.without) {
         fields.insert("exclude_modules", exclude);
     }
+    if !parameters.is_empty() {
+        fields.insert("target_parameters", json!(parameters));
+    }
     if config.lora_bias {
         fields.insert("lora_bias", json!(true));
     }
@@ -279,9 +312,17 @@ pub(super) fn to_json(
 fn targets_json(targets: &Targets, placements: &Placements) -> Value {
     let names: BTreeSet<&str> = match targets {
         Targets::Pattern(pattern) => return json!(pattern),
-        Targets::Names(names) => names.iter().map(String::as_str).collect(),
+        Targets::Names(names) => {
+            let is_path = |name: &&str| placements.placements.iter().any(|p| is_named(&p.linear.path, name));
+            // Elsewhere an expert's projections have the family's names only.
+            let others =
+                placements.placements.iter().filter(|p| !names.iter().any(|n| is_named(&p.linear.path, n)));
+            let others: BTreeSet<&str> = others.map(|p| p.linear.name()).collect();
+            let known = names.iter().map(String::as_str).filter(|name| others.is_empty() || is_path(name));
+            known.chain(others.iter().copied()).collect()
+        }
         // PEFT, too, writes names: readers do not know the word.
-        Targets::AllLinear => placements.placements.iter().map(|p| p.linear.projection.name()).collect(),
+        Targets::AllLinear => placements.placements.iter().map(|p| p.linear.name()).collect(),
     };
     json!(names)
 }
@@ -300,6 +341,6 @@ fn exclude_json(exclude: &Exclude, without: &[String]) -> Option<Value> {
 }
 
 /// Whole numbers without a point, as PEFT writes an alpha.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }

@@ -6,9 +6,12 @@
 
 mod card;
 mod config;
+mod experts;
 mod fields;
+mod fused;
 mod tensors;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -48,6 +51,10 @@ pub struct Adapter {
     /// Copies of the model's own embedding or head, which PEFT adds where these are targeted: [`Adapter::fit`] makes
     /// sure that they are copies.
     pub copies: BTreeMap<String, Tensor>,
+    /// What PEFT has as parameters, not as modules: see [`Adapter::for_model`].
+    pub parameters: Vec<String>,
+    /// Trained weights of routers, in f32 by name.
+    pub routers: BTreeMap<String, Tensor>,
     /// What its trainer noted in the tensors' file.
     pub metadata: BTreeMap<String, String>,
     /// What was found and left aside because it changes nothing.
@@ -66,7 +73,7 @@ impl Adapter {
         if !path.exists() {
             return Err(missing_tensors(folder));
         }
-        let tensors::Read { tensors, copies, metadata } =
+        let tensors::Read { tensors, copies, routers, metadata } =
             tensors::read(&path, read.config.lora_bias, device)?;
         Ok(Self {
             source: folder.display().to_string(),
@@ -75,6 +82,8 @@ impl Adapter {
             revision: read.revision,
             tensors,
             copies,
+            parameters: read.parameters,
+            routers,
             metadata,
             warnings: read.warnings,
         })
@@ -136,6 +145,17 @@ impl Adapter {
                 Some(_) => {}
             }
         }
+        let shapes: BTreeMap<String, Vec<usize>> =
+            if self.routers.is_empty() { BTreeMap::new() } else { model.tensors().into_iter().collect() };
+        for (name, tensor) in &self.routers {
+            match shapes.get(name).filter(|_| model.is_held_in_f32(name)) {
+                None => wrong.push(format!("`{name}` is a whole tensor, and no router of the model")),
+                Some(shape) if tensor.dims() != shape => {
+                    wrong.push(format!("`{name}` has shape {:?}, expected {shape:?}", tensor.dims()));
+                }
+                Some(_) => {}
+            }
+        }
         for name in expected.keys().filter(|name| !self.tensors.contains_key(*name)) {
             wrong.push(format!("`{name}` is missing, though the configuration targets its layer"));
         }
@@ -182,7 +202,7 @@ pub struct Provenance {
 
 /// Writes the three files of an adapter into `folder`, which exists; each replaces its predecessor in one step.
 ///
-/// `tensors` are those of [`super::attach`] or of [`Adapter::tensors`].
+/// `tensors` are those of [`super::attach`] or of [`Adapter::tensors`], and trained weights of routers.
 pub fn write<'t>(
     folder: &Path,
     config: &LoraConfig,
@@ -190,8 +210,23 @@ pub fn write<'t>(
     tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     provenance: &Provenance,
 ) -> Result<()> {
-    tensors::write(&folder.join(TENSORS_FILE), tensors, &provenance.metadata)?;
-    write_atomic(folder.join(CONFIG_FILE), config::to_json(config, placements, provenance)?.as_bytes())?;
+    let renamed = |name: &'t str| -> Cow<'t, str> {
+        match &placements.router {
+            Some((own, theirs)) => match name.strip_suffix(own.as_str()) {
+                Some(before) => Cow::Owned(format!("{before}{theirs}")),
+                None => Cow::Borrowed(name),
+            },
+            None => Cow::Borrowed(name),
+        }
+    };
+    let tensors: Vec<(Cow<'t, str>, &Tensor)> =
+        tensors.into_iter().map(|(name, tensor)| (renamed(name), tensor)).collect();
+    let routers = tensors.iter().map(|(name, _)| &**name).filter(|name| !name.contains(".lora_"));
+    let routers: Vec<&str> = routers.collect();
+    let named = tensors.iter().map(|(name, tensor)| (&**name, *tensor));
+    tensors::write(&folder.join(TENSORS_FILE), named, &provenance.metadata)?;
+    let text = config::to_json(config, placements, &routers, provenance)?;
+    write_atomic(folder.join(CONFIG_FILE), text.as_bytes())?;
     write_atomic(folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())
 }
 

@@ -26,6 +26,8 @@ pub(super) struct Read {
     pub(super) tensors: BTreeMap<String, Tensor>,
     /// The same of whole tensors of the model.
     pub(super) copies: BTreeMap<String, Tensor>,
+    /// The same of trained weights of routers.
+    pub(super) routers: BTreeMap<String, Tensor>,
     /// What the file says beside them.
     pub(super) metadata: BTreeMap<String, String>,
 }
@@ -35,7 +37,7 @@ pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<Read
     let bytes = std::fs::read(path).at(path)?;
     let file = SafeTensors::deserialize(&bytes).at(path)?;
     let names = canonical_names(file.names(), lora_bias).at(path)?;
-    let (mut tensors, mut copies) = (BTreeMap::new(), BTreeMap::new());
+    let (mut tensors, mut copies, mut routers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let mut broken = Vec::new();
     for (canonical, stored) in names {
         let view = file.tensor(stored).at(path)?;
@@ -52,7 +54,11 @@ pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<Read
             broken.push(format!("`{stored}` has the value {value}"));
         } else {
             let tensor = Tensor::from_vec(values, view.shape(), device).in_tensor(stored).at(path)?;
-            let into = if is_copy(&canonical) { &mut copies } else { &mut tensors };
+            let into = match &canonical {
+                name if is_copy(name) => &mut copies,
+                name if is_router(name) => &mut routers,
+                _ => &mut tensors,
+            };
             into.insert(canonical, tensor);
         }
     }
@@ -61,7 +67,7 @@ pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<Read
     }
     let (_, header) = SafeTensors::read_metadata(&bytes).at(path)?;
     let metadata = header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone()));
-    Ok(Read { tensors, copies, metadata: metadata.collect() })
+    Ok(Read { tensors, copies, routers, metadata: metadata.collect() })
 }
 
 /// Writes every tensor in f32 under its name with the prefix.
@@ -119,6 +125,13 @@ fn is_copy(name: &str) -> bool {
     name == EMBEDDING || name == HEAD
 }
 
+/// Whether the name can be that of a router's weight or bias; the model says whether it is.
+fn is_router(name: &str) -> bool {
+    [".gate.weight", ".router.layer.weight", ".router.weight", ".e_score_correction_bias"]
+        .iter()
+        .any(|end| name.ends_with(end))
+}
+
 /// `base_model.model.<path>.lora_A.weight` to `<path>.lora_A.weight`. Also read: no prefix, `model.` twice, and the
 /// adapter's name `default`; else what the tensor is.
 fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
@@ -129,7 +142,7 @@ fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
         return Ok(name);
     }
     let whole = name.replace(".base_layer.", ".");
-    if is_copy(&whole) {
+    if is_copy(&whole) || is_router(&whole) {
         return Ok(whole);
     }
     Err(if name.contains("lora_magnitude_vector") {

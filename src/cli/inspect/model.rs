@@ -42,12 +42,21 @@ struct LayerGroup {
     qk_norm: bool,
     width: usize,
     activation: String,
+    experts: Option<ExpertGroup>,
+}
+
+/// What a sparse layer has beside.
+#[derive(Debug, Serialize)]
+struct ExpertGroup {
+    experts: usize,
+    active: usize,
+    shared_width: Option<usize>,
 }
 
 /// Linear layers of the same name and shape.
 #[derive(Debug, Serialize)]
 struct LinearGroup {
-    name: &'static str,
+    name: String,
     out_features: usize,
     in_features: usize,
     bias: bool,
@@ -89,16 +98,24 @@ fn layer_groups(layers: &[LayerConfig]) -> Vec<LayerGroup> {
         .chunk_by(|one, next| one == next)
         .map(|same| {
             let LayerConfig { attention, feed_forward } = &same[0];
-            let FeedForwardConfig::Dense { width, activation, .. } = feed_forward;
+            let (width, activation, experts) = match feed_forward {
+                FeedForwardConfig::Dense { width, activation, .. } => (*width, *activation, None),
+                FeedForwardConfig::Sparse(moe) => {
+                    let shared_width = moe.shared.map(|shared| shared.width);
+                    let group = ExpertGroup { experts: moe.experts, active: moe.active, shared_width };
+                    (moe.width, moe.activation, Some(group))
+                }
+            };
             LayerGroup {
                 layers: same.len(),
                 heads: attention.num_heads,
                 kv_heads: attention.num_kv_heads,
                 head_dim: attention.head_dim,
                 window: attention.window,
-                qk_norm: attention.qk_norm,
-                width: *width,
+                qk_norm: attention.qk_norm.is_some(),
+                width,
                 activation: format!("{activation:?}").to_lowercase(),
+                experts,
             }
         })
         .collect()
@@ -107,12 +124,18 @@ fn layer_groups(layers: &[LayerConfig]) -> Vec<LayerGroup> {
 fn linear_groups(config: &DecoderConfig) -> Vec<LinearGroup> {
     let mut groups: Vec<LinearGroup> = Vec::new();
     for linear in config.linears() {
-        let key = (linear.projection.name(), linear.out_features, linear.in_features, linear.bias);
-        match groups.iter_mut().find(|g| (g.name, g.out_features, g.in_features, g.bias) == key) {
+        let key = (linear.name(), linear.out_features, linear.in_features, linear.bias);
+        match groups.iter_mut().find(|g| (g.name.as_str(), g.out_features, g.in_features, g.bias) == key) {
             Some(group) => group.layers += 1,
             None => {
                 let (name, out_features, in_features, bias) = key;
-                groups.push(LinearGroup { name, out_features, in_features, bias, layers: 1 });
+                groups.push(LinearGroup {
+                    name: name.to_string(),
+                    out_features,
+                    in_features,
+                    bias,
+                    layers: 1,
+                });
             }
         }
     }
@@ -136,7 +159,7 @@ impl Display for Model {
             row(f, "layers", group)?;
         }
         for group in &self.linears {
-            row(f, group.name, group)?;
+            row(f, &group.name, group)?;
         }
         self.problems.iter().try_for_each(|problem| row(f, "problem", problem))
     }
@@ -144,7 +167,7 @@ impl Display for Model {
 
 impl Display for LayerGroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { layers, heads, kv_heads, head_dim, window, qk_norm, width, activation } = self;
+        let Self { layers, heads, kv_heads, head_dim, window, qk_norm, width, activation, experts } = self;
         write!(f, "{layers} x {heads} heads of {head_dim} ({kv_heads} for keys and values)")?;
         if let Some(window) = window {
             write!(f, ", window {window}")?;
@@ -152,7 +175,14 @@ impl Display for LayerGroup {
         if *qk_norm {
             f.write_str(", normalised queries and keys")?;
         }
-        write!(f, ", feed-forward {width} ({activation})")
+        let Some(ExpertGroup { experts, active, shared_width }) = experts else {
+            return write!(f, ", feed-forward {width} ({activation})");
+        };
+        write!(f, ", {active} of {experts} experts of {width} ({activation})")?;
+        match shared_width {
+            Some(shared) => write!(f, ", shared {shared}"),
+            None => Ok(()),
+        }
     }
 }
 

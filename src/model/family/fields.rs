@@ -5,7 +5,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result, nearest};
 use crate::model::config::{
-    Activation, AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, RotaryConfig, RotaryScaling,
+    Activation, AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, Multipliers, RotaryConfig,
+    RotaryScaling,
 };
 
 /// The fields of a `config.json`.
@@ -21,6 +22,23 @@ pub(super) struct Defaults {
     /// `None`: the hidden size divided by the heads.
     pub(super) head_dim: Option<usize>,
     pub(super) max_position_embeddings: usize,
+    pub(super) norm_eps: f64,
+    pub(super) theta: f64,
+    /// The share of a head that is rotated; `None`: all of it, and nothing else is supported.
+    pub(super) rotary_share: Option<f64>,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self {
+            num_kv_heads: None,
+            head_dim: None,
+            max_position_embeddings: 2048,
+            norm_eps: 1e-6,
+            theta: 10_000.0,
+            rotary_share: None,
+        }
+    }
 }
 
 impl<'a> Fields<'a> {
@@ -109,7 +127,8 @@ impl<'a> Fields<'a> {
                 window: None,
                 qkv_bias: false,
                 output_bias: false,
-                qk_norm: false,
+                qk_norm: None,
+                scale: 1.0 / (head_dim as f64).sqrt(),
             },
             feed_forward: FeedForwardConfig::Dense {
                 width: self.count("intermediate_size")?,
@@ -121,10 +140,12 @@ impl<'a> Fields<'a> {
             vocab_size: self.count("vocab_size")?,
             hidden_size,
             layers: vec![layer; self.count("num_hidden_layers")?],
-            norm_eps: number(self.get("rms_norm_eps"), "rms_norm_eps")?.unwrap_or(1e-6),
-            rotary: self.rotary(max_position_embeddings)?,
+            norm_eps: number(self.get("rms_norm_eps"), "rms_norm_eps")?.unwrap_or(defaults.norm_eps),
+            rotary: self.rotary(max_position_embeddings, defaults)?,
             tie_word_embeddings: self.flag("tie_word_embeddings", false)?,
             max_position_embeddings,
+            multipliers: Multipliers::NONE,
+            spare_layers: 0,
         })
     }
 
@@ -155,7 +176,7 @@ impl<'a> Fields<'a> {
             .collect()
     }
 
-    fn activation(&self) -> Result<Activation> {
+    pub(super) fn activation(&self) -> Result<Activation> {
         const KNOWN: [&str; 6] = ["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"];
         let Some(value) = self.get("hidden_act") else { return Ok(Activation::Silu) };
         match value.as_str() {
@@ -168,7 +189,7 @@ impl<'a> Fields<'a> {
     }
 
     /// `rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling` as it did before.
-    fn rotary(&self, max_position_embeddings: usize) -> Result<RotaryConfig> {
+    fn rotary(&self, max_position_embeddings: usize, defaults: &Defaults) -> Result<RotaryConfig> {
         const KNOWN: [&str; 3] = ["default", "linear", "llama3"];
         let (field, value) = match self.get("rope_parameters") {
             Some(value) => ("rope_parameters", Some(value)),
@@ -188,15 +209,22 @@ impl<'a> Fields<'a> {
         if let Some(nested) = scaling.values().find(|value| value.is_object()) {
             return Err(wrong(field, "one set of values for all layers", nested));
         }
-        for value in [entry("partial_rotary_factor"), self.get("partial_rotary_factor")].into_iter().flatten()
+        let mut share = defaults.rotary_share.unwrap_or(1.0);
+        // The value among the rope parameters is the one that counts.
+        for value in [self.get("partial_rotary_factor"), entry("partial_rotary_factor")].into_iter().flatten()
         {
-            if value.as_f64() != Some(1.0) {
-                return Err(wrong("partial_rotary_factor", "1, the only value supported", value));
-            }
+            share = match value.as_f64() {
+                Some(found) if found == 1.0 => found,
+                Some(found) if defaults.rotary_share.is_some() && found > 0.0 && found < 1.0 => found,
+                _ if defaults.rotary_share.is_some() => {
+                    return Err(wrong("partial_rotary_factor", "above 0 and at most 1", value));
+                }
+                _ => return Err(wrong("partial_rotary_factor", "1, the only value supported", value)),
+            };
         }
         let theta = match number(entry("rope_theta"), "rope_theta")? {
             Some(theta) => theta,
-            None => number(self.get("rope_theta"), "rope_theta")?.unwrap_or(10_000.0),
+            None => number(self.get("rope_theta"), "rope_theta")?.unwrap_or(defaults.theta),
         };
         let scaling = match entry("rope_type").or_else(|| entry("type")) {
             None => RotaryScaling::None,
@@ -218,7 +246,7 @@ impl<'a> Fields<'a> {
                 _ => return Err(unsupported(&format!("{field}.rope_type"), kind, &KNOWN)),
             },
         };
-        Ok(RotaryConfig { theta, scaling })
+        Ok(RotaryConfig { theta, scaling, share })
     }
 
     /// Fields that change what the layers compute, in ways that this crate has no code for.
@@ -233,7 +261,7 @@ impl<'a> Fields<'a> {
 }
 
 /// A positive number, where there is one.
-fn number(value: Option<&Value>, name: &str) -> Result<Option<f64>> {
+pub(super) fn number(value: Option<&Value>, name: &str) -> Result<Option<f64>> {
     let Some(value) = value else { return Ok(None) };
     match value.as_f64().filter(|number| *number > 0.0 && number.is_finite()) {
         Some(number) => Ok(Some(number)),
@@ -241,7 +269,7 @@ fn number(value: Option<&Value>, name: &str) -> Result<Option<f64>> {
     }
 }
 
-fn wrong(name: &str, expected: &str, found: &Value) -> Error {
+pub(super) fn wrong(name: &str, expected: &str, found: &Value) -> Error {
     Error::invalid(format!("`{name}` must be {expected}, found `{}`", shorten(found)))
 }
 

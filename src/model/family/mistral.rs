@@ -7,8 +7,8 @@ use crate::model::config::DecoderConfig;
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
     let mut config = fields.decoder(&Defaults {
         num_kv_heads: Some(8),
-        head_dim: None,
         max_position_embeddings: 131_072,
+        ..Defaults::default()
     })?;
     // A file that leaves the field out means its class's default, one with null means no window.
     let window =

@@ -3,10 +3,17 @@
 
 mod fields;
 pub(super) mod gguf;
+mod glm4_moe;
+mod granitemoe;
 mod llama;
 mod mistral;
+mod mixtral;
+mod olmoe;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
+mod sparse;
 
 use serde_json::Value;
 
@@ -15,7 +22,19 @@ use crate::model::config::DecoderConfig;
 use fields::{Fields, unsupported};
 
 /// The values of `model_type` that there is a reader for.
-pub const SUPPORTED: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+pub const SUPPORTED: [&str; 11] = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "glm4_moe",
+    "granitemoe",
+    "granitemoeshared",
+];
 
 /// Reads a `config.json`; the only place that looks at `model_type`.
 pub fn read(config: &Value) -> Result<DecoderConfig> {
@@ -30,6 +49,13 @@ pub fn read(config: &Value) -> Result<DecoderConfig> {
         "mistral" => mistral::read(&fields),
         "qwen2" => qwen2::read(&fields),
         "qwen3" => qwen3::read(&fields),
+        "mixtral" => mixtral::read(&fields),
+        "qwen2_moe" => qwen2_moe::read(&fields),
+        "qwen3_moe" => qwen3_moe::read(&fields),
+        "olmoe" => olmoe::read(&fields),
+        "glm4_moe" => glm4_moe::read(&fields),
+        "granitemoe" => granitemoe::read(&fields, false),
+        "granitemoeshared" => granitemoe::read(&fields, true),
         _ => Err(unsupported("model_type", model_type, &SUPPORTED)),
     }
 }

@@ -7,8 +7,8 @@ use crate::model::config::DecoderConfig;
 pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
     let mut config = fields.decoder(&Defaults {
         num_kv_heads: Some(32),
-        head_dim: None,
         max_position_embeddings: 32_768,
+        ..Defaults::default()
     })?;
     let windows = fields.windows(config.layers.len())?;
     for (layer, window) in config.layers.iter_mut().zip(windows) {

@@ -1,0 +1,90 @@
+//! What of `adapter_config.json` is there so that PEFT, which sees all experts of a layer as one parameter, reads adapters on
+//! each of them: see [`InPeft`].
+
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value, json};
+
+use super::super::config::LoraConfig;
+use super::super::target::{Placement, Placements};
+use crate::model::config::{InPeft, Projection, Site};
+
+const GATE_UP: &str = "mlp.experts.gate_up_proj";
+const DOWN: &str = "mlp.experts.down_proj";
+/// PEFT joins the terms of gate and up, so that their ranks and alphas add up.
+const JOINED: &str = r".*\.gate_up_proj";
+
+/// Whether any expert has an adapter.
+pub(super) fn are_adapted(placements: &Placements) -> bool {
+    placements.placements.iter().any(is_expert)
+}
+
+/// Values of `target_parameters`, none for most models.
+pub(super) fn target_parameters(placements: &Placements) -> BTreeSet<String> {
+    match placements.in_peft {
+        Some(InPeft::Translated) => placements
+            .placements
+            .iter()
+            .filter(|p| is_feed_forward(p) && !is_expert(p))
+            .map(parameter)
+            .collect(),
+        Some(InPeft::TensorsTranslated) => {
+            let has = |projection| {
+                placements.placements.iter().any(|p| is_expert(p) && p.linear.projection == projection)
+            };
+            let both = has(Projection::Gate) && has(Projection::Up);
+            let names = [(GATE_UP, both), (DOWN, has(Projection::Down))];
+            names.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name.to_string()).collect()
+        }
+        Some(InPeft::Unknown) | None => BTreeSet::new(),
+    }
+}
+
+/// Adds to the patterns of rank and alpha what `target_parameters` calls for.
+pub(super) fn join_patterns(
+    config: &LoraConfig,
+    parameters: &BTreeSet<String>,
+    ranks: &mut Map<String, Value>,
+    alphas: &mut Map<String, Value>,
+) {
+    if parameters.contains(GATE_UP) {
+        ranks.insert(JOINED.to_string(), json!(2 * config.rank));
+        alphas.insert(JOINED.to_string(), super::config::number(2.0 * config.alpha()));
+    }
+}
+
+/// Whether a value of `target_parameters` can be that of experts, or of a module whose tensors say it all.
+pub(super) fn is_known(parameter: &str) -> bool {
+    ["gate_up_proj", "down_proj", "_proj.weight"].iter().any(|end| parameter.ends_with(end))
+}
+
+/// `modules_to_save` for these weights of routers: the ends of their modules' paths, null where there are none.
+pub(super) fn router_modules(routers: &[&str]) -> Value {
+    let module = |name: &&str| {
+        let path = name.rsplit_once('.').map_or(*name, |(path, _)| path);
+        let below = path.splitn(4, '.').nth(3).unwrap_or(path);
+        below.to_string()
+    };
+    let modules: BTreeSet<String> = routers.iter().map(module).collect();
+    if modules.is_empty() { Value::Null } else { json!(modules) }
+}
+
+/// Whether a module is a router by its name.
+pub(super) fn is_router_module(module: &str) -> bool {
+    [".gate", ".router.layer", ".router"].iter().any(|end| module.ends_with(end))
+}
+
+fn is_expert(placement: &Placement) -> bool {
+    matches!(placement.linear.site, Site::Expert(_))
+}
+
+fn is_feed_forward(placement: &Placement) -> bool {
+    matches!(placement.linear.projection, Projection::Gate | Projection::Up | Projection::Down)
+}
+
+/// `mlp.gate_proj.weight`: the end of a weight's name.
+fn parameter(placement: &Placement) -> String {
+    let mut parts = placement.linear.path.rsplitn(3, '.');
+    let (name, block) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    format!("{block}.{name}.weight")
+}

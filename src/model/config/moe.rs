@@ -1,0 +1,227 @@
+//! A sparse feed-forward network: how scores become weights, what is shared, and under which names all of it is stored.
+
+use serde::{Deserialize, Serialize};
+
+use super::Activation;
+
+/// Experts of which a router chooses a few for each token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MoeConfig {
+    /// Experts to choose from.
+    pub experts: usize,
+    /// Experts chosen for a token.
+    pub active: usize,
+    /// Neurons of an expert.
+    pub width: usize,
+    /// The activation of every gate.
+    pub activation: Activation,
+    /// How logits become scores.
+    pub scoring: Scoring,
+    /// Whether the scores of the chosen experts are divided by their sum.
+    pub renormalise: bool,
+    /// What the weights are multiplied with at last.
+    pub scale: f64,
+    /// Whether a bias is added to the scores for the choice, and for nothing else.
+    pub selection_bias: bool,
+    /// The expert that every token goes to.
+    pub shared: Option<SharedConfig>,
+    /// The coefficient of the balance loss that the model was made with.
+    pub router_loss: f64,
+    /// What its tensors are called.
+    pub names: MoeNames,
+    /// What a run does otherwise than the model.
+    pub variant: RoutingVariant,
+}
+
+/// How a run departs from the model's way of choosing experts. Chance is a function of seed, step, layer, document, position
+/// and expert, so that recomputation and resumed runs see the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RoutingVariant {
+    /// Whether the logits get normal noise of deviation `1 / experts` in training.
+    pub noise: bool,
+    /// In training an expert takes at most `ceil(factor * tokens * active / experts)` of the tokens computed at once.
+    pub capacity_factor: Option<f64>,
+    /// Where the others go.
+    pub overflow: Overflow,
+    /// By what experts are chosen.
+    pub kind: RoutingKind,
+    /// Where chance comes from.
+    pub seed: u64,
+}
+
+/// What becomes of a choice that finds no room at its expert.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Overflow {
+    /// It is left out: the residual stream alone goes on.
+    #[default]
+    Drop,
+    /// The best expert that has room takes it.
+    Reroute,
+}
+
+/// By what experts are chosen; weights are the model's in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RoutingKind {
+    /// The router's scores.
+    #[default]
+    Model,
+    /// Chance.
+    Random,
+    /// The token's id: always the same experts for a word.
+    Hash,
+}
+
+/// How the router's logits become the scores that weights are taken from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// Softmax over all experts, then the choice.
+    Softmax,
+    /// Sigmoid of each.
+    Sigmoid,
+    /// The choice, then softmax over those chosen.
+    SoftmaxOfActive,
+}
+
+/// An expert that every token goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedConfig {
+    /// Its neurons.
+    pub width: usize,
+    /// Whether what it gives is multiplied with the sigmoid of a linear layer of one row.
+    pub gated: bool,
+}
+
+/// Module paths below the layer's, as Hugging Face's checkpoints of one tensor per expert have them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MoeNames {
+    /// The linear layer that gives the logits.
+    pub router: &'static str,
+    /// What stands before an expert's number.
+    pub experts: &'static str,
+    /// Gate, up and down of an expert.
+    pub projections: [&'static str; 3],
+    /// The shared expert.
+    pub shared: &'static str,
+    /// The layer of one row that gates it.
+    pub shared_gate: &'static str,
+    /// The tensors of other layouts.
+    pub packed: &'static [(&'static str, Bundle)],
+    /// What PEFT makes of an adapter on experts.
+    pub in_peft: InPeft,
+}
+
+/// How PEFT 0.21 on transformers 5, which holds all experts in one parameter, reads an adapter with tensors per expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InPeft {
+    /// It translates targets and tensors; what is not an expert but has the name of an expert's projection has to be
+    /// targeted as a parameter.
+    Translated,
+    /// It translates tensors only: experts have to be targeted as parameters.
+    TensorsTranslated,
+    /// It does not.
+    Unknown,
+}
+
+/// What a tensor of another layout holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bundle {
+    /// `[experts, 2 width, hidden]`: of each expert the gate, then the up projection.
+    GateUp,
+    /// `[experts, hidden, width]`.
+    Down,
+    /// `[2 width, hidden]` of the shared expert.
+    SharedGateUp,
+    /// `[hidden, width]` of the shared expert.
+    SharedDown,
+    /// `[experts, hidden]`, by another name.
+    Router,
+}
+
+/// A tensor of another layout, and the tensors in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackedTensor {
+    /// Its name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Name and shape of each part, end to end.
+    pub parts: Vec<(String, [usize; 2])>,
+}
+
+impl MoeNames {
+    /// The router's weight as transformers 5 calls it, where that is another name, below the layer's path as all here.
+    #[must_use]
+    pub fn router_in_transformers(&self) -> Option<&'static str> {
+        self.packed.iter().find(|(_, bundle)| *bundle == Bundle::Router).map(|(name, _)| *name)
+    }
+}
+
+impl MoeConfig {
+    /// `model.layers.3.mlp.experts.5.gate_proj`: the path of the gate (0), up (1) or down (2) projection of an expert.
+    #[must_use]
+    pub fn expert_path(&self, layer: usize, expert: usize, projection: usize) -> String {
+        let MoeNames { experts, projections, .. } = self.names;
+        format!("model.layers.{layer}.{experts}.{expert}.{}", projections[projection])
+    }
+
+    /// The same of the shared expert.
+    #[must_use]
+    pub fn shared_path(&self, layer: usize, projection: usize) -> String {
+        const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+        format!("model.layers.{layer}.{}.{}", self.names.shared, PROJECTIONS[projection])
+    }
+
+    /// The path of the router.
+    #[must_use]
+    pub fn router_path(&self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.names.router)
+    }
+
+    /// The path of the shared expert's gate.
+    #[must_use]
+    pub fn shared_gate_path(&self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.names.shared_gate)
+    }
+
+    /// The name of the bias that only the choice sees.
+    #[must_use]
+    pub fn selection_bias_path(&self, layer: usize) -> String {
+        format!("{}.e_score_correction_bias", self.router_path(layer))
+    }
+
+    /// The tensors of other layouts of one layer.
+    pub(super) fn packed_tensors(&self, layer: usize, hidden: usize) -> Vec<PackedTensor> {
+        let weight = |path: String| format!("{path}.weight");
+        let width = self.width;
+        let shared = self.shared.map_or(0, |shared| shared.width);
+        let packed = self.names.packed.iter().map(|(name, bundle)| {
+            let (shape, parts) = match bundle {
+                Bundle::GateUp => {
+                    let of = |expert| {
+                        [0, 1].map(|p| (weight(self.expert_path(layer, expert, p)), [width, hidden]))
+                    };
+                    (vec![self.experts, 2 * width, hidden], (0..self.experts).flat_map(of).collect())
+                }
+                Bundle::Down => {
+                    let of = |expert| (weight(self.expert_path(layer, expert, 2)), [hidden, width]);
+                    (vec![self.experts, hidden, width], (0..self.experts).map(of).collect())
+                }
+                Bundle::SharedGateUp => {
+                    let of = |p| (weight(self.shared_path(layer, p)), [shared, hidden]);
+                    (vec![2 * shared, hidden], vec![of(0), of(1)])
+                }
+                Bundle::SharedDown => {
+                    (vec![hidden, shared], vec![(weight(self.shared_path(layer, 2)), [hidden, shared])])
+                }
+                Bundle::Router => {
+                    let shape = [self.experts, hidden];
+                    (shape.to_vec(), vec![(weight(self.router_path(layer)), shape)])
+                }
+            };
+            PackedTensor { name: format!("model.layers.{layer}.{name}"), shape, parts }
+        });
+        packed.collect()
+    }
+}

@@ -1,0 +1,88 @@
+//! What the sparse families share: numbers of experts that fit each other, and which layers have any.
+
+use super::fields::{Fields, wrong};
+use crate::error::{Error, Result};
+use crate::model::config::{
+    Bundle, DecoderConfig, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant, Scoring,
+};
+
+/// Names of Qwen's kind, which most families have taken over.
+pub(super) const NAMES: MoeNames = MoeNames {
+    router: "mlp.gate",
+    experts: "mlp.experts",
+    projections: ["gate_proj", "up_proj", "down_proj"],
+    shared: "mlp.shared_expert",
+    shared_gate: "mlp.shared_expert_gate",
+    packed: &[("mlp.experts.gate_up_proj", Bundle::GateUp), ("mlp.experts.down_proj", Bundle::Down)],
+    in_peft: InPeft::Translated,
+};
+
+/// The fields that differ in name from family to family, and what their classes have where a file says nothing.
+pub(super) struct Keys {
+    pub(super) experts: (&'static str, usize),
+    pub(super) active: usize,
+    pub(super) width: (&'static str, usize),
+    pub(super) router_loss: f64,
+}
+
+impl Fields<'_> {
+    /// Experts with softmax before the choice, not renormalised, none shared.
+    pub(super) fn experts(&self, keys: &Keys) -> Result<MoeConfig> {
+        let count =
+            |(name, default): (&str, usize)| Ok::<_, Error>(self.optional_count(name)?.unwrap_or(default));
+        // Two names of one field; the newer class writes either.
+        let experts = match self.optional_count("num_local_experts")? {
+            Some(experts) if !self.has(keys.experts.0) => experts,
+            _ => count(keys.experts)?,
+        };
+        let active = count(("num_experts_per_tok", keys.active))?;
+        if active > experts {
+            return Err(Error::invalid(format!(
+                "`num_experts_per_tok` must be at most the {experts} experts there are, found {active}"
+            )));
+        }
+        Ok(MoeConfig {
+            experts,
+            active,
+            width: count(keys.width)?,
+            activation: self.activation()?,
+            scoring: Scoring::Softmax,
+            renormalise: false,
+            scale: 1.0,
+            selection_bias: false,
+            shared: None,
+            router_loss: self.coefficient("router_aux_loss_coef", keys.router_loss)?,
+            names: NAMES,
+            variant: RoutingVariant::default(),
+        })
+    }
+
+    /// A number of at least zero.
+    pub(super) fn coefficient(&self, name: &str, default: f64) -> Result<f64> {
+        let Some(value) = self.get(name) else { return Ok(default) };
+        let number = value.as_f64().filter(|number| *number >= 0.0 && number.is_finite());
+        number.ok_or_else(|| wrong(name, "a number of at least zero", value))
+    }
+
+    /// Which layers have experts, as Qwen's families say it: every `decoder_sparse_step`-th, but none of
+    /// `mlp_only_layers`.
+    pub(super) fn sparse_by_step(&self) -> Result<impl Fn(usize) -> bool + use<>> {
+        let step = self.optional_count("decoder_sparse_step")?.unwrap_or(1);
+        let mut dense = Vec::new();
+        if let Some(value) = self.get("mlp_only_layers") {
+            let layer = |value: &serde_json::Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
+            let layers = value.as_array().and_then(|list| list.iter().map(layer).collect::<Option<Vec<_>>>());
+            dense = layers.ok_or_else(|| wrong("mlp_only_layers", "a list of layer numbers", value))?;
+        }
+        Ok(move |layer: usize| !dense.contains(&layer) && (layer + 1).is_multiple_of(step))
+    }
+}
+
+/// Puts experts into the layers that have them.
+pub(super) fn place(config: &mut DecoderConfig, moe: &MoeConfig, is_sparse: impl Fn(usize) -> bool) {
+    for (index, layer) in config.layers.iter_mut().enumerate() {
+        if is_sparse(index) {
+            layer.feed_forward = FeedForwardConfig::Sparse(Box::new(moe.clone()));
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! A sparse feed-forward network: `sum over the chosen experts of weight * expert(x)`, and the shared expert beside it.
+//!
+//! Tokens are grouped by expert, so that each expert's products go over the rows that are its own: the cost follows the
+//! tokens that are routed, not the experts that there are. `rows` in shapes are pairs of a token and an expert of it.
+
+use candle_core::{DType, Tensor};
+
+use super::feed_forward::{self, FeedForward};
+use super::linear::Linear;
+use super::router::{Router, Routing};
+use crate::error::Result;
+use crate::ops::{Activation, Gradients, Groups, Pass, add, glu, grouped_linear, groups, linear};
+
+/// A router and its experts.
+#[derive(Debug, Clone)]
+pub(super) struct Moe {
+    pub(super) router: Router,
+    pub(super) experts: Experts,
+    pub(super) shared: Option<Shared>,
+}
+
+/// Gated feed-forward networks of one shape.
+#[derive(Debug, Clone)]
+pub(super) struct Experts {
+    /// Each `[width, hidden]`.
+    pub(super) gate: Vec<Linear>,
+    /// Each `[width, hidden]`.
+    pub(super) up: Vec<Linear>,
+    /// Each `[hidden, width]`.
+    pub(super) down: Vec<Linear>,
+    pub(super) activation: Activation,
+}
+
+/// The expert of all tokens: `network(x)`, or `sigmoid(gate(x)) * network(x)`.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
+    pub(super) network: FeedForward,
+    /// `[1, hidden]`.
+    pub(super) gate: Option<Linear>,
+}
+
+/// What the backward needs.
+#[derive(Debug)]
+pub(super) struct Saved {
+    routing: Routing,
+    router: linear::Saved,
+    groups: Groups,
+    gate: grouped_linear::Saved,
+    up: grouped_linear::Saved,
+    unit: glu::Saved,
+    down: grouped_linear::Saved,
+    /// What the experts gave, `[rows, hidden]`.
+    out: Tensor,
+    shared: Option<SavedShared>,
+}
+
+#[derive(Debug)]
+struct SavedShared {
+    network: feed_forward::Saved,
+    /// What the gate needs, its logit `[tokens, 1]`, and what the network gave.
+    gate: Option<(linear::Saved, Tensor, Tensor)>,
+}
+
+impl Saved {
+    /// Drops the input, which [`Saved::with_input`] gives again.
+    pub(super) fn trim(&mut self) {
+        self.router.drop_input();
+        self.gate.drop_input();
+        self.up.drop_input();
+        if let Some(shared) = &mut self.shared {
+            shared.network.trim();
+            if let Some((gate, _, _)) = &mut shared.gate {
+                gate.drop_input();
+            }
+        }
+    }
+
+    /// Gives the input again, if it was dropped.
+    pub(super) fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+        let x = input()?;
+        self.router.set_input(&x.to_dtype(DType::F32)?);
+        let rows = groups::gather(&x, &self.groups)?;
+        self.gate.set_input(&rows, &self.groups)?;
+        self.up.set_input(&rows, &self.groups)?;
+        if let Some(shared) = &mut self.shared {
+            if let Some((gate, _, _)) = &mut shared.gate {
+                gate.set_input(&x);
+            }
+            shared.network.with_input(|| Ok(x))?;
+        }
+        Ok(())
+    }
+}
+
+impl Moe {
+    /// `[tokens, hidden] -> [tokens, hidden]`, what the router decided, and what the backward needs.
+    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Routing, Saved)> {
+        let Experts { gate, up, down, activation } = &self.experts;
+        let (routing, router) = self.router.forward(x, pass)?;
+        let groups = routing.groups();
+        let rows = groups::gather(x, &groups)?; // [rows, hidden]
+        let (gates, gate) = grouped_linear::forward(&rows, &layers(gate), &groups, pass)?; // [rows, width]
+        let (ups, up) = grouped_linear::forward(&rows, &layers(up), &groups, pass)?; // [rows, width]
+        let (product, unit) = glu::forward(gates, ups, *activation)?; // [rows, width]
+        let (out, mut down) = grouped_linear::forward(&product, &layers(down), &groups, pass)?; // [rows, hidden]
+        down.drop_input();
+        let mut y = groups::combine(&out, &routing.weights, &groups)?; // [tokens, hidden]
+        let mut saved_shared = None;
+        if let Some(shared) = &self.shared {
+            let (term, saved) = shared.forward(x, pass)?;
+            y = add(&y, &term)?;
+            saved_shared = Some(saved);
+        }
+        let saved = Saved {
+            routing: routing.clone(),
+            router,
+            groups,
+            gate,
+            up,
+            unit,
+            down,
+            out,
+            shared: saved_shared,
+        };
+        Ok((y, routing, saved))
+    }
+
+    /// `dx` when `wants_dx`; `d_logits [tokens, experts]` is what losses on the router add. Needs the input where
+    /// [`Moe::needs_input`] says so.
+    pub(super) fn backward(
+        &self,
+        saved: Saved,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        d_logits: Option<&Tensor>,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let Saved { routing, router, groups, gate, up, unit, down, out, shared } = saved;
+        let mut dx = None;
+        if let (Some(shared), Some(saved)) = (&self.shared, shared) {
+            dx = shared.backward(saved, pass, dy, wants_dx, gradients)?;
+        }
+        let wants_router = wants_dx || self.router.linear.is_trained(gradients);
+        let (d_out, d_weights) = groups::combine_backward(&out, &routing.weights, &groups, dy, wants_router)?;
+        drop(out);
+        if let Some(d_weights) = d_weights {
+            let through = (d_weights.as_slice(), d_logits);
+            let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
+            dx = sum(dx, d_router, dy.dtype())?;
+        }
+        let saved = SavedExperts { gate, up, unit, down };
+        let d_rows = self.experts.backward(saved, &groups, pass, &d_out, wants_dx, gradients)?;
+        let d_routed = d_rows.map(|rows| groups::sum(&rows, &groups)).transpose()?;
+        sum(dx, d_routed, dy.dtype())
+    }
+
+    /// Whether a gradient of `wanted` is computed from its input.
+    pub(super) fn needs_input(&self, wanted: &Gradients) -> bool {
+        let Experts { gate, up, .. } = &self.experts;
+        let shared = self.shared.iter().any(|shared| {
+            shared.network.needs_input(wanted) || shared.gate.iter().any(|gate| gate.needs_input(wanted))
+        });
+        shared
+            || self.router.linear.needs_input(wanted)
+            || gate.iter().chain(up).any(|linear| linear.needs_input(wanted))
+    }
+
+    /// Its linear layers, in the order of the configuration.
+    pub(super) fn linears(&self) -> Vec<&Linear> {
+        let experts = self.experts.linears();
+        let shared = self.shared.iter().flat_map(|s| s.network.linears().into_iter().chain(&s.gate));
+        std::iter::once(&self.router.linear).chain(experts).chain(shared).collect()
+    }
+
+    /// Its linear layers, in the order of the configuration.
+    pub(super) fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        let Experts { gate, up, down, .. } = &mut self.experts;
+        let experts = gate.iter_mut().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down]);
+        let shared = self
+            .shared
+            .iter_mut()
+            .flat_map(|Shared { network, gate }| network.linears_mut().into_iter().chain(gate.iter_mut()));
+        std::iter::once(&mut self.router.linear).chain(experts).chain(shared).collect()
+    }
+}
+
+struct SavedExperts {
+    gate: grouped_linear::Saved,
+    up: grouped_linear::Saved,
+    unit: glu::Saved,
+    down: grouped_linear::Saved,
+}
+
+impl Experts {
+    /// Of each expert gate, up and down.
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let Self { gate, up, down, .. } = self;
+        gate.iter().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down])
+    }
+
+    /// As [`FeedForward::backward`], with the rows of each expert.
+    fn backward(
+        &self,
+        saved: SavedExperts,
+        groups: &Groups,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let SavedExperts { gate, up, unit, down } = saved;
+        let (gates, ups, downs) = (layers(&self.gate), layers(&self.up), layers(&self.down));
+        let trained =
+            |linears: &[Linear], gradients: &Gradients| linears.iter().any(|l| l.is_trained(gradients));
+        let wants_product = wants_dx || trained(&self.gate, gradients) || trained(&self.up, gradients);
+        if !wants_product && !trained(&self.down, gradients) {
+            return Ok(None);
+        }
+        let (d_product, inner) = grouped_linear::backward_without_input(
+            &down,
+            &downs,
+            groups,
+            pass,
+            dy,
+            wants_product,
+            gradients,
+        )?;
+        let Some(d_product) = d_product else {
+            let product = glu::value(&unit, self.activation)?;
+            grouped_linear::input_gradients(&downs, &product, &inner, groups, dy, pass, gradients)?;
+            return Ok(None);
+        };
+        let (product, d_gate, d_up) = glu::backward(&unit, self.activation, &d_product)?;
+        drop((unit, d_product));
+        grouped_linear::input_gradients(&downs, &product, &inner, groups, dy, pass, gradients)?;
+        drop(product);
+        let towards: [(&[_], _, _); 2] = [(&gates, &gate, &d_gate), (&ups, &up, &d_up)];
+        grouped_linear::backward_of_all(&towards, groups, pass, wants_dx, gradients)
+    }
+}
+
+impl Shared {
+    fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, SavedShared)> {
+        let (y, network) = self.network.forward(x, pass)?;
+        let Some(gate) = &self.gate else { return Ok((y, SavedShared { network, gate: None })) };
+        let (logit, saved) = gate.forward(x, pass)?; // [tokens, 1]
+        let gated = (y.to_dtype(DType::F32)?.broadcast_mul(&sigmoid(&logit)?)?).to_dtype(y.dtype())?;
+        Ok((gated, SavedShared { network, gate: Some((saved, logit, y)) }))
+    }
+
+    /// With `s = sigmoid(gate)`: `d_network = s dy` and `d_gate = s (1 - s) <network, dy>`.
+    fn backward(
+        &self,
+        saved: SavedShared,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let SavedShared { network, gate: saved_gate } = saved;
+        let (Some(gate), Some((saved_gate, logit, y))) = (&self.gate, saved_gate) else {
+            return self.network.backward(network, pass, dy, wants_dx, gradients);
+        };
+        let wide = dy.to_dtype(DType::F32)?;
+        let s = sigmoid(&logit)?;
+        let product = (y.to_dtype(DType::F32)? * &wide)?.sum_keepdim(1)?;
+        let d_logit = ((&s - s.sqr()?)? * product)?.to_dtype(dy.dtype())?;
+        let through_gate = gate.backward(&saved_gate, pass, &d_logit, wants_dx, gradients)?;
+        let d_network = wide.broadcast_mul(&s)?.to_dtype(dy.dtype())?;
+        let through_network = self.network.backward(network, pass, &d_network, wants_dx, gradients)?;
+        sum(through_gate, through_network, dy.dtype())
+    }
+}
+
+fn sigmoid(logit: &Tensor) -> Result<Tensor> {
+    Ok((logit.to_dtype(DType::F32)?.neg()?.exp()? + 1.0)?.recip()?)
+}
+
+fn layers(linears: &[Linear]) -> Vec<linear::Layer<'_>> {
+    linears.iter().map(Linear::layer).collect()
+}
+
+fn sum(x: Option<Tensor>, y: Option<Tensor>, dtype: DType) -> Result<Option<Tensor>> {
+    Ok(match (x, y) {
+        (Some(x), Some(y)) => Some(add(&x.to_dtype(dtype)?, &y)?),
+        (Some(one), None) | (None, Some(one)) => Some(one.to_dtype(dtype)?),
+        (None, None) => None,
+    })
+}

@@ -1,0 +1,374 @@
+//! The router of a sparse layer: logits in f32, the experts of each token, and the weights of what they give.
+//!
+//! Of `z = W x` and scores `s`, which are a softmax or sigmoids of `z`, the `active` largest are chosen (a bias may be added for
+//! the choice; of equal ones the first is taken). Their weights are `scale * s`, or `scale * s / sum of the chosen s`.
+
+use candle_core::{DType, Tensor};
+
+use super::config::{MoeConfig, Overflow, RoutingKind, RoutingVariant, Scoring};
+use super::linear::Linear;
+use crate::error::Result;
+use crate::ops::{Gradients, Groups, Parameter, Pass, dropout, linear};
+
+/// What a router decided: facts for losses and reports.
+#[derive(Debug, Clone)]
+pub struct Routing {
+    /// The layer.
+    pub layer: usize,
+    /// `[tokens, experts]`, f32, with their noise.
+    pub logits: Tensor,
+    /// The experts of each token, the highest score first, `[tokens * active]`.
+    pub chosen: Vec<u32>,
+    /// Whether a choice found room; `None`: all did.
+    pub kept: Option<Vec<bool>>,
+    /// What their results are weighed with.
+    pub weights: Vec<f32>,
+    /// Experts of a token.
+    pub active: usize,
+    /// Experts to choose from.
+    pub experts: usize,
+    /// How scores come from logits.
+    pub scoring: Scoring,
+    /// Whether the weights of a token sum to one (times a constant).
+    pub renormalised: bool,
+    /// The deviation of the noise in the logits.
+    pub noise_deviation: Option<f64>,
+}
+
+impl Routing {
+    /// Its tokens by expert.
+    #[must_use]
+    pub fn groups(&self) -> Groups {
+        let Some(kept) = &self.kept else { return Groups::new(&self.chosen, self.active, self.experts) };
+        let taken =
+            self.chosen.iter().zip(kept).map(|(expert, kept)| if *kept { *expert } else { Groups::NO_ROW });
+        Groups::new(&taken.collect::<Vec<_>>(), self.active, self.experts)
+    }
+
+    /// Choices that found no room.
+    #[must_use]
+    pub fn num_dropped(&self) -> u64 {
+        self.kept.iter().flatten().filter(|kept| !**kept).count() as u64
+    }
+}
+
+/// The router of one layer.
+#[derive(Debug, Clone)]
+pub(super) struct Router {
+    pub(super) layer: usize,
+    /// `[experts, hidden]`, f32.
+    pub(super) linear: Linear,
+    /// `[experts]`, added to the scores for the choice.
+    pub(super) bias: Option<Parameter>,
+    pub(super) rule: Rule,
+}
+
+/// How logits become a choice and weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rule {
+    experts: usize,
+    active: usize,
+    scoring: Scoring,
+    renormalise: bool,
+    scale: f32,
+    variant: RoutingVariant,
+}
+
+impl Router {
+    /// What it decides for `x [tokens, hidden]`, and what the backward needs.
+    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Routing, linear::Saved)> {
+        let (mut logits, saved) = self.linear.forward(&x.to_dtype(DType::F32)?, pass)?; // [tokens, experts]
+        let Rule { active, experts, scoring, renormalise, variant, .. } = self.rule;
+        let training = pass.dropout_step.is_some();
+        let noise_deviation = (variant.noise && training).then(|| 1.0 / experts as f64);
+        if let Some(deviation) = noise_deviation {
+            let noise = noise(experts, deviation, variant.seed, self.layer, pass);
+            logits = (logits + Tensor::from_vec(noise, (pass.num_rows(), experts), x.device())?)?;
+        }
+        let rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+        let bias: Option<Vec<f32>> = match &self.bias {
+            Some(bias) => Some(bias.tensor().to_dtype(DType::F32)?.to_vec1()?),
+            None => None,
+        };
+        let ranked = self.rule.ranked(&rows, bias.as_deref(), self.layer, pass);
+        let mut chosen = self.rule.choose(&ranked);
+        let capacity = variant
+            .capacity_factor
+            .filter(|_| training)
+            .map(|factor| (factor * pass.num_rows() as f64 * active as f64 / experts as f64).ceil() as usize);
+        let kept = capacity
+            .map(|capacity| limit(&mut chosen, &ranked, (active, experts), capacity, variant.overflow));
+        let weights = self.rule.weights(&rows, &chosen);
+        let renormalised = renormalise || scoring == Scoring::SoftmaxOfActive;
+        let layer = self.layer;
+        let routing = Routing {
+            layer,
+            logits,
+            chosen,
+            kept,
+            weights,
+            active,
+            experts,
+            scoring,
+            renormalised,
+            noise_deviation,
+        };
+        Ok((routing, saved))
+    }
+
+    /// `dx` in f32 when `wants_dx`, from the gradient of the weights and, where a loss has one, of the logits.
+    pub(super) fn backward(
+        &self,
+        (routing, saved): (&Routing, &linear::Saved),
+        pass: &Pass<'_>,
+        (d_weights, d_logits): (&[f32], Option<&Tensor>),
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let rows: Vec<f32> = routing.logits.flatten_all()?.to_vec1()?;
+        let through = self.rule.backward(&rows, &routing.chosen, &routing.weights, d_weights);
+        let mut dz = Tensor::from_vec(through, routing.logits.dims(), routing.logits.device())?;
+        if let Some(d_logits) = d_logits {
+            dz = (dz + d_logits)?;
+        }
+        self.linear.backward(saved, pass, &dz, wants_dx, gradients)
+    }
+}
+
+impl Rule {
+    /// That of a configuration.
+    #[must_use]
+    pub fn of(config: &MoeConfig) -> Self {
+        let MoeConfig { experts, active, scoring, renormalise, scale, variant, .. } = *config;
+        Self { experts, active, scoring, renormalise, scale: scale as f32, variant }
+    }
+
+    /// What experts are chosen by, `[tokens * experts]`.
+    fn ranked(&self, logits: &[f32], bias: Option<&[f32]>, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
+        let rows = logits.chunks_exact(self.experts);
+        match (self.variant.kind, pass.ids) {
+            (RoutingKind::Random, _) => {
+                dropout::uniforms(self.experts, self.variant.seed, CHANCE + 2 * layer as u64, pass)
+            }
+            (RoutingKind::Hash, Some(ids)) => ids
+                .iter()
+                .flat_map(|id| {
+                    (0..self.experts).map(move |e| dropout::hashed(u64::from(*id), (layer << 32 | e) as u64))
+                })
+                .collect(),
+            (RoutingKind::Model | RoutingKind::Hash, _) => rows
+                .flat_map(|row| {
+                    let mut scores = self.scores(row);
+                    if let Some(bias) = bias {
+                        scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+                    }
+                    scores
+                })
+                .collect(),
+        }
+    }
+
+    /// The experts of each token, `[tokens * active]`.
+    fn choose(&self, ranked: &[f32]) -> Vec<u32> {
+        let mut chosen = Vec::with_capacity(ranked.len() / self.experts * self.active);
+        for row in ranked.chunks_exact(self.experts) {
+            largest(row, self.active, &mut chosen);
+        }
+        chosen
+    }
+
+    /// The weights of the chosen, `[tokens * active]`.
+    #[must_use]
+    pub fn weights(&self, logits: &[f32], chosen: &[u32]) -> Vec<f32> {
+        let mut weights = Vec::with_capacity(chosen.len());
+        for (row, chosen) in logits.chunks_exact(self.experts).zip(chosen.chunks_exact(self.active)) {
+            self.weigh(&self.scores(row), chosen, &mut weights);
+        }
+        weights
+    }
+
+    /// What weights are taken from: of [`Scoring::SoftmaxOfActive`] the logits themselves.
+    fn scores(&self, row: &[f32]) -> Vec<f32> {
+        match self.scoring {
+            Scoring::Softmax => softmax(row.iter().copied()),
+            Scoring::Sigmoid => row.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect(),
+            Scoring::SoftmaxOfActive => row.to_vec(),
+        }
+    }
+
+    fn weigh(&self, scores: &[f32], chosen: &[u32], weights: &mut Vec<f32>) {
+        let taken = chosen.iter().map(|expert| scores[*expert as usize]);
+        if self.scoring == Scoring::SoftmaxOfActive {
+            return weights.extend(softmax(taken).into_iter().map(|weight| weight * self.scale));
+        }
+        // The small number is transformers', for sigmoids that all vanish.
+        let sum = if self.renormalise { taken.clone().sum::<f32>() + 1e-20 } else { 1.0 };
+        weights.extend(taken.map(|score| score / sum * self.scale));
+    }
+
+    /// The gradient of the logits, `[tokens * experts]`, from that of the weights.
+    ///
+    /// With weights `w = scale * v` and `g = scale * dw` over the chosen, zero elsewhere:
+    /// - softmax of the chosen, or of all and divided by the chosen's sum, which is the same: `dz = v (g - <v, g>)`
+    /// - softmax of all, `v = s`: `dz = s (g - <s, g>)`
+    /// - sigmoids: `dz = s (1 - s) g`; divided by their sum `S`: `dz = s (1 - s) (g - <v, g>) / S`
+    #[must_use]
+    pub fn backward(&self, logits: &[f32], chosen: &[u32], weights: &[f32], d_weights: &[f32]) -> Vec<f32> {
+        let mut dz = vec![0f32; logits.len()];
+        let choices = chosen.chunks_exact(self.active).zip(weights.chunks_exact(self.active));
+        let rows = logits.chunks_exact(self.experts).zip(dz.chunks_exact_mut(self.experts));
+        for ((row, dz), ((chosen, weights), d_weights)) in
+            rows.zip(choices.zip(d_weights.chunks_exact(self.active)))
+        {
+            let g: Vec<f32> = d_weights.iter().map(|dw| dw * self.scale).collect();
+            let v: Vec<f32> = weights.iter().map(|weight| weight / self.scale).collect();
+            let mean: f32 = v.iter().zip(&g).map(|(v, g)| v * g).sum();
+            match (self.scoring, self.renormalise) {
+                (Scoring::SoftmaxOfActive, _) | (Scoring::Softmax, true) => {
+                    for ((expert, v), g) in chosen.iter().zip(&v).zip(&g) {
+                        dz[*expert as usize] = v * (g - mean);
+                    }
+                }
+                (Scoring::Softmax, false) => {
+                    for (dz, s) in dz.iter_mut().zip(self.scores(row)) {
+                        *dz = -s * mean;
+                    }
+                    for ((expert, v), g) in chosen.iter().zip(&v).zip(&g) {
+                        dz[*expert as usize] += v * g;
+                    }
+                }
+                (Scoring::Sigmoid, renormalised) => {
+                    let scores = self.scores(row);
+                    let taken = chosen.iter().map(|expert| scores[*expert as usize]);
+                    let (mean, sum) =
+                        if renormalised { (mean, taken.clone().sum::<f32>() + 1e-20) } else { (0.0, 1.0) };
+                    for ((expert, s), g) in chosen.iter().zip(taken).zip(&g) {
+                        dz[*expert as usize] = s * (1.0 - s) * (g - mean) / sum;
+                    }
+                }
+            }
+        }
+        dz
+    }
+}
+
+/// The first number of the modules that draw chance here; those of linear layers are below.
+const CHANCE: u64 = 1 << 40;
+
+/// Normal values, `[tokens * experts]` (Box and Muller).
+fn noise(experts: usize, deviation: f64, seed: u64, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
+    let uniform = dropout::uniforms(2 * experts, seed, CHANCE + 2 * layer as u64 + 1, pass);
+    let normal = |pair: &[f32]| {
+        let radius = (-2.0 * f64::from(pair[0]).ln()).sqrt();
+        (deviation * radius * (std::f64::consts::TAU * f64::from(pair[1])).cos()) as f32
+    };
+    uniform.chunks_exact(2).map(normal).collect()
+}
+
+/// Lets each expert have `capacity` tokens: all first choices before the second ones, tokens in their order. Gives whether a
+/// choice found room; with [`Overflow::Reroute`] it may be another one then.
+fn limit(
+    chosen: &mut [u32],
+    ranked: &[f32],
+    (active, experts): (usize, usize),
+    capacity: usize,
+    overflow: Overflow,
+) -> Vec<bool> {
+    let mut room = vec![capacity; experts];
+    let mut kept = vec![true; chosen.len()];
+    for slot in 0..active {
+        for (token, ranked) in ranked.chunks_exact(experts).enumerate() {
+            let own = &mut chosen[token * active..][..active];
+            if room[own[slot] as usize] == 0 && overflow == Overflow::Reroute {
+                let free = (0..experts).filter(|e| room[*e] > 0 && !own.contains(&(*e as u32)));
+                if let Some(best) = free.reduce(|best, e| if ranked[e] > ranked[best] { e } else { best }) {
+                    own[slot] = best as u32;
+                }
+            }
+            let room = &mut room[own[slot] as usize];
+            kept[token * active + slot] = *room > 0;
+            *room = room.saturating_sub(1);
+        }
+    }
+    kept
+}
+
+/// The `count` largest of `values`, the largest first; of equal ones the first.
+fn largest(values: &[f32], count: usize, chosen: &mut Vec<u32>) {
+    let start = chosen.len();
+    for _ in 0..count {
+        let mut best: Option<usize> = None;
+        for (index, value) in values.iter().enumerate() {
+            let is_new = !chosen[start..].contains(&(index as u32));
+            if is_new && best.is_none_or(|best| *value > values[best]) {
+                best = Some(index);
+            }
+        }
+        chosen.extend(best.map(|index| index as u32));
+    }
+}
+
+fn softmax(values: impl Iterator<Item = f32> + Clone) -> Vec<f32> {
+    let most = values.clone().fold(f32::NEG_INFINITY, f32::max);
+    let powers: Vec<f32> = values.map(|value| (value - most).exp()).collect();
+    let sum: f32 = powers.iter().sum();
+    powers.into_iter().map(|power| power / sum).collect()
+}
+
+#[cfg(test)]
+impl Routing {
+    /// What a plain router decides for these logits, the choice in order of them.
+    pub(super) fn example(logits: Tensor, active: usize, scoring: Scoring) -> Self {
+        let experts = logits.dims()[1];
+        let rows: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+        let mut chosen = Vec::new();
+        rows.chunks_exact(experts).for_each(|row| largest(row, active, &mut chosen));
+        let (weights, kept, noise_deviation) = (vec![1.0; chosen.len()], None, None);
+        Self {
+            layer: 0,
+            logits,
+            chosen,
+            kept,
+            weights,
+            active,
+            experts,
+            scoring,
+            renormalised: false,
+            noise_deviation,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_equal_scores_the_first_are_chosen() {
+        let mut chosen = Vec::new();
+        largest(&[0.5, 0.7, 0.5, 0.7], 3, &mut chosen);
+        assert_eq!(chosen, [1, 3, 0]);
+    }
+
+    #[test]
+    fn a_full_expert_takes_no_more() {
+        // All four tokens want expert 0, then expert 1; each has room for two.
+        let ranked = [0.9, 0.5, 0.1].repeat(4);
+        let mut chosen = [0, 1].repeat(4);
+        let kept = limit(&mut chosen, &ranked, (2, 3), 2, Overflow::Drop);
+        assert_eq!(kept, [true, true, true, true, false, false, false, false]);
+        assert_eq!(chosen, [0, 1].repeat(4));
+        let kept = limit(&mut chosen, &ranked, (2, 3), 3, Overflow::Reroute);
+        assert_eq!(chosen, [0, 1, 0, 1, 0, 1, 2, 1]);
+        assert_eq!(kept, [true, true, true, true, true, true, true, false]);
+    }
+
+    #[test]
+    fn noise_is_normal() {
+        let documents = crate::ops::Documents::new(vec![0, 4000], vec![1]);
+        let values = noise(2, 0.5, 3, 1, &Pass::training(&documents, Some(7)));
+        let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64;
+        assert!(mean.abs() < 0.02 && (variance - 0.25).abs() < 0.01, "{mean} {variance}");
+    }
+}

@@ -1,0 +1,395 @@
+//! Losses on what routers gave, and the facts that tell how evenly they spread tokens.
+//!
+//! With `P [tokens, experts]` the scores of all experts, summing to one for a token, `g` those of the chosen alone (divided by
+//! their sum where the model does so) and `z` the logits:
+//!
+//! | term | | source |
+//! |---|---|---|
+//! | switch | `E sum_e f_e mean(P_e)`, `f_e` the choices of `e` per token; at least the number chosen | Switch Transformer, (4) |
+//! | importance | `CV^2` of `sum_t g_te` | Shazeer et al. 2017, (6) |
+//! | load | `CV^2` of `sum_t Phi((z_te - threshold_te) / sigma)` | the same, (8) to (11) |
+//! | load_std | `std / mean` of `sum_t P_te` | |
+//! | z | mean of `logsumexp(z)^2` | ST-MoE, (5) |
+//!
+//! `CV^2` is the variance (divided by `E - 1`) by the squared mean. A threshold is the least logit that is among the chosen
+//! when the expert itself is left out; `sigma` is the deviation of the noise that logits get, and 1 where they get none.
+//! Choices are constants. Each term is the mean over layers, or `pooled`: that of all layers' tokens taken together, which for
+//! `switch` is what transformers computes.
+
+use std::collections::BTreeMap;
+
+use candle_core::{D, Tensor, Var};
+use serde::Serialize;
+
+use super::config::Scoring;
+use super::router::Routing;
+use crate::error::Result;
+
+/// How much each term counts; 0: not at all.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RouterLosses {
+    /// Of the loss of Switch Transformer.
+    pub switch: f64,
+    /// Of the squared variation of the weights that experts get.
+    pub importance: f64,
+    /// Of the squared variation of the tokens that experts can be expected to get.
+    pub load: f64,
+    /// Of the variation of summed scores.
+    pub load_std: f64,
+    /// Of the squared size of logits.
+    pub z: f64,
+    /// Whether all layers are taken together.
+    pub pooled: bool,
+}
+
+/// The terms of a loss, without their coefficients.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Terms {
+    /// By name; those whose coefficient is 0 are left out.
+    pub values: BTreeMap<&'static str, f64>,
+    /// `sum of coefficient * value`.
+    pub total: f64,
+}
+
+impl RouterLosses {
+    /// Whether anything counts.
+    #[must_use]
+    pub fn are_on(&self) -> bool {
+        self.named().iter().any(|(_, coefficient)| *coefficient > 0.0)
+    }
+
+    fn named(&self) -> [(&'static str, f64); 5] {
+        let Self { switch, importance, load, load_std, z, .. } = *self;
+        [("switch", switch), ("importance", importance), ("load", load), ("load_std", load_std), ("z", z)]
+    }
+
+    /// The terms, and the gradient of `share * total` with respect to the logits of each layer.
+    pub fn of(&self, routing: &[Routing], share: f64) -> Result<(Terms, BTreeMap<usize, Tensor>)> {
+        if !self.are_on() || routing.is_empty() {
+            return Ok((Terms::default(), BTreeMap::new()));
+        }
+        let variables: Vec<Var> =
+            routing.iter().map(|layer| Ok(Var::from_tensor(&layer.logits)?)).collect::<Result<_>>()?;
+        let layers: Vec<Layer> =
+            variables.iter().zip(routing).map(|(z, routing)| Layer::of(z, routing)).collect::<Result<_>>()?;
+        let layers = if self.pooled { vec![Layer::joined(&layers)?] } else { layers };
+        let mut terms = Terms::default();
+        let mut total: Option<Tensor> = None;
+        for (name, coefficient) in self.named() {
+            if coefficient == 0.0 {
+                continue;
+            }
+            let mut sum: Option<Tensor> = None;
+            for layer in &layers {
+                let value = layer.term(name)?;
+                sum = Some(match sum {
+                    None => value,
+                    Some(sum) => (sum + value)?,
+                });
+            }
+            let Some(sum) = sum else { continue };
+            let mean = (sum / layers.len() as f64)?;
+            let value = f64::from(mean.to_scalar::<f32>()?);
+            terms.values.insert(name, value);
+            terms.total += coefficient * value;
+            let weighed = (mean * (coefficient * share))?;
+            total = Some(match total {
+                None => weighed,
+                Some(total) => (total + weighed)?,
+            });
+        }
+        let Some(total) = total else { return Ok((terms, BTreeMap::new())) };
+        let gradients = total.backward()?;
+        let of_layers = variables.iter().zip(routing).filter_map(|(z, routing)| {
+            gradients.get(z.as_tensor()).map(|gradient| (routing.layer, gradient.detach()))
+        });
+        Ok((terms, of_layers.collect()))
+    }
+}
+
+/// The logits of some tokens, and what was chosen.
+struct Layer {
+    logits: Tensor,
+    /// 1 where an expert was chosen.
+    mask: Tensor,
+    scoring: Scoring,
+    renormalised: bool,
+    active: usize,
+    sigma: f64,
+}
+
+impl Layer {
+    fn of(logits: &Var, routing: &Routing) -> Result<Self> {
+        let (tokens, experts) = logits.dims2()?;
+        let mut mask = vec![0f32; tokens * experts];
+        for (choice, expert) in routing.chosen.iter().enumerate() {
+            mask[choice / routing.active * experts + *expert as usize] = 1.0;
+        }
+        Ok(Self {
+            logits: logits.as_tensor().clone(),
+            mask: Tensor::from_vec(mask, (tokens, experts), logits.device())?,
+            scoring: routing.scoring,
+            renormalised: routing.renormalised,
+            active: routing.active,
+            sigma: routing.noise_deviation.unwrap_or(1.0),
+        })
+    }
+
+    /// The tokens of all layers, which are of one family and have as many experts.
+    fn joined(layers: &[Self]) -> Result<Self> {
+        let cat = |of: fn(&Self) -> &Tensor| Tensor::cat(&layers.iter().map(of).collect::<Vec<_>>(), 0);
+        Ok(Self { logits: cat(|l| &l.logits)?, mask: cat(|l| &l.mask)?, ..layers[0] })
+    }
+
+    fn term(&self, name: &str) -> Result<Tensor> {
+        match name {
+            "switch" => self.switch(),
+            "importance" => variation(&self.gates()?.sum(0)?),
+            "load" => variation(&self.expected_load()?),
+            "load_std" => Ok(variation(&self.scores()?.sum(0)?)?.sqrt()?),
+            _ => Ok(logsumexp(&self.logits)?.sqr()?.mean_all()?),
+        }
+    }
+
+    fn scores(&self) -> Result<Tensor> {
+        match self.scoring {
+            Scoring::Softmax | Scoring::SoftmaxOfActive => {
+                Ok(self.logits.broadcast_sub(&logsumexp(&self.logits)?)?.exp()?)
+            }
+            Scoring::Sigmoid => {
+                let s = (self.logits.neg()?.exp()? + 1.0)?.recip()?;
+                Ok(s.broadcast_div(&s.sum_keepdim(1)?)?)
+            }
+        }
+    }
+
+    fn switch(&self) -> Result<Tensor> {
+        let experts = self.logits.dim(1)? as f64;
+        let (share, mean) = (self.mask.mean(0)?, self.scores()?.mean(0)?);
+        Ok(((share * mean)?.sum_all()? * experts)?)
+    }
+
+    fn gates(&self) -> Result<Tensor> {
+        let gates = (self.scores()? * &self.mask)?;
+        match self.renormalised {
+            true => Ok(gates.broadcast_div(&gates.sum_keepdim(1)?)?),
+            false => Ok(gates),
+        }
+    }
+
+    fn expected_load(&self) -> Result<Tensor> {
+        let rows: Vec<Vec<f32>> = self.logits.detach().to_vec2()?;
+        let masks: Vec<Vec<f32>> = self.mask.to_vec2()?;
+        let experts = self.logits.dim(1)?;
+        let mut thresholds = Vec::with_capacity(rows.len() * experts);
+        for (row, mask) in rows.iter().zip(&masks) {
+            let mut sorted = row.clone();
+            sorted.sort_by(|x, y| y.total_cmp(x));
+            // Beside an expert that was chosen, the next one would have been.
+            let next = sorted.get(self.active).copied().unwrap_or(f32::NEG_INFINITY).max(f32::MIN / 2.0);
+            let last = sorted[self.active - 1];
+            thresholds.extend(mask.iter().map(|chosen| if *chosen > 0.0 { next } else { last }));
+        }
+        let thresholds = Tensor::from_vec(thresholds, (rows.len(), experts), self.logits.device())?;
+        let distance = ((&self.logits - thresholds)? / (self.sigma * std::f64::consts::SQRT_2))?;
+        Ok(((distance.erf()? + 1.0)? * 0.5)?.sum(0)?)
+    }
+}
+
+/// `[tokens, 1]`.
+fn logsumexp(logits: &Tensor) -> Result<Tensor> {
+    let most = logits.detach().max_keepdim(D::Minus1)?;
+    let sum = logits.broadcast_sub(&most)?.exp()?.sum_keepdim(D::Minus1)?;
+    Ok((sum.log()? + most)?)
+}
+
+/// The variance by the squared mean.
+fn variation(values: &Tensor) -> Result<Tensor> {
+    let count = values.elem_count();
+    let mean = values.mean_keepdim(0)?;
+    let squares = values.broadcast_sub(&mean)?.sqr()?.sum_keepdim(0)?;
+    let variance = (squares / count.saturating_sub(1).max(1) as f64)?;
+    Ok((variance / (mean.sqr()? + 1e-10)?)?.squeeze(0)?)
+}
+
+/// How a layer's tokens are spread over its experts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Spread {
+    /// The layer.
+    pub layer: usize,
+    /// The share of all choices that each expert got.
+    pub load: Vec<f64>,
+    /// The entropy of these shares by that of equal ones, from 0 to 1.
+    pub entropy: f64,
+    /// The largest share by the mean.
+    pub max_over_mean: f64,
+    /// Experts with less than a tenth of an equal share.
+    pub dead: usize,
+    /// The share of choices that found no room at their expert.
+    pub dropped: f64,
+}
+
+impl Spread {
+    /// That of `counts`, the choices of each expert.
+    #[must_use]
+    pub fn of(layer: usize, counts: &[u64], dropped: u64) -> Self {
+        let all = counts.iter().sum::<u64>().max(1) as f64;
+        let experts = counts.len().max(1) as f64;
+        let load: Vec<f64> = counts.iter().map(|count| *count as f64 / all).collect();
+        let entropy: f64 = load.iter().filter(|share| **share > 0.0).map(|share| -share * share.ln()).sum();
+        Self {
+            layer,
+            entropy: if experts > 1.0 { entropy / experts.ln() } else { 1.0 },
+            max_over_mean: load.iter().copied().fold(0.0, f64::max) * experts,
+            dead: load.iter().filter(|share| **share < 0.1 / experts).count(),
+            dropped: dropped as f64 / all,
+            load,
+        }
+    }
+}
+
+/// The choices of each expert in each sparse layer, and how many were dropped.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tally {
+    layers: BTreeMap<usize, (Vec<u64>, u64)>,
+}
+
+impl Tally {
+    /// Adds what routers decided.
+    pub fn add(&mut self, routing: &[Routing]) {
+        for layer in routing {
+            let (counts, dropped) =
+                self.layers.entry(layer.layer).or_insert_with(|| (vec![0; layer.experts], 0));
+            for expert in &layer.chosen {
+                counts[*expert as usize] += 1;
+            }
+            *dropped += layer.num_dropped();
+        }
+    }
+
+    /// Of each layer.
+    #[must_use]
+    pub fn spreads(&self) -> Vec<Spread> {
+        self.layers.iter().map(|(layer, (counts, dropped))| Spread::of(*layer, counts, *dropped)).collect()
+    }
+}
+
+/// Selection biases after a step of loss-free balancing (Wang et al. 2024): those of experts with less than an equal share
+/// go up by `rate`, those with more go down.
+#[must_use]
+pub fn balanced(biases: &[f32], load: &[f64], rate: f64) -> Vec<f32> {
+    let equal = 1.0 / load.len().max(1) as f64;
+    let step = |share: f64| {
+        if share < equal {
+            rate
+        } else if share > equal {
+            -rate
+        } else {
+            0.0
+        }
+    };
+    biases.iter().zip(load).map(|(bias, share)| bias + step(*share) as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn routing(logits: &[f32], tokens: usize, active: usize, scoring: Scoring) -> Routing {
+        let experts = logits.len() / tokens;
+        let logits = Tensor::from_slice(logits, (tokens, experts), &Device::Cpu).unwrap();
+        Routing::example(logits, active, scoring)
+    }
+
+    fn value(losses: RouterLosses, routing: &[Routing]) -> f64 {
+        losses.of(routing, 1.0).unwrap().0.total
+    }
+
+    const ON: [RouterLosses; 5] = {
+        let off =
+            RouterLosses { switch: 0.0, importance: 0.0, load: 0.0, load_std: 0.0, z: 0.0, pooled: false };
+        [
+            RouterLosses { switch: 1.0, ..off },
+            RouterLosses { importance: 1.0, ..off },
+            RouterLosses { load: 1.0, ..off },
+            RouterLosses { load_std: 1.0, ..off },
+            RouterLosses { z: 1.0, ..off },
+        ]
+    };
+
+    const LOGITS: [f32; 12] = [0.3, -1.2, 0.9, 0.1, 1.4, 0.2, -0.7, 0.6, -0.1, 0.8, 0.5, -1.5];
+
+    #[test]
+    fn gradients_are_slopes() {
+        for scoring in [Scoring::Softmax, Scoring::Sigmoid, Scoring::SoftmaxOfActive] {
+            for losses in ON {
+                let layer = routing(&LOGITS, 3, 2, scoring);
+                let (_, gradients) = losses.of(std::slice::from_ref(&layer), 1.0).unwrap();
+                let found: Vec<f32> = gradients[&0].flatten_all().unwrap().to_vec1().unwrap();
+                for (i, found) in found.iter().enumerate() {
+                    // Thresholds of the load are constants, which a step of the logit would move.
+                    if losses.load > 0.0 {
+                        continue;
+                    }
+                    let at = |step: f32| {
+                        let mut logits = LOGITS;
+                        logits[i] += step;
+                        value(losses, &[routing(&logits, 3, 2, scoring)])
+                    };
+                    let slope = (at(1e-2) - at(-1e-2)) / 2e-2;
+                    assert!((f64::from(*found) - slope).abs() < 2e-3, "{losses:?} {i}: {found} for {slope}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn equal_shares_cost_least() {
+        // Each expert is chosen once, with the same logits.
+        let even: Vec<f32> =
+            (0..4).flat_map(|t| (0..4).map(move |e| if e == t { 1.0 } else { 0.0 })).collect();
+        let even = routing(&even, 4, 1, Scoring::Softmax);
+        let [switch, importance, load, load_std, z] =
+            ON.map(|losses| value(losses, std::slice::from_ref(&even)));
+        assert!((switch - 1.0).abs() < 1e-6, "{switch}");
+        assert!(importance < 1e-9 && load < 1e-9 && load_std < 1e-4, "{importance} {load} {load_std}");
+        let expected = f64::from(1f32.exp() + 3.0).ln().powi(2);
+        assert!((z - expected).abs() < 1e-5, "{z} for {expected}");
+        let one = routing(&[1.0, 0.0, 0.0, 0.0].repeat(4), 4, 1, Scoring::Softmax);
+        let p = f64::from(1f32.exp() / (1f32.exp() + 3.0));
+        assert!((value(ON[0], std::slice::from_ref(&one)) - 4.0 * p).abs() < 1e-5);
+        // One of four gets everything: variance 1/3 * (9 + 3) / 16 of a mean of 1/4, so CV^2 is 4.
+        assert!((value(ON[1], &[one]) - 4.0).abs() < 1e-4);
+    }
+
+    #[test]
+    fn pooled_layers_balance_each_other() {
+        let first = routing(&[3.0, 0.0, 3.0, 0.0], 2, 1, Scoring::Softmax);
+        let mut second = routing(&[0.0, 3.0, 0.0, 3.0], 2, 1, Scoring::Softmax);
+        second.layer = 1;
+        let layers = [first, second];
+        let apart = value(RouterLosses { switch: 1.0, ..RouterLosses::default() }, &layers);
+        let pooled = value(RouterLosses { switch: 1.0, pooled: true, ..RouterLosses::default() }, &layers);
+        assert!(apart > 1.9 && (pooled - 1.0).abs() < 1e-6, "{apart} {pooled}");
+    }
+
+    #[test]
+    fn a_spread_counts_and_a_bias_follows_it() {
+        let spread = Spread::of(3, &[6, 2, 0, 0], 2);
+        assert_eq!((spread.max_over_mean, spread.dead, spread.dropped), (3.0, 2, 0.25));
+        assert!(
+            (spread.entropy - (0.75f64 * (4.0f64 / 3.0).ln() + 0.25 * 4f64.ln()) / 4f64.ln()).abs() < 1e-12
+        );
+        assert_eq!(Spread::of(0, &[5, 5], 0).entropy, 1.0);
+        assert_eq!(balanced(&[0.0, 0.5, 0.0, 0.0], &spread.load, 0.125), [-0.125, 0.5, 0.125, 0.125]);
+    }
+
+    #[test]
+    fn what_is_off_costs_nothing() {
+        let layer = routing(&LOGITS, 3, 2, Scoring::Softmax);
+        let (terms, gradients) = RouterLosses::default().of(&[layer], 1.0).unwrap();
+        assert!(terms.values.is_empty() && terms.total == 0.0 && gradients.is_empty());
+    }
+}
