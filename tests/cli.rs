@@ -295,6 +295,9 @@ fn help_of_eval() {
           --max-length <N>
               Cut each record to this many tokens
 
+          --svg <FILE>
+              Draw the load of every expert into this file (routing only)
+
           --json
               Print one JSON document
 

@@ -13,7 +13,7 @@ use peft::train::{StepGradients, balanced_step_gradients, step_gradients};
 use serde_json::{Value, json};
 
 use crate::fixture::{Fixture, SPARSE, difference, logits, relative, values};
-use crate::place::Place;
+use crate::place::{Place, refusal};
 
 #[test]
 fn choices_are_those_of_transformers() {
@@ -246,12 +246,12 @@ fn adapters_are_merged_into_the_layout_that_is_there() {
     }
 }
 
-fn sparse_place() -> Place {
+pub(crate) fn sparse_place() -> Place {
     sparse_place_of("qwen2_moe", "Qwen2MoeForCausalLM")
 }
 
 /// A tiny sparse model in place of the dense one, its first layer dense.
-fn sparse_place_of(family: &str, class: &str) -> Place {
+pub(crate) fn sparse_place_of(family: &str, class: &str) -> Place {
     let place = Place::new();
     let path = place.path("model");
     let mut config: Value = serde_json::from_slice(&fs::read(path.join("config.json")).unwrap()).unwrap();
@@ -298,7 +298,7 @@ fn lines(place: &Place, run: &str) -> Vec<Value> {
 #[test]
 fn a_mixture_is_trained_measured_and_merged() {
     let place = sparse_place();
-    place.run(&[
+    let (_, told) = place.run(&[
         "finetune",
         "recipe.toml",
         "--set",
@@ -314,6 +314,7 @@ fn a_mixture_is_trained_measured_and_merged() {
         "--set",
         "routing.capacity_factor=1.0",
     ]);
+    assert!(told.contains("layer  entropy  max/mean  dead  load of each expert, %\n    1 "), "{told}");
     let steps = lines(&place, "run").into_iter().filter(|line| line.get("loss").is_some());
     let mut seen = 0;
     for line in steps {
@@ -457,4 +458,43 @@ fn adapters_on_fused_parameters_are_those_on_experts() {
     hf::write(folder.path(), &adapter.config, &placements, tensors, &hf::Provenance::default()).unwrap();
     let again = hf::Adapter::read(folder.path(), &Device::Cpu).unwrap().for_model(model.config()).unwrap();
     assert_eq!(again.placements(model.config()).unwrap().placements, placements.placements);
+}
+
+#[test]
+fn routing_is_measured_on_any_text() {
+    let place = sparse_place();
+    let arguments = ["eval", "routing", "--model", "model", "--data", "data.jsonl"];
+    let (table, _) = place.run(&arguments);
+    insta::assert_snapshot!(table, @"
+    layer  entropy  max/mean  dead  load of each expert, %
+        1    0.819      1.98     0   49.5   3.0  24.6  22.9
+    ");
+    let svg = ["--svg", "routing.svg", "--json"];
+    let document = place.json(&[&arguments[..], &svg].concat());
+    let layers = document["layers"].as_array().unwrap();
+    assert_eq!((layers.len(), &layers[0]["layer"]), (1, &json!(1)));
+    // Every token counts, not only those with a label.
+    let text = fs::read_to_string(place.path("data.jsonl")).unwrap();
+    assert!(document["tokens"].as_u64().unwrap() > 6 * text.lines().count() as u64);
+    let picture = fs::read_to_string(place.path("routing.svg")).unwrap();
+    for (expert, share) in layers[0]["load"].as_array().unwrap().iter().enumerate() {
+        let title = format!("layer 1, expert {expert}: {:.2}%", 100.0 * share.as_f64().unwrap());
+        assert!(picture.contains(&title), "no `{title}` in {picture}");
+    }
+
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.router=full"]);
+    let (adapted, _) = place.run(&[&arguments[..], &["--adapter", "run"]].concat());
+    assert_ne!(adapted, table, "a trained router chooses otherwise");
+
+    let dense = Place::new();
+    insta::assert_snapshot!(refusal(&dense, &arguments), @"
+    exit 2
+    error: the model is dense: it has no experts, and no router that chooses
+    ");
+    let perplexity = ["eval", "perplexity", "--model", "model", "--data", "data.jsonl", "--svg", "x.svg"];
+    insta::assert_snapshot!(refusal(&dense, &perplexity), @"
+    exit 2
+    error: `--svg` is a picture of routing
+    hint: `peft eval routing` draws it
+    ");
 }

@@ -2,12 +2,16 @@
 //! `DenseMLPWithLoRA` and `SparseMLPWithLoRA`, PyTorch on CPU, bf16 in and out), from the seeds alone: the same random
 //! numbers, first values, feed-forward network and low-rank term as in training.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use peft::adapter::init::nju_pair;
 use peft::adapter::torch_random::Generator;
 use peft::model::{FeedForward, Linear};
-use peft::ops::{Activation, Documents, Dropout, LowRank, Parameter, Pass, Weight};
+use peft::ops::{Activation, Documents, Dropout, Groups, LowRank, Parameter, Pass, Weight, groups};
+
+use crate::fixture::difference;
 
 const SEED: u64 = 42;
 const RANK: usize = 2;
@@ -112,30 +116,56 @@ fn the_dense_toy_output() {
     );
 }
 
+/// A sparse network as the course has it: `experts` of `width` neurons, a router drawn with `mean` and `deviation`.
+struct Sparse {
+    experts: usize,
+    active: usize,
+    width: usize,
+    router: (f64, f64),
+}
+
+impl Sparse {
+    /// What the experts in `held`, those of one rank, give for `x [tokens, hidden]`; the others count nothing.
+    fn slice(&self, x: &Tensor, held: Range<usize>) -> Tensor {
+        let Self { experts, active, width, router: (mean, deviation) } = *self;
+        let mut gate = vec![0.0; HIDDEN * experts];
+        Generator::new(SEED).normal(&mut gate, mean, deviation);
+        let gate = Tensor::from_vec(gate, (HIDDEN, experts), &Device::Cpu).unwrap();
+        let logits: Vec<Vec<f32>> = x.matmul(&gate).unwrap().to_vec2().unwrap();
+        let (mut chosen, mut weights) = (Vec::new(), Vec::new());
+        for logits in &logits {
+            let mut order: Vec<usize> = (0..experts).collect();
+            order.sort_by(|i, j| logits[*j].total_cmp(&logits[*i]));
+            let most = logits[order[0]];
+            let sum: f32 = order[..active].iter().map(|expert| (logits[*expert] - most).exp()).sum();
+            weights.extend(order[..active].iter().map(|expert| (logits[*expert] - most).exp() / sum));
+            let is_held = |expert: &usize| held.contains(expert);
+            chosen
+                .extend(order[..active].iter().map(|e| if is_held(e) { *e as u32 } else { Groups::NO_ROW }));
+        }
+        let groups = Groups::new(&chosen, active, experts);
+        let rows = groups::gather(x, &groups).unwrap();
+        let of_each: Vec<Tensor> = held
+            .filter(|expert| !groups.range(*expert).is_empty())
+            .map(|expert| {
+                let range = groups.range(expert);
+                network(&rows.narrow(0, range.start, range.len()).unwrap(), width, SEED + expert as u64)
+            })
+            .collect();
+        match of_each.is_empty() {
+            true => x.zeros_like().unwrap(),
+            false => groups::combine(&Tensor::cat(&of_each, 0).unwrap(), &weights, &groups).unwrap(),
+        }
+    }
+}
+
 #[test]
 fn the_sparse_toy_output() {
-    // Four experts of two neurons, two of them active; this rank of two holds the experts 2 and 3.
-    let (experts, active, held, width) = (4, 2, [2, 3], 2);
     let x = Tensor::from_vec(normal_bf16(SEED + 1, 6 * HIDDEN), (6, HIDDEN), &Device::Cpu).unwrap();
-    let mut gate = vec![0.0; HIDDEN * experts];
-    Generator::new(SEED).normal(&mut gate, 0.1, 1.1);
-    let gate = Tensor::from_vec(gate, (HIDDEN, experts), &Device::Cpu).unwrap();
-    let logits: Vec<Vec<f32>> = x.matmul(&gate).unwrap().to_vec2().unwrap();
-    let mut output = Vec::new();
-    for (token, logits) in logits.iter().enumerate() {
-        let mut order: Vec<usize> = (0..experts).collect();
-        order.sort_by(|i, j| logits[*j].total_cmp(&logits[*i]));
-        let chosen = &order[..active];
-        let sum: f32 = chosen.iter().map(|expert| logits[*expert].exp()).sum();
-        let mut mixed = Tensor::zeros((1, HIDDEN), DType::F32, &Device::Cpu).unwrap();
-        for expert in chosen.iter().filter(|expert| held.contains(expert)) {
-            let y = network(&x.narrow(0, token, 1).unwrap(), width, SEED + *expert as u64);
-            mixed = (mixed + (y * f64::from(logits[*expert].exp() / sum)).unwrap()).unwrap();
-        }
-        output.extend(rounded(&mixed));
-    }
+    // Four experts of two neurons; this rank of two holds the experts 2 and 3.
+    let sparse = Sparse { experts: 4, active: 2, width: 2, router: (0.1, 1.1) };
     assert_printed(
-        &output,
+        &rounded(&sparse.slice(&x, 2..4)),
         &[
             [2.7031, 1.7812, -0.7773, -1.5469],
             [0.3027, 1.7734, 1.3516, -1.0938],
@@ -145,4 +175,27 @@ fn the_sparse_toy_output() {
             [5.4688, 4.1250, -0.0255, -3.8594],
         ],
     );
+}
+
+/// Experts, active ones, ranks, and the router's numbers of the course's second task.
+#[test]
+fn the_slices_of_all_ranks_sum_to_the_whole() {
+    let x = Tensor::from_vec(normal_bf16(SEED + 1, 20 * HIDDEN), (20, HIDDEN), &Device::Cpu).unwrap();
+    for (experts, active, ranks, mean, deviation) in [
+        (4, 2, 2, 0.1, 1.1),
+        (8, 4, 2, 0.2, 1.2),
+        (4, 2, 4, 0.3, 1.3),
+        (16, 1, 4, 0.4, 1.4),
+        (16, 1, 8, 0.5, 1.5),
+        (16, 2, 16, 0.6, 1.6),
+    ] {
+        let sparse = Sparse { experts, active, width: 2, router: (mean, deviation) };
+        let own = experts / ranks;
+        let slices: Vec<Tensor> =
+            (0..ranks).map(|rank| sparse.slice(&x, rank * own..(rank + 1) * own)).collect();
+        let sum = slices.iter().skip(1).fold(slices[0].clone(), |sum, slice| (sum + slice).unwrap());
+        let whole = sparse.slice(&x, 0..experts);
+        assert!(difference(&sum, &whole) <= 1e-5, "{experts} experts on {ranks} ranks");
+        assert!(difference(&slices[0], &whole) > 0.1, "one rank is not the whole");
+    }
 }

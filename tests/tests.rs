@@ -9,6 +9,9 @@ mod cli;
 mod commands;
 /// Conversations, labels and order of training data, as transformers has them.
 mod data;
+/// The order of experts means nothing, room enough is no limit, idle experts learn nothing; bad mixtures are refused, and
+/// adapters on all experts together are read in every layout.
+mod experts;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
 /// Tokens generated with a cache are those of a forward over everything.

@@ -7,6 +7,7 @@ use crate::recipe::{Document, Evaluation, Plan, Recipe};
 
 /// Path below `recipes/` without its ending, and text.
 const RECIPES: &[(&str, &str)] = &[
+    ("moe-lora", include_str!("../../recipes/moe-lora.toml")),
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("smollm2-135m", include_str!("../../recipes/smollm2-135m.toml")),
     ("tiny-llama-pretrain", include_str!("../../recipes/tiny-llama-pretrain.toml")),

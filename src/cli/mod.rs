@@ -19,6 +19,7 @@ mod interrupt;
 mod models;
 mod overrides;
 mod report;
+mod routing;
 mod terminal;
 
 use report::Log;
@@ -200,6 +201,9 @@ struct Eval {
     /// Cut each record to this many tokens
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(2..))]
     max_length: Option<u64>,
+    /// Draw the load of every expert into this file (routing only)
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Print one JSON document
     #[arg(long)]
     json: bool,

@@ -4,14 +4,14 @@ use std::io::{BufRead, IsTerminal};
 
 use super::terminal::{Terminal, message};
 use super::{Chat, Dtype, Eval, Generate, Measure, ModelArguments, SamplingArguments};
-use crate::data::{self, Layout, Message, Role, Source, Text, eval_batches};
+use crate::data::{self, Layout, Message, Role, Row, Source, Text, eval_batches};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::generate::{Ended, Limits, Outcome, Sampling, Session};
 use crate::recipe::{DtypeChoice, Loaded};
 
 /// Tokens of a batch in evaluation.
-const EVAL_TOKENS: usize = 2048;
+pub(super) const EVAL_TOKENS: usize = 2048;
 
 pub(super) fn generate(arguments: &Generate, terminal: &mut Terminal) -> Result<()> {
     let loaded = open(&arguments.model, terminal)?;
@@ -167,26 +167,21 @@ fn fitting(
 }
 
 pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
+    if arguments.svg.is_some() && arguments.measure != Measure::Routing {
+        return Err(
+            Error::request("`--svg` is a picture of routing").with_hint("`peft eval routing` draws it")
+        );
+    }
     match arguments.measure {
         Measure::Perplexity => perplexity(arguments, terminal),
         Measure::Choices => Err(Error::request("`peft eval choices` is not built in this version")),
-        Measure::Routing => Err(Error::request("`peft eval routing` is not built in this version")),
+        Measure::Routing => super::routing::eval(arguments, terminal),
     }
 }
 
 fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     let loaded = open(&arguments.model, terminal)?;
-    let most = loaded.model.config().max_position_embeddings;
-    let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
-    let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
-    let (rows, counts) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
-    if counts.truncated > 0 {
-        terminal.warn(&format!("{} records are cut to {max_length} tokens", counts.truncated));
-    }
-    let dropped = counts.dropped_by_truncation + counts.dropped_without_labels;
-    if dropped > 0 {
-        terminal.warn(&format!("{dropped} records have no token to predict and are left out"));
-    }
+    let rows = rows(arguments, &loaded, terminal)?;
     let evaluation = evaluate(&loaded.model, &eval_batches(&rows, EVAL_TOKENS))?;
     let (nll, perplexity, tokens) = (evaluation.nll(), evaluation.perplexity(), evaluation.tokens);
     if !nll.is_finite() {
@@ -199,7 +194,23 @@ fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     terminal.write(format_args!("nll {nll:.6}\nperplexity {perplexity:.4}\ntokens {tokens}\n"))
 }
 
-fn open(arguments: &ModelArguments, terminal: &Terminal) -> Result<Loaded> {
+/// The records of the data as the model sees them.
+pub(super) fn rows(arguments: &Eval, loaded: &Loaded, terminal: &Terminal) -> Result<Vec<Row>> {
+    let most = loaded.model.config().max_position_embeddings;
+    let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
+    let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
+    let (rows, counts) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
+    if counts.truncated > 0 {
+        terminal.warn(&format!("{} records are cut to {max_length} tokens", counts.truncated));
+    }
+    let dropped = counts.dropped_by_truncation + counts.dropped_without_labels;
+    if dropped > 0 {
+        terminal.warn(&format!("{dropped} records have no token to predict and are left out"));
+    }
+    Ok(rows)
+}
+
+pub(super) fn open(arguments: &ModelArguments, terminal: &Terminal) -> Result<Loaded> {
     let dtype = match arguments.dtype {
         Dtype::Auto => DtypeChoice::Auto,
         Dtype::F32 => DtypeChoice::F32,

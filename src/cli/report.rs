@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::routing::table;
 use super::terminal::Label;
 use crate::recipe::figures::{bytes, count, duration};
 use crate::train::{Event, Reporter, Sample, StepReport};
@@ -257,6 +258,7 @@ fn line(event: &Event, coloured: bool) -> Option<String> {
             let when = if *step == 0 { "before training".to_string() } else { format!("after step {step}") };
             format!("{when}, asked: {}\n{when}, answered: {}", indented(prompt), indented(completion))
         }
+        Event::Routing { routing } => table(routing),
         Event::Checkpoint { path, .. } => format!("saved {}", path.display()),
         Event::End { path, seconds } => format!("done in {}: {}", duration(*seconds), path.display()),
         Event::Start { .. } | Event::Step(_) => return None,

@@ -1,19 +1,27 @@
-//! How well a model predicts data: mean loss per predicted token.
+//! How well a model predicts data, by mean loss per predicted token, and how a mixture of experts spreads its tokens.
+
+mod heatmap;
+mod routing;
 
 use candle_core::Tensor;
 
 use crate::data::Batch;
 use crate::error::{Error, Result};
-use crate::model::Decoder;
+use crate::model::{Decoder, Output, Tally};
 use crate::ops::{Documents, cross_entropy};
 
+pub use heatmap::heatmap;
+pub use routing::routing;
+
 /// A sum of losses over labelled tokens.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Evaluation {
     /// Natural-log loss, summed.
     pub nll_sum: f64,
     /// Labelled tokens.
     pub tokens: u64,
+    /// What the routers of a mixture did.
+    pub tally: Tally,
 }
 
 impl Evaluation {
@@ -39,7 +47,8 @@ pub fn evaluate(model: &Decoder, batches: &[Batch]) -> Result<Evaluation> {
             continue;
         }
         let documents = Documents::new(batch.offsets.clone(), batch.documents.clone());
-        let hidden = model.forward(&batch.tokens, &documents)?.hidden; // [tokens, hidden]
+        let Output { hidden, routing } = model.forward(&batch.tokens, &documents)?; // [tokens, hidden]
+        sum.tally.add(&routing);
         let rows = Tensor::new(rows, model.device())?;
         let nll = cross_entropy::evaluate(&hidden.index_select(&rows, 0)?, model.head(), &targets)?;
         sum.nll_sum += nll.iter().map(|nll| f64::from(*nll)).sum::<f64>();

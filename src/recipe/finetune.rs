@@ -79,6 +79,9 @@ pub fn finetune(
     let summary = train::run(job, &settings(plan, &prepared, memory.way()), reporter)?;
     publish(&*artifact, &plan.output)?;
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
+    if !summary.routing.is_empty() {
+        reporter.report(&Event::Routing { routing: summary.routing.clone() });
+    }
     reporter.report(&Event::End { path: plan.output.clone(), seconds: summary.seconds });
     Ok(summary)
 }

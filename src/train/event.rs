@@ -86,6 +86,11 @@ pub enum Event {
         /// Prompt and answer.
         sample: Sample,
     },
+    /// How a mixture spread its tokens at the end, those of the evaluation data where there are any.
+    Routing {
+        /// Of each sparse layer.
+        routing: Vec<Spread>,
+    },
     /// A checkpoint was written.
     Checkpoint {
         /// Steps made.

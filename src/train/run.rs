@@ -20,7 +20,7 @@ use super::step::balanced_step_gradients;
 use crate::data::{Batch, Sampler};
 use crate::error::{Context, Error, Result};
 use crate::eval::evaluate;
-use crate::model::{Decoder, Recompute, RouterLosses, balanced};
+use crate::model::{Decoder, Recompute, RouterLosses, Spread, balanced};
 use crate::ops::Trainables;
 
 /// How a run trains.
@@ -89,6 +89,9 @@ pub struct Summary {
     pub state: TrainerState,
     /// The loss on the evaluation data after the last step.
     pub last_eval_loss: Option<f64>,
+    /// How a mixture spread its tokens: those of the evaluation data after the last step, or where there are none those of
+    /// the last step.
+    pub routing: Vec<Spread>,
     /// Seconds spent.
     pub seconds: f64,
 }
@@ -113,10 +116,13 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     };
     let mut metrics = Metrics::open(job.output, state.step)?;
     reporter.report(&Event::Start { step: state.step, steps: settings.steps });
-    let mut last_eval_loss = None;
-    if state.step == 0 && settings.eval_every > 0 {
-        last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
-        state.first_eval_loss = last_eval_loss.map(checkpoint::restorable);
+    let (mut last_eval_loss, mut routing) = (None, Vec::new());
+    if state.step == 0
+        && settings.eval_every > 0
+        && let Some((loss, _)) = evaluation(&job, &mut state, &mut metrics, reporter)?
+    {
+        last_eval_loss = Some(loss);
+        state.first_eval_loss = Some(checkpoint::restorable(loss));
     }
     let mut arrival = Arrival::of(job.trainables, &job.model.routed_parameters());
     let mut saved_at = state.step;
@@ -127,10 +133,13 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
         }
         let report = update(&mut job, &mut optimizer, &mut state, &mut arrival, settings)?;
         metrics.append(&report)?;
+        routing.clone_from(&report.routing);
         reporter.report(&Event::Step(report));
         let last = state.step == settings.steps;
-        if last || is_due(state.step, settings.eval_every) {
-            last_eval_loss = evaluation(&job, &mut state, &mut metrics, reporter)?;
+        if (last || is_due(state.step, settings.eval_every))
+            && let Some((loss, spreads)) = evaluation(&job, &mut state, &mut metrics, reporter)?
+        {
+            (last_eval_loss, routing) = (Some(loss), spreads);
         }
         if last || is_due(state.step, settings.save_every) {
             metrics.sync()?;
@@ -139,7 +148,7 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
             reporter.report(&Event::Checkpoint { step: state.step, path });
         }
     }
-    Ok(Summary { state, last_eval_loss, seconds: begin.elapsed().as_secs_f64() })
+    Ok(Summary { state, last_eval_loss, routing, seconds: begin.elapsed().as_secs_f64() })
 }
 
 /// What to do about a loss that is not a number.
@@ -221,11 +230,12 @@ fn evaluation(
     state: &mut TrainerState,
     metrics: &mut Metrics,
     reporter: &mut dyn Reporter,
-) -> Result<Option<f64>> {
+) -> Result<Option<(f64, Vec<Spread>)>> {
     if job.eval.is_empty() {
         return Ok(None);
     }
-    let eval_loss = evaluate(job.model, job.eval)?.nll();
+    let evaluation = evaluate(job.model, job.eval)?;
+    let eval_loss = evaluation.nll();
     if !eval_loss.is_finite() {
         let step = state.step;
         return Err(Error::invalid(format!(
@@ -245,7 +255,7 @@ fn evaluation(
     }
     metrics.append(&json!({ "step": state.step, "eval_loss": eval_loss }))?;
     reporter.report(&Event::Evaluation { step: state.step, eval_loss, best });
-    Ok(Some(eval_loss))
+    Ok(Some((eval_loss, evaluation.tally.spreads())))
 }
 
 fn interrupted(

@@ -16,8 +16,7 @@ use crate::error::{Context, Error, Result};
 const LARGEST: u64 = 16 << 20;
 
 /// Keys that say nothing about the values computed.
-const IGNORED: [&str; 16] = [
-    "peft_version",
+const IGNORED: [&str; 15] = [
     "auto_mapping",
     "inference_mode",
     "task_type",
@@ -68,6 +67,8 @@ pub(super) struct Read {
     pub(super) warnings: Vec<String>,
     /// `target_parameters`, which tensors have to bear out.
     pub(super) parameters: Vec<String>,
+    /// The version of PEFT that wrote it.
+    pub(super) peft_version: Option<String>,
 }
 
 /// Reads and checks the file.
@@ -91,6 +92,7 @@ fn parse(text: &str) -> Result<Read> {
         }
         None => return Err(Error::invalid("has no `peft_type`, expected \"LORA\"")),
     }
+    let peft_version = fields.text("peft_version");
     let parameters = fields.parameters();
     fields.forget_routers();
     fields.refuse_unsupported();
@@ -130,7 +132,7 @@ fn parse(text: &str) -> Result<Read> {
         let changed_base = fields.problems.iter().any(|problem| problem.ends_with(CHANGED_BASE));
         return Err(if changed_base { error.with_hint(PLAIN_FORM) } else { error });
     }
-    Ok(Read { config, base_model, revision, warnings, parameters })
+    Ok(Read { config, base_model, revision, warnings, parameters, peft_version })
 }
 
 impl Fields {

@@ -1,10 +1,16 @@
-//! Adapters that PEFT holds on the parameters of all experts of a layer (`target_parameters`), taken apart into one on each
-//! expert's projections: the same mathematics.
+//! Adapters that other tools hold on all experts of a layer together, taken apart into one on each expert's projections: the
+//! same mathematics.
 //!
-//! On a parameter `[experts, out, in]` PEFT 0.19.1 and later store `A [experts * rank, in]`, rows of an expert side by side,
-//! and `B [out, experts * rank]`, where column `k * experts + e` is column `k` of expert `e`. `gate_up_proj` gives
-//! gate and up an `A` in common and the halves of `B`. Of two parameters the first that the module declares,
-//! `gate_up_proj`, is the inner one: `experts.base_layer.lora_A`; a single one is `experts.lora_A`.
+//! On a parameter `[experts, out, in]` (`target_parameters`) PEFT 0.19.1 and later store `A [experts * rank, in]`, rows of an
+//! expert side by side, and `B [out, experts * rank]`, where column `k * experts + e` is column `k` of expert `e`.
+//! `gate_up_proj` gives gate and up an `A` in common and the halves of `B`. Of two parameters the first that the module
+//! declares, `gate_up_proj`, is the inner one: `experts.base_layer.lora_A`; a single one is `experts.lora_A`.
+//!
+//! PEFT 0.17 to 0.19.0 take the parameter's second dimension for the input: `A [experts * rank, out]` and
+//! `B [in, experts * rank]`, the other way round. Shapes tell which it is, and where a layer has as many outputs as inputs the
+//! version that the configuration names.
+//!
+//! Others pack: `experts.gate_proj.lora_A [experts, rank, in]` and `lora_B [experts, out, rank]`.
 
 use candle_core::Tensor;
 
@@ -12,7 +18,7 @@ use super::Adapter;
 use crate::adapter::config::Targets;
 use crate::adapter::lora::tensor_names;
 use crate::adapter::patterns::Patterns;
-use crate::adapter::target::alpha_at;
+use crate::adapter::target::{alpha_at, is_named};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{DecoderConfig, MoeConfig};
 
@@ -39,31 +45,53 @@ impl Kind {
     }
 }
 
+/// The modules of a packed adapter, beside those with the family's own names, and what they hold.
+const PACKED: [(&str, &[usize]); 4] =
+    [("gate_proj", &[0]), ("up_proj", &[1]), ("down_proj", &[2]), ("gate_up_proj", &[0, 1])];
+
+/// Rank and alpha of a projection, the same in all layers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Found {
+    projection: usize,
+    rank: usize,
+    alpha: f64,
+}
+
+/// A sparse layer.
+#[derive(Debug, Clone, Copy)]
+struct Place<'a> {
+    layer: usize,
+    moe: &'a MoeConfig,
+    hidden: usize,
+}
+
 impl Adapter {
     /// The adapter with a pair of tensors for each expert of `model`, and routers by their names there, whatever its file has.
     pub fn for_model(mut self, model: &DecoderConfig) -> Result<Self> {
-        let mut found: Vec<(Kind, usize, f64)> = Vec::new();
+        let mut found = Vec::new();
         for (layer, moe) in model.sparse_layers() {
             let theirs =
                 moe.names.router_in_transformers().map(|name| format!("model.layers.{layer}.{name}"));
             if let Some(router) = theirs.and_then(|name| self.routers.remove(&name)) {
                 self.routers.insert(format!("{}.weight", moe.router_path(layer)), router);
             }
+            let place = Place { layer, moe, hidden: model.hidden_size };
             let own = format!("model.layers.{layer}.{}", moe.names.experts);
             // Transformers 5 calls all of them alike.
             for path in [own, format!("model.layers.{layer}.mlp.experts")] {
                 for (kind, module) in self.modules(&path)? {
-                    let (rank, alpha) = self.take_apart(layer, moe, kind, &module, &path).at(&self.source)?;
-                    match found.iter().find(|(other, ..)| *other == kind) {
-                        None => found.push((kind, rank, alpha)),
-                        Some((_, r, a)) if (*r, *a) == (rank, alpha) => {}
-                        Some((_, r, a)) => {
-                            return Err(Error::invalid(format!(
-                                "`{}` has rank {rank} and alpha {alpha} in layer {layer}, and {r} and {a} below",
-                                kind.parameter()
-                            )))
-                            .at(&self.source);
-                        }
+                    let alpha = alpha_at(&self.config, &format!("{path}.{}", kind.parameter()))?;
+                    let rank = self.take_apart(place, kind, &module).at(&self.source)?;
+                    self.note(&mut found, layer, kind.projections(), rank, alpha)?;
+                }
+                let names =
+                    moe.names.projections.iter().zip([&[0][..], &[1], &[2]]).map(|(name, p)| (*name, p));
+                for (name, projections) in names.chain(PACKED) {
+                    let module = format!("{path}.{name}");
+                    if self.tensors.contains_key(&tensor_names(&module).a) {
+                        let alpha = alpha_at(&self.config, &module)?;
+                        let rank = self.unpack(place, projections, &module).at(&self.source)?;
+                        self.note(&mut found, layer, projections, rank, alpha)?;
                     }
                 }
             }
@@ -73,6 +101,33 @@ impl Adapter {
         };
         self.target(moe, &found)?;
         Ok(self)
+    }
+
+    /// Adds what was found on some projections; refuses other ranks or alphas than layers below have.
+    fn note(
+        &self,
+        found: &mut Vec<Found>,
+        layer: usize,
+        projections: &[usize],
+        rank: usize,
+        alpha: f64,
+    ) -> Result<()> {
+        for projection in projections.iter().copied() {
+            let new = Found { projection, rank, alpha };
+            match found.iter().find(|other| other.projection == projection) {
+                None => found.push(new),
+                Some(old) if *old == new => {}
+                Some(old) => {
+                    let name = PACKED[projection].0;
+                    return Err(Error::invalid(format!(
+                        "`{name}` of experts has rank {rank} and alpha {alpha} in layer {layer}, and {} and {} below",
+                        old.rank, old.alpha
+                    )))
+                    .at(&self.source);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The fused modules of a layer, and what each holds.
@@ -101,51 +156,113 @@ impl Adapter {
         }
     }
 
-    /// Puts the tensors of each expert in place of the fused ones; gives their rank and alpha.
-    fn take_apart(
-        &mut self,
-        layer: usize,
-        moe: &MoeConfig,
-        kind: Kind,
-        module: &str,
-        path: &str,
-    ) -> Result<(usize, f64)> {
+    fn take_pair(&mut self, module: &str) -> Result<(Tensor, Tensor)> {
         let names = tensor_names(module);
         let missing = || Error::invalid("is missing");
         let a = self.tensors.remove(&names.a).ok_or_else(missing).in_tensor(&names.a)?;
         let b = self.tensors.remove(&names.b).ok_or_else(missing).in_tensor(&names.b)?;
-        let (rows, columns) = (a.dim(0)?, b.dim(1)?);
-        let rank = rows / moe.experts;
-        let outputs = b.dim(0)?;
-        let projections = kind.projections();
-        if rows != columns || rank * moe.experts != rows || outputs % projections.len() != 0 {
-            return Err(Error::invalid(format!(
-                "has shape {:?} and its B {:?}, which is no adapter on {} experts",
+        Ok((a, b))
+    }
+
+    /// Puts the tensors of each expert in place of those on a parameter; gives their rank.
+    fn take_apart(&mut self, place: Place<'_>, kind: Kind, module: &str) -> Result<usize> {
+        let name = tensor_names(module).a;
+        let (a, b) = self.take_pair(module)?;
+        let experts = place.moe.experts;
+        let unfit = || {
+            Error::invalid(format!(
+                "has shape {:?} and its B {:?}, which is no adapter on {experts} experts",
                 a.dims(),
-                b.dims(),
-                moe.experts
+                b.dims()
+            ))
+        };
+        let ([rows, inner], [outer, columns]) = (a.dims(), b.dims()) else {
+            return Err(unfit()).in_tensor(&name);
+        };
+        let rank = rows / experts;
+        if rows != columns || rank * experts != *rows {
+            return Err(unfit()).in_tensor(&name);
+        }
+        let (inputs, outputs) = match kind {
+            Kind::GateUp => (place.hidden, 2 * place.moe.width),
+            Kind::Down => (place.moe.width, place.hidden),
+        };
+        let swapped = match ((*inner, *outer) == (inputs, outputs), (*inner, *outer) == (outputs, inputs)) {
+            (true, false) => false,
+            (false, true) => true,
+            (true, true) => self.is_swapped(kind).in_tensor(&name)?,
+            (false, false) => return Err(unfit()).in_tensor(&name),
+        };
+        let all_a = a.reshape((experts, rank, *inner))?;
+        let all_b = b.reshape((*outer, rank, experts))?;
+        for expert in 0..experts {
+            let (a, b) = (all_a.get(expert)?, all_b.narrow(2, expert, 1)?.squeeze(2)?);
+            let (a, b) = if swapped { (b.t()?, a.t()?) } else { (a, b) };
+            self.put(place, expert, kind.projections(), &a, &b)?;
+        }
+        Ok(rank)
+    }
+
+    /// Whether `A` goes with outputs, where shapes do not tell: as PEFT did before 0.19.1.
+    fn is_swapped(&self, kind: Kind) -> Result<bool> {
+        let version = self.peft_version.as_deref().and_then(|version| {
+            let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
+            Some((numbers.next()??, numbers.next()??, numbers.next().flatten().unwrap_or(0)))
+        });
+        match version {
+            Some(version) => Ok(version < (0, 19, 1)),
+            None => Err(Error::invalid(format!(
+                "`{}` has as many outputs as inputs, and no `peft_version` says which of them A goes with",
+                kind.parameter()
+            ))
+            .with_hint(
+                "PEFT writes its version into `adapter_config.json`: save the adapter with PEFT again",
+            )),
+        }
+    }
+
+    /// Puts the tensors of each expert in place of packed ones; gives their rank.
+    fn unpack(&mut self, place: Place<'_>, projections: &[usize], module: &str) -> Result<usize> {
+        let name = tensor_names(module).a;
+        let (a, b) = self.take_pair(module)?;
+        let (experts, down) = (place.moe.experts, projections == [2]);
+        let width = place.moe.width * projections.len();
+        let (inputs, outputs) = if down { (width, place.hidden) } else { (place.hidden, width) };
+        let rank = a.dims().get(1).copied().unwrap_or(0);
+        if a.dims() != [experts, rank, inputs] || b.dims() != [experts, outputs, rank] {
+            return Err(Error::invalid(format!(
+                "has shape {:?} and its B {:?}, expected [{experts}, rank, {inputs}] and [{experts}, {outputs}, rank]",
+                a.dims(),
+                b.dims()
             )))
-            .in_tensor(&names.a);
+            .in_tensor(&name);
         }
-        let all_a = a.reshape((moe.experts, rank, a.dim(1)?))?;
-        let all_b = b.reshape((outputs, rank, moe.experts))?;
-        let share = outputs / projections.len();
-        for expert in 0..moe.experts {
-            let a = all_a.get(expert)?.contiguous()?;
-            let b = all_b.narrow(2, expert, 1)?.squeeze(2)?;
-            for (i, projection) in projections.iter().enumerate() {
-                let own = tensor_names(&moe.expert_path(layer, expert, *projection));
-                let part: Tensor = b.narrow(0, i * share, share)?.contiguous()?;
-                self.tensors.insert(own.a, a.copy()?);
-                self.tensors.insert(own.b, part);
-            }
+        for expert in 0..experts {
+            self.put(place, expert, projections, &a.get(expert)?, &b.get(expert)?)?;
         }
-        let alpha = alpha_at(&self.config, &format!("{path}.{}", kind.parameter()))?;
-        Ok((rank, alpha))
+        Ok(rank)
+    }
+
+    /// Gives projections of an expert an `A` in common and their parts of `B`.
+    fn put(
+        &mut self,
+        place: Place<'_>,
+        expert: usize,
+        projections: &[usize],
+        a: &Tensor,
+        b: &Tensor,
+    ) -> Result<()> {
+        let share = b.dim(0)? / projections.len();
+        for (i, projection) in projections.iter().enumerate() {
+            let names = tensor_names(&place.moe.expert_path(place.layer, expert, *projection));
+            self.tensors.insert(names.a, a.contiguous()?.copy()?);
+            self.tensors.insert(names.b, b.narrow(0, i * share, share)?.contiguous()?.copy()?);
+        }
+        Ok(())
     }
 
     /// Says of the configuration what it is for each expert.
-    fn target(&mut self, moe: &MoeConfig, found: &[(Kind, usize, f64)]) -> Result<()> {
+    fn target(&mut self, moe: &MoeConfig, found: &[Found]) -> Result<()> {
         let Targets::Names(names) = &self.config.targets else {
             return Err(Error::invalid(
                 "`target_modules` is a pattern beside `target_parameters`; expected a list of names",
@@ -153,19 +270,28 @@ impl Adapter {
             .at(&self.source);
         };
         let (mut own, mut ranks, mut alphas) = (Vec::new(), Vec::new(), Vec::new());
-        for (kind, rank, alpha) in found {
-            for projection in kind.projections() {
-                let name = moe.names.projections[*projection];
-                own.push(name);
-                // Not the name alone, which dense and shared networks have too.
-                let pattern = format!(r"experts\.\d+\.{name}");
-                ranks.push((pattern.clone(), *rank));
-                alphas.push((pattern, *alpha));
-            }
+        for Found { projection, rank, alpha } in found {
+            let name = moe.names.projections[*projection];
+            own.push(name);
+            // Not the name alone, which dense and shared networks have too.
+            let pattern = format!(r"experts\.\d+\.{name}");
+            ranks.push((pattern.clone(), *rank));
+            alphas.push((pattern, *alpha));
         }
         // PEFT asks for `experts.gate_proj` when it looks for the parameter.
         let experts = format!(r".*\.experts\.(?:\d+\.)?(?:{})", own.join("|"));
-        let names: Vec<String> = names.iter().map(|name| name.replace('.', r"\.")).collect();
+        // Packed experts are targeted by the names that dense and shared networks have too; where these have no tensors, the
+        // names are not theirs.
+        let is_elsewhere = |name: &&String| {
+            let has = |tensor: &str| {
+                tensor
+                    .split_once(".lora_")
+                    .is_some_and(|(path, _)| is_named(path, name) && !path.contains(".experts."))
+            };
+            !own.contains(&name.as_str()) || self.tensors.keys().any(|tensor| has(tensor))
+        };
+        let names: Vec<String> =
+            names.iter().filter(is_elsewhere).map(|name| name.replace('.', r"\.")).collect();
         let pattern = match names.is_empty() {
             true => experts,
             false => format!(r"(?:.*\.)?(?:{})|{experts}", names.join("|")),

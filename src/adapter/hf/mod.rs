@@ -53,6 +53,8 @@ pub struct Adapter {
     pub copies: BTreeMap<String, Tensor>,
     /// What PEFT has as parameters, not as modules: see [`Adapter::for_model`].
     pub parameters: Vec<String>,
+    /// The version of PEFT that wrote it, where it says so.
+    pub peft_version: Option<String>,
     /// Trained weights of routers, in f32 by name.
     pub routers: BTreeMap<String, Tensor>,
     /// What its trainer noted in the tensors' file.
@@ -83,6 +85,7 @@ impl Adapter {
             tensors,
             copies,
             parameters: read.parameters,
+            peft_version: read.peft_version,
             routers,
             metadata,
             warnings: read.warnings,

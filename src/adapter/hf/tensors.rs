@@ -138,6 +138,13 @@ fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
     let name = stored.strip_prefix(PREFIX).unwrap_or(stored);
     let name = if name.starts_with("model.model.") { &name["model.".len()..] } else { name };
     let name = name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.");
+    // Packed tensors of all experts are parameters, not modules.
+    let name = match name.rsplit_once('.') {
+        Some((path, last @ ("lora_A" | "lora_B"))) if path.contains(".experts.") => {
+            format!("{path}.{last}.weight")
+        }
+        _ => name,
+    };
     if SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) {
         return Ok(name);
     }
@@ -152,7 +159,7 @@ fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
     } else if name.contains("trainable_tokens_delta") {
         "a set of trained embedding rows, which is not supported"
     } else if name.ends_with(".lora_A") || name.ends_with(".lora_B") {
-        "a packed adapter of experts, which is not supported"
+        "a packed adapter, which is read of experts only"
     } else if name.contains(".lora_") {
         "of a variant of LoRA that is not supported"
     } else {
