@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use peft::adapter::{attach, hf};
+use peft::adapter::{Exclude, attach, hf};
 use peft::model::config::{Overflow, RoutingVariant};
 use peft::model::{Decoder, Pretrained, Recompute, RouterLosses};
 use peft::train::{StepGradients, balanced_step_gradients};
@@ -360,4 +360,42 @@ fn adapters_that_could_be_read_in_two_ways_are_refused() {
     assert!(difference(&a("0.19.1"), &a("0.19.0")) > 0.1);
     let text = read(Value::Null).unwrap_err();
     insta::assert_snapshot!(text.to_string().replace(folder.to_str().unwrap(), "adapter"), @"adapter: tensor `model.layers.1.mlp.experts.lora_A.weight`: `gate_up_proj` has as many outputs as inputs, and no `peft_version` says which of them A goes with");
+}
+
+/// PEFT translates no adapter on single experts of Granite: what it is to load is written on all of them together.
+#[test]
+fn adapters_of_granite_are_written_as_peft_holds_them() {
+    for (family, left_out) in
+        [("granitemoe", None), ("granitemoeshared", None), ("granitemoeshared", Some("experts.1."))]
+    {
+        let fixture = Fixture::open(family);
+        let mut adapter = hf::Adapter::read(&fixture.folder.join("adapter"), &Device::Cpu).unwrap();
+        let base = fixture.pretrained();
+        if let Some(part) = left_out {
+            adapter.tensors.retain(|name, _| !name.contains(part));
+            adapter.config.exclude = Exclude::Pattern(r".*\.experts\.1\..*".to_string());
+        }
+        let with = |adapter: &hf::Adapter| {
+            let mut model = fixture.model();
+            let placements = adapter.placements(model.config()).unwrap().placements;
+            attach(model.linears_mut(), &placements, &adapter.tensors, 0.0, 0).unwrap();
+            logits(&model, &fixture.batch())
+        };
+        let placements = adapter.placements(base.config()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let tensors = adapter.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        let provenance = hf::Provenance::default();
+        hf::write_for_peft(folder.path(), &adapter.config, &placements, tensors, &provenance).unwrap();
+        let config: Value =
+            serde_json::from_slice(&fs::read(folder.path().join("adapter_config.json")).unwrap()).unwrap();
+        let parameters = config["target_parameters"].as_array().unwrap();
+        assert!(
+            parameters.contains(&json!("model.layers.0.block_sparse_moe.experts.gate_up_proj")),
+            "{config}"
+        );
+        let again = hf::Adapter::read(folder.path(), &Device::Cpu).unwrap().for_model(base.config()).unwrap();
+        assert!(again.tensors.keys().all(|name| !name.contains("linear.lora")));
+        let far = difference(&with(&again), &with(&adapter));
+        assert!(far <= 1e-5, "{family} {left_out:?}: {far}");
+    }
 }

@@ -54,6 +54,8 @@ pub struct Placements {
     pub without: Vec<String>,
     /// What PEFT makes of adapters on the model's experts; none of a dense model.
     pub in_peft: Option<InPeft>,
+    /// Experts of a layer; 0 of a dense model.
+    pub experts: usize,
     /// The ends of the name of a router's weight: ours, and that of transformers 5 where it is another.
     pub router: Option<(String, &'static str)>,
 }
@@ -141,11 +143,12 @@ pub(super) fn place(config: &LoraConfig, model: &DecoderConfig) -> Result<Placem
             without.push(linear.path);
         }
     }
-    let names = model.sparse_layers().next().map(|(_, moe)| moe.names);
+    let first = model.sparse_layers().next().map(|(_, moe)| moe);
+    let (names, experts) = (first.map(|moe| moe.names), first.map_or(0, |moe| moe.experts));
     let in_peft = names.map(|names| names.in_peft);
     let router =
         names.and_then(|names| Some((format!("{}.weight", names.router), names.router_in_transformers()?)));
-    Ok(Placements { placements, counts, without, in_peft, router })
+    Ok(Placements { placements, counts, without, in_peft, experts, router })
 }
 
 /// The settings with every pattern compiled.

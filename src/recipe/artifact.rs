@@ -56,6 +56,13 @@ impl Artifact for AdapterFiles<'_> {
         self.base.write_companions(folder)
     }
 
+    fn write_result(&self, folder: &Path) -> Result<()> {
+        let tensors = self.trainables.iter().map(|(name, variable)| (&**name, variable.as_tensor()));
+        let PlacedAdapter { config, placements, .. } = self.adapter;
+        hf::write_for_peft(folder, config, placements, tensors, &self.provenance)?;
+        self.base.write_companions(folder)
+    }
+
     fn restore(&self, folder: &Path) -> Result<()> {
         let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?.for_model(self.base.config())?;
         set_all(&self.trainables, saved.tensors.into_iter().chain(saved.routers).collect()).at(folder)
@@ -144,6 +151,6 @@ pub(super) const RESULT: &str = "result";
 /// Writes the result of a run beside what the run directory holds already: each file whole, or not at all.
 pub(super) fn publish(artifact: &dyn Artifact, output: &Path) -> Result<()> {
     let staged = Staged::replacing(output.join(RESULT))?;
-    artifact.write(staged.path())?;
+    artifact.write_result(staged.path())?;
     staged.commit_files()
 }

@@ -18,6 +18,10 @@ use crate::weights::{Staged, remove_folder};
 pub trait Artifact {
     /// Writes it into an existing folder.
     fn write(&self, folder: &Path) -> Result<()>;
+    /// Writes it as others load it, which may be a layout that training does not go on from.
+    fn write_result(&self, folder: &Path) -> Result<()> {
+        self.write(folder)
+    }
     /// Takes the values that [`Artifact::write`] wrote.
     fn restore(&self, folder: &Path) -> Result<()>;
     /// Whether the written values are the trained ones to the bit; otherwise the optimizer's state holds those.

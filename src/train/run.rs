@@ -248,7 +248,7 @@ fn evaluation(
         // The model before the first step is what the user has already.
         if state.step > 0 {
             checkpoint::replace_folder(&job.output.join(checkpoint::BEST), |folder| {
-                job.artifact.write(folder)
+                job.artifact.write_result(folder)
             })?;
         }
         state.best = Some(Best { step: state.step, eval_loss: checkpoint::restorable(eval_loss) });

@@ -20,7 +20,7 @@ use crate::adapter::lora::tensor_names;
 use crate::adapter::patterns::Patterns;
 use crate::adapter::target::{alpha_at, is_named};
 use crate::error::{Context, Error, Result};
-use crate::model::config::{DecoderConfig, MoeConfig};
+use crate::model::config::{Bundle, DecoderConfig, MoeConfig};
 
 /// The kinds of projections that a parameter holds: gate and up, or down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +52,7 @@ const PACKED: [(&str, &[usize]); 4] =
 /// Rank and alpha of a projection, the same in all layers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Found {
+    /// Of experts 0 to 2, of the shared one 3 to 5.
     projection: usize,
     rank: usize,
     alpha: f64,
@@ -68,7 +69,7 @@ struct Place<'a> {
 impl Adapter {
     /// The adapter with a pair of tensors for each expert of `model`, and routers by their names there, whatever its file has.
     pub fn for_model(mut self, model: &DecoderConfig) -> Result<Self> {
-        let mut found = Vec::new();
+        let (mut found, mut joined) = (Vec::new(), Vec::new());
         for (layer, moe) in model.sparse_layers() {
             let theirs =
                 moe.names.router_in_transformers().map(|name| format!("model.layers.{layer}.{name}"));
@@ -96,10 +97,34 @@ impl Adapter {
                 }
             }
         }
+        for (layer, moe) in model.sparse_layers() {
+            for (name, bundle) in moe.names.packed {
+                let projections: &[usize] = match bundle {
+                    Bundle::SharedGateUp => &[0, 1],
+                    Bundle::SharedDown => &[2],
+                    _ => continue,
+                };
+                let module = format!("model.layers.{layer}.{}", name.trim_end_matches(".weight"));
+                if !self.tensors.contains_key(&tensor_names(&module).a) {
+                    continue;
+                }
+                let (a, b) = self.take_pair(&module).at(&self.source)?;
+                let (rank, share) = (a.dim(0)?, b.dim(0)? / projections.len());
+                for (i, projection) in projections.iter().enumerate() {
+                    let names = tensor_names(&moe.shared_path(layer, *projection));
+                    self.tensors.insert(names.a, a.copy()?);
+                    self.tensors.insert(names.b, b.narrow(0, i * share, share)?.contiguous()?);
+                }
+                let alpha = alpha_at(&self.config, &module)?;
+                let shared: Vec<usize> = projections.iter().map(|projection| projection + 3).collect();
+                self.note(&mut found, layer, &shared, rank, alpha)?;
+                joined.push(module);
+            }
+        }
         let Some((_, moe)) = model.sparse_layers().next().filter(|_| !found.is_empty()) else {
             return Ok(self);
         };
-        self.target(moe, &found)?;
+        self.target(moe, &found, &joined)?;
         Ok(self)
     }
 
@@ -118,7 +143,7 @@ impl Adapter {
                 None => found.push(new),
                 Some(old) if *old == new => {}
                 Some(old) => {
-                    let name = PACKED[projection].0;
+                    let name = PACKED[projection % 3].0;
                     return Err(Error::invalid(format!(
                         "`{name}` of experts has rank {rank} and alpha {alpha} in layer {layer}, and {} and {} below",
                         old.rank, old.alpha
@@ -262,24 +287,34 @@ impl Adapter {
     }
 
     /// Says of the configuration what it is for each expert.
-    fn target(&mut self, moe: &MoeConfig, found: &[Found]) -> Result<()> {
+    fn target(&mut self, moe: &MoeConfig, found: &[Found], joined: &[String]) -> Result<()> {
         let Targets::Names(names) = &self.config.targets else {
             return Err(Error::invalid(
                 "`target_modules` is a pattern beside `target_parameters`; expected a list of names",
             ))
             .at(&self.source);
         };
-        let (mut own, mut ranks, mut alphas) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut own, mut experts, mut ranks, mut alphas) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for Found { projection, rank, alpha } in found {
-            let name = moe.names.projections[*projection];
-            own.push(name);
-            // Not the name alone, which dense and shared networks have too.
-            let pattern = format!(r"experts\.\d+\.{name}");
+            // Not the name alone, which other networks have too.
+            let (expert, pattern) = match projection {
+                0..3 => {
+                    let name = moe.names.projections[*projection];
+                    own.push(name);
+                    // PEFT asks for `experts.gate_proj` when it looks for the parameter.
+                    (format!(r"experts\.(?:\d+\.)?{name}"), format!(r"experts\.\d+\.{name}"))
+                }
+                _ => {
+                    let path =
+                        format!(r"{}\.{}", moe.names.shared.replace('.', r"\."), PACKED[projection - 3].0);
+                    (path.clone(), path)
+                }
+            };
+            experts.push(expert);
             ranks.push((pattern.clone(), *rank));
             alphas.push((pattern, *alpha));
         }
-        // PEFT asks for `experts.gate_proj` when it looks for the parameter.
-        let experts = format!(r".*\.experts\.(?:\d+\.)?(?:{})", own.join("|"));
+        let experts = format!(r".*\.(?:{})", experts.join("|"));
         // Packed experts are targeted by the names that dense and shared networks have too; where these have no tensors, the
         // names are not theirs.
         let is_elsewhere = |name: &&String| {
@@ -290,8 +325,9 @@ impl Adapter {
             };
             !own.contains(&name.as_str()) || self.tensors.keys().any(|tensor| has(tensor))
         };
-        let names: Vec<String> =
-            names.iter().filter(is_elsewhere).map(|name| name.replace('.', r"\.")).collect();
+        let is_joined = |name: &str| joined.iter().any(|module| is_named(module, name));
+        let names = names.iter().filter(|name| !is_joined(name)).filter(is_elsewhere);
+        let names: Vec<String> = names.map(|name| name.replace('.', r"\.")).collect();
         let pattern = match names.is_empty() {
             true => experts,
             false => format!(r"(?:.*\.)?(?:{})|{experts}", names.join("|")),

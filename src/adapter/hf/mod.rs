@@ -9,10 +9,10 @@ mod config;
 mod experts;
 mod fields;
 mod fused;
+mod joined;
 mod tensors;
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -213,22 +213,55 @@ pub fn write<'t>(
     tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     provenance: &Provenance,
 ) -> Result<()> {
-    let renamed = |name: &'t str| -> Cow<'t, str> {
-        match &placements.router {
-            Some((own, theirs)) => match name.strip_suffix(own.as_str()) {
-                Some(before) => Cow::Owned(format!("{before}{theirs}")),
-                None => Cow::Borrowed(name),
-            },
-            None => Cow::Borrowed(name),
+    let tensors: BTreeMap<String, Tensor> =
+        tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor.clone())).collect();
+    let parameters = experts::target_parameters(placements);
+    write_as(folder, config, placements, (&parameters, &tensors), provenance)
+}
+
+/// As [`write`], for PEFT where that reads another layout: an adapter whose experts it holds together. What is read again
+/// computes the same, in tensors of other shapes.
+pub fn write_for_peft<'t>(
+    folder: &Path,
+    config: &LoraConfig,
+    placements: &Placements,
+    tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
+    provenance: &Provenance,
+) -> Result<()> {
+    let tensors: BTreeMap<String, Tensor> =
+        tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor.clone())).collect();
+    match joined::join(config, placements, &tensors)? {
+        None => {
+            let parameters = experts::target_parameters(placements);
+            write_as(folder, config, placements, (&parameters, &tensors), provenance)
         }
+        Some(joined::Joined { config, placements, parameters, tensors }) => {
+            write_as(folder, &config, &placements, (&parameters, &tensors), provenance)
+        }
+    }
+}
+
+fn write_as(
+    folder: &Path,
+    config: &LoraConfig,
+    placements: &Placements,
+    (parameters, tensors): (&BTreeSet<String>, &BTreeMap<String, Tensor>),
+    provenance: &Provenance,
+) -> Result<()> {
+    let renamed = |name: &str| match &placements.router {
+        Some((own, theirs)) => match name.strip_suffix(own.as_str()) {
+            Some(before) => format!("{before}{theirs}"),
+            None => name.to_string(),
+        },
+        None => name.to_string(),
     };
-    let tensors: Vec<(Cow<'t, str>, &Tensor)> =
-        tensors.into_iter().map(|(name, tensor)| (renamed(name), tensor)).collect();
-    let routers = tensors.iter().map(|(name, _)| &**name).filter(|name| !name.contains(".lora_"));
-    let routers: Vec<&str> = routers.collect();
-    let named = tensors.iter().map(|(name, tensor)| (&**name, *tensor));
+    let tensors: Vec<(String, &Tensor)> =
+        tensors.iter().map(|(name, tensor)| (renamed(name), tensor)).collect();
+    let names = tensors.iter().map(|(name, _)| name.as_str());
+    let routers: Vec<&str> = names.filter(|name| !name.contains(".lora_")).collect();
+    let named = tensors.iter().map(|(name, tensor)| (name.as_str(), *tensor));
     tensors::write(&folder.join(TENSORS_FILE), named, &provenance.metadata)?;
-    let text = config::to_json(config, placements, &routers, provenance)?;
+    let text = config::to_json(config, placements, parameters, &routers, provenance)?;
     write_atomic(folder.join(CONFIG_FILE), text.as_bytes())?;
     write_atomic(folder.join(CARD_FILE), card::text(config, placements, provenance).as_bytes())
 }

@@ -120,7 +120,7 @@ pub enum InPeft {
     Translated,
     /// It translates tensors only: experts have to be targeted as parameters.
     TensorsTranslated,
-    /// It does not.
+    /// It does not: what it is to read is written as it holds it.
     Unknown,
 }
 
