@@ -41,3 +41,5 @@ mod refusals;
 mod resume;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.
 mod weights;
+/// Slices are the dense model when all are on, copies whenever; what is written is seeded, whole, and of the bits it came from.
+mod upcycle;

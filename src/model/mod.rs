@@ -20,6 +20,7 @@ mod pretrained;
 mod rotary;
 mod router;
 mod router_loss;
+mod walk;
 
 pub use cache::Cache;
 pub use config::DecoderConfig;
@@ -28,4 +29,5 @@ pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use pretrained::Pretrained;
 pub use router::{Routing, Rule};
+pub use walk::Stream;
 pub use router_loss::{RouterLosses, Spread, Tally, Terms, balanced};
