@@ -21,7 +21,8 @@ calibration = { data = [{ path = "text.jsonl" }], tokens = 512, held_out = 128 }
 fn place() -> Place {
     let place = Place::new();
     let record = |n: usize| {
-        let words: Vec<String> = (0..24).map(|w| format!("kite {} box {}", (n * 7 + w * w) % 23, (w * n) % 11)).collect();
+        let words: Vec<String> =
+            (0..24).map(|w| format!("kite {} box {}", (n * 7 + w * w) % 23, (w * n) % 11)).collect();
         format!("{{\"text\": \"{}\"}}\n", words.join(" "))
     };
     fs::write(place.path("text.jsonl"), (0..24).map(record).collect::<String>()).unwrap();
@@ -150,7 +151,8 @@ fn a_pruned_model_is_smaller_and_of_the_same_family() {
     let place = place();
     place.run(&["upcycle", "upcycle.toml", "--set", "upcycle.method=prune", "--set", "upcycle.refit=local"]);
     let folder = place.path("mixture");
-    let config: Value = serde_json::from_str(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
+    let config: Value =
+        serde_json::from_str(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
     assert_eq!((&config["model_type"], &config["intermediate_size"]), (&"llama".into(), &256.into()));
     Pretrained::open(folder.to_str().unwrap()).unwrap().check().unwrap();
 }

@@ -52,7 +52,8 @@ impl Decoder {
         let pass = Pass::inference(&stream.documents);
         let (normalised, _) = block.input_norm.forward(&stream.x)?;
         let (mixed, _) = block.attention.forward(&normalised, &stream.angles, &pass, None)?;
-        let (x, normalised, _) = block.post_norm.forward_of_sum(&stream.x, &scaled(mixed, block.residual)?)?;
+        let (x, normalised, _) =
+            block.post_norm.forward_of_sum(&stream.x, &scaled(mixed, block.residual)?)?;
         stream.x = x;
         Ok(normalised)
     }

@@ -32,6 +32,7 @@ mod artifact;
 mod bounds;
 mod check;
 mod choice;
+mod conversion;
 mod describe;
 mod document;
 pub mod figures;
@@ -57,7 +58,8 @@ pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };
 pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
-pub use upcycle::{UpcycleCheck, UpcyclePlan, UpcycleRecipe, check_upcycle, upcycle};
+pub use conversion::{UpcycleCheck, check_upcycle, upcycle};
+pub use upcycle::{UpcyclePlan, UpcycleRecipe};
 
 use mixture::{Distill, Losses, Routing};
 pub use mixture::{ExpertChoice, MixturePlan, RouterTraining};

@@ -74,14 +74,7 @@ impl<'a> Rivals<'a> {
         let streams = windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents()));
         let dense: Vec<Stream> = streams.collect::<Result<_>>()?;
         let of = || dense.clone();
-        Ok(Self {
-            windows,
-            pruned: of(),
-            pruned_refit: refit.then(of),
-            mixture: of(),
-            oracle: of(),
-            dense,
-        })
+        Ok(Self { windows, pruned: of(), pruned_refit: refit.then(of), mixture: of(), oracle: of(), dense })
     }
 
     /// A layer that stays dense for all.
@@ -120,8 +113,8 @@ impl<'a> Rivals<'a> {
             model.add_to_stream(layer, stream, &seen.y)?;
         }
         let through = |streams: &mut [Stream],
-                           down_of: &Tensor,
-                           mask: &dyn Fn(&Observed) -> Result<Vec<f32>>|
+                       down_of: &Tensor,
+                       mask: &dyn Fn(&Observed) -> Result<Vec<f32>>|
          -> Result<()> {
             for (stream, windows) in streams.iter_mut().zip(self.windows) {
                 let seen = observe(model, layer, network, down, stream, windows)?;

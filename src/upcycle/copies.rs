@@ -30,7 +30,12 @@ use crate::ops::{Documents, Pass};
 const ROUTER_DEVIATION: f32 = 0.02;
 
 /// Writes a mixture of copies.
-pub(super) fn copy(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>) -> Result<Report> {
+pub(super) fn copy(
+    job: &Job<'_>,
+    settings: &Settings,
+    folder: &Path,
+    watch: &mut Watch<'_>,
+) -> Result<Report> {
     let begun = std::time::Instant::now();
     let base = job.base;
     let (neurons, _) = dense_network(base.config())?;
@@ -61,7 +66,8 @@ pub(super) fn copy(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mu
             for group in 0..groups {
                 let own: Vec<usize> = (group * shape.width..(group + 1) * shape.width).collect();
                 for projection in 0..3 {
-                    let name = format!("{}.weight", moe.expert_path(layer, copy * groups + group, projection));
+                    let name =
+                        format!("{}.weight", moe.expert_path(layer, copy * groups + group, projection));
                     sink.write(&name, &source.slice(projection, &own, groups as f64)?)?;
                 }
             }
@@ -89,7 +95,7 @@ pub(super) fn copy(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mu
 }
 
 fn refuse_unfit(job: &Job<'_>, settings: &Settings, neurons: usize) -> Result<()> {
-    if settings.method == Method::VirtualGroups && neurons % settings.groups != 0 {
+    if settings.method == Method::VirtualGroups && !neurons.is_multiple_of(settings.groups) {
         return Err(Error::request(format!(
             "`upcycle.groups` is {}, which does not divide the {neurons} neurons of a network",
             settings.groups
@@ -135,7 +141,8 @@ fn routers(job: &Job<'_>, settings: &Settings, copies: usize, shape: &MixtureSha
                     job.prompts.len()
                 )));
             }
-            let batches: Vec<Vec<&Vec<u32>>> = job.prompts.iter().map(|prompts| prompts.iter().collect()).collect();
+            let batches: Vec<Vec<&Vec<u32>>> =
+                job.prompts.iter().map(|prompts| prompts.iter().collect()).collect();
             from_inputs(job, &batches, |means, _| Ok(normalised(means, hidden)))
         }
         RouterKind::HiddenKmeans => {
@@ -143,7 +150,9 @@ fn routers(job: &Job<'_>, settings: &Settings, copies: usize, shape: &MixtureSha
                 .calibration
                 .fitted
                 .iter()
-                .flat_map(|batch| batch.offsets.windows(2).map(|span| batch.tokens[span[0]..span[1]].to_vec()))
+                .flat_map(|batch| {
+                    batch.offsets.windows(2).map(|span| batch.tokens[span[0]..span[1]].to_vec())
+                })
                 .collect();
             if windows.is_empty() {
                 return Err(Error::request("`upcycle.router = \"hidden-kmeans\"` needs calibration text")
@@ -267,7 +276,8 @@ fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) 
     for active in [1, 2, 4].into_iter().filter(|active| *active <= experts) {
         let mut config = written.config().clone();
         config.reroute(Some(active * groups), Default::default())?;
-        let mixture = Decoder::load(&config, &Device::Cpu, |name| written.weight(name, DType::F32, &Device::Cpu))?;
+        let mixture =
+            Decoder::load(&config, &Device::Cpu, |name| written.weight(name, DType::F32, &Device::Cpu))?;
         let (difference, largest, loss) = verify::differences(&dense, &mixture, &windows)?;
         guarantees.push(Guarantee {
             what: format!("with {active} active it is the dense model"),

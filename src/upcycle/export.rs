@@ -48,8 +48,11 @@ impl<'a> Sink<'a> {
         if packs {
             for tensor in config.packed_tensors() {
                 let is_new = tensor.parts.iter().all(|(part, _)| !parts.contains_key(part));
-                if is_new && tensor.parts.len() > 1 || is_new && tensor.name.contains("output_linear") {
-                    tensor.parts.iter().for_each(|(part, _)| drop(parts.insert(part.clone(), tensor.name.clone())));
+                if is_new && (tensor.parts.len() > 1 || tensor.name.contains("output_linear")) {
+                    tensor
+                        .parts
+                        .iter()
+                        .for_each(|(part, _)| drop(parts.insert(part.clone(), tensor.name.clone())));
                     packed.insert(tensor.name.clone(), tensor);
                 }
             }
@@ -103,7 +106,9 @@ impl<'a> Sink<'a> {
             let tensor = match known.contains(from) {
                 true => self.base.read(from, self.stored, &Device::Cpu)?,
                 false if name.ends_with(".bias") => Tensor::zeros(shape, self.stored, &Device::Cpu)?,
-                false => return Err(Error::invalid("has no counterpart in the dense model")).in_tensor(&name),
+                false => {
+                    return Err(Error::invalid("has no counterpart in the dense model")).in_tensor(&name);
+                }
             };
             self.write(&name, &tensor)?;
         }
@@ -172,7 +177,13 @@ pub(super) fn is_of_mixture(config: &DecoderConfig, name: &str) -> bool {
     })
 }
 
-fn write_router(sink: &mut Sink<'_>, moe: &MoeConfig, layer: usize, slices: &Slices, power: i32) -> Result<()> {
+fn write_router(
+    sink: &mut Sink<'_>,
+    moe: &MoeConfig,
+    layer: usize,
+    slices: &Slices,
+    power: i32,
+) -> Result<()> {
     let scale = 2f32.powi(power);
     let hidden = slices.router.weight.len() / slices.router.bias.len();
     let weight = slices.router.weight.iter().map(|value| value * scale).collect();
@@ -196,10 +207,14 @@ pub(super) struct Layer {
 
 impl Layer {
     /// From the dense model, with another down projection where there is one.
-    pub(super) fn read(base: &Pretrained, layer: usize, stored: DType, down: Option<&Tensor>) -> Result<Self> {
-        let read = |name: &str| {
-            base.read(&format!("model.layers.{layer}.mlp.{name}.weight"), stored, &Device::Cpu)
-        };
+    pub(super) fn read(
+        base: &Pretrained,
+        layer: usize,
+        stored: DType,
+        down: Option<&Tensor>,
+    ) -> Result<Self> {
+        let read =
+            |name: &str| base.read(&format!("model.layers.{layer}.mlp.{name}.weight"), stored, &Device::Cpu);
         let down = match down {
             Some(down) => down.to_dtype(stored)?,
             None => read("down_proj")?,
@@ -248,9 +263,12 @@ pub(super) fn write_pruned(
             sink.write(&name, &source.slice(projection, &kept, 1.0)?)?;
         }
     }
-    let pruned = |name: &str| split.kept.iter().enumerate().any(|(layer, kept)| {
-        kept.is_some() && name.starts_with(&format!("model.layers.{layer}.mlp."))
-    });
+    let pruned =
+        |name: &str| {
+            split.kept.iter().enumerate().any(|(layer, kept)| {
+                kept.is_some() && name.starts_with(&format!("model.layers.{layer}.mlp."))
+            })
+        };
     sink.finish(pruned)?;
     write_config(folder, &json, stored, Value::Null)
 }

@@ -100,7 +100,10 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
     for (name, text) in job.files {
         write_atomic(staged.path().join(name), text.as_bytes())?;
     }
-    write_atomic(staged.path().join(REPORT_FILE), (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;
+    write_atomic(
+        staged.path().join(REPORT_FILE),
+        (serde_json::to_string_pretty(&report)? + "\n").as_bytes(),
+    )?;
     write_atomic(staged.path().join(REPORT_TEXT), report.text().as_bytes())?;
     staged.commit().at(job.output)?;
     Ok(report)

@@ -8,7 +8,7 @@ use super::slices::top;
 use super::solve::{Linear, Regression, matrix, values};
 use super::statistics::Evidence;
 use crate::data::{generator, shuffle};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{matmul, matmul_f32};
 
 /// What neurons are shared out by.
@@ -42,7 +42,8 @@ pub(super) fn partition(kind: Partition, grounds: &Grounds<'_>) -> Result<Vec<us
         }
         Partition::Kmeans => kmeans(grounds, 20),
         Partition::Coactivation => coactivation(grounds),
-        Partition::Alternating | Partition::Gradient => alternating(grounds),
+        Partition::Alternating => alternating(grounds),
+        Partition::Gradient => Err(Error::request("`upcycle.partition = \"gradient\"` is not built yet")),
     }
 }
 
@@ -79,7 +80,8 @@ fn kmeans(grounds: &Grounds<'_>, rounds: usize) -> Result<Vec<usize>> {
 fn coactivation(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
     const TOKENS: usize = 8192;
 
-    let contributions = grounds.fitted.energy.narrow(0, 0, grounds.fitted.energy.dim(0)?.min(TOKENS))?.sqrt()?;
+    let contributions =
+        grounds.fitted.energy.narrow(0, 0, grounds.fitted.energy.dim(0)?.min(TOKENS))?.sqrt()?;
     let centred = contributions.broadcast_sub(&contributions.mean_keepdim(0)?)?;
     let scaled = centred.broadcast_div(&(centred.sqr()?.sum_keepdim(0)?.sqrt()? + 1e-12)?)?;
     let correlation = matmul(&scaled.t()?, &scaled)?; // [neurons, neurons]

@@ -40,7 +40,13 @@ impl Fit {
     }
 
     /// Adds tokens: `active [tokens, neurons]`, `missing [tokens, hidden]`. Those that are `judged` are not fitted to.
-    pub(super) fn add(&mut self, active: &Tensor, missing: &Tensor, weights: &[f32], judged: bool) -> Result<()> {
+    pub(super) fn add(
+        &mut self,
+        active: &Tensor,
+        missing: &Tensor,
+        weights: &[f32],
+        judged: bool,
+    ) -> Result<()> {
         let roots: Vec<f32> = weights.iter().map(|weight| weight.sqrt()).collect();
         let roots = matrix(roots, 1)?;
         let active = active.index_select(&self.free, 1)?.broadcast_mul(&roots)?;

@@ -140,7 +140,8 @@ impl Report {
         match self.guarantees.iter().find(|guarantee| guarantee.promised && !guarantee.holds) {
             None => Ok(()),
             Some(Guarantee { what, max_logit_difference, nll_difference, .. }) => {
-                let logits = max_logit_difference.map_or(String::new(), |d| format!("logits differ by up to {d:.2e}, "));
+                let logits = max_logit_difference
+                    .map_or(String::new(), |d| format!("logits differ by up to {d:.2e}, "));
                 Err(Error::invalid(format!(
                     "the written model does not keep its promise \"{what}\": {logits}the loss by {nll_difference:.2e}; nothing was kept"
                 ))
@@ -175,7 +176,12 @@ impl Report {
                 let _ = writeln!(
                     text,
                     "| {} | {:.4} | {:.3} | {:.3} | {:.2} | {least:.2}, {most:.2} | {} | {left} |",
-                    layer.layer, layer.relative_error, layer.recall, layer.hit_rate, layer.load_variation, layer.guarded
+                    layer.layer,
+                    layer.relative_error,
+                    layer.recall,
+                    layer.hit_rate,
+                    layer.load_variation,
+                    layer.guarded
                 );
             }
         }
@@ -212,8 +218,12 @@ impl Report {
                 (false, true) => "BROKEN",
                 (false, false) => "does not hold, and is not promised",
             };
-            let logits = guarantee.max_logit_difference.map_or(String::new(), |d| format!("logits within {d:.1e}, "));
-            lines.push(format!("{}: {state} ({logits}loss {:+.1e})", guarantee.what, guarantee.nll_difference));
+            let logits =
+                guarantee.max_logit_difference.map_or(String::new(), |d| format!("logits within {d:.1e}, "));
+            lines.push(format!(
+                "{}: {state} ({logits}loss {:+.1e})",
+                guarantee.what, guarantee.nll_difference
+            ));
         }
         if self.refit != Refit::None && matches!(self.method, Method::Split) {
             lines.push(

@@ -161,7 +161,7 @@ fn centre(linear: &mut Linear) {
 }
 
 /// Weights even enough: the deviation of the stored logits.
-const EVEN: f64 = 1.0 / 1024.0;
+const EVEN: f64 = 1.0 / 4096.0;
 
 /// The power of two that a router's weight is multiplied with when it is stored.
 ///

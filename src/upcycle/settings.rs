@@ -104,8 +104,9 @@ impl KeepDense {
     #[must_use]
     pub fn of(self, layers: usize) -> Vec<bool> {
         let end = layers.saturating_sub(self.last);
-        let converted =
-            |layer: usize| layer >= self.first && layer < end && (layer - self.first) % self.every == self.every - 1;
+        let converted = |layer: usize| {
+            layer >= self.first && layer < end && (layer - self.first) % self.every == self.every - 1
+        };
         (0..layers).map(|layer| !converted(layer)).collect()
     }
 }
@@ -212,12 +213,16 @@ pub fn dense_network(config: &DecoderConfig) -> Result<(usize, Activation)> {
     let mut found = None;
     for (index, layer) in config.layers.iter().enumerate() {
         let FeedForwardConfig::Dense { width, bias, activation } = layer.feed_forward else {
-            return Err(Error::request(format!("layer {index} of the model is a mixture of experts already"))
-                .with_hint("give a dense model"));
+            return Err(Error::request(format!(
+                "layer {index} of the model is a mixture of experts already"
+            ))
+            .with_hint("give a dense model"));
         };
         if bias {
-            return Err(Error::request("the feed-forward networks of the model have biases, which experts of the \
-                 families that can be written have not"));
+            return Err(Error::request(
+                "the feed-forward networks of the model have biases, which experts of the \
+                 families that can be written have not",
+            ));
         }
         if found.is_some_and(|found| found != (width, activation)) {
             return Err(Error::request(format!(

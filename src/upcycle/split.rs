@@ -64,8 +64,13 @@ pub(super) fn split(
         false => None,
     };
     let count = model.config().layers.len();
-    let mut split =
-        Split { layers: Vec::new(), exponents: Vec::new(), kept: Vec::new(), reports: Vec::new(), comparison: None };
+    let mut split = Split {
+        layers: Vec::new(),
+        exponents: Vec::new(),
+        kept: Vec::new(),
+        reports: Vec::new(),
+        comparison: None,
+    };
     for layer in 0..count {
         let network = network(model, layer)?;
         let down = plain_values(&network.down.weight)?;
@@ -114,7 +119,8 @@ pub(super) fn split(
         let mut left = None;
         if settings.refit != Refit::None {
             let goal = (settings.refit == Refit::Stream).then_some(dense.as_slice());
-            let walk = Walk { model, layer, network, down: &down, scores: &scores, goal, judged_from, stored };
+            let walk =
+                Walk { model, layer, network, down: &down, scores: &scores, goal, judged_from, stored };
             left = walk.refit(&mut slices, &mut mixture, &calibration.fitted)?;
         }
         if let Some(rivals) = &mut rivals {
@@ -189,8 +195,15 @@ impl Cut<'_> {
         let gates = self.gates(&rest)?;
         let seed = [settings.seed, layer as u64];
         let (experts, active, with_bias) = (shape.routed, shape.active, self.with_bias);
-        let grounds =
-            Grounds { fitted: &fitted, chosen_by: &chosen_by, gates: &gates, experts, active, with_bias, seed };
+        let grounds = Grounds {
+            fitted: &fitted,
+            chosen_by: &chosen_by,
+            gates: &gates,
+            experts,
+            active,
+            with_bias,
+            seed,
+        };
         let experts_of = partition(settings.partition, &grounds)?;
         let sight = Sight {
             evidence: &fitted,
@@ -272,7 +285,9 @@ impl Walk<'_> {
             fit.add(&active, &missing, &self.scores.weights(&seen.norms), index >= self.judged_from)?;
             actives.push(active);
         }
-        let fitted = fit.finish(self.down).map_err(|error| error.with_hint("`upcycle.refit = \"none\"` goes without"))?;
+        let fitted = fit
+            .finish(self.down)
+            .map_err(|error| error.with_hint("`upcycle.refit = \"none\"` goes without"))?;
         // What is written is what the layers above are fitted to.
         slices.down = fitted.down.to_dtype(self.stored)?.to_dtype(DType::F32)?;
         for (stream, active) in streams.iter_mut().zip(actives) {

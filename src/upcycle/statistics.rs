@@ -107,8 +107,11 @@ impl Moments {
     /// What neurons are ranked by, from the norms of the columns of `down`.
     pub(super) fn finish(self, columns: &[f32]) -> Scores {
         let tokens = self.norms.len().max(1) as f64;
-        let energy =
-            self.squares.iter().zip(columns).map(|(square, column)| square / tokens * f64::from(column * column));
+        let energy = self
+            .squares
+            .iter()
+            .zip(columns)
+            .map(|(square, column)| square / tokens * f64::from(column * column));
         let mut norms = self.norms;
         norms.sort_by(f32::total_cmp);
         let median = norms.get(norms.len() / 2).copied().unwrap_or(0.0);
@@ -141,7 +144,8 @@ impl Scores {
 
     /// The tokens of a batch that statistics are taken of.
     pub(super) fn plain_tokens(&self, observed: &Observed) -> Vec<u32> {
-        let plain = |token: &usize| !observed.first[*token] && observed.norms[*token] <= MASSIVE * self.median;
+        let plain =
+            |token: &usize| !observed.first[*token] && observed.norms[*token] <= MASSIVE * self.median;
         (0..observed.norms.len()).filter(plain).map(|token| token as u32).collect()
     }
 
@@ -186,7 +190,11 @@ impl Evidence {
             inputs.push(observed.x.index_select(&index, 0)?.to_dtype(DType::F32)?);
             energies.extend(energies_of(&observed.h, &tokens, columns, chosen)?);
         }
-        let x = if inputs.is_empty() { Tensor::zeros((0, 1), DType::F32, &candle_core::Device::Cpu)? } else { Tensor::cat(&inputs, 0)? };
+        let x = if inputs.is_empty() {
+            Tensor::zeros((0, 1), DType::F32, &candle_core::Device::Cpu)?
+        } else {
+            Tensor::cat(&inputs, 0)?
+        };
         Ok(Self { x, energy: matrix(energies, chosen.len())? })
     }
 }

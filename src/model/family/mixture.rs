@@ -104,7 +104,9 @@ impl MixtureFormat {
             return says("its attention has no biases, and the model's has");
         }
         if attention.qkv_bias && !attention.output_bias && self == Self::GraniteMoeShared {
-            return says("its attention has biases everywhere or nowhere, and the model's only in q, k and v");
+            return says(
+                "its attention has biases everywhere or nowhere, and the model's only in q, k and v",
+            );
         }
         match (attention.qk_norm, self) {
             (Some(QkNorm::PerHead), Self::Glm4Moe | Self::Qwen3Moe) => {}
@@ -138,8 +140,10 @@ impl MixtureFormat {
     pub fn layout(self, dense: &Value, config: &DecoderConfig, shape: &MixtureShape) -> Result<Layout> {
         if let Some(obstacle) = self.obstacle(config, shape) {
             let name = self.name();
-            return Err(Error::request(format!("a mixture of this model cannot be stored as `{name}`: {obstacle}"))
-                .with_hint("`upcycle.format = \"auto\"` takes a family that can hold it"));
+            return Err(Error::request(format!(
+                "a mixture of this model cannot be stored as `{name}`: {obstacle}"
+            ))
+            .with_hint("`upcycle.format = \"auto\"` takes a family that can hold it"));
         }
         let FeedForwardConfig::Dense { width, .. } = config.layers[0].feed_forward else {
             return Err(Error::request("the model is a mixture of experts already"));
