@@ -19,7 +19,7 @@ use crate::ops::{Parameter, Weight};
 /// What rounding of f32 sums in another order comes to, as a share of the largest logit.
 const ROUNDING: f64 = 1e-4;
 /// What even but not equal weights of experts may change of the loss.
-const EVEN: f64 = 1e-3;
+const EVEN: f64 = 5e-3;
 /// What choices between experts of equal scores may change of the loss.
 const TIES: f64 = 5e-2;
 /// Tokens whose logits are compared.
