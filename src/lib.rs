@@ -31,6 +31,7 @@
 //! adapter  configuration -> attach to the decoder -> trainables            │
 //!                            events -> reporter <── train <────────────────┘ ─> checkpoint, adapter
 //! merge    weights + adapter -> tensor by tensor -> weights
+//! upcycle  dense weights + calibration text -> experts and routers -> weights
 //! ```
 //!
 //! [`ops`] holds the arithmetic, each operation a forward and the backward that belongs to it; [`model`] composes them;
@@ -48,6 +49,7 @@ pub mod model;
 pub mod ops;
 pub mod recipe;
 pub mod train;
+pub mod upcycle;
 pub mod weights;
 
 pub use error::{Error, Result};

@@ -36,7 +36,7 @@ fn help() {
       finetune  Train an adapter, or all weights, as a recipe says
       check     Say everything about a recipe that can be known before training
       merge     Fold adapters into a model's weights
-      upcycle   Turn a dense model into a mixture of experts (not built yet)
+      upcycle   Turn a dense model into a mixture of experts, as a recipe says
       generate  Continue a prompt
       chat      Talk to a model
       eval      Measure a model on a data file
@@ -180,7 +180,7 @@ fn help_of_upcycle() {
     insta::assert_snapshot!(told(&["upcycle", "-h"]), @"
     exit 0
     ----- stdout
-    Turn a dense model into a mixture of experts (not built yet)
+    Turn a dense model into a mixture of experts, as a recipe says
 
     Usage: peft upcycle [OPTIONS] <RECIPE>
 
@@ -460,11 +460,12 @@ fn wrong_requests_exit_with_2_and_say_what_to_do() {
     error: `--set train.full=true`: `train.full = true` trains all weights, so there can be no `[adapter]`
     hint: leave one of them out
     ");
-    insta::assert_snapshot!(told(&["upcycle", "quickstart"]), @"
+    insta::assert_snapshot!(told(&["upcycle", "quickstart"]), @r#"
     exit 2
     ----- stderr
-    error: `peft upcycle` is not built in this version
-    ");
+    error: `quickstart` has `task = "finetune"`
+    hint: `peft finetune quickstart` runs it
+    "#);
     let top_p = ["generate", "--model", "m", "--prompt", "p", "--top-p", "1.5"];
     insta::assert_snapshot!(told(&top_p), @"
     exit 2

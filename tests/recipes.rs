@@ -9,13 +9,14 @@ use peft::model::config::{Overflow, RoutingKind};
 use peft::recipe::{
     AdapterPlan, Bytes, DataPlan, Document, DtypeChoice, Evaluation, ExpertChoice, Length, MemoryBudget,
     MixturePlan, ModelPlan, Plan, Recipe, RecomputeChoice, RouterTraining, Said, TrainPlan, Trained,
+    UpcyclePlan, UpcycleRecipe, Work,
 };
 use peft::train::Schedule;
 use proptest::prelude::*;
 use proptest::{collection, option};
 
 /// The recipes of the repository. A new one has to be counted here.
-const SHIPPED: usize = 4;
+const SHIPPED: usize = 5;
 
 const SHORTEST: &str = r#"
 task = "finetune"
@@ -204,10 +205,6 @@ fn keys_that_contradict_each_other_are_refused() {
 
 #[test]
 fn what_is_not_built_is_refused_and_what_is_off_is_not() {
-    insta::assert_snapshot!(refusal(&SHORTEST.replace("finetune", "upcycle")), @r#"
-    test.toml:2: `task = "upcycle"`: upcycling is not built yet
-    hint: this version runs recipes with `task = "finetune"`
-    "#);
     insta::assert_snapshot!(refusal_of("distill.teacher = \"big\""), @"
     test.toml:6: what `distill.teacher` asks for is not built yet
     hint: leave it out
@@ -277,11 +274,115 @@ fn every_shipped_recipe_is_planned() {
         let text = fs::read_to_string(&path).unwrap();
         let document = Document::parse(&path, &text).unwrap();
         let name = path.file_stem().unwrap().to_str().unwrap();
-        let plan = Plan::of(&Recipe::read(&document).unwrap(), name);
-        assert_eq!(plan.output, Path::new("runs").join(name), "{name} writes where its name says");
-        let command = format!("\n#   cargo run --release -- finetune recipes/{name}.toml\n");
+        let (output, folder, task) = match Work::of(&document, name).unwrap() {
+            Work::Finetune(plan) => (plan.output, "runs", "finetune"),
+            Work::Upcycle(plan) => (plan.output, "models", "upcycle"),
+        };
+        assert_eq!(output, Path::new(folder).join(name), "{name} writes where its name says");
+        let command = format!("\n#   cargo run --release -- {task} recipes/{name}.toml\n");
         assert!(text.contains(&command), "{name} does not say its command");
     }
+}
+
+/// The shortest recipe that makes a mixture.
+const UPCYCLE: &str = r#"
+task = "upcycle"
+model.source = "model"
+calibration.data = [{ path = "data.jsonl" }]
+"#;
+
+fn upcycle_plan(text: &str) -> Result<UpcyclePlan, Error> {
+    Ok(UpcyclePlan::of(&UpcycleRecipe::read(&Document::parse("test.toml", text)?)?, "test"))
+}
+
+fn upcycle_refusal(line: &str) -> String {
+    let error = upcycle_plan(&format!("{UPCYCLE}{line}")).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "a wrong recipe is a wrong request: {error}");
+    match error.hint() {
+        Some(hint) => format!("{error}\nhint: {hint}"),
+        None => error.to_string(),
+    }
+}
+
+#[test]
+fn what_an_upcycling_recipe_leaves_out_is_filled_in() {
+    let plan = upcycle_plan(UPCYCLE).unwrap();
+    let text = plan.to_toml().unwrap();
+    assert_eq!(upcycle_plan(&text).unwrap(), plan);
+    insta::assert_snapshot!(text, @r#"
+    task = "upcycle"
+    seed = 42
+    output = "models/test"
+
+    [model]
+    source = "model"
+    dtype = "auto"
+
+    [upcycle]
+    method = "split"
+    experts = 16
+    shared = 4
+    active = 4
+    partition = "alternating"
+    router = "ridge"
+    refit = "local"
+    drop_ratio = 0.5
+    groups = 1
+    sources = []
+    prompts = []
+    format = "auto"
+    verify = true
+
+    [upcycle.keep_dense]
+    first = 0
+    last = 0
+    every = 1
+
+    [calibration]
+    tokens = 65536
+    held_out = 8192
+
+    [[calibration.data]]
+    path = "data.jsonl"
+    weight = 1.0
+    format = "auto"
+    "#);
+}
+
+#[test]
+fn contradictions_of_an_upcycling_recipe_are_refused() {
+    insta::assert_snapshot!(upcycle_refusal("upcycle.expert = 8"), @"
+    test.toml:5: unknown key `upcycle.expert`
+    hint: did you mean `experts`?
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle = { experts = 8, shared = 8 }"), @"
+    test.toml:5: `upcycle.shared` is 8, and there are 8 slices in all
+    hint: leave slices for the router to choose from
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle = { experts = 8, shared = 4, active = 5 }"), @"
+    test.toml:5: `upcycle.active` is 5, and a token can be routed to 4
+    hint: lower it, or raise `upcycle.experts`
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle.keep_dense = { every = 0 }"), @"
+    test.toml:5: `upcycle.keep_dense.every` is 0
+    hint: 1 converts every layer, 2 each second one
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle.router = \"prompts\""), @r#"
+    test.toml:5: `upcycle.router = "prompts"` needs prompts
+    hint: give a list of prompts for each expert
+    "#);
+    insta::assert_snapshot!(upcycle_refusal("upcycle.method = \"mix\""), @r#"
+    test.toml:5: `upcycle.method = "mix"` needs further checkpoints
+    hint: name them in `upcycle.sources`
+    "#);
+    insta::assert_snapshot!(upcycle_refusal("upcycle.format = \"glm\""), @"
+    test.toml:5: `upcycle.format`: expected one of `auto`, `glm4_moe`, `granitemoeshared`, `qwen2_moe`, `mixtral`, `qwen3_moe`, found `glm`
+    hint: did you mean `glm4_moe`?
+    ");
+    insta::assert_snapshot!(upcycle_refusal("train.steps = 5"), @"
+    test.toml:5: unknown key `train`
+    hint: expected one of `task`, `seed`, `output`, `model`, `upcycle`, `calibration`
+    ");
 }
 
 fn files_below(folder: &Path, files: &mut Vec<PathBuf>) {

@@ -44,5 +44,7 @@ mod recipes;
 mod refusals;
 /// A killed or interrupted run goes on to the same bits, and leaves nothing half-written.
 mod resume;
+/// Slices are the dense model when all are on, copies whenever; what is written is seeded, whole, and of the bits it came from.
+mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.
 mod weights;

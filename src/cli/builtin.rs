@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::error::{Error, Result, nearest};
-use crate::recipe::{Document, Evaluation, Plan, Recipe};
+use crate::recipe::{Document, Work};
 
 /// Path below `recipes/` without its ending, and text.
 const RECIPES: &[(&str, &str)] = &[
@@ -11,6 +11,7 @@ const RECIPES: &[(&str, &str)] = &[
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("smollm2-135m", include_str!("../../recipes/smollm2-135m.toml")),
     ("tiny-llama-pretrain", include_str!("../../recipes/tiny-llama-pretrain.toml")),
+    ("upcycle-tiny", include_str!("../../recipes/upcycle-tiny.toml")),
 ];
 
 /// A recipe built into the binary.
@@ -44,8 +45,8 @@ impl Builtin {
         })
     }
 
-    fn plan(self) -> Result<Plan> {
-        Ok(Plan::of(&Recipe::read(&Document::parse(self.name, self.text)?)?, self.name))
+    fn work(self) -> Result<Work> {
+        Work::of(&Document::parse(self.name, self.text)?, self.name)
     }
 
     /// What it teaches: the first line of its header comment.
@@ -56,14 +57,14 @@ impl Builtin {
 
 /// Refuses a plan that names files of this project's repository where they are not: a built-in recipe runs anywhere, its
 /// files do not come along.
-pub(super) fn refuse_absent(plan: &Plan) -> Result<()> {
+pub(super) fn refuse_absent(work: &Work) -> Result<()> {
     let ours: Vec<(Builtin, PathBuf)> = Builtin::all()
-        .filter_map(|recipe| Some((recipe, recipe.plan().ok()?)))
-        .flat_map(|(recipe, plan)| files(&plan).into_iter().map(move |(_, path)| (recipe, path)))
+        .filter_map(|recipe| Some((recipe, recipe.work().ok()?)))
+        .flat_map(|(recipe, work)| work.files().into_iter().map(move |(_, path)| (recipe, path)))
         .filter(|(_, path)| path.starts_with("examples") || path.starts_with("datasets"))
         .collect();
     let (mut absent, mut flags, mut made) = (Vec::new(), Vec::new(), None);
-    for (key, path) in files(plan) {
+    for (key, path) in work.files() {
         let Some((recipe, _)) = ours.iter().find(|(_, ours)| *ours == path && !path.exists()) else {
             continue;
         };
@@ -83,16 +84,6 @@ pub(super) fn refuse_absent(plan: &Plan) -> Result<()> {
         hint += &format!("; `peft recipes show {name}` begins with the commands that make what is generated");
     }
     Err(Error::request(format!("{} {verb} not here", absent.join(", "))).with_hint(hint))
-}
-
-/// The files that a plan names, and the keys that name them.
-fn files(plan: &Plan) -> Vec<(&'static str, PathBuf)> {
-    let mut files = vec![("model.source", PathBuf::from(&plan.model.source))];
-    files.extend(plan.data.train.iter().map(|source| ("data.train", source.path.clone())));
-    if let Evaluation::Files(eval) = &plan.data.eval {
-        files.extend(eval.iter().map(|source| ("data.eval", source.path.clone())));
-    }
-    files
 }
 
 #[cfg(test)]

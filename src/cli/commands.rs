@@ -13,10 +13,14 @@ use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upc
 use crate::error::{Context, Error, Result, nearest};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
-use crate::recipe::{self, Document, Plan, Recipe, Segment};
+use crate::recipe::{self, Document, Segment, UpcyclePlan, Work};
+use crate::upcycle::{Event, REPORT_TEXT};
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
-    let plan = plan(&arguments.recipe, arguments.output.as_deref(), terminal)?;
+    let plan = match work(&arguments.recipe, arguments.output.as_deref(), terminal)? {
+        Work::Finetune(plan) => plan,
+        Work::Upcycle(_) => return Err(other_task(&arguments.recipe, "upcycle")),
+    };
     let promise = "saving a checkpoint after this step; press Ctrl-C again to stop at once";
     let interrupted = interrupt::listen(terminal, promise)?;
     let mut reporter = BeginsWithTraining(terminal.reporter());
@@ -25,7 +29,11 @@ pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<
 }
 
 pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
-    let report = recipe::check(&plan(&arguments.recipe, None, terminal)?)?;
+    let plan = match work(&arguments.recipe, None, terminal)? {
+        Work::Finetune(plan) => plan,
+        Work::Upcycle(plan) => return check_upcycle(&plan, arguments.json, terminal),
+    };
+    let report = recipe::check(&plan)?;
     if arguments.json {
         return terminal.write_json(&report);
     }
@@ -88,8 +96,50 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn upcycle(_: &Upcycle) -> Result<()> {
-    Err(unbuilt("upcycle"))
+fn check_upcycle(plan: &UpcyclePlan, json: bool, terminal: &mut Terminal) -> Result<()> {
+    let report = recipe::check_upcycle(plan)?;
+    if json {
+        return terminal.write_json(&report);
+    }
+    for line in &report.lines {
+        terminal.write(format_args!("{line}\n"))?;
+    }
+    report.warnings.iter().for_each(|warning| terminal.warn(warning));
+    Ok(())
+}
+
+pub(super) fn upcycle(arguments: &Upcycle, terminal: &mut Terminal) -> Result<()> {
+    let plan = match work(&arguments.recipe, arguments.output.as_deref(), terminal)? {
+        Work::Upcycle(plan) => plan,
+        Work::Finetune(_) => return Err(other_task(&arguments.recipe, "finetune")),
+    };
+    let counter = terminal.counter("converting");
+    let promise = "removing what was written; press Ctrl-C again to stop at once";
+    let interrupted = interrupt::listen(terminal, promise)?;
+    interrupt::begin();
+    let mut say = |event: Event| {
+        match event {
+            Event::Note(text) => terminal.say(format_args!("{text}")),
+            Event::Layer { done, layers } => counter.at(done as u64, layers as u64),
+        }
+        match interrupted.load(Ordering::SeqCst) {
+            false => Ok(()),
+            true => {
+                let message = "interrupted; nothing was written".to_string();
+                Err(Error::Interrupted { message, hint: None })
+            }
+        }
+    };
+    recipe::upcycle(&plan, &mut say, &mut |warning| terminal.warn(warning))?;
+    let output = plan.output.display();
+    terminal.say(format_args!("the whole account is in {output}/{REPORT_TEXT}"));
+    Ok(())
+}
+
+fn other_task(arguments: &RecipeArguments, task: &str) -> Error {
+    let recipe = &arguments.recipe;
+    Error::request(format!("`{recipe}` has `task = \"{task}\"`"))
+        .with_hint(format!("`peft {task} {recipe}` runs it"))
 }
 
 pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()> {
@@ -105,12 +155,8 @@ pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()
     }
 }
 
-fn unbuilt(command: &str) -> Error {
-    Error::request(format!("`peft {command}` is not built in this version"))
-}
-
 /// The plan of a recipe with the flags laid over it.
-fn plan(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) -> Result<Plan> {
+fn work(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) -> Result<Work> {
     let (path, text) = recipe_text(&arguments.recipe)?;
     let name = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
     let mut document = Document::parse(path, &text)?;
@@ -122,9 +168,9 @@ fn plan(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) 
     if let Some(output) = output {
         lay_string(&mut document, "output", output, "--output")?;
     }
-    let plan = Plan::of(&Recipe::read(&document)?, &name);
-    builtin::refuse_absent(&plan)?;
-    Ok(plan)
+    let work = Work::of(&document, &name)?;
+    builtin::refuse_absent(&work)?;
+    Ok(work)
 }
 
 /// The text of a recipe file or a built-in recipe, and what errors call it.

@@ -58,7 +58,9 @@ enum Command {
     Check(Check),
     /// Fold adapters into a model's weights
     Merge(Merge),
-    /// Turn a dense model into a mixture of experts (not built yet)
+    /// Turn a dense model into a mixture of experts, as a recipe says
+    ///
+    /// Writes a folder that transformers loads, with an account of what the conversion cost beside static pruning.
     Upcycle(Upcycle),
     /// Continue a prompt
     Generate(Generate),
@@ -293,7 +295,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Finetune(arguments) => commands::finetune(&arguments, terminal),
         Command::Check(arguments) => commands::check(&arguments, terminal),
         Command::Merge(arguments) => commands::merge(&arguments, terminal),
-        Command::Upcycle(arguments) => commands::upcycle(&arguments),
+        Command::Upcycle(arguments) => commands::upcycle(&arguments, terminal),
         Command::Generate(arguments) => models::generate(&arguments, terminal),
         Command::Chat(arguments) => models::chat(&arguments, terminal),
         Command::Eval(arguments) => models::eval(&arguments, terminal),

@@ -25,6 +25,8 @@ mod template;
 mod text;
 mod tokens;
 
+pub(crate) use chance::{generator, shuffle};
+
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
 pub use dataset::{

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::cache::KeyValues;
-use super::linear::{Linear, both};
+use super::linear::Linear;
 use super::norm::Norm;
 use crate::error::Result;
 use crate::ops::attention::{self, Heads};
@@ -59,9 +59,9 @@ impl Attention {
         pass: &Pass<'_>,
         cache: Option<&mut KeyValues>,
     ) -> Result<(Tensor, Saved)> {
-        let [q, k, v] = [&self.q, &self.k, &self.v].map(|linear| move || linear.forward(x, pass));
         // [tokens, heads * d] and twice [tokens, kv_heads * d]
-        let ((mut q, q_saved), ((mut k, k_saved), (mut v, v_saved))) = both(x, q, || both(x, k, v))?;
+        let [(mut q, q_saved), (mut k, k_saved), (mut v, v_saved)] =
+            Linear::forward_of_all([&self.q, &self.k, &self.v], x, pass)?;
         let mut norms_saved = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             let (new_q, q_norm_saved) = q_norm.forward(&normed_rows(&q, q_norm)?)?; // [tokens * heads, d]

@@ -23,10 +23,10 @@ use crate::ops::{
 /// A decoder with its weights.
 #[derive(Debug, Clone)]
 pub struct Decoder {
-    config: DecoderConfig,
+    pub(super) config: DecoderConfig,
     embedding: Weight,
-    blocks: Vec<Block>,
-    norm: Norm,
+    pub(super) blocks: Vec<Block>,
+    pub(super) norm: Norm,
     /// The embedding itself when tied.
     head: Weight,
     rotary: Rotary,
@@ -233,7 +233,7 @@ impl Decoder {
         embedding::backward(&ids, &self.embedding, &scaled(dx, of_embedding)?, gradients)
     }
 
-    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+    pub(super) fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         scaled(embedding::forward(ids, &self.embedding)?, self.config.multipliers.embedding)
     }
 
@@ -320,7 +320,7 @@ impl Decoder {
         Ok(trainables)
     }
 
-    fn begin(&self, tokens: &[u32], documents: &Documents) -> Result<(Tensor, Angles)> {
+    pub(super) fn begin(&self, tokens: &[u32], documents: &Documents) -> Result<(Tensor, Angles)> {
         if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab_size) {
             let vocab = self.config.vocab_size;
             return Err(Error::invalid(format!("token id {id} is outside of the vocabulary of {vocab}"))

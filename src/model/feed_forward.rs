@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::linear::{Linear, both};
+use super::linear::Linear;
 use crate::error::Result;
 use crate::ops::{Activation, Gradients, Pass, glu, linear};
 
@@ -49,8 +49,8 @@ impl Saved {
 impl FeedForward {
     /// `[tokens, hidden] -> [tokens, hidden]`, and what the backward needs.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
-        let [gate, up] = [&self.gate, &self.up].map(|linear| move || linear.forward(x, pass));
-        let ((gate, gate_saved), (up, up_saved)) = both(x, gate, up)?; // [tokens, width] each
+        let both = Linear::forward_of_all([&self.gate, &self.up], x, pass)?;
+        let [(gate, gate_saved), (up, up_saved)] = both; // [tokens, width] each
         let (inner, unit) = glu::forward(gate, up, self.activation)?; // [tokens, width]
         let (y, mut down) = self.down.forward(&inner, pass)?; // [tokens, hidden]
         // The widest of all that could be kept: the backward gets it on the way.

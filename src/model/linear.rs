@@ -1,8 +1,9 @@
 //! A linear layer of the model: `y = x W^T + bias`, and the low-rank term beside it where an adapter put one.
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{Gradients, LowRank, Parameter, Pass, Weight, linear};
 
 /// A linear layer, plain data.
@@ -22,6 +23,21 @@ impl Linear {
     /// `[tokens, in] -> [tokens, out]`, and what the backward needs.
     pub fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, linear::Saved)> {
         linear::forward(x, &self.layer(), pass)
+    }
+
+    /// The same of layers with one input. Of a single token they are computed side by side: then each is too small for all
+    /// threads.
+    pub fn forward_of_all<const N: usize>(
+        layers: [&Self; N],
+        x: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<[(Tensor, linear::Saved); N]> {
+        let all: Vec<_> = if x.dim(0)? == 1 {
+            layers.par_iter().map(|layer| layer.forward(x, pass)).collect::<Result<_>>()?
+        } else {
+            linear::forward_of_all(x, &layers.map(Self::layer), pass)?
+        };
+        all.try_into().map_err(|_| Error::invalid("as many results as layers"))
     }
 
     /// `dx` when `wants_dx`.
@@ -96,15 +112,4 @@ impl Linear {
     pub fn base_parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
         self.weight.parameter_mut().into_iter().chain(&mut self.bias)
     }
-}
-
-/// Two forwards of one input `x [tokens, in]`. Of one token they are computed at the same time: so little work is in each
-/// that threads would wait for each other at the end of every product.
-pub(super) fn both<A: Send, B: Send>(
-    x: &Tensor,
-    first: impl FnOnce() -> Result<A> + Send,
-    second: impl FnOnce() -> Result<B> + Send,
-) -> Result<(A, B)> {
-    let (first, second) = if x.dim(0)? == 1 { rayon::join(first, second) } else { (first(), second()) };
-    Ok((first?, second?))
 }

@@ -20,6 +20,7 @@ mod pretrained;
 mod rotary;
 mod router;
 mod router_loss;
+mod walk;
 
 pub use cache::Cache;
 pub use config::DecoderConfig;
@@ -29,3 +30,4 @@ pub use linear::Linear;
 pub use pretrained::Pretrained;
 pub use router::{Routing, Rule};
 pub use router_loss::{RouterLosses, Spread, Tally, Terms, balanced};
+pub use walk::Stream;

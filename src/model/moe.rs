@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
 use super::router::{Router, Routing};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{Activation, Gradients, Groups, Pass, add, glu, grouped_linear, groups, linear};
 
 /// A router and its experts.
@@ -99,8 +99,11 @@ impl Moe {
         let (routing, router) = self.router.forward(x, pass)?;
         let groups = routing.groups();
         let rows = groups::gather(x, &groups)?; // [rows, hidden]
-        let (gates, gate) = grouped_linear::forward(&rows, &layers(gate), &groups, pass)?; // [rows, width]
-        let (ups, up) = grouped_linear::forward(&rows, &layers(up), &groups, pass)?; // [rows, width]
+        let (of_gate, of_up) = (layers(gate), layers(up));
+        let mut both = grouped_linear::forward_of_all(&rows, &[&of_gate, &of_up], &groups, pass)?.into_iter();
+        let (Some((gates, gate)), Some((ups, up))) = (both.next(), both.next()) else {
+            return Err(Error::invalid("as many results as layers"));
+        }; // [rows, width] each
         let (product, unit) = glu::forward(gates, ups, *activation)?; // [rows, width]
         let (out, mut down) = grouped_linear::forward(&product, &layers(down), &groups, pass)?; // [rows, hidden]
         down.drop_input();

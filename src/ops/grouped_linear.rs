@@ -7,7 +7,8 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::linear::{self, Layer};
-use super::{Gradients, Groups, Pass};
+use super::matmul::stacked_sums;
+use super::{Gradients, Groups, Op, Operand, Pass, sum_of_products};
 use crate::error::{Error, Result};
 
 /// What the backward needs, of each expert that has rows.
@@ -37,22 +38,55 @@ impl Saved {
     }
 }
 
-/// `y [rows, out]`, and what the backward needs.
+/// `y [rows, out]` of each kind of layer, all of which have one input, and what the backward needs.
+pub fn forward_of_all(
+    x: &Tensor,
+    kinds: &[&[Layer<'_>]],
+    groups: &Groups,
+    pass: &Pass<'_>,
+) -> Result<Vec<(Tensor, Saved)>> {
+    let inners = of_each(groups, |expert| {
+        let layers: Vec<Layer<'_>> = kinds.iter().map(|layers| layers[expert]).collect();
+        let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
+        linear::inners(&rows(x, groups, expert)?, &layers, &pass)
+    })?;
+    let of_kind = |(kind, layers): (usize, &&[Layer<'_>])| {
+        let inner = |expert: usize| inners[expert].as_ref().and_then(|all| all[kind].as_ref());
+        let y = side_by_side(x, groups, width_of(layers, 0)?, |expert| {
+            Ok(linear::terms(&rows(x, groups, expert)?, &layers[expert], inner(expert)))
+        })?;
+        let biased =
+            |layer: &Layer<'_>| layer.bias.is_some() || layer.low_rank.is_some_and(|l| l.bias.is_some());
+        let y = if layers.iter().any(biased) {
+            joined(
+                of_each(groups, |expert| linear::add_biases(rows(&y, groups, expert)?, &layers[expert]))?,
+                &y,
+            )?
+        } else {
+            y
+        };
+        let part = |expert: usize| {
+            let is_there = !groups.range(expert).is_empty();
+            let saved = || Ok(linear::Saved::new(&rows(x, groups, expert)?, inner(expert).cloned()));
+            is_there.then(saved).transpose()
+        };
+        Ok((y, Saved { parts: (0..groups.len()).map(part).collect::<Result<_>>()? }))
+    };
+    kinds.iter().enumerate().map(of_kind).collect()
+}
+
+/// The same of one kind.
 pub fn forward(
     x: &Tensor,
     layers: &[Layer<'_>],
     groups: &Groups,
     pass: &Pass<'_>,
 ) -> Result<(Tensor, Saved)> {
-    let parts = of_each(groups, |expert| {
-        let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
-        linear::forward(&rows(x, groups, expert)?, &layers[expert], &pass)
-    })?;
-    let (ys, parts): (Vec<_>, Vec<_>) = parts.into_iter().map(Option::unzip).unzip();
-    Ok((joined(ys, layers, x)?, Saved { parts }))
+    let mut all = forward_of_all(x, &[layers], groups, pass)?;
+    all.pop().ok_or_else(|| Error::invalid("a forward of no layers"))
 }
 
-/// The sum of the `dx` of layers that have one input, when `wants_dx`: `(layers, saved, dy)` of each. Gradients go to
+/// The sum of the `dx` of kinds of layers that have one input, when `wants_dx`: `(layers, saved, dy)` of each. Gradients go to
 /// `gradients` where wanted; those of an expert without rows are zero.
 pub fn backward_of_all(
     all: &[(&[Layer<'_>], &Saved, &Tensor)],
@@ -61,25 +95,46 @@ pub fn backward_of_all(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let layers: Vec<&[Layer<'_>]> = all.iter().map(|(layers, _, _)| *layers).collect();
-    let dxs = with_gradients(groups, &layers, gradients, |expert, gradients| {
+    let kinds: Vec<&[Layer<'_>]> = all.iter().map(|(layers, _, _)| *layers).collect();
+    let d_inners = with_gradients(groups, &kinds, gradients, |expert, gradients| {
         let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
-        let dys: Vec<Tensor> =
-            all.iter().map(|(_, _, dy)| rows(dy, groups, expert)).collect::<Result<_>>()?;
-        let towards: Vec<_> = all
-            .iter()
-            .zip(&dys)
-            .map(|((layers, saved, _), dy)| Ok((layers[expert], saved.part(expert)?, dy)))
-            .collect::<Result<_>>()?;
-        linear::backward_of_all(&towards, &pass, wants_dx, gradients)
+        let dys = of_rows(all.iter().map(|(_, _, dy)| *dy), groups, expert)?;
+        let towards = all.iter().zip(&dys);
+        let towards = towards.map(|((layers, saved, _), dy)| Ok((layers[expert], saved.part(expert)?, dy)));
+        linear::gradients_of_all(&towards.collect::<Result<Vec<_>>>()?, &pass, wants_dx, gradients)
     })?;
-    let Some((_, _, dy)) = all.first() else { return Err(Error::invalid("a backward of no layers")) };
     if !wants_dx {
         return Ok(None);
     }
-    let dxs = dxs.into_iter().map(Option::flatten).collect();
-    let width = layers[0].first().map_or(Ok(0), |layer| layer.weight.dims().map(|(_, width)| width))?;
-    Ok(Some(joined_of(dxs, width, dy)?))
+    dx(all, &d_inners, groups, pass).map(Some)
+}
+
+/// `dy W + dropout(du A)`, summed over the kinds, of all rows.
+fn dx(
+    all: &[(&[Layer<'_>], &Saved, &Tensor)],
+    d_inners: &[Option<Vec<Option<Tensor>>>],
+    groups: &Groups,
+    pass: &Pass<'_>,
+) -> Result<Tensor> {
+    let Some((layers, _, dy)) = all.first() else { return Err(Error::invalid("a backward of no layers")) };
+    let d_inner = |expert: usize| d_inners[expert].as_deref().unwrap_or_default();
+    let drops = |layer: &Layer<'_>| layer.low_rank.is_some_and(|low_rank| low_rank.dropout.drops(pass));
+    if all.iter().any(|(layers, _, _)| layers.iter().any(drops)) {
+        let dxs = of_each(groups, |expert| {
+            let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
+            let dys = of_rows(all.iter().map(|(_, _, dy)| *dy), groups, expert)?;
+            let towards = all.iter().zip(&dys);
+            let towards =
+                towards.map(|((layers, saved, _), dy)| Ok((layers[expert], saved.part(expert)?, dy)));
+            linear::dx(&towards.collect::<Result<Vec<_>>>()?, d_inner(expert), &pass)
+        })?;
+        return joined(dxs, &Tensor::zeros((0, width_of(layers, 1)?), dy.dtype(), dy.device())?);
+    }
+    side_by_side(dy, groups, width_of(layers, 1)?, |expert| {
+        let dys = of_rows(all.iter().map(|(_, _, dy)| *dy), groups, expert)?;
+        let towards: Vec<_> = all.iter().zip(&dys).map(|((layers, _, _), dy)| (layers[expert], dy)).collect();
+        Ok(linear::dx_terms(&towards, d_inner(expert), pass))
+    })
 }
 
 /// What [`input_gradients`] takes from [`backward_without_input`]: `du` of each expert.
@@ -95,18 +150,15 @@ pub fn backward_without_input(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<(Option<Tensor>, Inner)> {
-    let parts = with_gradients(groups, &[layers], gradients, |expert, gradients| {
-        let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
-        let (saved, dy) = (saved.part(expert)?, rows(dy, groups, expert)?);
-        linear::backward_without_input(saved, &layers[expert], &pass, &dy, wants_dx, gradients)
+    let d_inners = with_gradients(groups, &[layers], gradients, |expert, gradients| {
+        let dy = rows(dy, groups, expert)?;
+        let d_inner =
+            linear::output_gradients(saved.part(expert)?, &layers[expert], &dy, wants_dx, gradients)?;
+        Ok(vec![d_inner])
     })?;
-    let (dxs, inner): (Vec<_>, Vec<_>) = parts.into_iter().map(Option::unzip).unzip();
-    let width = layers.first().map_or(Ok(0), |layer| layer.weight.dims().map(|(_, width)| width))?;
-    let dx = match wants_dx {
-        true => Some(joined_of(dxs.into_iter().map(Option::flatten).collect(), width, dy)?),
-        false => None,
-    };
-    Ok((dx, inner.into_iter().map(Option::flatten).collect()))
+    let dx = if wants_dx { Some(dx(&[(layers, saved, dy)], &d_inners, groups, pass)?) } else { None };
+    let inner = d_inners.into_iter().map(|part| part.and_then(|mut all| all.pop().flatten()));
+    Ok((dx, inner.collect()))
 }
 
 /// The gradients that take the layers' input, where wanted.
@@ -185,15 +237,41 @@ fn with_gradients<R: Send>(
     Ok(results)
 }
 
-fn joined(parts: Vec<Option<Tensor>>, layers: &[Layer<'_>], like: &Tensor) -> Result<Tensor> {
-    let width = layers.first().map_or(Ok(0), |layer| layer.weight.dims().map(|(width, _)| width))?;
-    joined_of(parts, width, like)
+/// The rows of each expert below one another: those of `f(expert)`, summed products.
+fn side_by_side<'l>(
+    x: &Tensor,
+    groups: &Groups,
+    width: usize,
+    f: impl Fn(usize) -> Result<Vec<(Tensor, Operand<'l>)>> + Sync,
+) -> Result<Tensor> {
+    let _time = Op::Linear.begin();
+    let experts: Vec<usize> = (0..groups.len()).filter(|expert| !groups.range(*expert).is_empty()).collect();
+    if x.device().is_cpu() {
+        let ranges: Vec<_> = experts.iter().map(|expert| groups.range(*expert)).collect();
+        return stacked_sums(&ranges, width, x.dtype(), |part| f(experts[part]));
+    }
+    let part = |expert: usize| {
+        let terms = f(expert)?;
+        let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
+        sum_of_products(&terms, x.dtype())
+    };
+    joined(of_each(groups, part)?, &Tensor::zeros((0, width), x.dtype(), x.device())?)
 }
 
-fn joined_of(parts: Vec<Option<Tensor>>, width: usize, like: &Tensor) -> Result<Tensor> {
+/// The rows of an expert in each of several tensors.
+fn of_rows<'x>(all: impl Iterator<Item = &'x Tensor>, groups: &Groups, expert: usize) -> Result<Vec<Tensor>> {
+    all.map(|x| rows(x, groups, expert)).collect()
+}
+
+/// Rows (0) or columns (1) of a weight.
+fn width_of(layers: &[Layer<'_>], side: usize) -> Result<usize> {
+    let Some(layer) = layers.first() else { return Ok(0) };
+    let (out, input) = layer.weight.dims()?;
+    Ok(if side == 0 { out } else { input })
+}
+
+/// The parts below one another; `none` where there are none.
+fn joined(parts: Vec<Option<Tensor>>, none: &Tensor) -> Result<Tensor> {
     let parts: Vec<Tensor> = parts.into_iter().flatten().collect();
-    if parts.is_empty() {
-        return Ok(Tensor::zeros((0, width), like.dtype(), like.device())?);
-    }
-    Ok(Tensor::cat(&parts, 0)?)
+    if parts.is_empty() { Ok(none.clone()) } else { Ok(Tensor::cat(&parts, 0)?) }
 }

@@ -7,8 +7,8 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul, matmul_f32,
-    sum_of_products,
+    Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul_f32,
+    scaled_matmul_f32, sum_of_products,
 };
 use crate::error::{Error, Result};
 
@@ -43,11 +43,15 @@ impl<'a> Layer<'a> {
 pub struct Saved {
     /// `[tokens, in]`; not needed for `dx`.
     x: Option<Tensor>,
-    /// `dropout(x) A^T`, `[tokens, rank]`.
+    /// `scale dropout(x) A^T`, `[tokens, rank]`.
     inner: Option<Tensor>,
 }
 
 impl Saved {
+    pub(super) fn new(x: &Tensor, inner: Option<Tensor>) -> Self {
+        Self { x: Some(x.clone()), inner }
+    }
+
     /// Drops the input, which [`Saved::set_input`] gives again where a gradient needs it.
     pub fn drop_input(&mut self) {
         self.x = None;
@@ -70,29 +74,68 @@ impl Saved {
 
 /// `y`, and what the backward needs.
 pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor, Saved)> {
-    let inner = layer.low_rank.map(|low_rank| inner(x, low_rank, pass)).transpose()?;
-    let _time = Op::Linear.begin();
-    let weight = layer.weight.t();
-    let mut y = match (layer.low_rank, &inner) {
-        (Some(low_rank), Some(inner)) => {
-            let terms = [(x, weight), (&(inner * low_rank.scale)?, Operand::from(low_rank.b.tensor()).t())];
-            sum_of_products(&terms, x.dtype())?
-        }
-        _ => matmul(x, weight)?,
+    let mut all = forward_of_all(x, &[*layer], pass)?;
+    all.pop().ok_or_else(|| Error::invalid("a forward of no layers"))
+}
+
+/// The same for layers that have one input.
+pub fn forward_of_all(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Result<Vec<(Tensor, Saved)>> {
+    let inners = inners(x, layers, pass)?;
+    let y = |(layer, inner): (&Layer<'_>, Option<Tensor>)| {
+        let time = Op::Linear.begin();
+        let terms = terms(x, layer, inner.as_ref());
+        let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
+        let y = sum_of_products(&terms, x.dtype())?;
+        drop(time);
+        Ok((add_biases(y, layer)?, Saved::new(x, inner)))
     };
+    layers.iter().zip(inners).map(y).collect()
+}
+
+/// Whose products are summed to `y` without biases.
+pub(super) fn terms<'l>(x: &Tensor, layer: &Layer<'l>, inner: Option<&Tensor>) -> Vec<(Tensor, Operand<'l>)> {
+    let mut terms = vec![(x.clone(), layer.weight.t())];
+    if let (Some(low_rank), Some(inner)) = (layer.low_rank, inner) {
+        terms.push((inner.clone(), Operand::from(low_rank.b.tensor()).t()));
+    }
+    terms
+}
+
+pub(super) fn add_biases(mut y: Tensor, layer: &Layer<'_>) -> Result<Tensor> {
     if let Some(bias) = layer.bias {
         y = add_to_rows(&y, bias.tensor())?;
     }
     if let Some((bias, scale)) = layer.low_rank.and_then(|l| l.bias.as_ref().map(|bias| (bias, l.scale))) {
         y = add_to_rows(&y, &(bias.tensor() * scale)?)?;
     }
-    Ok((y, Saved { x: Some(x.clone()), inner }))
+    Ok(y)
+}
+
+/// `u = scale dropout(x) A^T` of each layer, `[tokens, rank]` in f32: in one product where the layers have the same rows before it.
+pub(super) fn inners(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Result<Vec<Option<Tensor>>> {
+    let low_ranks: Vec<&LowRank> = layers.iter().filter_map(|layer| layer.low_rank).collect();
+    let alike = |l: &&LowRank| l.scale == low_ranks[0].scale && !l.dropout.drops(pass);
+    if low_ranks.len() < 2 || !low_ranks.iter().all(alike) {
+        let inner = |layer: &Layer<'_>| layer.low_rank.map(|low_rank| inner(x, low_rank, pass)).transpose();
+        return layers.iter().map(inner).collect();
+    }
+    let _time = Op::LowRank.begin();
+    let a = Tensor::cat(&low_ranks.iter().map(|l| l.a.tensor()).collect::<Vec<_>>(), 0)?; // [all ranks, in]
+    let all = scaled_matmul_f32(low_ranks[0].scale, x, &a.t()?)?;
+    let mut start = 0;
+    let part = |layer: &Layer<'_>| {
+        let Some(low_rank) = layer.low_rank else { return Ok(None) };
+        let rank = low_rank.a.tensor().dim(0)?;
+        start += rank;
+        Ok(Some(all.narrow(1, start - rank, rank)?.contiguous()?))
+    };
+    layers.iter().map(part).collect()
 }
 
 /// The sum of the `dx` of layers that have one input, when `wants_dx`: `(layer, saved, dy)` of each. The gradients of
 /// weights, biases, `A` and `B` go to `gradients` where wanted.
 ///
-/// With `u = dropout(x) A^T` and `du = scale dy B`: `dB = scale dy^T u`, `dA = du^T dropout(x)`,
+/// With `u = scale dropout(x) A^T` and `du = scale dy B`: `dB = dy^T u`, `dA = du^T dropout(x)`,
 /// `dW = dy^T x` and `dx = dy W + dropout(du A)`, all of it in one sum that is rounded once.
 pub fn backward_of_all(
     layers: &[(Layer<'_>, &Saved, &Tensor)],
@@ -100,15 +143,46 @@ pub fn backward_of_all(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
+    let d_inners = gradients_of_all(layers, pass, wants_dx, gradients)?;
+    if wants_dx { dx(layers, &d_inners, pass).map(Some) } else { Ok(None) }
+}
+
+/// The gradients of layers that have one input, where wanted, and `du` of each.
+pub(super) fn gradients_of_all(
+    layers: &[(Layer<'_>, &Saved, &Tensor)],
+    pass: &Pass<'_>,
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<Vec<Option<Tensor>>> {
     let mut d_inners = Vec::with_capacity(layers.len());
     for (layer, saved, dy) in layers {
-        let d_inner = output_gradients(saved, layer, dy, wants_dx, gradients)?;
-        if layer.needs_input(gradients) {
-            input_gradients(layer, saved.x()?, d_inner.as_ref(), dy, pass, gradients)?;
-        }
-        d_inners.push(d_inner);
+        d_inners.push(output_gradients(saved, layer, dy, wants_dx, gradients)?);
     }
-    if wants_dx { dx(layers, &d_inners, pass).map(Some) } else { Ok(None) }
+    let low_ranks = layers.iter().filter_map(|(layer, _, _)| layer.low_rank);
+    let wanted: Vec<&LowRank> =
+        low_ranks.filter(|l| gradients.wants(&l.a) && !l.dropout.drops(pass)).collect();
+    if wanted.len() < 2 || wanted.len() < layers.len() {
+        for ((layer, saved, dy), d_inner) in layers.iter().zip(&d_inners) {
+            if layer.needs_input(gradients) {
+                input_gradients(layer, saved.x()?, d_inner.as_ref(), dy, pass, gradients)?;
+            }
+        }
+        return Ok(d_inners);
+    }
+    let (_, saved, _) = layers[0];
+    let x = saved.x()?;
+    for (layer, _, dy) in layers {
+        weight_gradient(layer, x, dy, gradients)?;
+    }
+    let all = Tensor::cat(&d_inners.iter().flatten().collect::<Vec<_>>(), 1)?; // [tokens, all ranks]
+    let all = narrow(1.0, &all.t()?, x)?; // [all ranks, in]
+    let mut start = 0;
+    for low_rank in wanted {
+        let rank = low_rank.a.tensor().dim(0)?;
+        gradients.add(&low_rank.a, &all.narrow(0, start, rank)?.copy()?)?;
+        start += rank;
+    }
+    Ok(d_inners)
 }
 
 /// As [`backward_of_all`] for one layer whose input was dropped: `dx`, and `du` for [`input_gradients`].
@@ -135,20 +209,25 @@ pub fn input_gradients(
     pass: &Pass<'_>,
     gradients: &mut Gradients,
 ) -> Result<()> {
-    if let Some(weight) = gradients.wanted(layer.weight) {
-        gradients.add(weight, &narrow(&dy.t()?, x)?)?;
-    }
+    weight_gradient(layer, x, dy, gradients)?;
     if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
         && gradients.wants(&low_rank.a)
     {
         let dropped = dropout::apply(x, &low_rank.dropout, pass)?;
-        gradients.add(&low_rank.a, &narrow(&d_inner.t()?, &dropped)?)?;
+        gradients.add(&low_rank.a, &narrow(1.0, &d_inner.t()?, &dropped)?)?;
     }
     Ok(())
 }
 
+fn weight_gradient(layer: &Layer<'_>, x: &Tensor, dy: &Tensor, gradients: &mut Gradients) -> Result<()> {
+    match gradients.wanted(layer.weight) {
+        Some(weight) => gradients.add(weight, &narrow(1.0, &dy.t()?, x)?),
+        None => Ok(()),
+    }
+}
+
 /// The gradients of biases and of `B`, where wanted, and `du` where it is needed.
-fn output_gradients(
+pub(super) fn output_gradients(
     saved: &Saved,
     layer: &Layer<'_>,
     dy: &Tensor,
@@ -160,7 +239,7 @@ fn output_gradients(
     }
     let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) else { return Ok(None) };
     if gradients.wants(&low_rank.b) {
-        gradients.add(&low_rank.b, &(narrow(&dy.t()?, inner)? * low_rank.scale)?)?;
+        gradients.add(&low_rank.b, &narrow(1.0, &dy.t()?, inner)?)?;
     }
     if let Some(bias) = low_rank.bias.as_ref().filter(|bias| gradients.wants(bias)) {
         gradients.add(bias, &(dy.to_dtype(DType::F32)?.sum(0)? * low_rank.scale)?)?;
@@ -168,57 +247,69 @@ fn output_gradients(
     if !wants_dx && !gradients.wants(&low_rank.a) {
         return Ok(None);
     }
-    Ok(Some((narrow(dy, low_rank.b.tensor())? * low_rank.scale)?)) // [tokens, rank]
+    Ok(Some(narrow(low_rank.scale, dy, low_rank.b.tensor())?)) // [tokens, rank]
+}
+
+/// Whose products are summed to `dy W + du A` over the layers, where nothing is dropped on the way to `A`.
+pub(super) fn dx_terms<'l>(
+    layers: &[(Layer<'l>, &Tensor)],
+    d_inners: &[Option<Tensor>],
+    pass: &Pass<'_>,
+) -> Vec<(Tensor, Operand<'l>)> {
+    let mut terms = Vec::with_capacity(2 * layers.len());
+    for ((layer, dy), d_inner) in layers.iter().zip(d_inners) {
+        terms.push(((*dy).clone(), layer.weight.into()));
+        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
+            && !low_rank.dropout.drops(pass)
+        {
+            terms.push((d_inner.clone(), low_rank.a.tensor().into()));
+        }
+    }
+    terms
 }
 
 /// `dy W + dropout(du A)`, summed over the layers.
-fn dx(
+pub(super) fn dx(
     layers: &[(Layer<'_>, &Saved, &Tensor)],
     d_inners: &[Option<Tensor>],
     pass: &Pass<'_>,
 ) -> Result<Tensor> {
-    let mut terms: Vec<(&Tensor, Operand<'_>)> = Vec::with_capacity(2 * layers.len());
-    let mut dropped = Vec::new();
-    for ((layer, _, dy), d_inner) in layers.iter().zip(d_inners) {
-        terms.push((dy, layer.weight.into()));
-        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner) {
-            if low_rank.dropout.drops(pass) {
-                dropped.push((low_rank, d_inner));
-            } else {
-                terms.push((d_inner, low_rank.a.tensor().into()));
-            }
-        }
-    }
     let Some((_, _, dy)) = layers.first() else { return Err(Error::invalid("a backward of no layers")) };
+    let towards: Vec<_> = layers.iter().map(|(layer, _, dy)| (*layer, *dy)).collect();
+    let terms = dx_terms(&towards, d_inners, pass);
+    let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
     let time = Op::Linear.begin();
     let mut dx = sum_of_products(&terms, dy.dtype())?;
     drop(time);
-    for (low_rank, d_inner) in dropped {
-        let through = narrow(d_inner, low_rank.a.tensor())?; // [tokens, in]
-        dx = dropout::add_dropped(&dx, &through, &low_rank.dropout, pass)?;
+    for ((layer, _, _), d_inner) in layers.iter().zip(d_inners) {
+        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
+            && low_rank.dropout.drops(pass)
+        {
+            let through = narrow(1.0, d_inner, low_rank.a.tensor())?; // [tokens, in]
+            dx = dropout::add_dropped(&dx, &through, &low_rank.dropout, pass)?;
+        }
     }
     Ok(dx)
 }
 
 /// The low-rank term alone, `[tokens, out]` in f32.
 pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
-    let inner = (inner(x, low_rank, pass)? * low_rank.scale)?;
-    let delta = matmul_f32(&inner, &low_rank.b.tensor().t()?)?;
+    let delta = matmul_f32(&inner(x, low_rank, pass)?, &low_rank.b.tensor().t()?)?;
     match &low_rank.bias {
         None => Ok(delta),
         Some(bias) => Ok(delta.broadcast_add(&(bias.tensor() * low_rank.scale)?)?),
     }
 }
 
-/// `u = dropout(x) A^T`, `[tokens, rank]` in f32.
+/// `u = scale dropout(x) A^T`, `[tokens, rank]` in f32.
 fn inner(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
-    narrow(&dropout::apply(x, &low_rank.dropout, pass)?, &low_rank.a.tensor().t()?)
+    narrow(low_rank.scale, &dropout::apply(x, &low_rank.dropout, pass)?, &low_rank.a.tensor().t()?)
 }
 
 /// A product in f32 that has the width of an adapter, or is a weight's gradient.
-fn narrow(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+fn narrow(scale: f64, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let _time = Op::LowRank.begin();
-    matmul_f32(a, b)
+    scaled_matmul_f32(scale, a, b)
 }
 
 /// The same composed of candle primitives; `mask` holds the dropout factors, `[tokens, in]`.

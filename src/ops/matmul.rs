@@ -1,10 +1,15 @@
 //! Matrix products of tensors, on the CPU through `kernel::multiply`, elsewhere through candle. Sums are in f32 and rounded
 //! once. A quantized weight is dequantized piece by piece on the way into the kernels.
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 use half::bf16;
+use rayon::prelude::*;
 
-use super::kernel::{Element, Factor, Values, multiply, to_tensor, written};
+use super::kernel::{
+    Crew, Disjoint, Element, Factor, Out, Values, multiply, multiply_with, to_tensor, written,
+};
 use super::{Quantized, Weight};
 use crate::error::{Error, Result};
 
@@ -72,6 +77,16 @@ pub fn matmul_f32<'b>(a: &Tensor, b: impl Into<Operand<'b>>) -> Result<Tensor> {
     sum_of_products(&[(a, b.into())], DType::F32)
 }
 
+/// `scale` times `a [m, k]` times `b [k, n]`, in f32.
+pub fn scaled_matmul_f32<'b>(scale: f64, a: &Tensor, b: impl Into<Operand<'b>>) -> Result<Tensor> {
+    let terms = [(a, b.into())];
+    if a.device().is_cpu() {
+        multiplied::<f32>(scale as f32, &terms)
+    } else {
+        Ok((composed(&terms, DType::F32)? * scale)?)
+    }
+}
+
 /// The sum of the products of all pairs, `[m, n]` in `dtype`, rounded once. Where one of the factors is bf16, the others
 /// are rounded to it too.
 pub fn sum_of_products(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Result<Tensor> {
@@ -80,10 +95,51 @@ pub fn sum_of_products(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Result
         return product;
     }
     match dtype {
-        DType::F32 if on_cpu => multiplied::<f32>(terms),
-        DType::BF16 if on_cpu => multiplied::<bf16>(terms),
+        DType::F32 if on_cpu => multiplied::<f32>(1.0, terms),
+        DType::BF16 if on_cpu => multiplied::<bf16>(1.0, terms),
         _ => composed(terms, dtype),
     }
+}
+
+/// The rows of several sums of products one below the other, `[rows, width]` in `dtype`: `f(part)` gives the terms of a part,
+/// `ranges[part]` are its rows. Parts are computed side by side.
+pub(super) fn stacked_sums<'t>(
+    ranges: &[Range<usize>],
+    width: usize,
+    dtype: DType,
+    f: impl Fn(usize) -> Result<Vec<(Tensor, Operand<'t>)>> + Sync,
+) -> Result<Tensor> {
+    match dtype {
+        DType::F32 => stacked::<f32>(ranges, width, f),
+        _ => stacked::<bf16>(ranges, width, f),
+    }
+}
+
+fn stacked<'t, T: Element>(
+    ranges: &[Range<usize>],
+    width: usize,
+    f: impl Fn(usize) -> Result<Vec<(Tensor, Operand<'t>)>> + Sync,
+) -> Result<Tensor> {
+    let rows = ranges.last().map_or(0, |last| last.end);
+    let mut result = Ok(());
+    // With many parts each is one thread's.
+    let crew = if ranges.len() < 2 * rayon::current_num_threads() { Crew::All } else { Crew::Caller };
+    let out = written::<T>(rows * width, |out| {
+        let rows = Disjoint::new(out);
+        result = (0..ranges.len()).into_par_iter().with_max_len(1).try_for_each(|part| {
+            let terms = f(part)?;
+            let terms: Vec<(&Tensor, Operand<'_>)> = terms.iter().map(|(a, b)| (a, *b)).collect();
+            // SAFETY: parts are different rows of a buffer that outlives this closure.
+            let out = unsafe { Out::shared(rows, ranges[part].start * width, width) };
+            with_factors(&terms, |pairs| multiply_with(crew, out, 1.0, pairs))
+        });
+        if result.is_err() {
+            // What is dropped was written all the same.
+            out.fill(T::zero());
+        }
+    });
+    result?;
+    to_tensor(out, &[rows, width])
 }
 
 /// A few rows times a quantized weight, as in generating token by token, and the other terms added to that.
@@ -115,7 +171,19 @@ fn composed(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Result<Tensor> {
     sum.ok_or_else(|| Error::invalid("a sum of no products"))
 }
 
-fn multiplied<T: Element>(terms: &[(&Tensor, Operand<'_>)]) -> Result<Tensor> {
+fn multiplied<T: Element>(alpha: f32, terms: &[(&Tensor, Operand<'_>)]) -> Result<Tensor> {
+    let Some((a, b)) = terms.first() else { return Err(Error::invalid("a sum of no products")) };
+    let shape = [a.dim(0)?, b.columns()?];
+    with_factors(terms, |pairs| {
+        to_tensor(written::<T>(shape[0] * shape[1], |out| multiply(out, 0.0, alpha, pairs)), &shape)
+    })?
+}
+
+/// Calls `f` with the terms as the kernels take them.
+fn with_factors<R>(
+    terms: &[(&Tensor, Operand<'_>)],
+    f: impl FnOnce(&[(Factor<'_>, Factor<'_>)]) -> R,
+) -> Result<R> {
     let stored: Vec<Stored<'_>> = terms
         .iter()
         .flat_map(|(a, b)| [Stored::of(Operand::from(*a)), Stored::of(*b)])
@@ -124,10 +192,7 @@ fn multiplied<T: Element>(terms: &[(&Tensor, Operand<'_>)]) -> Result<Tensor> {
     let factors: Vec<Factor<'_>> = views.iter().map(View::factor).collect();
     let pairs: Vec<(Factor<'_>, Factor<'_>)> =
         factors.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-    let Some((a, b)) = terms.first() else { return Err(Error::invalid("a sum of no products")) };
-    let shape = [a.dim(0)?, b.columns()?];
-    let out = written::<T>(shape[0] * shape[1], |out| multiply(out, 0.0, 1.0, &pairs));
-    to_tensor(out, &shape)
+    Ok(f(&pairs))
 }
 
 /// A matrix as it lies in memory, and whether it is read the other way round: a transposed view is not copied.

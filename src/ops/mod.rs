@@ -34,7 +34,7 @@ pub use documents::{Documents, Pass};
 pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};
 pub use groups::Groups;
-pub use matmul::{Operand, matmul, matmul_f32, sum_of_products};
+pub use matmul::{Operand, matmul, matmul_f32, scaled_matmul_f32, sum_of_products};
 pub use quantized::{Quantized, SharedBytes};
 pub use reference::differentiate;
 pub use sum::{add, add_to_rows};

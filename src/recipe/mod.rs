@@ -32,6 +32,7 @@ mod artifact;
 mod bounds;
 mod check;
 mod choice;
+mod conversion;
 mod describe;
 mod document;
 pub mod figures;
@@ -44,9 +45,11 @@ mod output;
 mod plan;
 mod prepared;
 mod typed;
+mod upcycle;
 
 pub use check::{Report, Segment, Target, check};
 pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
+pub use conversion::{UpcycleCheck, check_upcycle, upcycle};
 pub use document::Document;
 pub use finetune::finetune;
 pub use fitting::Memory;
@@ -56,6 +59,7 @@ pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };
 pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
+pub use upcycle::{UpcyclePlan, UpcycleRecipe};
 
 use mixture::{Distill, Losses, Routing};
 pub use mixture::{ExpertChoice, MixturePlan, RouterTraining};
@@ -220,21 +224,71 @@ fn is_frozen(router: &RouterTraining) -> bool {
     *router == RouterTraining::Frozen
 }
 
-impl Recipe {
-    /// Types a document and checks that its keys agree with each other.
-    pub fn read(document: &Document) -> Result<Self> {
+impl Task {
+    /// What a recipe is for.
+    pub fn of(document: &Document) -> Result<Self> {
         #[derive(Deserialize)]
         struct OfTask {
             task: Task,
         }
 
-        let task = document.typed::<OfTask>().map_err(|error| match error {
+        let read = document.typed::<OfTask>().map_err(|error| match error {
             Error::At { .. } => error.with_hint("begin the recipe with `task = \"finetune\"`"),
             other => other,
         })?;
-        if task.task == Task::Upcycle {
-            let error = Error::request("`task = \"upcycle\"`: upcycling is not built yet")
-                .with_hint("this version runs recipes with `task = \"finetune\"`");
+        Ok(read.task)
+    }
+}
+
+/// What a recipe of either task comes to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Work {
+    /// A fine-tuning run.
+    Finetune(Box<Plan>),
+    /// A conversion.
+    Upcycle(Box<UpcyclePlan>),
+}
+
+impl Work {
+    /// Reads a recipe and fills in the defaults; `name` is the recipe's file name without its ending.
+    pub fn of(document: &Document, name: &str) -> Result<Self> {
+        Ok(match Task::of(document)? {
+            Task::Finetune => Self::Finetune(Box::new(Plan::of(&Recipe::read(document)?, name))),
+            Task::Upcycle => Self::Upcycle(Box::new(UpcyclePlan::of(&UpcycleRecipe::read(document)?, name))),
+        })
+    }
+
+    /// The files that it names, and the keys that name them.
+    #[must_use]
+    pub fn files(&self) -> Vec<(&'static str, PathBuf)> {
+        let of = |key, sources: &[crate::data::Source]| -> Vec<(&'static str, PathBuf)> {
+            sources.iter().map(|source| (key, source.path.clone())).collect()
+        };
+        let mut files = Vec::new();
+        match self {
+            Self::Finetune(plan) => {
+                files.push(("model.source", PathBuf::from(&plan.model.source)));
+                files.extend(of("data.train", &plan.data.train));
+                if let Evaluation::Files(eval) = &plan.data.eval {
+                    files.extend(of("data.eval", eval));
+                }
+            }
+            Self::Upcycle(plan) => {
+                files.push(("model.source", PathBuf::from(&plan.model.source)));
+                files.extend(plan.sources.iter().map(|source| ("upcycle.sources", PathBuf::from(source))));
+                files.extend(of("calibration.data", &plan.data));
+            }
+        }
+        files
+    }
+}
+
+impl Recipe {
+    /// Types a document and checks that its keys agree with each other.
+    pub fn read(document: &Document) -> Result<Self> {
+        if Task::of(document)? == Task::Upcycle {
+            let error = Error::request("`task = \"upcycle\"` is no fine-tuning run")
+                .with_hint("`peft upcycle` runs this recipe");
             return Err(document.error_at("task", error));
         }
         let recipe: Self = document.typed()?;

@@ -245,7 +245,7 @@ impl DataPlan {
 }
 
 impl SourceRecipe {
-    fn source(&self) -> Source {
+    pub(super) fn source(&self) -> Source {
         Source {
             path: self.path.clone(),
             weight: self.weight.unwrap_or(1.0),

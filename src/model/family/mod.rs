@@ -8,6 +8,7 @@ mod granitemoe;
 mod llama;
 mod mistral;
 mod mixtral;
+mod mixture;
 mod olmoe;
 mod qwen2;
 mod qwen2_moe;
@@ -20,6 +21,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::model::config::DecoderConfig;
 use fields::{Fields, unsupported};
+pub use mixture::{Layout, MixtureFormat, MixtureShape};
 
 /// The values of `model_type` that there is a reader for.
 pub const SUPPORTED: [&str; 11] = [

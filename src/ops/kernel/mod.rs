@@ -8,7 +8,7 @@ mod rows;
 mod vectorized;
 
 pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
-pub(super) use multiply::{Factor, Fill, multiply};
+pub(super) use multiply::{Crew, Factor, Fill, Out, multiply, multiply_with};
 pub(super) use product::{Matrix, product};
 pub(super) use quantized::{Kind, PART, Row};
 pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_row_triples, for_rows, written};

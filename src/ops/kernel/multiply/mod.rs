@@ -64,6 +64,16 @@ pub(crate) fn multiply_here<T: Target>(
     multiply_by(best(terms), Crew::Caller, c, beta, alpha, terms);
 }
 
+/// As [`multiply`], on the threads of `crew`, into a place of its own.
+pub(crate) fn multiply_with<T: Target>(
+    crew: Crew,
+    c: Out<'_, T>,
+    alpha: f32,
+    terms: &[(Factor<'_>, Factor<'_>)],
+) {
+    multiply_by(best(terms), crew, c, 0.0, alpha, terms);
+}
+
 /// As [`multiply`] and [`multiply_here`], on a given path of those that the machine has.
 pub(crate) fn multiply_by<T: Target>(
     path: Path,

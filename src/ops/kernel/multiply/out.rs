@@ -25,7 +25,6 @@ impl<'a, T> Out<'a, T> {
     ///
     /// # Safety
     /// While the product is computed the buffer is alive, and nobody else uses the values of this result.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for attention"))]
     pub(crate) unsafe fn shared(values: Disjoint<T>, start: usize, stride: usize) -> Self {
         Self { values, start, stride, borrowed: PhantomData }
     }

@@ -1,0 +1,292 @@
+//! Experts that begin as copies of the network. Their weights sum to one, so the model stays what it is, however many
+//! are active, until training tells them apart.
+//!
+//! - `copy`: whole copies (Komatsuzaki et al., Sparse Upcycling, 2023).
+//! - `drop`: of each copy a share of the neurons is drawn anew, gate, up and down together, normal with the mean and the
+//!   deviation of their matrix (Nakamura et al., Drop-Upcycling, 2025).
+//! - `virtual-groups`: copies cut into slices with one router row a copy, so that whole copies are chosen at first (He et
+//!   al. 2024). A slice has the share `1 / groups` of its copy's weight, so down projections are multiplied by `groups`.
+//! - `mix`: the networks of several checkpoints; all else is the first one's.
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use rand_distr::{Distribution, StandardNormal};
+use serde_json::json;
+
+use super::export::{self, Layer, Sink};
+use super::report::{Guarantee, Report};
+use super::settings::{Method, RouterKind, Settings, choose_format, dense_network};
+use super::solve::{matrix, values};
+use super::split::network;
+use super::{Event, Job, Watch, verify};
+use crate::data::{generator, shuffle};
+use crate::error::{Error, Result};
+use crate::model::family::{self, MixtureFormat, MixtureShape};
+use crate::model::{Decoder, Pretrained, Stream};
+use crate::ops::{Documents, Pass};
+
+/// The deviation of a router that begins at random.
+const ROUTER_DEVIATION: f32 = 0.02;
+
+/// Writes a mixture of copies.
+pub(super) fn copy(
+    job: &Job<'_>,
+    settings: &Settings,
+    folder: &Path,
+    watch: &mut Watch<'_>,
+) -> Result<Report> {
+    let begun = std::time::Instant::now();
+    let base = job.base;
+    let (neurons, _) = dense_network(base.config())?;
+    refuse_unfit(job, settings, neurons)?;
+    let groups = if settings.method == Method::VirtualGroups { settings.groups } else { 1 };
+    let copies = if settings.method == Method::Mix { job.sources.len() + 1 } else { settings.experts };
+    let shape = MixtureShape {
+        experts: copies * groups,
+        active: settings.active * groups,
+        width: neurons / groups,
+        shared: 0,
+        averaged: true,
+        dense: settings.keep_dense.of(base.config().layers.len()),
+    };
+    let format = choose_format(settings.format, base.config(), &shape)?;
+    let layout = format.layout(base.config_json(), base.config(), &shape)?;
+    let stored = base.compute_dtype();
+    let routers = routers(job, settings, copies, &shape)?;
+    let config = family::read(&layout.config)?;
+    let mut sink = Sink::new(base, &config, format == MixtureFormat::GraniteMoeShared, stored, folder)?;
+    for (layer, moe) in config.sparse_layers() {
+        for copy in 0..copies {
+            let from = if copy == 0 { base } else { job.sources.get(copy - 1).unwrap_or(base) };
+            let mut source = Layer::read(from, layer, stored, None)?;
+            if settings.method == Method::Drop {
+                source.redraw(settings.drop_ratio, [settings.seed, layer as u64, copy as u64])?;
+            }
+            for group in 0..groups {
+                let own: Vec<usize> = (group * shape.width..(group + 1) * shape.width).collect();
+                for projection in 0..3 {
+                    let name =
+                        format!("{}.weight", moe.expert_path(layer, copy * groups + group, projection));
+                    sink.write(&name, &source.slice(projection, &own, groups as f64)?)?;
+                }
+            }
+        }
+        // All slices of a copy have its row, so that they are chosen together.
+        let hidden = config.hidden_size;
+        let rows = routers[layer].chunks_exact(hidden).flat_map(|row| row.repeat(groups)).collect();
+        sink.write(&format!("{}.weight", moe.router_path(layer)), &matrix(rows, hidden)?)?;
+        if moe.selection_bias {
+            let bias = Tensor::zeros(shape.experts, DType::F32, &Device::Cpu)?;
+            sink.write(&moe.selection_bias_path(layer), &bias)?;
+        }
+        watch(Event::Layer { done: layer + 1, layers: config.layers.len() })?;
+    }
+    sink.finish(|name| export::is_of_mixture(&config, name))?;
+    export::write_config(folder, &layout.config, stored, json!({}))?;
+    base.write_companions(folder)?;
+    let mut report = Report::of_copies(base, settings, &shape, format);
+    report.seconds = begun.elapsed().as_secs_f64();
+    if settings.verify {
+        watch(Event::Note("reading back and measuring".to_string()))?;
+        report.guarantees = guarantees(job, settings, folder, groups)?;
+    }
+    Ok(report)
+}
+
+fn refuse_unfit(job: &Job<'_>, settings: &Settings, neurons: usize) -> Result<()> {
+    if settings.method == Method::VirtualGroups && !neurons.is_multiple_of(settings.groups) {
+        return Err(Error::request(format!(
+            "`upcycle.groups` is {}, which does not divide the {neurons} neurons of a network",
+            settings.groups
+        )));
+    }
+    if settings.method == Method::Expand {
+        return Err(Error::request("`upcycle.method = \"expand\"` is not built in this version")
+            .with_hint("`copy` makes a mixture of a dense model"));
+    }
+    for source in job.sources {
+        source.check()?;
+        if source.config() != job.base.config() {
+            return Err(Error::request(format!(
+                "`{}` is not of the same shape as `{}`",
+                source.name(),
+                job.base.name()
+            ))
+            .with_hint("`mix` takes fine-tunes of one model"));
+        }
+    }
+    if matches!(settings.router, RouterKind::Ridge | RouterKind::Logistic | RouterKind::GateMean) {
+        return Err(Error::request("this router tells slices of one network apart, and copies are alike")
+            .with_hint("`upcycle.router` of copies is `random`, `zero`, `hidden-kmeans` or `prompts`"));
+    }
+    Ok(())
+}
+
+/// The router's rows of each layer, `[copies * hidden]`.
+fn routers(job: &Job<'_>, settings: &Settings, copies: usize, shape: &MixtureShape) -> Result<Vec<Vec<f32>>> {
+    let config = job.base.config();
+    let hidden = config.hidden_size;
+    let random = |layer: usize| -> Vec<f32> {
+        let mut chance = generator("upcycle/router", &[settings.seed, layer as u64]);
+        let mut draw = || -> f32 { StandardNormal.sample(&mut chance) };
+        (0..copies * hidden).map(|_| ROUTER_DEVIATION * draw()).collect()
+    };
+    match settings.router {
+        RouterKind::Zero => Ok(vec![vec![0.0; copies * hidden]; shape.dense.len()]),
+        RouterKind::Prompts => {
+            if job.prompts.len() != copies {
+                return Err(Error::request(format!(
+                    "`upcycle.prompts` has {} lists, and there are {copies} experts",
+                    job.prompts.len()
+                )));
+            }
+            let batches: Vec<Vec<&Vec<u32>>> =
+                job.prompts.iter().map(|prompts| prompts.iter().collect()).collect();
+            from_inputs(job, &batches, |means, _| Ok(normalised(means, hidden)))
+        }
+        RouterKind::HiddenKmeans => {
+            let windows: Vec<Vec<u32>> = job
+                .calibration
+                .fitted
+                .iter()
+                .flat_map(|batch| {
+                    batch.offsets.windows(2).map(|span| batch.tokens[span[0]..span[1]].to_vec())
+                })
+                .collect();
+            if windows.is_empty() {
+                return Err(Error::request("`upcycle.router = \"hidden-kmeans\"` needs calibration text")
+                    .with_hint("name files in `calibration.data`"));
+            }
+            let batches: Vec<Vec<&Vec<u32>>> = windows.iter().map(|window| vec![window]).collect();
+            from_inputs(job, &batches, |means, layer| {
+                Ok(normalised(clusters(means, hidden, copies, [settings.seed, layer as u64]), hidden))
+            })
+        }
+        _ => Ok((0..shape.dense.len()).map(random).collect()),
+    }
+}
+
+/// Routers from the mean input of the feed-forward network over each batch of documents.
+fn from_inputs(
+    job: &Job<'_>,
+    batches: &[Vec<&Vec<u32>>],
+    make: impl Fn(Vec<f32>, usize) -> Result<Vec<f32>>,
+) -> Result<Vec<Vec<f32>>> {
+    let model = Decoder::open(job.base, job.dtype, &Device::Cpu)?;
+    let begin = |documents: &Vec<&Vec<u32>>| -> Result<Stream> {
+        let tokens: Vec<u32> = documents.iter().flat_map(|document| document.iter().copied()).collect();
+        let mut offsets = vec![0];
+        documents.iter().for_each(|document| offsets.push(offsets[offsets.len() - 1] + document.len()));
+        model.begin_stream(&tokens, Documents::new(offsets, (0..documents.len() as u64).collect()))
+    };
+    let mut streams: Vec<Stream> = batches.iter().map(begin).collect::<Result<_>>()?;
+    let mut routers = Vec::new();
+    for layer in 0..model.config().layers.len() {
+        let mut means = Vec::new();
+        for stream in &mut streams {
+            let x = model.attend(layer, stream)?;
+            means.extend(values(&x.to_dtype(DType::F32)?.mean_keepdim(0)?)?);
+            let (y, _) = network(&model, layer)?.forward(&x, &Pass::inference(stream.documents()))?;
+            model.add_to_stream(layer, stream, &y)?;
+        }
+        routers.push(make(means, layer)?);
+    }
+    Ok(routers)
+}
+
+/// Rows of length one, without what they have in common.
+fn normalised(mut rows: Vec<f32>, width: usize) -> Vec<f32> {
+    let count = (rows.len() / width) as f32;
+    let mut mean = vec![0f32; width];
+    rows.chunks_exact(width).for_each(|row| mean.iter_mut().zip(row).for_each(|(m, x)| *m += x / count));
+    for row in rows.chunks_exact_mut(width) {
+        row.iter_mut().zip(&mean).for_each(|(x, mean)| *x -= mean);
+        let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+        row.iter_mut().for_each(|x| *x /= norm);
+    }
+    rows
+}
+
+/// The centres of spherical k-means, `[count * width]`.
+fn clusters(rows: Vec<f32>, width: usize, count: usize, seed: [u64; 2]) -> Vec<f32> {
+    let rows = normalised(rows, width);
+    let mut order: Vec<usize> = (0..rows.len() / width).collect();
+    shuffle(&mut order, &mut generator("upcycle/inputs", &seed));
+    let row = |at: usize| &rows[at * width..][..width];
+    let mut centres: Vec<f32> = (0..count).flat_map(|n| row(order[n % order.len()]).to_vec()).collect();
+    for _ in 0..20 {
+        let mut sums = vec![0f32; centres.len()];
+        for own in rows.chunks_exact(width) {
+            let nearness = |centre: &[f32]| centre.iter().zip(own).map(|(c, x)| c * x).sum::<f32>();
+            let best = centres.chunks_exact(width).map(nearness).enumerate();
+            let best = best.reduce(|best, next| if next.1 > best.1 { next } else { best }).map_or(0, |b| b.0);
+            sums[best * width..][..width].iter_mut().zip(own).for_each(|(sum, x)| *sum += x);
+        }
+        for (centre, sum) in centres.chunks_exact_mut(width).zip(sums.chunks_exact(width)) {
+            let norm = sum.iter().map(|x| x * x).sum::<f32>().sqrt();
+            if norm > 0.0 {
+                centre.iter_mut().zip(sum).for_each(|(c, x)| *c = x / norm);
+            }
+        }
+    }
+    centres
+}
+
+impl Layer {
+    /// Draws a share of the neurons anew, normal with the mean and the deviation of each projection.
+    fn redraw(&mut self, share: f64, seed: [u64; 3]) -> Result<()> {
+        let mut chance = generator("upcycle/drop", &seed);
+        let neurons = self.projections[0].dim(0)?;
+        let mut order: Vec<usize> = (0..neurons).collect();
+        shuffle(&mut order, &mut chance);
+        order.truncate((share * neurons as f64).round() as usize);
+        for (projection, tensor) in self.projections.iter_mut().enumerate() {
+            let shape = tensor.dims2()?;
+            let mut all = values(tensor)?;
+            let mean = all.iter().map(|x| f64::from(*x)).sum::<f64>() / all.len() as f64;
+            let variance = all.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / all.len() as f64;
+            let mut draw = || -> f32 {
+                let normal: f64 = StandardNormal.sample(&mut chance);
+                (mean + variance.sqrt() * normal) as f32
+            };
+            for neuron in &order {
+                match projection {
+                    2 => (0..shape.0).for_each(|row| all[row * shape.1 + neuron] = draw()),
+                    _ => all[neuron * shape.1..][..shape.1].iter_mut().for_each(|x| *x = draw()),
+                }
+            }
+            *tensor = Tensor::from_vec(all, shape, &Device::Cpu)?.to_dtype(tensor.dtype())?;
+        }
+        Ok(())
+    }
+}
+
+/// That the mixture is the dense model at one, two and four copies a token.
+fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) -> Result<Vec<Guarantee>> {
+    let written = Pretrained::open(&folder.to_string_lossy())?;
+    written.check()?;
+    let windows = match job.calibration.held_out.first() {
+        Some(_) => job.calibration.held_out.clone(),
+        None => vec![verify::any_tokens(job.base.config().vocab_size)],
+    };
+    let dense = Decoder::open(job.base, DType::F32, &Device::Cpu)?;
+    let experts = written.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts / groups);
+    let mut guarantees = Vec::new();
+    for active in [1, 2, 4].into_iter().filter(|active| *active <= experts) {
+        let mut config = written.config().clone();
+        config.reroute(Some(active * groups), Default::default())?;
+        let mixture =
+            Decoder::load(&config, &Device::Cpu, |name| written.weight(name, DType::F32, &Device::Cpu))?;
+        let (difference, largest, loss) = verify::differences(&dense, &mixture, &windows)?;
+        guarantees.push(Guarantee {
+            what: format!("with {active} active it is the dense model"),
+            promised: matches!(settings.method, Method::Copy | Method::VirtualGroups),
+            holds: verify::is_rounding(difference, largest),
+            max_logit_difference: Some(difference),
+            nll_difference: loss,
+            largest_logit: Some(largest),
+        });
+    }
+    Ok(guarantees)
+}

@@ -1,0 +1,274 @@
+//! Slices to files: every tensor of the family's configuration, one at a time, under the names that checkpoints of
+//! one tensor per expert have. Gate and up rows are the dense model's to the bit.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+
+use super::Refit;
+use super::settings::SplitShape;
+use super::slices::Slices;
+use super::solve::matrix;
+use super::split::Split;
+use crate::error::{Context, Error, Result};
+use crate::model::config::{MoeConfig, MoeNames, PackedTensor};
+use crate::model::family::{self, Layout, MixtureFormat};
+use crate::model::{DecoderConfig, Pretrained};
+use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_atomic};
+
+/// What the gate of a shared expert that has to have one is made of: as good as zero, so that it gives one half, and not
+/// zero, by which one runtime divides.
+const NEARLY_ZERO: f64 = 1.0 / (1u64 << 40) as f64;
+
+/// A model on its way to disk.
+pub(super) struct Sink<'a> {
+    base: &'a Pretrained,
+    config: &'a DecoderConfig,
+    writer: ShardedWriter,
+    stored: DType,
+    /// Tensors that hold others, where the family stores them so.
+    packed: BTreeMap<String, PackedTensor>,
+    parts: BTreeMap<String, String>,
+    waiting: BTreeMap<String, Tensor>,
+}
+
+impl<'a> Sink<'a> {
+    /// Announces all tensors of `config`.
+    pub(super) fn new(
+        base: &'a Pretrained,
+        config: &'a DecoderConfig,
+        packs: bool,
+        stored: DType,
+        folder: &Path,
+    ) -> Result<Self> {
+        let mut packed = BTreeMap::new();
+        let mut parts = BTreeMap::new();
+        if packs {
+            for tensor in config.packed_tensors() {
+                let is_new = tensor.parts.iter().all(|(part, _)| !parts.contains_key(part));
+                if is_new && (tensor.parts.len() > 1 || tensor.name.contains("output_linear")) {
+                    tensor
+                        .parts
+                        .iter()
+                        .for_each(|(part, _)| drop(parts.insert(part.clone(), tensor.name.clone())));
+                    packed.insert(tensor.name.clone(), tensor);
+                }
+            }
+        }
+        let mut specs = Vec::new();
+        let mut announced = std::collections::BTreeSet::new();
+        for (name, shape) in config.tensors() {
+            let (name, shape) = match parts.get(&name) {
+                Some(whole) => (whole.clone(), packed[whole].shape.clone()),
+                None => (name, shape),
+            };
+            if announced.insert(name.clone()) {
+                let dtype = if config.is_held_in_f32(&name) { DType::F32 } else { stored };
+                let empty = Tensor::zeros(0, dtype, &Device::Cpu)?;
+                specs.push(TensorSpec { shape, ..TensorSpec::of(&name, &empty)? });
+            }
+        }
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        let writer = ShardedWriter::create(folder, &specs, &metadata, DEFAULT_SHARD_BYTES)?;
+        Ok(Self { base, config, writer, stored, packed, parts, waiting: BTreeMap::new() })
+    }
+
+    /// Writes a tensor, in the type that it has on disk.
+    pub(super) fn write(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+        let dtype = if self.config.is_held_in_f32(name) { DType::F32 } else { self.stored };
+        let tensor = tensor.to_dtype(dtype)?.contiguous()?;
+        let Some(whole) = self.parts.get(name).cloned() else { return self.writer.write(name, &tensor) };
+        self.waiting.insert(name.to_string(), tensor);
+        let packed = &self.packed[&whole];
+        if packed.parts.iter().any(|(part, _)| !self.waiting.contains_key(part)) {
+            return Ok(());
+        }
+        let parts = packed.parts.iter().filter_map(|(part, _)| self.waiting.remove(part));
+        let parts: Vec<Tensor> = parts.map(|part| part.flatten_all()).collect::<Result<_, _>>()?;
+        self.writer.write(&whole, &Tensor::cat(&parts, 0)?.reshape(packed.shape.as_slice())?)
+    }
+
+    /// Writes what the dense model has under the same name, and closes the files. A tied head gets its own copy; biases that
+    /// the dense model has not are zero.
+    pub(super) fn finish(mut self, is_written: impl Fn(&str) -> bool) -> Result<()> {
+        let known: std::collections::BTreeSet<String> =
+            self.base.config().tensors().into_iter().map(|(name, _)| name).collect();
+        for (name, shape) in self.config.tensors() {
+            if is_written(&name) {
+                continue;
+            }
+            let from = match name.as_str() {
+                "lm_head.weight" if !known.contains(&name) => "model.embed_tokens.weight",
+                own => own,
+            };
+            let tensor = match known.contains(from) {
+                true => self.base.read(from, self.stored, &Device::Cpu)?,
+                false if name.ends_with(".bias") => Tensor::zeros(shape, self.stored, &Device::Cpu)?,
+                false => {
+                    return Err(Error::invalid("has no counterpart in the dense model")).in_tensor(&name);
+                }
+            };
+            self.write(&name, &tensor)?;
+        }
+        self.writer.finish()
+    }
+}
+
+/// Writes `config.json`; `note` goes into it under `upcycled`, which loaders leave alone.
+pub(super) fn write_config(folder: &Path, config: &Value, stored: DType, note: Value) -> Result<()> {
+    let mut config = config.clone();
+    let name = if stored == DType::BF16 { "bfloat16" } else { "float32" };
+    config["torch_dtype"] = json!(name);
+    if config.get("dtype").is_some() {
+        config["dtype"] = json!(name);
+    }
+    if !note.is_null() {
+        config["upcycled"] = note;
+    }
+    write_atomic(folder.join("config.json"), (serde_json::to_string_pretty(&config)? + "\n").as_bytes())
+}
+
+/// Writes the weights and the configuration of a split model.
+#[expect(clippy::too_many_arguments, reason = "each is a thing of its own, and there is one caller")]
+pub(super) fn write_split(
+    base: &Pretrained,
+    layout: &Layout,
+    format: MixtureFormat,
+    shape: &SplitShape,
+    split: &Split,
+    refit: Refit,
+    stored: DType,
+    folder: &Path,
+) -> Result<()> {
+    let config = family::read(&layout.config)?;
+    let mut sink = Sink::new(base, &config, format == MixtureFormat::GraniteMoeShared, stored, folder)?;
+    for (layer, moe) in config.sparse_layers() {
+        let Some(slices) = &split.layers[layer] else { continue };
+        let source = Layer::read(base, layer, stored, (refit != Refit::None).then_some(&slices.down))?;
+        for (expert, neurons) in slices.experts.iter().enumerate() {
+            for projection in 0..3 {
+                let name = format!("{}.weight", moe.expert_path(layer, expert, projection));
+                sink.write(&name, &source.slice(projection, neurons, layout.routed_scale)?)?;
+            }
+        }
+        if shape.shared > 0 {
+            for projection in 0..3 {
+                let name = format!("{}.weight", moe.shared_path(layer, projection));
+                sink.write(&name, &source.slice(projection, &slices.shared, layout.shared_scale)?)?;
+            }
+        }
+        write_router(&mut sink, moe, layer, slices, split.exponents[layer])?;
+    }
+    sink.finish(|name| is_of_mixture(&config, name))?;
+    let note = json!({ "router_exponents": split.exponents });
+    write_config(folder, &layout.config, stored, note)
+}
+
+/// Whether a tensor is a part of experts or routers.
+pub(super) fn is_of_mixture(config: &DecoderConfig, name: &str) -> bool {
+    let in_layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+    let Some((layer, rest)) = in_layer else { return false };
+    config.sparse_layers().filter(|(index, _)| layer == index.to_string()).any(|(_, moe)| {
+        let MoeNames { router, experts, shared, shared_gate, .. } = moe.names;
+        let at = |part: &str| rest.strip_prefix(part).is_some_and(|rest| rest.starts_with('.'));
+        [router, experts, shared, shared_gate].into_iter().any(at)
+    })
+}
+
+fn write_router(
+    sink: &mut Sink<'_>,
+    moe: &MoeConfig,
+    layer: usize,
+    slices: &Slices,
+    power: i32,
+) -> Result<()> {
+    let scale = 2f32.powi(power);
+    let hidden = slices.router.weight.len() / slices.router.bias.len();
+    let weight = slices.router.weight.iter().map(|value| value * scale).collect();
+    sink.write(&format!("{}.weight", moe.router_path(layer)), &matrix(weight, hidden)?)?;
+    if moe.selection_bias {
+        // Near zero a sigmoid rises by a quarter of its argument.
+        let bias: Vec<f32> = slices.router.bias.iter().map(|value| value * scale / 4.0).collect();
+        sink.write(&moe.selection_bias_path(layer), &Tensor::new(bias, &Device::Cpu)?)?;
+    }
+    if moe.shared.is_some_and(|shared| shared.gated) {
+        let gate = Tensor::full(NEARLY_ZERO as f32, (1, hidden), &Device::Cpu)?;
+        sink.write(&format!("{}.weight", moe.shared_gate_path(layer)), &gate)?;
+    }
+    Ok(())
+}
+
+/// The three projections of a dense layer.
+pub(super) struct Layer {
+    pub(super) projections: [Tensor; 3],
+}
+
+impl Layer {
+    /// From the dense model, with another down projection where there is one.
+    pub(super) fn read(
+        base: &Pretrained,
+        layer: usize,
+        stored: DType,
+        down: Option<&Tensor>,
+    ) -> Result<Self> {
+        let read =
+            |name: &str| base.read(&format!("model.layers.{layer}.mlp.{name}.weight"), stored, &Device::Cpu);
+        let down = match down {
+            Some(down) => down.to_dtype(stored)?,
+            None => read("down_proj")?,
+        };
+        Ok(Self { projections: [read("gate_proj")?, read("up_proj")?, down] })
+    }
+
+    /// Some neurons of gate (0), up (1) or down (2), the last times `scale`; zeros for numbers that are no neuron.
+    pub(super) fn slice(&self, projection: usize, neurons: &[usize], scale: f64) -> Result<Tensor> {
+        let axis = usize::from(projection == 2);
+        let whole = &self.projections[projection];
+        let count = whole.dim(axis)?;
+        let padded = match neurons.iter().any(|neuron| *neuron >= count) {
+            true => whole.pad_with_zeros(axis, 0, 1)?,
+            false => whole.clone(),
+        };
+        let rows: Vec<u32> = neurons.iter().map(|neuron| (*neuron).min(count) as u32).collect();
+        let taken = padded.index_select(&Tensor::new(rows, &Device::Cpu)?, axis)?;
+        if projection < 2 || scale == 1.0 {
+            return Ok(taken);
+        }
+        Ok((taken.to_dtype(DType::F32)? * scale)?.to_dtype(taken.dtype())?)
+    }
+}
+
+/// Writes the dense model that static pruning leaves.
+pub(super) fn write_pruned(
+    base: &Pretrained,
+    split: &Split,
+    refit: Refit,
+    stored: DType,
+    folder: &Path,
+) -> Result<()> {
+    let mut json = base.config_json().clone();
+    let width = split.kept.iter().flatten().map(|(kept, _)| kept.len()).next().unwrap_or(0);
+    json["intermediate_size"] = json!(width);
+    let config = family::read(&json)?;
+    let mut sink = Sink::new(base, &config, false, stored, folder)?;
+    for (layer, kept) in split.kept.iter().enumerate() {
+        let Some((kept, down)) = kept else { continue };
+        let mut kept = kept.clone();
+        kept.sort_unstable();
+        let source = Layer::read(base, layer, stored, (refit != Refit::None).then_some(down))?;
+        for (projection, name) in ["gate_proj", "up_proj", "down_proj"].into_iter().enumerate() {
+            let name = format!("model.layers.{layer}.mlp.{name}.weight");
+            sink.write(&name, &source.slice(projection, &kept, 1.0)?)?;
+        }
+    }
+    let pruned =
+        |name: &str| {
+            split.kept.iter().enumerate().any(|(layer, kept)| {
+                kept.is_some() && name.starts_with(&format!("model.layers.{layer}.mlp."))
+            })
+        };
+    sink.finish(pruned)?;
+    write_config(folder, &json, stored, Value::Null)
+}

@@ -1,0 +1,155 @@
+//! Dense models into mixtures of experts that stock tools load, and the account of what that cost.
+//!
+//! A split cuts every feed-forward network into slices: `F(x) = sum of D_e h_e(x)`, so with all slices on it is the dense
+//! network, and with some of them it is cheaper. Which neurons go together, and what a linear router can tell of who is
+//! needed, is found on calibration text, layer by layer: the dense model and the statistics of one layer are all that is in
+//! memory. Copies start from the same network in every expert and leave the model as it is until it is trained.
+//!
+//! ```text
+//! text -> windows (fitted | held out)
+//! dense model -> per layer: scores -> shared neurons -> partition <-> router -> down projections fitted once more
+//!             -> config.json of a family, weights under its names -> read back -> measured beside its rivals
+//! ```
+
+mod assign;
+mod compare;
+mod copies;
+mod export;
+mod partition;
+mod refit;
+mod report;
+mod router;
+mod settings;
+mod slices;
+mod solve;
+mod split;
+mod statistics;
+mod verify;
+mod windows;
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+
+pub use compare::{Comparison, LayerReport, Loss};
+pub use report::{Guarantee, Report};
+pub use settings::{
+    KeepDense, Method, Partition, Refit, RouterKind, Settings, SplitShape, choose_format, dense_network,
+};
+pub use windows::{Calibration, WINDOW, Windows};
+
+use crate::error::{Context, Result};
+use crate::model::{Decoder, Pretrained};
+use crate::weights::{Staged, write_atomic};
+
+/// The account of a conversion, beside its weights.
+pub const REPORT_FILE: &str = "upcycle.json";
+/// The same to be read.
+pub const REPORT_TEXT: &str = "upcycle.md";
+
+/// What happens on the way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A fact, a line of text.
+    Note(String),
+    /// A layer is done.
+    Layer {
+        /// So many are.
+        done: usize,
+        /// Of so many.
+        layers: usize,
+    },
+}
+
+/// Called on every event; an error from there ends the conversion, and nothing of it stays.
+pub type Watch<'a> = dyn FnMut(Event) -> Result<()> + 'a;
+
+/// What is converted, and where to.
+pub struct Job<'a> {
+    /// The dense model.
+    pub base: &'a Pretrained,
+    /// Further checkpoints of the same shape, for [`Method::Mix`].
+    pub sources: &'a [Pretrained],
+    /// Tokens of the prompts of each expert, for [`RouterKind::Prompts`].
+    pub prompts: &'a [Vec<Vec<u32>>],
+    /// Text to learn from and to measure on.
+    pub calibration: &'a Calibration,
+    /// The type that the dense model computes in.
+    pub dtype: DType,
+    /// The new folder.
+    pub output: &'a Path,
+    /// Further files for it: names and contents.
+    pub files: &'a [(String, String)],
+}
+
+/// Converts a model as `settings` say and writes it to a new folder, whole or not at all.
+///
+/// # Errors
+///
+/// Where the model is not dense, no family can hold the mixture, or a promise does not hold when the result is read back.
+pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Result<Report> {
+    job.base.check()?;
+    let staged = Staged::folder(job.output)?;
+    let report = match settings.method {
+        Method::Split | Method::Prune => cut(job, settings, staged.path(), watch)?,
+        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Expand | Method::Mix => {
+            copies::copy(job, settings, staged.path(), watch)?
+        }
+    };
+    report.refuse_broken()?;
+    for (name, text) in job.files {
+        write_atomic(staged.path().join(name), text.as_bytes())?;
+    }
+    write_atomic(
+        staged.path().join(REPORT_FILE),
+        (serde_json::to_string_pretty(&report)? + "\n").as_bytes(),
+    )?;
+    write_atomic(staged.path().join(REPORT_TEXT), report.text().as_bytes())?;
+    staged.commit().at(job.output)?;
+    Ok(report)
+}
+
+/// The methods that cut neurons apart.
+fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>) -> Result<Report> {
+    let begun = std::time::Instant::now();
+    let base = job.base;
+    let shape = SplitShape::of(settings, base.config())?;
+    let stored = base.compute_dtype();
+    let target = match settings.method {
+        Method::Prune => None,
+        _ => Some(choose_format(settings.format, base.config(), &shape.mixture())?),
+    };
+    let with_bias = target.is_none_or(|format| format.has_selection_bias());
+    let model = Decoder::open(base, job.dtype, &Device::Cpu)?;
+    let cut = split::split(&model, &shape, settings, job.calibration, (with_bias, stored), watch)?;
+    for (layer, slices) in cut.layers.iter().enumerate() {
+        slices.iter().try_for_each(|slices| split::refuse_infinite(slices, layer))?;
+    }
+    drop(model);
+    watch(Event::Note("writing".to_string()))?;
+    let layout = match target {
+        Some(format) => {
+            let layout = format.layout(base.config_json(), base.config(), &shape.mixture())?;
+            export::write_split(base, &layout, format, &shape, &cut, settings.refit, stored, folder)?;
+            Some(layout)
+        }
+        None => {
+            export::write_pruned(base, &cut, settings.refit, stored, folder)?;
+            None
+        }
+    };
+    base.write_companions(folder)?;
+    let conversion_seconds = begun.elapsed().as_secs_f64();
+    let mut report = Report::new(base, settings, &shape, target, job.calibration.num_tokens(), cut);
+    report.seconds = conversion_seconds;
+    if settings.verify {
+        watch(Event::Note("reading back and measuring".to_string()))?;
+        report.guarantees = match (&layout, target) {
+            (Some(layout), Some(_)) => {
+                verify::split(base, folder, &shape, layout, settings, job.calibration, &report)?
+            }
+            _ => verify::pruned(folder, job.calibration, &report)?,
+        };
+    }
+    Ok(report)
+}

@@ -1,0 +1,159 @@
+//! Neurons to experts: by place, chance, gates, co-activation, or in turns with the router.
+
+use candle_core::{DType, Tensor};
+
+use super::assign::balanced;
+use super::settings::Partition;
+use super::slices::top;
+use super::solve::{Linear, Regression, matrix, values};
+use super::statistics::Evidence;
+use crate::data::{generator, shuffle};
+use crate::error::{Error, Result};
+use crate::ops::{matmul, matmul_f32};
+
+/// What neurons are shared out by.
+pub(super) struct Grounds<'a> {
+    /// Of the neurons to share out, in their order, on tokens that things are fitted to.
+    pub(super) fitted: &'a Evidence,
+    /// The same on tokens that a choice is made by.
+    pub(super) chosen_by: &'a Evidence,
+    /// Their gate rows, `[neurons, hidden]`, f32.
+    pub(super) gates: &'a Tensor,
+    /// Experts.
+    pub(super) experts: usize,
+    /// Experts of a token.
+    pub(super) active: usize,
+    /// Whether the router can have a bias.
+    pub(super) with_bias: bool,
+    /// Seed and layer.
+    pub(super) seed: [u64; 2],
+}
+
+/// The expert of each neuron.
+pub(super) fn partition(kind: Partition, grounds: &Grounds<'_>) -> Result<Vec<usize>> {
+    let neurons = grounds.gates.dim(0)?;
+    let width = neurons / grounds.experts;
+    match kind {
+        Partition::Sequential => Ok((0..neurons).map(|neuron| neuron / width).collect()),
+        Partition::Random => {
+            let mut experts: Vec<usize> = (0..neurons).map(|neuron| neuron % grounds.experts).collect();
+            shuffle(&mut experts, &mut generator("upcycle/random", &grounds.seed));
+            Ok(experts)
+        }
+        Partition::Kmeans => kmeans(grounds, 20),
+        Partition::Coactivation => coactivation(grounds),
+        Partition::Alternating => alternating(grounds),
+        Partition::Gradient => Err(Error::request("`upcycle.partition = \"gradient\"` is not built yet")),
+    }
+}
+
+/// `[neurons, experts]` with a one where a neuron belongs.
+pub(super) fn membership(experts_of: &[usize], experts: usize) -> Result<Tensor> {
+    let mut ones = vec![0f32; experts_of.len() * experts];
+    experts_of.iter().enumerate().for_each(|(neuron, expert)| ones[neuron * experts + expert] = 1.0);
+    matrix(ones, experts)
+}
+
+/// Balanced spherical k-means on gate rows.
+fn kmeans(grounds: &Grounds<'_>, rounds: usize) -> Result<Vec<usize>> {
+    let norms = (grounds.gates.sqr()?.sum_keepdim(1)?.sqrt()? + 1e-12)?;
+    let rows = grounds.gates.broadcast_div(&norms)?;
+    let mut order: Vec<u32> = (0..rows.dim(0)? as u32).collect();
+    shuffle(&mut order, &mut generator("upcycle/kmeans", &grounds.seed));
+    let first = Tensor::new(&order[..grounds.experts], rows.device())?;
+    let mut centres = rows.index_select(&first, 0)?;
+    let mut found = Vec::new();
+    for _ in 0..rounds {
+        let next = balanced(&values(&matmul(&rows, &centres.t()?)?)?, grounds.experts);
+        if next == found {
+            break;
+        }
+        let sums = matmul(&membership(&next, grounds.experts)?.t()?, &rows)?;
+        centres = sums.broadcast_div(&(sums.sqr()?.sum_keepdim(1)?.sqrt()? + 1e-12)?)?;
+        found = next;
+    }
+    Ok(found)
+}
+
+/// Neurons whose contributions rise and fall together: k-means in which a neuron is as near to an expert as its
+/// mean correlation with the neurons there.
+fn coactivation(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
+    const TOKENS: usize = 8192;
+
+    let contributions =
+        grounds.fitted.energy.narrow(0, 0, grounds.fitted.energy.dim(0)?.min(TOKENS))?.sqrt()?;
+    let centred = contributions.broadcast_sub(&contributions.mean_keepdim(0)?)?;
+    let scaled = centred.broadcast_div(&(centred.sqr()?.sum_keepdim(0)?.sqrt()? + 1e-12)?)?;
+    let correlation = matmul(&scaled.t()?, &scaled)?; // [neurons, neurons]
+    let mut found = kmeans(grounds, 3)?;
+    for _ in 0..20 {
+        let nearness = matmul(&correlation, &membership(&found, grounds.experts)?)?;
+        let next = balanced(&values(&nearness)?, grounds.experts);
+        if next == found {
+            break;
+        }
+        found = next;
+    }
+    Ok(found)
+}
+
+/// Rounds in which tokens choose their experts by what these really give them.
+const BY_ORACLE: usize = 4;
+/// Rounds in which they choose by what a linear router says, which is what they will have.
+const BY_ROUTER: usize = 8;
+
+/// In turns: tokens choose experts, then neurons go to the experts whose tokens they give most energy.
+fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
+    let Grounds { fitted, experts, active, .. } = *grounds;
+    let mut experts_of = kmeans(grounds, 3)?;
+    if fitted.energy.dim(0)? == 0 {
+        return Ok(experts_of);
+    }
+    let regression = Regression::new(&fitted.x, grounds.with_bias)?;
+    let mut best: Option<(f64, Vec<usize>)> = None;
+    for round in 0..BY_ORACLE + BY_ROUTER {
+        let energies = matmul(&fitted.energy, &membership(&experts_of, experts)?)?; // [tokens, experts]
+        let scores = match round < BY_ORACLE {
+            true => energies,
+            false => {
+                let router = regression.fit(&energies)?;
+                keep_better(&mut best, captured(grounds, &router, &experts_of)?, &experts_of);
+                router.apply(&fitted.x)?
+            }
+        };
+        let chosen = top(&values(&scores)?, experts, active);
+        let taken = selection(&chosen, experts, active)?; // [tokens, experts]
+        let gains = matmul(&fitted.energy.t()?, &taken)?; // [neurons, experts]
+        experts_of = balanced(&values(&gains)?, experts);
+    }
+    let energies = matmul(&fitted.energy, &membership(&experts_of, experts)?)?;
+    keep_better(&mut best, captured(grounds, &regression.fit(&energies)?, &experts_of)?, &experts_of);
+    Ok(best.map_or(experts_of, |(_, experts_of)| experts_of))
+}
+
+fn keep_better(best: &mut Option<(f64, Vec<usize>)>, captured: f64, experts_of: &[usize]) {
+    if best.as_ref().is_none_or(|(most, _)| captured > *most) {
+        *best = Some((captured, experts_of.to_vec()));
+    }
+}
+
+/// `[tokens, experts]` with a one for each chosen expert.
+pub(super) fn selection(chosen: &[u32], experts: usize, active: usize) -> Result<Tensor> {
+    let mut ones = vec![0f32; chosen.len() / active * experts];
+    for (token, chosen) in chosen.chunks_exact(active).enumerate() {
+        chosen.iter().for_each(|expert| ones[token * experts + *expert as usize] = 1.0);
+    }
+    matrix(ones, experts)
+}
+
+/// The energy that a router's choice has, on the tokens that choices are made by.
+fn captured(grounds: &Grounds<'_>, router: &Linear, experts_of: &[usize]) -> Result<f64> {
+    let Grounds { chosen_by, experts, active, .. } = *grounds;
+    if chosen_by.energy.dim(0)? == 0 {
+        return Ok(0.0);
+    }
+    let energies = matmul_f32(&chosen_by.energy, &membership(experts_of, experts)?)?;
+    let chosen = top(&values(&router.apply(&chosen_by.x)?)?, experts, active);
+    let taken = (energies * selection(&chosen, experts, active)?)?;
+    Ok(taken.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?)
+}

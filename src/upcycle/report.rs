@@ -1,0 +1,250 @@
+//! The account of a conversion: what was promised and kept, and what it cost beside static pruning.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::compare::{Comparison, LayerReport, Loss};
+use super::settings::{Method, Partition, Refit, RouterKind, Settings, SplitShape};
+use super::split::Split;
+use crate::error::{Error, Result};
+use crate::model::Pretrained;
+use crate::model::family::{MixtureFormat, MixtureShape};
+
+/// A promise about the written model, and whether it was found to hold.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Guarantee {
+    /// What should be so.
+    pub what: String,
+    /// Whether it is promised here; otherwise it was only measured.
+    pub promised: bool,
+    /// Whether it is so.
+    pub holds: bool,
+    /// The largest difference between two logits.
+    pub max_logit_difference: Option<f64>,
+    /// The largest logit there is.
+    pub largest_logit: Option<f64>,
+    /// The difference between the mean losses.
+    pub nll_difference: f64,
+}
+
+/// What a conversion did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The program and its version.
+    pub tool: String,
+    /// The dense model.
+    pub base: String,
+    /// What was done.
+    pub method: Method,
+    /// The family that was written; `None`: the dense model's own.
+    pub format: Option<MixtureFormat>,
+    /// Slices or copies.
+    pub experts: usize,
+    /// Those always on.
+    pub shared: usize,
+    /// Those routed to, of a token.
+    pub active: usize,
+    /// Neurons of an expert.
+    pub expert_width: usize,
+    /// The share of the neurons of a converted layer that a token goes through.
+    pub active_share: f64,
+    /// Layers that stay dense.
+    pub dense_layers: Vec<usize>,
+    /// How neurons were shared out.
+    pub partition: Option<Partition>,
+    /// How the router came to be.
+    pub router: Option<RouterKind>,
+    /// What the down projections were fitted to.
+    pub refit: Refit,
+    /// Tokens that were learned from.
+    pub calibration_tokens: usize,
+    /// Tokens that were measured on.
+    pub held_out_tokens: usize,
+    /// Seconds of the conversion, with the rivals measured on the way, without reading back.
+    pub seconds: f64,
+    /// What was promised, and whether it holds.
+    pub guarantees: Vec<Guarantee>,
+    /// Losses on held-out text.
+    pub comparison: Option<Comparison>,
+    /// Each converted layer.
+    pub layers: Vec<LayerReport>,
+}
+
+impl Report {
+    /// Of a split, before it is verified.
+    pub(super) fn new(
+        base: &Pretrained,
+        settings: &Settings,
+        shape: &SplitShape,
+        format: Option<MixtureFormat>,
+        (calibration_tokens, held_out_tokens): (usize, usize),
+        split: Split,
+    ) -> Self {
+        let is_split = settings.method == Method::Split;
+        Self {
+            tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
+            base: base.name().to_string(),
+            method: settings.method,
+            format,
+            experts: shape.shared + shape.routed,
+            shared: shape.shared,
+            active: shape.active,
+            expert_width: shape.width,
+            active_share: shape.active_width() as f64 / shape.neurons as f64,
+            dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
+            partition: is_split.then_some(settings.partition),
+            router: is_split.then_some(settings.router),
+            refit: settings.refit,
+            calibration_tokens,
+            held_out_tokens,
+            seconds: 0.0,
+            guarantees: Vec::new(),
+            comparison: split.comparison,
+            layers: split.reports,
+        }
+    }
+
+    /// Of copies, before it is verified.
+    pub(super) fn of_copies(
+        base: &Pretrained,
+        settings: &Settings,
+        shape: &MixtureShape,
+        format: MixtureFormat,
+    ) -> Self {
+        Self {
+            tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
+            base: base.name().to_string(),
+            method: settings.method,
+            format: Some(format),
+            experts: shape.experts,
+            shared: 0,
+            active: shape.active,
+            expert_width: shape.width,
+            active_share: settings.active as f64,
+            dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
+            partition: None,
+            router: Some(settings.router),
+            refit: Refit::None,
+            calibration_tokens: 0,
+            held_out_tokens: 0,
+            seconds: 0.0,
+            guarantees: Vec::new(),
+            comparison: None,
+            layers: Vec::new(),
+        }
+    }
+
+    /// An error if a promise is broken.
+    pub(super) fn refuse_broken(&self) -> Result<()> {
+        match self.guarantees.iter().find(|guarantee| guarantee.promised && !guarantee.holds) {
+            None => Ok(()),
+            Some(Guarantee { what, max_logit_difference, nll_difference, .. }) => {
+                let logits = max_logit_difference
+                    .map_or(String::new(), |d| format!("logits differ by up to {d:.2e}, "));
+                Err(Error::invalid(format!(
+                    "the written model does not keep its promise \"{what}\": {logits}the loss by {nll_difference:.2e}; nothing was kept"
+                ))
+                .with_hint("this is a fault of the program or of the machine; `upcycle.verify = false` writes all the same"))
+            }
+        }
+    }
+
+    /// The account in lines, Markdown.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let mut text = format!("# {} -> {}\n\n", self.base, self.form());
+        for line in self.lines() {
+            let _ = writeln!(text, "- {line}");
+        }
+        if let Some(comparison) = &self.comparison {
+            let _ = write!(text, "\n## Loss on {} held-out tokens\n\n", comparison.tokens);
+            text += "| | nll | perplexity | above dense |\n|---|---|---|---|\n";
+            for (name, Loss { nll, perplexity }) in rows(comparison) {
+                let above = nll - comparison.dense.nll;
+                let _ = writeln!(text, "| {name} | {nll:.4} | {perplexity:.2} | {above:+.4} |");
+            }
+        }
+        if !self.layers.is_empty() {
+            text += "\n## Layers, on held-out text of the dense model\n\n";
+            text += "| layer | relative error | energy recalled | hit rate | load variation | least, most load | always on | refit leaves |\n";
+            text += "|---|---|---|---|---|---|---|---|\n";
+            for layer in &self.layers {
+                let least = layer.load.iter().copied().fold(f64::INFINITY, f64::min);
+                let most = layer.load.iter().copied().fold(0.0, f64::max);
+                let left = layer.refit_left.map_or("-".to_string(), |left| format!("{left:.3}"));
+                let _ = writeln!(
+                    text,
+                    "| {} | {:.4} | {:.3} | {:.3} | {:.2} | {least:.2}, {most:.2} | {} | {left} |",
+                    layer.layer,
+                    layer.relative_error,
+                    layer.recall,
+                    layer.hit_rate,
+                    layer.load_variation,
+                    layer.guarded
+                );
+            }
+        }
+        text
+    }
+
+    fn form(&self) -> String {
+        match self.format {
+            Some(format) => format!("`{}`", format.name()),
+            None => "the same family".to_string(),
+        }
+    }
+
+    /// What one has to know, a line each.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = vec![format!(
+            "{} of {} slices of {} neurons: {} shared, {} of {} routed per token ({:.0}% of the neurons), {} layers dense",
+            self.shared + self.active,
+            self.experts,
+            self.expert_width,
+            self.shared,
+            self.active,
+            self.experts - self.shared,
+            100.0 * self.active_share,
+            self.dense_layers.len()
+        )];
+        if self.method != Method::Split {
+            lines.clear();
+        }
+        for guarantee in &self.guarantees {
+            let state = match (guarantee.holds, guarantee.promised) {
+                (true, _) => "holds",
+                (false, true) => "BROKEN",
+                (false, false) => "does not hold, and is not promised",
+            };
+            let logits =
+                guarantee.max_logit_difference.map_or(String::new(), |d| format!("logits within {d:.1e}, "));
+            lines.push(format!(
+                "{}: {state} ({logits}loss {:+.1e})",
+                guarantee.what, guarantee.nll_difference
+            ));
+        }
+        if self.refit != Refit::None && matches!(self.method, Method::Split) {
+            lines.push(
+                "all experts on is not the dense model: the down projections were fitted to few being on (`refit = \"none\"` \
+                 keeps that promise)"
+                    .to_string(),
+            );
+        }
+        if let Some(comparison) = &self.comparison {
+            for (name, Loss { nll, perplexity }) in rows(comparison) {
+                lines.push(format!("{name}: nll {nll:.4}, perplexity {perplexity:.2}"));
+            }
+        }
+        lines
+    }
+}
+
+fn rows(comparison: &Comparison) -> Vec<(&'static str, Loss)> {
+    let mut rows = vec![("dense", comparison.dense), ("static pruning, as many neurons", comparison.pruned)];
+    rows.extend(comparison.pruned_refit.map(|loss| ("static pruning, refitted", loss)));
+    rows.push(("mixture of experts", comparison.mixture));
+    rows.push(("mixture, oracle router", comparison.oracle));
+    rows
+}

@@ -1,0 +1,267 @@
+//! What is asked for: how a dense model is made into a mixture of experts.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::model::DecoderConfig;
+use crate::model::config::{Activation, FeedForwardConfig};
+use crate::model::family::{MixtureFormat, MixtureShape};
+
+/// What becomes of the neurons.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Each network is cut into slices: some always on, the others experts of which a router takes a few.
+    #[default]
+    Split,
+    /// The shared slices and as many more as would be active are kept, the rest is dropped: a dense model.
+    Prune,
+    /// Every expert is a copy of the network.
+    Copy,
+    /// Copies, of each of which a share of the neurons is drawn anew.
+    Drop,
+    /// Copies cut into slices, of which the router takes one whole copy's at first.
+    VirtualGroups,
+    /// An expert more in a mixture that there is.
+    Expand,
+    /// Every expert is the network of another checkpoint.
+    Mix,
+}
+
+/// How neurons are shared out among experts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Partition {
+    /// As they lie.
+    Sequential,
+    /// By chance.
+    Random,
+    /// Neurons of similar gates together.
+    Kmeans,
+    /// Neurons that are strong on the same tokens together.
+    Coactivation,
+    /// Neurons that the loss leans on in the same kind of text together.
+    Gradient,
+    /// Neurons that matter to the tokens that a linear router would send to them, in turns with the router.
+    #[default]
+    Alternating,
+}
+
+/// How the router comes to be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RouterKind {
+    /// All zero: the first experts always.
+    Zero,
+    /// Normal values.
+    Random,
+    /// The mean of each expert's gate rows.
+    GateMean,
+    /// The centre of the inputs that matter to each expert.
+    HiddenKmeans,
+    /// Least squares on the energy of each expert's output, in closed form.
+    #[default]
+    Ridge,
+    /// From there on, by gradient descent towards the shares of energy.
+    Logistic,
+    /// The mean hidden state of given prompts.
+    Prompts,
+}
+
+/// What the down projections are fitted to once more, so that they make up for what is not active.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Refit {
+    /// Nothing: they stay slices of the dense model's.
+    None,
+    /// What the dense network gives for the same input.
+    #[default]
+    Local,
+    /// What brings the residual stream back to the dense model's.
+    Stream,
+}
+
+/// Which layers stay dense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "a table such as { first = 1, last = 0, every = 1 }")]
+pub struct KeepDense {
+    /// So many at the beginning.
+    pub first: usize,
+    /// So many at the end.
+    pub last: usize,
+    /// Of the rest each `every`-th is converted: 1 is all of them.
+    pub every: usize,
+}
+
+impl Default for KeepDense {
+    fn default() -> Self {
+        Self { first: 0, last: 0, every: 1 }
+    }
+}
+
+impl KeepDense {
+    /// For each of `layers` layers whether it stays dense.
+    #[must_use]
+    pub fn of(self, layers: usize) -> Vec<bool> {
+        let end = layers.saturating_sub(self.last);
+        let converted = |layer: usize| {
+            layer >= self.first && layer < end && (layer - self.first) % self.every == self.every - 1
+        };
+        (0..layers).map(|layer| !converted(layer)).collect()
+    }
+}
+
+/// How a dense model is made into a mixture.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// What becomes of the neurons.
+    pub method: Method,
+    /// Slices of a split, the shared ones counted in; or copies.
+    pub experts: usize,
+    /// Slices that are always on.
+    pub shared: usize,
+    /// Routed experts of a token.
+    pub active: usize,
+    /// How neurons are shared out.
+    pub partition: Partition,
+    /// How the router comes to be.
+    pub router: RouterKind,
+    /// What the down projections are fitted to.
+    pub refit: Refit,
+    /// Which layers stay dense.
+    pub keep_dense: KeepDense,
+    /// The share of neurons drawn anew.
+    pub drop_ratio: f64,
+    /// Slices of each copy.
+    pub groups: usize,
+    /// What the mixture is stored as; `None`: the first that can hold it.
+    pub format: Option<MixtureFormat>,
+    /// Whether the result is read back and measured beside the dense model.
+    pub verify: bool,
+    /// The seed of everything random.
+    pub seed: u64,
+}
+
+/// The numbers that a split comes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SplitShape {
+    /// Neurons of the dense network.
+    pub neurons: usize,
+    /// Neurons of a slice; where slices do not divide the network, the last ones are filled up with zeros.
+    pub width: usize,
+    /// Slices that are always on.
+    pub shared: usize,
+    /// Slices that are routed to.
+    pub routed: usize,
+    /// Of these, for a token.
+    pub active: usize,
+    /// For each layer whether it stays dense.
+    pub dense: Vec<bool>,
+    /// The activation of every gate.
+    pub activation: Activation,
+}
+
+impl SplitShape {
+    /// What `settings` come to for a model.
+    pub fn of(settings: &Settings, config: &DecoderConfig) -> Result<Self> {
+        let (neurons, activation) = dense_network(config)?;
+        let Settings { experts, shared, active, keep_dense, .. } = *settings;
+        if experts > neurons {
+            return Err(Error::request(format!(
+                "`upcycle.experts` is {experts}, and the networks of the model have {neurons} neurons"
+            )));
+        }
+        let dense = keep_dense.of(config.layers.len());
+        if dense.iter().all(|dense| *dense) {
+            let layers = dense.len();
+            return Err(Error::request(format!(
+                "`upcycle.keep_dense` keeps all {layers} layers dense, so nothing would be converted"
+            )));
+        }
+        let width = neurons.div_ceil(experts);
+        Ok(Self { neurons, width, shared, routed: experts - shared, active, dense, activation })
+    }
+
+    /// Neurons of the shared slices.
+    #[must_use]
+    pub fn shared_width(&self) -> usize {
+        self.shared * self.width
+    }
+
+    /// Neurons that a token goes through.
+    #[must_use]
+    pub fn active_width(&self) -> usize {
+        ((self.shared + self.active) * self.width).min(self.neurons)
+    }
+
+    /// As the family writes it.
+    #[must_use]
+    pub fn mixture(&self) -> MixtureShape {
+        MixtureShape {
+            experts: self.routed,
+            active: self.active,
+            width: self.width,
+            shared: self.shared,
+            averaged: false,
+            dense: self.dense.clone(),
+        }
+    }
+}
+
+/// Width and activation of the feed-forward networks, which have to be dense, alike and without bias.
+pub fn dense_network(config: &DecoderConfig) -> Result<(usize, Activation)> {
+    let mut found = None;
+    for (index, layer) in config.layers.iter().enumerate() {
+        let FeedForwardConfig::Dense { width, bias, activation } = layer.feed_forward else {
+            return Err(Error::request(format!(
+                "layer {index} of the model is a mixture of experts already"
+            ))
+            .with_hint("give a dense model"));
+        };
+        if bias {
+            return Err(Error::request(
+                "the feed-forward networks of the model have biases, which experts of the \
+                 families that can be written have not",
+            ));
+        }
+        if found.is_some_and(|found| found != (width, activation)) {
+            return Err(Error::request(format!(
+                "the feed-forward network of layer {index} has {width} neurons, unlike those before it"
+            )));
+        }
+        found = Some((width, activation));
+    }
+    found.ok_or_else(|| Error::invalid("the model has no layers"))
+}
+
+/// The family to write: the one asked for, or the first that can hold the mixture.
+pub fn choose_format(
+    asked: Option<MixtureFormat>,
+    config: &DecoderConfig,
+    shape: &MixtureShape,
+) -> Result<MixtureFormat> {
+    use MixtureFormat::{Glm4Moe, GraniteMoeShared, Mixtral, Qwen2Moe, Qwen3Moe};
+
+    let order = match shape.averaged {
+        true => [Mixtral, Qwen3Moe, Glm4Moe, GraniteMoeShared, Qwen2Moe],
+        false => [Glm4Moe, Qwen2Moe, Qwen3Moe, GraniteMoeShared, Mixtral],
+    };
+    if let Some(format) = asked {
+        return match format.obstacle(config, shape) {
+            None => Ok(format),
+            Some(obstacle) => Err(Error::request(format!(
+                "a mixture of this model cannot be stored as `{}`: {obstacle}",
+                format.name()
+            ))
+            .with_hint("`upcycle.format = \"auto\"` takes a family that can hold it")),
+        };
+    }
+    let fits = order.into_iter().find(|format| format.obstacle(config, shape).is_none());
+    fits.ok_or_else(|| {
+        let reasons: Vec<String> = order
+            .iter()
+            .filter_map(|format| Some(format!("`{}`: {}", format.name(), format.obstacle(config, shape)?)))
+            .collect();
+        Error::request(format!("no family can hold a mixture of this model: {}", reasons.join("; ")))
+    })
+}

@@ -1,0 +1,310 @@
+//! A dense model cut into slices, layer by layer: one walk in which the text goes through the dense model, through the
+//! mixture as far as it is made, and, held out, through everything that is compared with it.
+
+use candle_core::{DType, Tensor};
+
+use super::compare::{LayerReport, Rivals};
+use super::partition::{Grounds, partition};
+use super::refit::Fit;
+use super::router::{Sight, exponent, router};
+use super::settings::{Refit, Settings, SplitShape};
+use super::slices::{Slices, masked, routed};
+use super::solve::values;
+use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
+use super::windows::{Calibration, Windows};
+use super::{Comparison, Event, Watch};
+use crate::error::{Context, Error, Result};
+use crate::model::{Decoder, FeedForward, Stream};
+use crate::ops::{Weight, matmul_f32};
+
+/// Tokens whose neurons are kept in memory, and which the down projections are fitted to.
+const SAMPLE: usize = 32_768;
+/// The memory that their neurons may take.
+const SAMPLE_BYTES: usize = 1 << 30;
+/// Tokens that neurons are shared out and routers fitted by.
+const EVIDENCE: usize = 24_576;
+/// Of the sample one in so many is left for choices.
+const JUDGED: usize = 8;
+
+/// A model, cut.
+pub(super) struct Split {
+    /// For each layer; `None`: it stays dense.
+    pub(super) layers: Vec<Option<Slices>>,
+    /// The power of two of each stored router.
+    pub(super) exponents: Vec<i32>,
+    /// For each layer the neurons that static pruning keeps, and their down projection.
+    pub(super) kept: Vec<Option<(Vec<usize>, Tensor)>>,
+    /// Each converted layer, on held-out text.
+    pub(super) reports: Vec<LayerReport>,
+    /// All that is compared, on held-out text.
+    pub(super) comparison: Option<Comparison>,
+}
+
+/// Cuts `model`. `with_bias`: whether the family has a bias for the choice; `stored`: the type that weights are written in.
+pub(super) fn split(
+    model: &Decoder,
+    shape: &SplitShape,
+    settings: &Settings,
+    calibration: &Calibration,
+    (with_bias, stored): (bool, DType),
+    watch: &mut Watch<'_>,
+) -> Result<Split> {
+    let sample = sample_batches(&calibration.fitted, shape.neurons);
+    let judged_from = sample - (sample / JUDGED).max(usize::from(sample > 1));
+    let begin = |windows: &[Windows]| -> Result<Vec<Stream>> {
+        windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents())).collect()
+    };
+    let mut dense = begin(&calibration.fitted)?;
+    let mut mixture = match settings.refit {
+        Refit::None => Vec::new(),
+        Refit::Local | Refit::Stream => dense[..sample].to_vec(),
+    };
+    let mut rivals = match settings.verify {
+        true => Some(Rivals::new(model, &calibration.held_out, settings.refit != Refit::None)?),
+        false => None,
+    };
+    let count = model.config().layers.len();
+    let mut split = Split {
+        layers: Vec::new(),
+        exponents: Vec::new(),
+        kept: Vec::new(),
+        reports: Vec::new(),
+        comparison: None,
+    };
+    for layer in 0..count {
+        let network = network(model, layer)?;
+        let down = plain_values(&network.down.weight)?;
+        let columns = column_norms(&down)?;
+        let is_dense = shape.dense[layer];
+
+        // The dense model: what there is to be cut.
+        let mut moments = Moments::new(shape.neurons);
+        let mut observed = Vec::new();
+        for (index, (stream, windows)) in dense.iter_mut().zip(&calibration.fitted).enumerate() {
+            let seen = observe(model, layer, network, &down, stream, windows)?;
+            model.add_to_stream(layer, stream, &seen.y)?;
+            if !is_dense {
+                moments.add(&seen)?;
+                if index < sample {
+                    observed.push(seen);
+                }
+            }
+        }
+        if is_dense {
+            for (stream, windows) in mixture.iter_mut().zip(&calibration.fitted) {
+                let seen = observe(model, layer, network, &down, stream, windows)?;
+                model.add_to_stream(layer, stream, &seen.y)?;
+            }
+            if let Some(rivals) = &mut rivals {
+                rivals.pass_dense(model, layer, network, &down)?;
+            }
+            split.layers.push(None);
+            split.kept.push(None);
+            split.exponents.push(0);
+            watch(Event::Layer { done: layer + 1, layers: count })?;
+            continue;
+        }
+        let scores = moments.finish(&columns);
+        let (fitted, judged) = observed.split_at(judged_from.min(observed.len()));
+        let judged = if judged.is_empty() { fitted } else { judged };
+        let cut = Cut { network, down: &down, columns: &columns, scores: &scores, fitted, judged, with_bias };
+        let (mut slices, power) = cut.slices(layer, shape, settings)?;
+        let kept = scores.ranked()[..shape.active_width()].to_vec();
+        let pruned = match settings.refit {
+            Refit::None => down.clone(),
+            Refit::Local | Refit::Stream => cut.refit_pruned(&kept)?,
+        };
+        drop(observed);
+
+        let mut left = None;
+        if settings.refit != Refit::None {
+            let goal = (settings.refit == Refit::Stream).then_some(dense.as_slice());
+            let walk =
+                Walk { model, layer, network, down: &down, scores: &scores, goal, judged_from, stored };
+            left = walk.refit(&mut slices, &mut mixture, &calibration.fitted)?;
+        }
+        if let Some(rivals) = &mut rivals {
+            let mut report =
+                rivals.pass(model, layer, network, (&down, &columns, &scores), &slices, (&kept, &pruned))?;
+            report.refit_left = left;
+            report.guarded = scores.guarded.iter().filter(|guarded| **guarded).count();
+            split.reports.push(report);
+        }
+        split.layers.push(Some(slices));
+        split.kept.push(Some((kept, pruned)));
+        split.exponents.push(power);
+        watch(Event::Layer { done: layer + 1, layers: count })?;
+    }
+    split.comparison = match rivals {
+        Some(rivals) => Some(rivals.finish(model)?),
+        None => None,
+    };
+    Ok(split)
+}
+
+/// How many batches have their neurons kept.
+fn sample_batches(batches: &[Windows], neurons: usize) -> usize {
+    let most = SAMPLE.min(SAMPLE_BYTES / (4 * neurons.max(1)));
+    let mut tokens = 0;
+    let within = batches.iter().take_while(|batch| {
+        tokens += batch.tokens.len();
+        tokens <= most
+    });
+    within.count().max(1)
+}
+
+pub(super) fn network(model: &Decoder, layer: usize) -> Result<&FeedForward> {
+    model
+        .feed_forward(layer)
+        .ok_or_else(|| Error::request(format!("layer {layer} of the model is a mixture of experts already")))
+}
+
+/// The values of a weight in f32.
+pub(super) fn plain_values(weight: &Weight) -> Result<Tensor> {
+    let tensor = match weight {
+        Weight::Dense(parameter) => parameter.tensor().clone(),
+        Weight::Quantized(quantized) => quantized.dequantize()?,
+    };
+    Ok(tensor.to_dtype(DType::F32)?)
+}
+
+/// One layer on the table.
+struct Cut<'a> {
+    network: &'a FeedForward,
+    down: &'a Tensor,
+    columns: &'a [f32],
+    scores: &'a Scores,
+    fitted: &'a [Observed],
+    judged: &'a [Observed],
+    with_bias: bool,
+}
+
+impl Cut<'_> {
+    /// Shared neurons, experts and router, and the power of two that the router is stored with.
+    fn slices(&self, layer: usize, shape: &SplitShape, settings: &Settings) -> Result<(Slices, i32)> {
+        let mut shared = self.scores.ranked();
+        shared.truncate(shape.shared_width().min(shape.neurons));
+        // Of a network that slices do not divide, zeros may be needed here already.
+        let missing = shape.shared_width() - shared.len();
+        shared.extend((shape.neurons..).take(missing));
+        shared.sort_unstable();
+        let rest = routed(shape, &shared);
+        let evidence = |batches, most| Evidence::of(batches, self.scores, self.columns, &rest, most);
+        let fitted = evidence(self.fitted, EVIDENCE)?;
+        let chosen_by = evidence(self.judged, EVIDENCE)?;
+        let gates = self.gates(&rest)?;
+        let seed = [settings.seed, layer as u64];
+        let (experts, active, with_bias) = (shape.routed, shape.active, self.with_bias);
+        let grounds = Grounds {
+            fitted: &fitted,
+            chosen_by: &chosen_by,
+            gates: &gates,
+            experts,
+            active,
+            with_bias,
+            seed,
+        };
+        let experts_of = partition(settings.partition, &grounds)?;
+        let sight = Sight {
+            evidence: &fitted,
+            experts_of: &experts_of,
+            gates: &gates,
+            experts,
+            active,
+            with_bias,
+            seed,
+        };
+        let router = router(settings.router, &sight)?;
+        let power = if fitted.energy.dim(0)? == 0 { 0 } else { exponent(&router, &fitted.x)? };
+        let mut members = vec![Vec::new(); experts];
+        rest.iter().zip(&experts_of).for_each(|(neuron, expert)| members[*expert].push(*neuron));
+        Ok((Slices { shared, experts: members, router, down: self.down.clone(), active }, power))
+    }
+
+    /// The gate rows of some neurons, `[neurons, hidden]`; zeros where there is no such neuron.
+    fn gates(&self, neurons: &[usize]) -> Result<Tensor> {
+        let gate = plain_values(&self.network.gate.weight)?;
+        let padded = gate.pad_with_zeros(0, 0, 1)?;
+        let last = gate.dim(0)?;
+        let rows: Vec<u32> = neurons.iter().map(|neuron| (*neuron).min(last) as u32).collect();
+        Ok(padded.index_select(&Tensor::new(rows, gate.device())?, 0)?)
+    }
+
+    /// The down projection of static pruning, fitted on the dense model's stream.
+    fn refit_pruned(&self, kept: &[usize]) -> Result<Tensor> {
+        let mut mask = vec![0f32; self.columns.len()];
+        kept.iter().for_each(|neuron| mask[*neuron] = 1.0);
+        let free: Vec<usize> = kept.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
+        let mut fit = Fit::new(&free)?;
+        for (batches, judged) in [(self.fitted, false), (self.judged, true)] {
+            for seen in batches {
+                let mask: Vec<f32> = mask.repeat(seen.norms.len());
+                let (active, rest) = masked(&seen.h, &mask)?;
+                let missing = matmul_f32(&rest, &self.down.t()?)?;
+                fit.add(&active, &missing, &self.scores.weights(&seen.norms), judged)?;
+            }
+        }
+        Ok(fit.finish(self.down)?.down)
+    }
+}
+
+/// The stream of the mixture at one layer.
+struct Walk<'a> {
+    model: &'a Decoder,
+    layer: usize,
+    network: &'a FeedForward,
+    down: &'a Tensor,
+    scores: &'a Scores,
+    /// The dense streams behind this layer, where they are what is fitted to.
+    goal: Option<&'a [Stream]>,
+    judged_from: usize,
+    stored: DType,
+}
+
+impl Walk<'_> {
+    /// Fits the down projection of `slices` on the stream of the mixture, and takes that behind the layer. Gives the share
+    /// of the judged error that is left.
+    fn refit(&self, slices: &mut Slices, streams: &mut [Stream], batches: &[Windows]) -> Result<Option<f64>> {
+        let neurons = self.scores.energy.len();
+        let free: Vec<usize> = (0..neurons).filter(|neuron| !self.scores.guarded[*neuron]).collect();
+        let mut fit = Fit::new(&free)?;
+        let mut actives = Vec::new();
+        for (index, (stream, windows)) in streams.iter_mut().zip(batches).enumerate() {
+            let seen = observe(self.model, self.layer, self.network, self.down, stream, windows)?;
+            let mask = slices.mask(&slices.choose(&seen.x)?, neurons);
+            let (active, rest) = masked(&seen.h, &mask)?;
+            let missing = match self.goal {
+                None => matmul_f32(&rest, &self.down.t()?)?,
+                Some(goal) => {
+                    let given = matmul_f32(&active, &self.down.t()?)?;
+                    let residual = (goal[index].residual() - stream.residual())?.to_dtype(DType::F32)?;
+                    let multiplier = self.model.config().multipliers.residual;
+                    ((residual / multiplier)? - given)?
+                }
+            };
+            fit.add(&active, &missing, &self.scores.weights(&seen.norms), index >= self.judged_from)?;
+            actives.push(active);
+        }
+        let fitted = fit
+            .finish(self.down)
+            .map_err(|error| error.with_hint("`upcycle.refit = \"none\"` goes without"))?;
+        // What is written is what the layers above are fitted to.
+        slices.down = fitted.down.to_dtype(self.stored)?.to_dtype(DType::F32)?;
+        for (stream, active) in streams.iter_mut().zip(actives) {
+            let y = matmul_f32(&active, &slices.down.t()?)?;
+            self.model.add_to_stream(self.layer, stream, &y)?;
+        }
+        Ok(fitted.left)
+    }
+}
+
+/// Whether all weights of a layer are finite, so that nothing wrong is written.
+pub(super) fn refuse_infinite(slices: &Slices, layer: usize) -> Result<()> {
+    let finite = |values: &[f32]| values.iter().all(|value| value.is_finite());
+    if finite(&slices.router.weight) && finite(&slices.router.bias) && finite(&values(&slices.down)?) {
+        return Ok(());
+    }
+    Err(Error::invalid("the fit of this layer gave numbers that are not finite"))
+        .in_tensor(&format!("model.layers.{layer}.mlp"))
+        .map_err(|error| error.with_hint("give more, or more varied, calibration text"))
+}

@@ -1,0 +1,213 @@
+//! What one layer shows on calibration text: inputs, neurons, how much each of them contributes, and which are massive.
+//!
+//! A neuron `j` contributes `h_j D_j` to the output, of energy `h_j^2 |D_j|^2`. Second moments rank neurons better than
+//! first moments do. A few neurons of a model give a few tokens outputs a thousand times as large as all others: those
+//! tokens would be all that sums of squares see.
+
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+use super::solve::{matrix, values};
+use super::windows::Windows;
+use crate::error::Result;
+use crate::model::{Decoder, FeedForward, Stream};
+use crate::ops::{Pass, glu, matmul_f32};
+
+/// A neuron is guarded when it once gives more than so many median outputs.
+const GUARD: f32 = 4.0;
+/// A token is left out of statistics when its output is so many medians.
+const MASSIVE: f32 = 8.0;
+/// In fits, tokens above so many medians count less.
+const LARGE: f32 = 2.0;
+
+/// A batch at the feed-forward network of a layer.
+#[derive(Debug, Clone)]
+pub(super) struct Observed {
+    /// The normalised input, `[tokens, hidden]`, as it is computed.
+    pub(super) x: Tensor,
+    /// The neurons, `[tokens, neurons]`, f32.
+    pub(super) h: Tensor,
+    /// What the network gives, `[tokens, hidden]`, f32.
+    pub(super) y: Tensor,
+    /// `|y|` of each token.
+    pub(super) norms: Vec<f32>,
+    /// Whether a token is the first of its window, on which models lay what they need not say.
+    pub(super) first: Vec<bool>,
+}
+
+/// `[tokens, neurons]` in f32: the network before its down projection.
+pub(super) fn neurons(network: &FeedForward, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+    let (gate, _) = network.gate.forward(x, pass)?;
+    let (up, _) = network.up.forward(x, pass)?;
+    Ok(glu::forward(gate, up, network.activation)?.0.to_dtype(DType::F32)?)
+}
+
+/// Takes a stream up to the network of a layer.
+pub(super) fn observe(
+    model: &Decoder,
+    layer: usize,
+    network: &FeedForward,
+    down: &Tensor,
+    stream: &mut Stream,
+    windows: &Windows,
+) -> Result<Observed> {
+    let x = model.attend(layer, stream)?;
+    let h = neurons(network, &x, &Pass::inference(stream.documents()))?;
+    let y = matmul_f32(&h, &down.t()?)?;
+    let width = y.dim(1)?;
+    let norms = values(&y)?.par_chunks(width).map(|row| square_sum(row).sqrt()).collect();
+    Ok(Observed { x, h, y, norms, first: windows.is_first() })
+}
+
+fn square_sum(row: &[f32]) -> f32 {
+    row.iter().map(|value| value * value).sum()
+}
+
+/// Sums over tokens of one layer.
+#[derive(Debug, Clone)]
+pub(super) struct Moments {
+    /// `sum of h_j^2` of each neuron.
+    squares: Vec<f64>,
+    /// `max |h_j|` of each neuron.
+    largest: Vec<f32>,
+    norms: Vec<f32>,
+}
+
+impl Moments {
+    pub(super) fn new(neurons: usize) -> Self {
+        Self { squares: vec![0.0; neurons], largest: vec![0.0; neurons], norms: Vec::new() }
+    }
+
+    /// Adds a batch. Sums are over fixed pieces in order, so that they do not depend on the number of threads.
+    pub(super) fn add(&mut self, observed: &Observed) -> Result<()> {
+        const PIECE: usize = 128;
+        let width = self.squares.len();
+        let h = values(&observed.h)?;
+        let pieces: Vec<(Vec<f32>, Vec<f32>)> = h
+            .par_chunks(PIECE * width)
+            .map(|piece| {
+                let (mut squares, mut largest) = (vec![0f32; width], vec![0f32; width]);
+                for row in piece.chunks_exact(width) {
+                    for ((square, largest), h) in squares.iter_mut().zip(&mut largest).zip(row) {
+                        *square += h * h;
+                        *largest = largest.max(h.abs());
+                    }
+                }
+                (squares, largest)
+            })
+            .collect();
+        for (squares, largest) in pieces {
+            self.squares.iter_mut().zip(squares).for_each(|(sum, square)| *sum += f64::from(square));
+            self.largest.iter_mut().zip(largest).for_each(|(most, found)| *most = most.max(found));
+        }
+        self.norms.extend(&observed.norms);
+        Ok(())
+    }
+
+    /// What neurons are ranked by, from the norms of the columns of `down`.
+    pub(super) fn finish(self, columns: &[f32]) -> Scores {
+        let tokens = self.norms.len().max(1) as f64;
+        let energy = self
+            .squares
+            .iter()
+            .zip(columns)
+            .map(|(square, column)| square / tokens * f64::from(column * column));
+        let mut norms = self.norms;
+        norms.sort_by(f32::total_cmp);
+        let median = norms.get(norms.len() / 2).copied().unwrap_or(0.0);
+        let guarded = self.largest.iter().zip(columns).map(|(h, column)| h * column > GUARD * median);
+        Scores { energy: energy.collect(), guarded: guarded.collect(), median }
+    }
+}
+
+/// How much each neuron of a layer contributes.
+#[derive(Debug, Clone)]
+pub(super) struct Scores {
+    /// `E[h_j^2] |D_j|^2`
+    pub(super) energy: Vec<f64>,
+    /// Whether it carries massive activations: always on, never refitted.
+    pub(super) guarded: Vec<bool>,
+    /// The median of `|y|`.
+    pub(super) median: f32,
+}
+
+impl Scores {
+    /// The neurons by what they contribute, those guarded first.
+    pub(super) fn ranked(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.energy.len()).collect();
+        order.sort_by(|x, y| {
+            let guarded = self.guarded[*y].cmp(&self.guarded[*x]);
+            guarded.then(self.energy[*y].total_cmp(&self.energy[*x])).then(x.cmp(y))
+        });
+        order
+    }
+
+    /// The tokens of a batch that statistics are taken of.
+    pub(super) fn plain_tokens(&self, observed: &Observed) -> Vec<u32> {
+        let plain =
+            |token: &usize| !observed.first[*token] && observed.norms[*token] <= MASSIVE * self.median;
+        (0..observed.norms.len()).filter(plain).map(|token| token as u32).collect()
+    }
+
+    /// What a token counts in a fit.
+    pub(super) fn weights(&self, norms: &[f32]) -> Vec<f32> {
+        norms.iter().map(|norm| (LARGE * self.median / norm.max(f32::MIN_POSITIVE)).min(1.0)).collect()
+    }
+}
+
+/// The norm of each column of `down [hidden, neurons]`.
+pub(super) fn column_norms(down: &Tensor) -> Result<Vec<f32>> {
+    values(&down.sqr()?.sum_keepdim(0)?.sqrt()?)
+}
+
+/// Inputs and energies of neurons on the tokens that statistics are taken of.
+#[derive(Debug, Clone)]
+pub(super) struct Evidence {
+    /// `[tokens, hidden]`, f32.
+    pub(super) x: Tensor,
+    /// `h_j^2 |D_j|^2` of the chosen neurons, `[tokens, chosen]`; those above the width are zero.
+    pub(super) energy: Tensor,
+}
+
+impl Evidence {
+    /// Of the first `most` plain tokens of the batches, for the neurons `chosen`.
+    pub(super) fn of(
+        batches: &[Observed],
+        scores: &Scores,
+        columns: &[f32],
+        chosen: &[usize],
+        most: usize,
+    ) -> Result<Self> {
+        let (mut inputs, mut energies, mut taken) = (Vec::new(), Vec::new(), 0);
+        for observed in batches {
+            let mut tokens = scores.plain_tokens(observed);
+            tokens.truncate(most - taken);
+            if tokens.is_empty() {
+                continue;
+            }
+            taken += tokens.len();
+            let index = Tensor::new(tokens.as_slice(), observed.x.device())?;
+            inputs.push(observed.x.index_select(&index, 0)?.to_dtype(DType::F32)?);
+            energies.extend(energies_of(&observed.h, &tokens, columns, chosen)?);
+        }
+        let x = if inputs.is_empty() {
+            Tensor::zeros((0, 1), DType::F32, &candle_core::Device::Cpu)?
+        } else {
+            Tensor::cat(&inputs, 0)?
+        };
+        Ok(Self { x, energy: matrix(energies, chosen.len())? })
+    }
+}
+
+/// `h_j^2 |D_j|^2` of some neurons on some tokens.
+pub(super) fn energies_of(h: &Tensor, tokens: &[u32], columns: &[f32], chosen: &[usize]) -> Result<Vec<f32>> {
+    let (h, width) = (values(h)?, columns.len());
+    let mut energies = vec![0f32; tokens.len() * chosen.len()];
+    energies.par_chunks_mut(chosen.len()).zip(tokens).for_each(|(energies, token)| {
+        let row = &h[*token as usize * width..][..width];
+        for (energy, neuron) in energies.iter_mut().zip(chosen) {
+            *energy = row.get(*neuron).map_or(0.0, |h| (h * columns[*neuron]).powi(2));
+        }
+    });
+    Ok(energies)
+}

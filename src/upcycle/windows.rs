@@ -1,0 +1,176 @@
+//! Calibration text: documents cut into windows, those held out apart from those that things are fitted to.
+
+use crate::data::{Row, generator, shuffle};
+use crate::error::{Error, Result};
+use crate::ops::Documents;
+
+/// Tokens of the longest window.
+pub const WINDOW: usize = 512;
+/// Tokens that are computed at once: enough that a matrix product is at its best.
+const BATCH: usize = 2048;
+
+/// Windows end to end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Windows {
+    /// Token ids.
+    pub tokens: Vec<u32>,
+    /// Where each window begins, and the end.
+    pub offsets: Vec<usize>,
+}
+
+impl Windows {
+    /// As documents of a forward pass.
+    #[must_use]
+    pub fn documents(&self) -> Documents {
+        Documents::new(self.offsets.clone(), (0..self.offsets.len() as u64 - 1).collect())
+    }
+
+    /// The rows whose next token is in the same window, and that token.
+    #[must_use]
+    pub fn targets(&self) -> (Vec<u32>, Vec<u32>) {
+        let pairs = self.offsets.windows(2).flat_map(|span| span[0]..span[1] - 1);
+        pairs.map(|row| (row as u32, self.tokens[row + 1])).unzip()
+    }
+
+    /// For each token whether it is the first of its window.
+    #[must_use]
+    pub fn is_first(&self) -> Vec<bool> {
+        let mut first = vec![false; self.tokens.len()];
+        self.offsets[..self.offsets.len() - 1].iter().for_each(|start| first[*start] = true);
+        first
+    }
+}
+
+/// Text to learn from and text to measure on, in batches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Calibration {
+    /// What statistics are taken of and things are fitted to; mixed, so that a part of it is like the whole.
+    pub fitted: Vec<Windows>,
+    /// What is reported on and nothing is chosen by.
+    pub held_out: Vec<Windows>,
+}
+
+impl Calibration {
+    /// Takes `tokens` tokens and, of other documents, `held_out` more. `sources` are documents and their weight: a
+    /// source of weight 2 gives twice as much of its text as one of weight 1.
+    pub fn of(sources: &[(Vec<Row>, f64)], tokens: usize, held_out: usize, seed: u64) -> Result<Self> {
+        let mut documents = mixed(sources, seed);
+        if documents.len() == 1 {
+            let row = documents.remove(0);
+            let half = row.len() - (row.len() * held_out / (tokens + held_out)).max(2).min(row.len() / 2);
+            documents = vec![row[half..].to_vec(), row[..half].to_vec()];
+        }
+        let mut documents = documents.into_iter();
+        let held_out = windows(&mut documents, held_out);
+        let mut fitted = windows(&mut documents, tokens);
+        // Windows of one document lie apart, for parts of the text stand for all of it.
+        shuffle(&mut fitted, &mut generator("upcycle/windows", &[seed]));
+        if fitted.is_empty() || held_out.is_empty() {
+            return Err(Error::request("the calibration data has too few documents to hold any out")
+                .with_hint("give more text in `calibration.data`, or a smaller `calibration.held_out`"));
+        }
+        Ok(Self { fitted: batches(&fitted), held_out: batches(&held_out) })
+    }
+
+    /// Tokens of both kinds.
+    #[must_use]
+    pub fn num_tokens(&self) -> (usize, usize) {
+        let count = |batches: &[Windows]| batches.iter().map(|batch| batch.tokens.len()).sum();
+        (count(&self.fitted), count(&self.held_out))
+    }
+}
+
+/// All documents, shuffled so that the sources are mixed by weight from the beginning on.
+fn mixed(sources: &[(Vec<Row>, f64)], seed: u64) -> Vec<Vec<u32>> {
+    let mut placed = Vec::new();
+    for (number, (rows, weight)) in sources.iter().enumerate() {
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        shuffle(&mut order, &mut generator("upcycle/documents", &[seed, number as u64]));
+        let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        let mut before = 0;
+        for row in order {
+            // Where it would lie if all of the source were spread over one unit of weight.
+            let place = (before as f64 + 0.5) / (weight * tokens as f64);
+            before += rows[row].tokens.len();
+            placed.push((place, number, rows[row].tokens.clone()));
+        }
+    }
+    placed.sort_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
+    placed.into_iter().map(|(_, _, tokens)| tokens).collect()
+}
+
+/// Windows of the next documents, `most` tokens of them. No document gives more than an eighth, so that none stands for all.
+fn windows(documents: &mut impl Iterator<Item = Vec<u32>>, most: usize) -> Vec<Vec<u32>> {
+    let mut windows = Vec::new();
+    let mut taken = 0;
+    let share = (most / 8).max(WINDOW);
+    let mut rest: Vec<Vec<u32>> = Vec::new();
+    let mut take = |window: &[u32], taken: &mut usize| {
+        let window = &window[..window.len().min(most - *taken)];
+        if window.len() >= 2 {
+            *taken += window.len();
+            windows.push(window.to_vec());
+        }
+    };
+    while taken + 2 <= most {
+        let Some(document) = documents.next() else { break };
+        let (own, more) = document.split_at(document.len().min(share));
+        own.chunks(WINDOW).for_each(|window| take(window, &mut taken));
+        rest.extend(more.chunks(WINDOW).map(<[u32]>::to_vec));
+    }
+    // Where there is little text, all of it is taken.
+    rest.iter().for_each(|window| take(window, &mut taken));
+    windows
+}
+
+fn batches(windows: &[Vec<u32>]) -> Vec<Windows> {
+    let mut batches: Vec<Windows> = Vec::new();
+    for window in windows {
+        match batches.last_mut() {
+            Some(batch) if batch.tokens.len() + window.len() <= BATCH => {
+                batch.tokens.extend_from_slice(window);
+                batch.offsets.push(batch.tokens.len());
+            }
+            _ => batches.push(Windows { tokens: window.clone(), offsets: vec![0, window.len()] }),
+        }
+    }
+    batches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(lengths: &[usize], first: u32) -> Vec<Row> {
+        let row = |(n, length): (usize, &usize)| Row {
+            tokens: vec![first + n as u32; *length],
+            supervised: vec![true; *length],
+            document: n as u64,
+        };
+        lengths.iter().enumerate().map(row).collect()
+    }
+
+    #[test]
+    fn held_out_documents_are_not_fitted_to() {
+        let calibration = Calibration::of(&[(rows(&[700; 20], 0), 1.0)], 6000, 1500, 1).unwrap();
+        let ids = |batches: &[Windows]| -> std::collections::BTreeSet<u32> {
+            batches.iter().flat_map(|batch| batch.tokens.iter().copied()).collect()
+        };
+        assert!(ids(&calibration.fitted).is_disjoint(&ids(&calibration.held_out)));
+        assert_eq!(calibration.num_tokens(), (6000, 1500));
+    }
+
+    #[test]
+    fn sources_are_mixed_by_weight() {
+        let sources = [(rows(&[100; 80], 0), 1.0), (rows(&[100; 80], 1000), 3.0)];
+        let calibration = Calibration::of(&sources, 4000, 400, 1).unwrap();
+        let of_second = calibration.fitted.iter().flat_map(|b| &b.tokens).filter(|id| **id >= 1000).count();
+        assert!((2900..=3100).contains(&of_second), "{of_second}");
+    }
+
+    #[test]
+    fn one_document_is_cut_in_two() {
+        let calibration = Calibration::of(&[(rows(&[3000], 0), 1.0)], 2000, 500, 1).unwrap();
+        assert_eq!(calibration.num_tokens(), (2000, 500));
+    }
+}
