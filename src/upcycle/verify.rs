@@ -21,7 +21,7 @@ const ROUNDING: f64 = 1e-4;
 /// What even but not equal weights of experts may change of the loss.
 const EVEN: f64 = 5e-3;
 /// What choices between experts of equal scores may change of the loss.
-const TIES: f64 = 5e-2;
+const TIES: f64 = 5e-3;
 /// Tokens whose logits are compared.
 const COMPARED: usize = 512;
 
