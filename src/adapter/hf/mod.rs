@@ -213,10 +213,7 @@ pub fn write<'t>(
     tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     provenance: &Provenance,
 ) -> Result<()> {
-    let tensors: BTreeMap<String, Tensor> =
-        tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor.clone())).collect();
-    let parameters = experts::target_parameters(placements);
-    write_as(folder, config, placements, (&parameters, &tensors), provenance)
+    write_per_expert(folder, config, placements, &by_name(tensors), provenance)
 }
 
 /// As [`write`], for PEFT where that reads another layout: an adapter whose experts it holds together. What is read again
@@ -228,17 +225,27 @@ pub fn write_for_peft<'t>(
     tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>,
     provenance: &Provenance,
 ) -> Result<()> {
-    let tensors: BTreeMap<String, Tensor> =
-        tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor.clone())).collect();
+    let tensors = by_name(tensors);
     match joined::join(config, placements, &tensors)? {
-        None => {
-            let parameters = experts::target_parameters(placements);
-            write_as(folder, config, placements, (&parameters, &tensors), provenance)
-        }
+        None => write_per_expert(folder, config, placements, &tensors, provenance),
         Some(joined::Joined { config, placements, parameters, tensors }) => {
             write_as(folder, &config, &placements, (&parameters, &tensors), provenance)
         }
     }
+}
+
+fn by_name<'t>(tensors: impl IntoIterator<Item = (&'t str, &'t Tensor)>) -> BTreeMap<String, Tensor> {
+    tensors.into_iter().map(|(name, tensor)| (name.to_string(), tensor.clone())).collect()
+}
+
+fn write_per_expert(
+    folder: &Path,
+    config: &LoraConfig,
+    placements: &Placements,
+    tensors: &BTreeMap<String, Tensor>,
+    provenance: &Provenance,
+) -> Result<()> {
+    write_as(folder, config, placements, (&experts::target_parameters(placements), tensors), provenance)
 }
 
 fn write_as(
