@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use peft::ops::attention::{self, Heads};
+use peft::ops::grouped_linear::{join, spread};
 use peft::ops::rotary::{self, Angles};
 use peft::ops::{
     Activation, Documents, Dropout, Gradients, Groups, LowRank, Parameter, Pass, Trainables, Weight, add,
@@ -114,7 +115,7 @@ fn gated_units_agree() {
             let (gate, up, dy) = (random(&shape, 7), random(&shape, 8), random(&shape, 9));
             let (y, saved) = glu::forward(gate.clone(), up.clone(), activation).unwrap();
             assert_close("y", &y, &glu::reference(&gate, &up, activation).unwrap(), 1e-5);
-            let (again, d_gate, d_up) = glu::backward(&saved, activation, &dy).unwrap();
+            let (again, d_gate, d_up) = glu::backward(&saved, activation, &dy, None).unwrap();
             assert_eq!(again.to_vec2::<f32>().unwrap(), y.to_vec2::<f32>().unwrap());
             let reference = |v: &[Tensor]| glu::reference(&v[0], &v[1], activation);
             let expected = differentiate(&[&gate, &up], &dy, reference).unwrap();
@@ -396,7 +397,7 @@ fn rows_of_experts_are_those_of_their_tokens() {
     );
     // Gathering and summing are each other's transposes.
     let dy = random(&[13, 5], 2);
-    assert!((dot(&y, &dy) - dot(&x, &groups::sum(&dy, &groups).unwrap())).abs() < 1e-4);
+    assert!((dot(&y, &dy) - dot(&x, &groups::sum(&dy, &groups, None).unwrap())).abs() < 1e-4);
 }
 
 #[test]
@@ -407,68 +408,166 @@ fn weighed_sums_of_experts_agree() {
     let list: Vec<f32> = weights.to_vec1().unwrap();
     let y = groups::combine(&x, &list, &groups).unwrap();
     assert_close("y", &y, &groups::reference(&x, &weights, &groups).unwrap(), 1e-5);
-    let (dx, d_weights) = groups::combine_backward(&x, &list, &groups, &dy, true).unwrap();
     let expected = differentiate(&[&x, &weights], &dy, |v| groups::reference(&v[0], &v[1], &groups)).unwrap();
+    let of_tokens = groups::gather(&dy, &groups).unwrap();
+    let dx = groups::scale_rows(&of_tokens, &groups.weights_of_rows(&list)).unwrap();
     assert_close("dx", &dx, &expected[0], 1e-5);
-    let d_weights = d_weights.unwrap();
+    let d_weights = groups.of_choices(&groups::row_products(&x, &of_tokens).unwrap());
     assert_eq!(d_weights[8], 0.0);
     assert_close("d_weights", &Tensor::new(d_weights, &CPU).unwrap(), &expected[1], 1e-5);
-    assert_slope("dx", &x, &dx, &dy, |x| groups::combine(x, &list, &groups).unwrap());
+    // On top of what is there already.
+    let base = random(&[7, 33], 6);
+    let sum = groups::sum(&x, &groups, Some(&base)).unwrap();
+    assert_close("sum", &sum, &(groups::sum(&x, &groups, None).unwrap() + base).unwrap(), 1e-5);
 }
 
+/// Four experts' layers, with their trainables: by chance or, `uneven`, with another scale in each.
+struct Experts {
+    layers: Vec<(Weight, Parameter, LowRank)>,
+    trainables: Trainables,
+}
+
+impl Experts {
+    fn new(kind: u64, (input, output): (usize, usize), uneven: bool, dropout: Dropout) -> Self {
+        let (rank, mut trainables) = (3, Trainables::new());
+        let layer = |e: u64| {
+            let mut new = |name: &str, shape: &[usize], seed: u64| {
+                parameter(&format!("{name}{kind}.{e}"), &random(shape, 100 * kind + seed + e), &mut trainables)
+            };
+            let weight = Weight::Dense(new("w", &[output, input], 30));
+            let (a, b) = (new("a", &[rank, input], 40), new("b", &[output, rank], 50));
+            let (bias, of_adapter) = (new("bias", &[output], 60), new("lora_bias", &[output], 70));
+            let scale = if uneven { 0.7 + e as f64 } else { 0.7 };
+            (weight, bias, LowRank { a, b, bias: Some(of_adapter), scale, dropout })
+        };
+        Self { layers: (0..4).map(layer).collect(), trainables }
+    }
+
+    fn layers(&self) -> Vec<linear::Layer<'_>> {
+        let layer = |(weight, bias, low_rank)| linear::Layer { weight, bias: Some(bias), low_rank: Some(low_rank) };
+        self.layers.iter().map(|(w, bias, l)| layer((w, bias, l))).collect()
+    }
+
+    /// Weight, bias, `A`, `B` and the bias of the adapter of each expert.
+    fn values(&self) -> Vec<Tensor> {
+        let of = |(w, bias, l): &(Weight, Parameter, LowRank)| {
+            let own = [w.parameter().unwrap(), bias, &l.a, &l.b, l.bias.as_ref().unwrap()];
+            own.map(|parameter| parameter.tensor().clone())
+        };
+        self.layers.iter().flat_map(of).collect()
+    }
+
+    /// What rows come to, by candle.
+    fn reference(&self, x: &Tensor, values: &[Tensor], groups: &Groups) -> Tensor {
+        let scales: Vec<f64> = self.layers.iter().map(|(_, _, l)| l.scale).collect();
+        let plain: Vec<grouped_linear::Plain> = values
+            .chunks(5)
+            .zip(&scales)
+            .map(|(v, scale)| (v[0].clone(), Some((v[2].clone(), v[3].clone(), *scale))))
+            .collect();
+        let y = grouped_linear::reference(x, &plain, groups).unwrap();
+        let biases = values.chunks(5).zip(&scales).enumerate().filter_map(|(expert, (v, scale))| {
+            let range = groups.range(expert);
+            let bias = (&v[1] + (&v[4] * *scale).unwrap()).unwrap();
+            (!range.is_empty()).then(|| bias.unsqueeze(0).unwrap().repeat((range.len(), 1)).unwrap())
+        });
+        (y + Tensor::cat(&biases.collect::<Vec<_>>(), 0).unwrap()).unwrap()
+    }
+
+    /// Holds gradients against those of `values`, in their order; an idle expert's are there, and zero.
+    fn assert_gradients(&self, kind: u64, gradients: &Gradients, expected: &[Tensor]) {
+        for (expert, expected) in expected.chunks(5).enumerate() {
+            for (name, expected) in ["w", "bias", "a", "b", "lora_bias"].iter().zip(expected) {
+                let name = format!("{name}{kind}.{expert}");
+                assert_close(&name, gradients.of_name(&name).unwrap(), expected, 1e-4);
+            }
+        }
+    }
+}
+
+/// Both ways to compute low-rank terms: all at once where experts are alike, one after the other where they are not.
 #[test]
-fn linear_layers_of_experts_agree() {
-    let (input, output, rank) = (17, 11, 3);
+fn experts_that_take_tokens_agree() {
     let groups = some_groups();
     let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
     let pass = Pass::training(&documents, Some(2));
-    let mut trainables = Trainables::new();
-    let (x, dy) = (random(&[13, input], 20), random(&[13, output], 21));
-    let experts: Vec<(Weight, LowRank)> = (0..4)
-        .map(|e: u64| {
-            let weight = parameter(&format!("w{e}"), &random(&[output, input], 30 + e), &mut trainables);
-            let a = parameter(&format!("a{e}"), &random(&[rank, input], 40 + e), &mut trainables);
-            let b = parameter(&format!("b{e}"), &random(&[output, rank], 50 + e), &mut trainables);
-            (Weight::Dense(weight), LowRank { a, b, bias: None, scale: 0.7, dropout: Dropout::NONE })
-        })
-        .collect();
-    let layers: Vec<linear::Layer<'_>> = experts
-        .iter()
-        .map(|(weight, low_rank)| linear::Layer { weight, bias: None, low_rank: Some(low_rank) })
-        .collect();
-    let plain = |values: &[Tensor]| -> Vec<grouped_linear::Plain> {
-        values.chunks(3).map(|v| (v[0].clone(), Some((v[1].clone(), v[2].clone(), 0.7)))).collect()
-    };
-    let values: Vec<Tensor> = experts
-        .iter()
-        .flat_map(|(w, l)| {
-            [w.parameter().unwrap().tensor().clone(), l.a.tensor().clone(), l.b.tensor().clone()]
-        })
-        .collect();
-    let (y, saved) = grouped_linear::forward(&x, &layers, &groups, &pass).unwrap();
-    assert_close("y", &y, &grouped_linear::reference(&x, &plain(&values), &groups).unwrap(), 1e-5);
-
-    let mut inputs = vec![&x];
-    inputs.extend(&values);
-    let reference = |v: &[Tensor]| grouped_linear::reference(&v[0], &plain(&v[1..]), &groups);
-    let expected = differentiate(&inputs, &dy, reference).unwrap();
-    let mut gradients = Gradients::of(&trainables);
-    let towards = [(layers.as_slice(), &saved, &dy)];
-    let dx =
-        grouped_linear::backward_of_all(&towards, &groups, &pass, true, &mut gradients).unwrap().unwrap();
-    assert_close("dx", &dx, &expected[0], 1e-4);
-    for expert in 0..4 {
-        for (i, name) in ["w", "a", "b"].iter().enumerate() {
-            let found = gradients.of_name(&format!("{name}{expert}")).unwrap();
-            assert_close(name, found, &expected[1 + 3 * expert + i], 1e-4);
+    let (x, dys) = (random(&[7, 17], 20), [random(&[13, 11], 21), random(&[13, 11], 22)]);
+    let token = Tensor::new(groups.tokens(), &CPU).unwrap();
+    for uneven in [false, true] {
+        let all = [0, 1].map(|kind| Experts::new(kind, (17, 11), uneven, Dropout::NONE));
+        let layers = all.each_ref().map(Experts::layers);
+        let (ys, saved) = spread::forward(&x, &[&layers[0], &layers[1]], &groups, &pass).unwrap();
+        let mut expected_dx = x.zeros_like().unwrap();
+        let mut gradients = Gradients::of(&all.iter().flat_map(|e| e.trainables.clone()).collect());
+        let kinds = [(layers[0].as_slice(), &dys[0]), (layers[1].as_slice(), &dys[1])];
+        let dx = spread::backward(&saved, &kinds, &groups, &pass, true, &mut gradients).unwrap().unwrap();
+        for (kind, experts) in all.iter().enumerate() {
+            let values = experts.values();
+            let mut inputs = vec![&x];
+            inputs.extend(&values);
+            let reference = |v: &[Tensor]| {
+                Ok(experts.reference(&v[0].index_select(&token, 0)?, &v[1..], &groups))
+            };
+            assert_close("y", &ys[kind], &reference(&[vec![x.clone()], values.clone()].concat()).unwrap(), 1e-5);
+            let expected = differentiate(&inputs, &dys[kind], reference).unwrap();
+            expected_dx = (expected_dx + &expected[0]).unwrap();
+            experts.assert_gradients(kind as u64, &gradients, &expected[1..]);
         }
+        assert_close("dx", &dx, &expected_dx, 1e-4);
     }
-    // An idle expert's gradient is there, and zero.
-    assert_eq!(
-        gradients.of_name("a3").unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(),
-        0.0
-    );
-    assert_slope("dx", &x, &dx, &dy, |x| grouped_linear::forward(x, &layers, &groups, &pass).unwrap().0);
+}
+
+#[test]
+fn experts_that_give_tokens_agree() {
+    let groups = some_groups();
+    let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
+    let pass = Pass::training(&documents, Some(2));
+    let (x, dy, weights) = (random(&[13, 17], 20), random(&[7, 11], 21), random(&[14], 22));
+    let list: Vec<f32> = weights.to_vec1().unwrap();
+    for uneven in [false, true] {
+        let experts = Experts::new(0, (17, 11), uneven, Dropout::NONE);
+        let (layers, values) = (experts.layers(), experts.values());
+        let (y, saved) = join::forward(&x, &layers, &list, &groups, &pass).unwrap();
+        let mut inputs = vec![&x, &weights];
+        inputs.extend(&values);
+        let reference =
+            |v: &[Tensor]| groups::reference(&experts.reference(&v[0], &v[2..], &groups), &v[1], &groups);
+        let all: Vec<Tensor> = inputs.iter().map(|input| (*input).clone()).collect();
+        assert_close("y", &y, &reference(&all).unwrap(), 1e-5);
+        let expected = differentiate(&inputs, &dy, reference).unwrap();
+        let mut gradients = Gradients::of(&experts.trainables);
+        let routed = (list.as_slice(), &groups);
+        let towards = join::backward(&saved, &layers, routed, &pass, &dy, true, &mut gradients).unwrap();
+        towards.input_gradients(&layers, &x, routed, &pass, &mut gradients).unwrap();
+        let dx = groups::scale_rows(towards.d_rows.as_ref().unwrap(), &groups.weights_of_rows(&list)).unwrap();
+        assert_close("dx", &dx, &expected[0], 1e-4);
+        let d_weights = Tensor::new(towards.d_weights(&x, &groups).unwrap(), &CPU).unwrap();
+        assert_close("d_weights", &d_weights, &expected[1], 1e-4);
+        experts.assert_gradients(0, &gradients, &expected[2..]);
+    }
+}
+
+#[test]
+fn experts_with_dropout_have_their_slopes() {
+    let groups = some_groups();
+    let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
+    let pass = Pass::training(&documents, Some(2));
+    let dropout = Dropout { probability: 0.4, seed: 8, module: 9 };
+    let experts = Experts::new(0, (17, 11), false, dropout);
+    let layers = experts.layers();
+    let (x, dy) = (random(&[7, 17], 20), random(&[13, 11], 21));
+    let forward = |x: &Tensor| spread::forward(x, &[&layers], &groups, &pass).unwrap();
+    let mut gradients = Gradients::of(&experts.trainables);
+    let kinds = [(layers.as_slice(), &dy)];
+    let dx = spread::backward(&forward(&x).1, &kinds, &groups, &pass, true, &mut gradients).unwrap().unwrap();
+    assert_slope("dx of tokens", &x, &dx, &dy, |x| forward(x).0.remove(0));
+
+    let (x, dy, weights) = (random(&[13, 17], 20), random(&[7, 11], 21), vec![0.5; 14]);
+    let forward = |x: &Tensor| join::forward(x, &layers, &weights, &groups, &pass).unwrap();
+    let routed = (weights.as_slice(), &groups);
+    let towards = join::backward(&forward(&x).1, &layers, routed, &pass, &dy, true, &mut gradients).unwrap();
+    let dx = groups::scale_rows(towards.d_rows.as_ref().unwrap(), &groups.weights_of_rows(&weights)).unwrap();
+    assert_slope("dx of rows", &x, &dx, &dy, |x| forward(x).0);
 }
 
 /// The mask of a row is that of its token, whichever expert it is at.

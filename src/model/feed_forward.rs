@@ -77,7 +77,7 @@ impl FeedForward {
             self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
             return Ok(None);
         };
-        let (product, d_gate, d_up) = glu::backward(&unit, self.activation, &d_product)?;
+        let (product, d_gate, d_up) = glu::backward(&unit, self.activation, &d_product, None)?;
         drop((unit, d_product));
         self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
         drop(product);

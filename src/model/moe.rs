@@ -9,7 +9,8 @@ use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
 use super::router::{Router, Routing};
 use crate::error::{Error, Result};
-use crate::ops::{Activation, Gradients, Groups, Pass, add, glu, grouped_linear, groups, linear};
+use crate::ops::grouped_linear::{join, spread};
+use crate::ops::{Activation, Gradients, Groups, Pass, add, glu, linear};
 
 /// A router and its experts.
 #[derive(Debug, Clone)]
@@ -45,12 +46,9 @@ pub(super) struct Saved {
     routing: Routing,
     router: linear::Saved,
     groups: Groups,
-    gate: grouped_linear::Saved,
-    up: grouped_linear::Saved,
+    gate_and_up: spread::Saved,
     unit: glu::Saved,
-    down: grouped_linear::Saved,
-    /// What the experts gave, `[rows, hidden]`.
-    out: Tensor,
+    down: join::Saved,
     shared: Option<SavedShared>,
 }
 
@@ -65,8 +63,7 @@ impl Saved {
     /// Drops the input, which [`Saved::with_input`] gives again.
     pub(super) fn trim(&mut self) {
         self.router.drop_input();
-        self.gate.drop_input();
-        self.up.drop_input();
+        self.gate_and_up.drop_input();
         if let Some(shared) = &mut self.shared {
             shared.network.trim();
             if let Some((gate, _, _)) = &mut shared.gate {
@@ -79,9 +76,7 @@ impl Saved {
     pub(super) fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
         let x = input()?;
         self.router.set_input(&x.to_dtype(DType::F32)?);
-        let rows = groups::gather(&x, &self.groups)?;
-        self.gate.set_input(&rows, &self.groups)?;
-        self.up.set_input(&rows, &self.groups)?;
+        self.gate_and_up.set_input(&x);
         if let Some(shared) = &mut self.shared {
             if let Some((gate, _, _)) = &mut shared.gate {
                 gate.set_input(&x);
@@ -98,16 +93,13 @@ impl Moe {
         let Experts { gate, up, down, activation } = &self.experts;
         let (routing, router) = self.router.forward(x, pass)?;
         let groups = routing.groups();
-        let rows = groups::gather(x, &groups)?; // [rows, hidden]
         let (of_gate, of_up) = (layers(gate), layers(up));
-        let mut both = grouped_linear::forward_of_all(&rows, &[&of_gate, &of_up], &groups, pass)?.into_iter();
-        let (Some((gates, gate)), Some((ups, up))) = (both.next(), both.next()) else {
-            return Err(Error::invalid("as many results as layers"));
-        }; // [rows, width] each
+        let (both, gate_and_up) = spread::forward(x, &[&of_gate, &of_up], &groups, pass)?;
+        let [gates, ups] = <[Tensor; 2]>::try_from(both)
+            .map_err(|_| Error::invalid("as many results as layers"))?; // [rows, width] each
         let (product, unit) = glu::forward(gates, ups, *activation)?; // [rows, width]
-        let (out, mut down) = grouped_linear::forward(&product, &layers(down), &groups, pass)?; // [rows, hidden]
-        down.drop_input();
-        let mut y = groups::combine(&out, &routing.weights, &groups)?; // [tokens, hidden]
+        let (mut y, down) = join::forward(&product, &layers(down), &routing.weights, &groups, pass)?; // [tokens, hidden]
+        drop(product);
         let mut saved_shared = None;
         if let Some(shared) = &self.shared {
             let (term, saved) = shared.forward(x, pass)?;
@@ -118,11 +110,9 @@ impl Moe {
             routing: routing.clone(),
             router,
             groups,
-            gate,
-            up,
+            gate_and_up,
             unit,
             down,
-            out,
             shared: saved_shared,
         };
         Ok((y, routing, saved))
@@ -139,22 +129,21 @@ impl Moe {
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let Saved { routing, router, groups, gate, up, unit, down, out, shared } = saved;
+        let Saved { routing, router, groups, gate_and_up, unit, down, shared } = saved;
         let mut dx = None;
         if let (Some(shared), Some(saved)) = (&self.shared, shared) {
             dx = shared.backward(saved, pass, dy, wants_dx, gradients)?;
         }
         let wants_router = wants_dx || self.router.linear.is_trained(gradients);
-        let (d_out, d_weights) = groups::combine_backward(&out, &routing.weights, &groups, dy, wants_router)?;
-        drop(out);
+        let saved = SavedExperts { gate_and_up, unit, down };
+        let routed = (routing.weights.as_slice(), &groups);
+        let (d_routed, d_weights) =
+            self.experts.backward(saved, routed, pass, dy, (wants_dx, wants_router), gradients)?;
         if let Some(d_weights) = d_weights {
             let through = (d_weights.as_slice(), d_logits);
             let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
             dx = sum(dx, d_router, dy.dtype())?;
         }
-        let saved = SavedExperts { gate, up, unit, down };
-        let d_rows = self.experts.backward(saved, &groups, pass, &d_out, wants_dx, gradients)?;
-        let d_routed = d_rows.map(|rows| groups::sum(&rows, &groups)).transpose()?;
         sum(dx, d_routed, dy.dtype())
     }
 
@@ -189,10 +178,9 @@ impl Moe {
 }
 
 struct SavedExperts {
-    gate: grouped_linear::Saved,
-    up: grouped_linear::Saved,
+    gate_and_up: spread::Saved,
     unit: glu::Saved,
-    down: grouped_linear::Saved,
+    down: join::Saved,
 }
 
 impl Experts {
@@ -202,44 +190,43 @@ impl Experts {
         gate.iter().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down])
     }
 
-    /// As [`FeedForward::backward`], with the rows of each expert.
+    /// `dx [tokens, hidden]` and the gradients of the weights `[tokens * active]`, where wanted.
     fn backward(
         &self,
         saved: SavedExperts,
-        groups: &Groups,
+        (weights, groups): (&[f32], &Groups),
         pass: &Pass<'_>,
         dy: &Tensor,
-        wants_dx: bool,
+        (wants_dx, wants_weights): (bool, bool),
         gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
-        let SavedExperts { gate, up, unit, down } = saved;
+    ) -> Result<(Option<Tensor>, Option<Vec<f32>>)> {
+        let SavedExperts { gate_and_up, unit, down } = saved;
         let (gates, ups, downs) = (layers(&self.gate), layers(&self.up), layers(&self.down));
         let trained =
             |linears: &[Linear], gradients: &Gradients| linears.iter().any(|l| l.is_trained(gradients));
-        let wants_product = wants_dx || trained(&self.gate, gradients) || trained(&self.up, gradients);
+        let trains_inside = trained(&self.gate, gradients) || trained(&self.up, gradients);
+        let wants_product = wants_dx || wants_weights || trains_inside;
         if !wants_product && !trained(&self.down, gradients) {
-            return Ok(None);
+            return Ok((None, None));
         }
-        let (d_product, inner) = grouped_linear::backward_without_input(
-            &down,
-            &downs,
-            groups,
-            pass,
-            dy,
-            wants_product,
-            gradients,
-        )?;
-        let Some(d_product) = d_product else {
+        let routed = (weights, groups);
+        let towards = join::backward(&down, &downs, routed, pass, dy, wants_product, gradients)?;
+        let Some(d_product) = &towards.d_rows else {
             let product = glu::value(&unit, self.activation)?;
-            grouped_linear::input_gradients(&downs, &product, &inner, groups, dy, pass, gradients)?;
-            return Ok(None);
+            towards.input_gradients(&downs, &product, routed, pass, gradients)?;
+            return Ok((None, None));
         };
-        let (product, d_gate, d_up) = glu::backward(&unit, self.activation, &d_product)?;
-        drop((unit, d_product));
-        grouped_linear::input_gradients(&downs, &product, &inner, groups, dy, pass, gradients)?;
-        drop(product);
-        let towards: [(&[_], _, _); 2] = [(&gates, &gate, &d_gate), (&ups, &up, &d_up)];
-        grouped_linear::backward_of_all(&towards, groups, pass, wants_dx, gradients)
+        let of_rows = groups.weights_of_rows(weights);
+        let (product, d_gate, d_up) = glu::backward(&unit, self.activation, d_product, Some(&of_rows))?;
+        drop(unit);
+        let d_weights = if wants_weights { Some(towards.d_weights(&product, groups)?) } else { None };
+        towards.input_gradients(&downs, &product, routed, pass, gradients)?;
+        drop((towards, product));
+        if !wants_dx && !trains_inside {
+            return Ok((None, d_weights));
+        }
+        let kinds: [(&[_], _); 2] = [(&gates, &d_gate), (&ups, &d_up)];
+        Ok((spread::backward(&gate_and_up, &kinds, groups, pass, wants_dx, gradients)?, d_weights))
     }
 }
 

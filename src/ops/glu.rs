@@ -49,13 +49,23 @@ pub fn value(saved: &Saved, activation: Activation) -> Result<Tensor> {
     }
 }
 
-/// `(y, d_gate, d_up)`, with `y` once more, `d_up = dy activation(gate)` and `d_gate = dy up activation'(gate)`.
-pub fn backward(saved: &Saved, activation: Activation, dy: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+/// `(y, d_gate, d_up)`, with `y` once more, `d_up = dy activation(gate)` and `d_gate = dy up activation'(gate)`; where there are
+/// `factors`, `dy` is multiplied with those of its rows first.
+pub fn backward(
+    saved: &Saved,
+    activation: Activation,
+    dy: &Tensor,
+    factors: Option<&[f32]>,
+) -> Result<(Tensor, Tensor, Tensor)> {
     let _time = Op::Glu.begin();
     let (gate, up, dy) = (&saved.gate, &saved.up, dy.contiguous()?);
     if gate.device().is_cpu() {
-        return dispatch!(gate.dtype(), backward_rows(gate, up, &dy, activation));
+        return dispatch!(gate.dtype(), backward_rows(gate, up, (&dy, factors), activation));
     }
+    let dy = match factors {
+        Some(factors) => super::groups::scale_rows(&dy, factors)?,
+        None => dy,
+    };
     let mut both = differentiate(&[gate, up], &dy, |v| reference(&v[0], &v[1], activation))?;
     let d_up = both.remove(1);
     Ok((reference(gate, up, activation)?, both.remove(0), d_up))
@@ -140,12 +150,13 @@ fn backward_with<T: Element>(
     activation: Activation,
     [y, d_gate, d_up]: [&mut [T]; 3],
     [gate, up, dy]: [&[T]; 3],
+    factor: f32,
 ) {
     let d = y.len();
     let (d_gate, d_up, gate, up, dy) = (&mut d_gate[..d], &mut d_up[..d], &gate[..d], &up[..d], &dy[..d]);
     for i in 0..d {
         let (value, slope) = value_and_slope(activation, gate[i].widen());
-        let (up, dy) = (up[i].widen(), dy[i].widen());
+        let (up, dy) = (up[i].widen(), dy[i].widen() * factor);
         y[i] = T::narrow(value * up);
         d_gate[i] = T::narrow(dy * up * slope);
         d_up[i] = T::narrow(dy * value);
@@ -153,8 +164,8 @@ fn backward_with<T: Element>(
 }
 
 vectorized! {
-    fn backward_row<T: Element>(activation: Activation, to: [&mut [T]; 3], from: [&[T]; 3]) {
-        for_each_activation!(activation, backward_with(to, from));
+    fn backward_row<T: Element>(activation: Activation, to: [&mut [T]; 3], from: [&[T]; 3], factor: f32) {
+        for_each_activation!(activation, backward_with(to, from, factor));
     }
 }
 
@@ -173,7 +184,7 @@ fn forward_rows<T: Element>(gate: &Tensor, up: &Tensor, activation: Activation) 
 fn backward_rows<T: Element>(
     gate: &Tensor,
     up: &Tensor,
-    dy: &Tensor,
+    (dy, factors): (&Tensor, Option<&[f32]>),
     activation: Activation,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (gates, ups, dys) = (Values::<T>::of(gate)?, Values::<T>::of(up)?, Values::<T>::of(dy)?);
@@ -186,7 +197,8 @@ fn backward_rows<T: Element>(
             d_up = written(len, |d_up| {
                 for_row_triples([y, d_gate, d_up], width, |token, to| {
                     let row = token * width..(token + 1) * width;
-                    backward_row(activation, to, from.map(|values| &values[row.clone()]));
+                    let factor = factors.map_or(1.0, |factors| factors[token]);
+                    backward_row(activation, to, from.map(|values| &values[row.clone()]), factor);
                 });
             });
         });

@@ -6,7 +6,7 @@
 use candle_core::{DType, Tensor};
 
 use super::kernel::{Element, Values, dispatch, for_rows, to_tensor, vectorized, written};
-use super::{Op, differentiate};
+use super::Op;
 use crate::error::Result;
 
 /// Which rows are whose.
@@ -86,10 +86,38 @@ impl Groups {
         &self.tokens
     }
 
+    /// Experts of a token.
+    #[must_use]
+    pub fn active(&self) -> usize {
+        self.rows.len() / self.num_tokens.max(1)
+    }
+
     /// The rows of a token, in the order of its choices.
     fn rows_of(&self, token: usize) -> &[u32] {
-        let active = self.rows.len() / self.num_tokens.max(1);
+        let active = self.active();
         &self.rows[token * active..][..active]
+    }
+
+    fn expert_of(&self, row: usize) -> usize {
+        self.offsets.partition_point(|start| *start <= row) - 1
+    }
+
+    /// What belongs to each row of `of_choices [tokens * active]`.
+    #[must_use]
+    pub fn weights_of_rows(&self, of_choices: &[f32]) -> Vec<f32> {
+        let mut of_rows = vec![0.0; self.num_rows()];
+        for (row, weight) in self.rows.iter().zip(of_choices) {
+            if *row != Self::NO_ROW {
+                of_rows[*row as usize] = *weight;
+            }
+        }
+        of_rows
+    }
+
+    /// What belongs to each choice, `[tokens * active]`; zero for one that was dropped.
+    #[must_use]
+    pub fn of_choices(&self, of_rows: &[f32]) -> Vec<f32> {
+        self.rows.iter().map(|row| if *row == Self::NO_ROW { 0.0 } else { of_rows[*row as usize] }).collect()
     }
 }
 
@@ -98,13 +126,21 @@ pub fn gather(x: &Tensor, groups: &Groups) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return Ok(x.index_select(&Tensor::new(groups.tokens(), x.device())?, 0)?);
     }
+    let _time = Op::Experts.begin();
     let x = x.contiguous()?;
-    dispatch!(x.dtype(), gathered(&x, groups, None))
+    dispatch!(x.dtype(), gathered(&x, groups))
 }
 
-/// `y[t] = sum over the rows r of t of x[r]`, `[tokens, d]`; added in f32 and rounded once.
-pub fn sum(x: &Tensor, groups: &Groups) -> Result<Tensor> {
-    combine(x, &vec![1.0; groups.rows.len()], groups)
+/// `y[t] = base[t] + sum over the rows r of t of x[r]`, `[tokens, d]`, with `base` in f32; added in f32 and rounded once.
+pub fn sum(x: &Tensor, groups: &Groups, base: Option<&Tensor>) -> Result<Tensor> {
+    let _time = Op::Experts.begin();
+    let ones = vec![1.0; groups.rows.len()];
+    if !x.device().is_cpu() {
+        let y = reference(&x.to_dtype(DType::F32)?, &Tensor::new(ones, x.device())?, groups)?;
+        return Ok(base.map_or(Ok(y.clone()), |base| &y + base)?.to_dtype(x.dtype())?);
+    }
+    let x = x.contiguous()?;
+    dispatch!(x.dtype(), combined(&x, &ones, groups, base))
 }
 
 /// `[tokens, d]`; `weights [tokens * active]` are those of the choices. Added in f32 and rounded once.
@@ -114,34 +150,92 @@ pub fn combine(x: &Tensor, weights: &[f32], groups: &Groups) -> Result<Tensor> {
         return reference(x, &Tensor::new(weights, x.device())?, groups);
     }
     let x = x.contiguous()?;
-    dispatch!(x.dtype(), combined(&x, weights, groups))
+    dispatch!(x.dtype(), combined(&x, weights, groups, None))
 }
 
-/// `(dx, d_weights)` of [`combine`]: `dx[r] = weight[r] dy[t]`, and `d_weight[r] = <x[r], dy[t]>` where wanted, which is zero
-/// for a choice that was dropped.
-pub fn combine_backward(
-    x: &Tensor,
-    weights: &[f32],
-    groups: &Groups,
-    dy: &Tensor,
-    wants_weights: bool,
-) -> Result<(Tensor, Option<Vec<f32>>)> {
+/// `<x[r], y[r]>` of each row, summed in f32: two tensors `[rows, d]`.
+pub fn row_products(x: &Tensor, y: &Tensor) -> Result<Vec<f32>> {
     let _time = Op::Experts.begin();
     if !x.device().is_cpu() {
-        let both =
-            differentiate(&[x, &Tensor::new(weights, x.device())?], dy, |v| reference(&v[0], &v[1], groups))?;
-        return Ok((both[0].clone(), if wants_weights { Some(both[1].to_vec1()?) } else { None }));
+        let products = (x.to_dtype(DType::F32)? * y.to_dtype(DType::F32)?)?;
+        return Ok(products.sum(1)?.to_vec1()?);
     }
-    let (x, dy) = (x.contiguous()?, dy.contiguous()?);
-    let mut of_rows = vec![0.0; groups.num_rows()];
-    for (row, weight) in groups.rows.iter().zip(weights) {
-        if *row != Groups::NO_ROW {
-            of_rows[*row as usize] = *weight;
-        }
+    let (x, y) = (x.contiguous()?, y.contiguous()?);
+    dispatch!(x.dtype(), products(&x, &y))
+}
+
+/// `factor[r] x[r]`, `[rows, d]`.
+pub fn scale_rows(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
+    let _time = Op::Experts.begin();
+    if !x.device().is_cpu() {
+        let factors = Tensor::new(factors, x.device())?.unsqueeze(1)?;
+        return Ok(x.to_dtype(DType::F32)?.broadcast_mul(&factors)?.to_dtype(x.dtype())?);
     }
-    let dx = dispatch!(dy.dtype(), gathered(&dy, groups, Some(&of_rows)))?;
-    let d_weights = if wants_weights { Some(dispatch!(x.dtype(), products(&x, groups, &dy))?) } else { None };
-    Ok((dx, d_weights))
+    let x = x.contiguous()?;
+    dispatch!(x.dtype(), scaled(&x, factors))
+}
+
+/// Of `x [tokens, columns]` in f32 the `width` columns that each expert has from `starts[expert]` on, for its rows:
+/// `[rows, width]`, zero where it has none. On the CPU.
+pub(super) fn take_columns(
+    x: &Tensor,
+    starts: &[Option<usize>],
+    width: usize,
+    groups: &Groups,
+) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let (values, columns) = (Values::<f32>::of(&x)?, x.dim(1)?);
+    let values: &[f32] = &values;
+    let y = written(groups.num_rows() * width, |y| {
+        for_rows(y, width, |row, y| match starts[groups.expert_of(row)] {
+            Some(start) => {
+                y.copy_from_slice(&values[groups.tokens[row] as usize * columns + start..][..width]);
+            }
+            None => y.fill(0.0),
+        });
+    });
+    to_tensor(y, &[groups.num_rows(), width])
+}
+
+/// The other way: `[tokens, columns]` in `dtype`, where each expert's parts `[rows of the expert, width]` in f32 stand from
+/// their column on, times `factors` of the rows, and zeros elsewhere. On the CPU.
+pub(super) fn put_columns(
+    parts: &[Vec<(usize, &Tensor)>],
+    columns: usize,
+    groups: &Groups,
+    factors: Option<&[f32]>,
+    dtype: DType,
+) -> Result<Tensor> {
+    dispatch!(dtype, put(parts, columns, groups, factors))
+}
+
+fn put<'t, T: Element>(
+    parts: &[Vec<(usize, &'t Tensor)>],
+    columns: usize,
+    groups: &Groups,
+    factors: Option<&[f32]>,
+) -> Result<Tensor> {
+    let mut values = Vec::with_capacity(parts.len());
+    for parts in parts {
+        let open = |(start, x): &(usize, &'t Tensor)| Ok((*start, x.dim(1)?, Values::<f32>::of(x)?));
+        values.push(parts.iter().map(open).collect::<Result<Vec<_>>>()?);
+    }
+    let y = written(groups.num_tokens * columns, |y| {
+        for_rows(y, columns, |token, y: &mut [T]| {
+            y.fill(T::zero());
+            for row in groups.rows_of(token).iter().filter(|row| **row != Groups::NO_ROW) {
+                let row = *row as usize;
+                let (expert, factor) = (groups.expert_of(row), factors.map_or(1.0, |factors| factors[row]));
+                for (start, width, values) in &values[expert] {
+                    let from = &values[(row - groups.offsets[expert]) * width..][..*width];
+                    for (y, x) in y[*start..].iter_mut().zip(from) {
+                        *y = T::narrow(x * factor);
+                    }
+                }
+            }
+        });
+    });
+    to_tensor(y, &[groups.num_tokens, columns])
 }
 
 /// [`combine`] composed of candle primitives.
@@ -184,28 +278,40 @@ vectorized! {
     }
 }
 
-fn gathered<T: Element>(x: &Tensor, groups: &Groups, factors: Option<&[f32]>) -> Result<Tensor> {
+fn gathered<T: Element>(x: &Tensor, groups: &Groups) -> Result<Tensor> {
     let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
     let values: &[T] = &values;
     let y = written(groups.num_rows() * d, |y| {
-        for_rows(y, d, |row, y| {
-            let from = &values[groups.tokens[row] as usize * d..][..d];
-            match factors {
-                None => y.copy_from_slice(from),
-                Some(factors) => scale_row(y, from, factors[row]),
-            }
-        });
+        for_rows(y, d, |row, y| y.copy_from_slice(&values[groups.tokens[row] as usize * d..][..d]));
     });
     to_tensor(y, &[groups.num_rows(), d])
 }
 
-fn combined<T: Element>(x: &Tensor, weights: &[f32], groups: &Groups) -> Result<Tensor> {
+fn scaled<T: Element>(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
     let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
     let values: &[T] = &values;
-    let active = weights.len() / groups.num_tokens.max(1);
+    let y = written(values.len(), |y| {
+        for_rows(y, d, |row, y| scale_row(y, &values[row * d..][..d], factors[row]));
+    });
+    to_tensor(y, x.dims())
+}
+
+fn combined<T: Element>(
+    x: &Tensor,
+    weights: &[f32],
+    groups: &Groups,
+    base: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
+    let values: &[T] = &values;
+    let base = base.map(Values::<f32>::of).transpose()?;
+    let active = groups.active();
     let y = written(groups.num_tokens * d, |y| {
         for_rows(y, d, |token, y| {
-            let mut sum = vec![0f32; d];
+            let mut sum = match &base {
+                Some(base) => base[token * d..][..d].to_vec(),
+                None => vec![0f32; d],
+            };
             for (row, weight) in groups.rows_of(token).iter().zip(&weights[token * active..][..active]) {
                 if *row != Groups::NO_ROW {
                     add_row(&mut sum, &values[*row as usize * d..][..d], *weight);
@@ -219,17 +325,12 @@ fn combined<T: Element>(x: &Tensor, weights: &[f32], groups: &Groups) -> Result<
     to_tensor(y, &[groups.num_tokens, d])
 }
 
-fn products<T: Element>(x: &Tensor, groups: &Groups, dy: &Tensor) -> Result<Vec<f32>> {
-    let (values, dys, d) = (Values::<T>::of(x)?, Values::<T>::of(dy)?, x.dim(1)?);
-    let (values, dys): (&[T], &[T]) = (&values, &dys);
-    let active = groups.rows.len() / groups.num_tokens.max(1);
-    let mut products = vec![0f32; groups.rows.len()];
-    for_rows(&mut products, active, |token, products| {
-        for (row, product) in groups.rows_of(token).iter().zip(products) {
-            if *row != Groups::NO_ROW {
-                *product = dot(&values[*row as usize * d..][..d], &dys[token * d..][..d]);
-            }
-        }
+fn products<T: Element>(x: &Tensor, y: &Tensor) -> Result<Vec<f32>> {
+    let (xs, ys, d) = (Values::<T>::of(x)?, Values::<T>::of(y)?, x.dim(1)?);
+    let (xs, ys): (&[T], &[T]) = (&xs, &ys);
+    let mut products = vec![0f32; x.dim(0)?];
+    for_rows(&mut products, 1, |row, product| {
+        product[0] = dot(&xs[row * d..][..d], &ys[row * d..][..d]);
     });
     Ok(products)
 }

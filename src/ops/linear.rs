@@ -36,6 +36,12 @@ impl<'a> Layer<'a> {
         let low_rank = self.low_rank.is_some_and(|low_rank| wanted.wants(&low_rank.a));
         low_rank || wanted.wanted(self.weight).is_some()
     }
+
+    /// Whether anything is added to all rows.
+    #[must_use]
+    pub fn is_biased(&self) -> bool {
+        self.bias.is_some() || self.low_rank.is_some_and(|low_rank| low_rank.bias.is_some())
+    }
 }
 
 /// What the backward needs.
@@ -48,10 +54,6 @@ pub struct Saved {
 }
 
 impl Saved {
-    pub(super) fn new(x: &Tensor, inner: Option<Tensor>) -> Self {
-        Self { x: Some(x.clone()), inner }
-    }
-
     /// Drops the input, which [`Saved::set_input`] gives again where a gradient needs it.
     pub fn drop_input(&mut self) {
         self.x = None;
@@ -65,10 +67,6 @@ impl Saved {
     /// Gives the input again.
     pub fn set_input(&mut self, x: &Tensor) {
         self.x = Some(x.clone());
-    }
-
-    fn x(&self) -> Result<&Tensor> {
-        self.x.as_ref().ok_or_else(|| Error::invalid("the input of a layer was not kept for its gradient"))
     }
 }
 
@@ -87,7 +85,7 @@ pub fn forward_of_all(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Resu
         let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
         let y = sum_of_products(&terms, x.dtype())?;
         drop(time);
-        Ok((add_biases(y, layer)?, Saved::new(x, inner)))
+        Ok((add_biases(y, layer)?, Saved { x: Some(x.clone()), inner }))
     };
     layers.iter().zip(inners).map(y).collect()
 }
@@ -102,13 +100,16 @@ pub(super) fn terms<'l>(x: &Tensor, layer: &Layer<'l>, inner: Option<&Tensor>) -
 }
 
 pub(super) fn add_biases(mut y: Tensor, layer: &Layer<'_>) -> Result<Tensor> {
-    if let Some(bias) = layer.bias {
-        y = add_to_rows(&y, bias.tensor())?;
-    }
-    if let Some((bias, scale)) = layer.low_rank.and_then(|l| l.bias.as_ref().map(|bias| (bias, l.scale))) {
-        y = add_to_rows(&y, &(bias.tensor() * scale)?)?;
+    for bias in biases(layer)? {
+        y = add_to_rows(&y, &bias)?;
     }
     Ok(y)
+}
+
+/// What is added to all rows, `[out]` each.
+pub(super) fn biases(layer: &Layer<'_>) -> Result<Vec<Tensor>> {
+    let of_adapter = layer.low_rank.and_then(|l| l.bias.as_ref().map(|bias| Ok((bias.tensor() * l.scale)?)));
+    layer.bias.map(|bias| Ok(bias.tensor().clone())).into_iter().chain(of_adapter).collect()
 }
 
 /// `u = scale dropout(x) A^T` of each layer, `[tokens, rank]` in f32: in one product where the layers have the same rows before it.
@@ -125,7 +126,7 @@ pub(super) fn inners(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Resul
     let mut start = 0;
     let part = |layer: &Layer<'_>| {
         let Some(low_rank) = layer.low_rank else { return Ok(None) };
-        let rank = low_rank.a.tensor().dim(0)?;
+        let rank = low_rank.rank();
         start += rank;
         Ok(Some(all.narrow(1, start - rank, rank)?.contiguous()?))
     };
@@ -143,43 +144,49 @@ pub fn backward_of_all(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let d_inners = gradients_of_all(layers, pass, wants_dx, gradients)?;
-    if wants_dx { dx(layers, &d_inners, pass).map(Some) } else { Ok(None) }
+    let x = layers.first().and_then(|(_, saved, _)| saved.x.as_ref());
+    let all: Vec<_> =
+        layers.iter().map(|(layer, saved, dy)| (*layer, saved.inner.as_ref(), *dy)).collect();
+    let d_inners = gradients_of_all(x, &all, pass, wants_dx, gradients)?;
+    let towards: Vec<_> = layers.iter().map(|(layer, _, dy)| (*layer, *dy)).collect();
+    if wants_dx { dx(&towards, &d_inners, pass).map(Some) } else { Ok(None) }
 }
 
-/// The gradients of layers that have one input, where wanted, and `du` of each.
+/// The gradients of layers that have one input, where wanted, and `du` of each: from `(layer, u, dy)` of each, and the input
+/// where one of them takes it.
 pub(super) fn gradients_of_all(
-    layers: &[(Layer<'_>, &Saved, &Tensor)],
+    x: Option<&Tensor>,
+    layers: &[(Layer<'_>, Option<&Tensor>, &Tensor)],
     pass: &Pass<'_>,
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Vec<Option<Tensor>>> {
     let mut d_inners = Vec::with_capacity(layers.len());
-    for (layer, saved, dy) in layers {
-        d_inners.push(output_gradients(saved, layer, dy, wants_dx, gradients)?);
+    for (layer, inner, dy) in layers {
+        d_inners.push(output_gradients(*inner, layer, dy, wants_dx, gradients)?);
+    }
+    if !layers.iter().any(|(layer, _, _)| layer.needs_input(gradients)) {
+        return Ok(d_inners);
+    }
+    let x = x.ok_or_else(|| Error::invalid("the input of a layer was not kept for its gradient"))?;
+    for (layer, _, dy) in layers {
+        weight_gradient(layer, x, dy, gradients)?;
     }
     let low_ranks = layers.iter().filter_map(|(layer, _, _)| layer.low_rank);
     let wanted: Vec<&LowRank> =
         low_ranks.filter(|l| gradients.wants(&l.a) && !l.dropout.drops(pass)).collect();
     if wanted.len() < 2 || wanted.len() < layers.len() {
-        for ((layer, saved, dy), d_inner) in layers.iter().zip(&d_inners) {
-            if layer.needs_input(gradients) {
-                input_gradients(layer, saved.x()?, d_inner.as_ref(), dy, pass, gradients)?;
-            }
+        for ((layer, _, _), d_inner) in layers.iter().zip(&d_inners) {
+            a_gradient(layer, x, d_inner.as_ref(), pass, gradients)?;
         }
         return Ok(d_inners);
-    }
-    let (_, saved, _) = layers[0];
-    let x = saved.x()?;
-    for (layer, _, dy) in layers {
-        weight_gradient(layer, x, dy, gradients)?;
     }
     let all = Tensor::cat(&d_inners.iter().flatten().collect::<Vec<_>>(), 1)?; // [tokens, all ranks]
     let all = narrow(1.0, &all.t()?, x)?; // [all ranks, in]
     let mut start = 0;
     for low_rank in wanted {
-        let rank = low_rank.a.tensor().dim(0)?;
-        gradients.add(&low_rank.a, &all.narrow(0, start, rank)?.copy()?)?;
+        let rank = low_rank.rank();
+        gradients.add(&low_rank.a, &all.narrow(0, start, rank)?)?;
         start += rank;
     }
     Ok(d_inners)
@@ -194,8 +201,8 @@ pub fn backward_without_input(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-    let d_inners = [output_gradients(saved, layer, dy, wants_dx, gradients)?];
-    let dx = if wants_dx { Some(dx(&[(*layer, saved, dy)], &d_inners, pass)?) } else { None };
+    let d_inners = [output_gradients(saved.inner.as_ref(), layer, dy, wants_dx, gradients)?];
+    let dx = if wants_dx { Some(dx(&[(*layer, dy)], &d_inners, pass)?) } else { None };
     let [d_inner] = d_inners;
     Ok((dx, d_inner))
 }
@@ -210,6 +217,17 @@ pub fn input_gradients(
     gradients: &mut Gradients,
 ) -> Result<()> {
     weight_gradient(layer, x, dy, gradients)?;
+    a_gradient(layer, x, d_inner, pass, gradients)
+}
+
+/// `dA = du^T dropout(x)`, where wanted.
+pub(super) fn a_gradient(
+    layer: &Layer<'_>,
+    x: &Tensor,
+    d_inner: Option<&Tensor>,
+    pass: &Pass<'_>,
+    gradients: &mut Gradients,
+) -> Result<()> {
     if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
         && gradients.wants(&low_rank.a)
     {
@@ -219,7 +237,13 @@ pub fn input_gradients(
     Ok(())
 }
 
-fn weight_gradient(layer: &Layer<'_>, x: &Tensor, dy: &Tensor, gradients: &mut Gradients) -> Result<()> {
+/// `dW = dy^T x`, where wanted.
+pub(super) fn weight_gradient(
+    layer: &Layer<'_>,
+    x: &Tensor,
+    dy: &Tensor,
+    gradients: &mut Gradients,
+) -> Result<()> {
     match gradients.wanted(layer.weight) {
         Some(weight) => gradients.add(weight, &narrow(1.0, &dy.t()?, x)?),
         None => Ok(()),
@@ -228,7 +252,7 @@ fn weight_gradient(layer: &Layer<'_>, x: &Tensor, dy: &Tensor, gradients: &mut G
 
 /// The gradients of biases and of `B`, where wanted, and `du` where it is needed.
 pub(super) fn output_gradients(
-    saved: &Saved,
+    inner: Option<&Tensor>,
     layer: &Layer<'_>,
     dy: &Tensor,
     wants_dx: bool,
@@ -237,7 +261,7 @@ pub(super) fn output_gradients(
     if let Some(bias) = layer.bias.filter(|bias| gradients.wants(bias)) {
         gradients.add(bias, &dy.to_dtype(DType::F32)?.sum(0)?)?;
     }
-    let (Some(low_rank), Some(inner)) = (layer.low_rank, &saved.inner) else { return Ok(None) };
+    let (Some(low_rank), Some(inner)) = (layer.low_rank, inner) else { return Ok(None) };
     if gradients.wants(&low_rank.b) {
         gradients.add(&low_rank.b, &narrow(1.0, &dy.t()?, inner)?)?;
     }
@@ -250,16 +274,16 @@ pub(super) fn output_gradients(
     Ok(Some(narrow(low_rank.scale, dy, low_rank.b.tensor())?)) // [tokens, rank]
 }
 
-/// Whose products are summed to `dy W + du A` over the layers, where nothing is dropped on the way to `A`.
+/// Whose products are summed to `dy W + du A` over the layers, where nothing is dropped on the way to `A` and `du` is given.
 pub(super) fn dx_terms<'l>(
     layers: &[(Layer<'l>, &Tensor)],
     d_inners: &[Option<Tensor>],
     pass: &Pass<'_>,
 ) -> Vec<(Tensor, Operand<'l>)> {
     let mut terms = Vec::with_capacity(2 * layers.len());
-    for ((layer, dy), d_inner) in layers.iter().zip(d_inners) {
+    for (index, (layer, dy)) in layers.iter().enumerate() {
         terms.push(((*dy).clone(), layer.weight.into()));
-        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
+        if let (Some(low_rank), Some(Some(d_inner))) = (layer.low_rank, d_inners.get(index))
             && !low_rank.dropout.drops(pass)
         {
             terms.push((d_inner.clone(), low_rank.a.tensor().into()));
@@ -270,18 +294,17 @@ pub(super) fn dx_terms<'l>(
 
 /// `dy W + dropout(du A)`, summed over the layers.
 pub(super) fn dx(
-    layers: &[(Layer<'_>, &Saved, &Tensor)],
+    layers: &[(Layer<'_>, &Tensor)],
     d_inners: &[Option<Tensor>],
     pass: &Pass<'_>,
 ) -> Result<Tensor> {
-    let Some((_, _, dy)) = layers.first() else { return Err(Error::invalid("a backward of no layers")) };
-    let towards: Vec<_> = layers.iter().map(|(layer, _, dy)| (*layer, *dy)).collect();
-    let terms = dx_terms(&towards, d_inners, pass);
+    let Some((_, dy)) = layers.first() else { return Err(Error::invalid("a backward of no layers")) };
+    let terms = dx_terms(layers, d_inners, pass);
     let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
     let time = Op::Linear.begin();
     let mut dx = sum_of_products(&terms, dy.dtype())?;
     drop(time);
-    for ((layer, _, _), d_inner) in layers.iter().zip(d_inners) {
+    for ((layer, _), d_inner) in layers.iter().zip(d_inners) {
         if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
             && low_rank.dropout.drops(pass)
         {

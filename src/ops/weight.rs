@@ -116,6 +116,14 @@ pub struct LowRank {
     pub dropout: Dropout,
 }
 
+impl LowRank {
+    /// Rows of `A`.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.a.tensor().dims()[0]
+    }
+}
+
 /// Inverted dropout: each value is zero with probability `probability`, else divided by `1 - probability`.
 ///
 /// The mask is a pure function of seed, step, module, document, position and column.

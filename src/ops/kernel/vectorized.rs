@@ -271,7 +271,7 @@ mod tests {
             let mut first: Option<Vec<Vec<f32>>> = None;
             with_each_vectors(|vectors| {
                 let (unit, saved) = glu::forward(x.clone(), y.clone(), Activation::Silu).unwrap();
-                let (_, d_gate, d_up) = glu::backward(&saved, Activation::Silu, &dy).unwrap();
+                let (_, d_gate, d_up) = glu::backward(&saved, Activation::Silu, &dy, None).unwrap();
                 let (sum, norm, saved) = rms_norm::forward_of_sum(&x, &y, &weight, 1e-5).unwrap();
                 let mut gradients = Gradients::of(&Trainables::new());
                 let dx = rms_norm::backward(&saved, &weight, 1e-5, &dy, Some(&sum), &mut gradients).unwrap();
