@@ -390,7 +390,7 @@ fn rows_of_experts_are_those_of_their_tokens() {
     assert_eq!(groups.tokens(), [0, 2, 3, 5, 1, 2, 4, 5, 6, 0, 1, 3, 6]);
     assert_eq!(groups.counts().collect::<Vec<_>>(), [4, 5, 4, 0]);
     let x = random(&[7, 5], 1);
-    let y = groups::gather(&x, &groups).unwrap();
+    let y = groups::gather_all(&x, &groups).unwrap();
     assert_eq!(
         y.narrow(0, 8, 1).unwrap().to_vec2::<f32>().unwrap(),
         x.narrow(0, 6, 1).unwrap().to_vec2::<f32>().unwrap()
@@ -409,7 +409,7 @@ fn weighed_sums_of_experts_agree() {
     let y = groups::combine(&x, &list, &groups).unwrap();
     assert_close("y", &y, &groups::reference(&x, &weights, &groups).unwrap(), 1e-5);
     let expected = differentiate(&[&x, &weights], &dy, |v| groups::reference(&v[0], &v[1], &groups)).unwrap();
-    let of_tokens = groups::gather(&dy, &groups).unwrap();
+    let of_tokens = groups::gather_all(&dy, &groups).unwrap();
     let dx = groups::scale_rows(&of_tokens, &groups.weights_of_rows(&list)).unwrap();
     assert_close("dx", &dx, &expected[0], 1e-5);
     let d_weights = groups.of_choices(&groups::row_products(&x, &of_tokens).unwrap());
@@ -432,7 +432,11 @@ impl Experts {
         let (rank, mut trainables) = (3, Trainables::new());
         let layer = |e: u64| {
             let mut new = |name: &str, shape: &[usize], seed: u64| {
-                parameter(&format!("{name}{kind}.{e}"), &random(shape, 100 * kind + seed + e), &mut trainables)
+                parameter(
+                    &format!("{name}{kind}.{e}"),
+                    &random(shape, 100 * kind + seed + e),
+                    &mut trainables,
+                )
             };
             let weight = Weight::Dense(new("w", &[output, input], 30));
             let (a, b) = (new("a", &[rank, input], 40), new("b", &[output, rank], 50));
@@ -444,7 +448,8 @@ impl Experts {
     }
 
     fn layers(&self) -> Vec<linear::Layer<'_>> {
-        let layer = |(weight, bias, low_rank)| linear::Layer { weight, bias: Some(bias), low_rank: Some(low_rank) };
+        let layer =
+            |(weight, bias, low_rank)| linear::Layer { weight, bias: Some(bias), low_rank: Some(low_rank) };
         self.layers.iter().map(|(w, bias, l)| layer((w, bias, l))).collect()
     }
 
@@ -505,10 +510,14 @@ fn experts_that_take_tokens_agree() {
             let values = experts.values();
             let mut inputs = vec![&x];
             inputs.extend(&values);
-            let reference = |v: &[Tensor]| {
-                Ok(experts.reference(&v[0].index_select(&token, 0)?, &v[1..], &groups))
-            };
-            assert_close("y", &ys[kind], &reference(&[vec![x.clone()], values.clone()].concat()).unwrap(), 1e-5);
+            let reference =
+                |v: &[Tensor]| Ok(experts.reference(&v[0].index_select(&token, 0)?, &v[1..], &groups));
+            assert_close(
+                "y",
+                &ys[kind],
+                &reference(&[vec![x.clone()], values.clone()].concat()).unwrap(),
+                1e-5,
+            );
             let expected = differentiate(&inputs, &dys[kind], reference).unwrap();
             expected_dx = (expected_dx + &expected[0]).unwrap();
             experts.assert_gradients(kind as u64, &gradients, &expected[1..]);
@@ -539,7 +548,8 @@ fn experts_that_give_tokens_agree() {
         let routed = (list.as_slice(), &groups);
         let towards = join::backward(&saved, &layers, routed, &pass, &dy, true, &mut gradients).unwrap();
         towards.input_gradients(&layers, &x, routed, &pass, &mut gradients).unwrap();
-        let dx = groups::scale_rows(towards.d_rows.as_ref().unwrap(), &groups.weights_of_rows(&list)).unwrap();
+        let dx =
+            groups::scale_rows(towards.d_rows.as_ref().unwrap(), &groups.weights_of_rows(&list)).unwrap();
         assert_close("dx", &dx, &expected[0], 1e-4);
         let d_weights = Tensor::new(towards.d_weights(&x, &groups).unwrap(), &CPU).unwrap();
         assert_close("d_weights", &d_weights, &expected[1], 1e-4);
@@ -579,7 +589,7 @@ fn dropout_of_grouped_rows_is_that_of_their_tokens() {
     let drop = Dropout { probability: 0.4, seed: 8, module: 9 };
     let all = dropout::mask(12, &drop, 2, &pass).unwrap();
     let of_rows = dropout::mask(12, &drop, 2, &pass.of_rows(groups.tokens())).unwrap();
-    assert_close("mask", &of_rows, &groups::gather(&all, &groups).unwrap(), 0.0);
+    assert_close("mask", &of_rows, &groups::gather_all(&all, &groups).unwrap(), 0.0);
 }
 
 /// Where part of a head is rotated, the rest stays.

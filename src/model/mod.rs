@@ -20,6 +20,7 @@ mod pretrained;
 mod rotary;
 mod router;
 mod router_loss;
+mod rule;
 mod walk;
 
 pub use cache::Cache;
@@ -28,6 +29,7 @@ pub use decoder::{Decoder, Output, Recompute, Saved};
 pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use pretrained::Pretrained;
-pub use router::{Routing, Rule};
+pub use router::Routing;
 pub use router_loss::{RouterLosses, Spread, Tally, Terms, balanced};
+pub use rule::Rule;
 pub use walk::Stream;

@@ -10,7 +10,7 @@ use super::linear::Linear;
 use super::router::{Router, Routing};
 use crate::error::{Error, Result};
 use crate::ops::grouped_linear::{join, spread};
-use crate::ops::{Activation, Gradients, Groups, Pass, add, glu, linear};
+use crate::ops::{Activation, Gradients, Groups, Pass, add, cast, glu, linear};
 
 /// A router and its experts.
 #[derive(Debug, Clone)]
@@ -75,7 +75,7 @@ impl Saved {
     /// Gives the input again, if it was dropped.
     pub(super) fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
         let x = input()?;
-        self.router.set_input(&x.to_dtype(DType::F32)?);
+        self.router.set_input(&cast(&x, DType::F32)?);
         self.gate_and_up.set_input(&x);
         if let Some(shared) = &mut self.shared {
             if let Some((gate, _, _)) = &mut shared.gate {
@@ -95,8 +95,8 @@ impl Moe {
         let groups = routing.groups();
         let (of_gate, of_up) = (layers(gate), layers(up));
         let (both, gate_and_up) = spread::forward(x, &[&of_gate, &of_up], &groups, pass)?;
-        let [gates, ups] = <[Tensor; 2]>::try_from(both)
-            .map_err(|_| Error::invalid("as many results as layers"))?; // [rows, width] each
+        let [gates, ups] =
+            <[Tensor; 2]>::try_from(both).map_err(|_| Error::invalid("as many results as layers"))?; // [rows, width] each
         let (product, unit) = glu::forward(gates, ups, *activation)?; // [rows, width]
         let (mut y, down) = join::forward(&product, &layers(down), &routing.weights, &groups, pass)?; // [tokens, hidden]
         drop(product);
@@ -106,15 +106,8 @@ impl Moe {
             y = add(&y, &term)?;
             saved_shared = Some(saved);
         }
-        let saved = Saved {
-            routing: routing.clone(),
-            router,
-            groups,
-            gate_and_up,
-            unit,
-            down,
-            shared: saved_shared,
-        };
+        let saved =
+            Saved { routing: routing.clone(), router, groups, gate_and_up, unit, down, shared: saved_shared };
         Ok((y, routing, saved))
     }
 
@@ -142,9 +135,10 @@ impl Moe {
         if let Some(d_weights) = d_weights {
             let through = (d_weights.as_slice(), d_logits);
             let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
-            dx = sum(dx, d_router, dy.dtype())?;
+            dx = sum(d_routed, dx, dy.dtype())?;
+            return sum(dx, d_router, dy.dtype());
         }
-        sum(dx, d_routed, dy.dtype())
+        sum(d_routed, dx, dy.dtype())
     }
 
     /// Whether a gradient of `wanted` is computed from its input.
@@ -273,8 +267,9 @@ fn layers(linears: &[Linear]) -> Vec<linear::Layer<'_>> {
 
 fn sum(x: Option<Tensor>, y: Option<Tensor>, dtype: DType) -> Result<Option<Tensor>> {
     Ok(match (x, y) {
-        (Some(x), Some(y)) => Some(add(&x.to_dtype(dtype)?, &y)?),
-        (Some(one), None) | (None, Some(one)) => Some(one.to_dtype(dtype)?),
+        (Some(x), Some(y)) if x.dtype() == dtype => Some(add(&x, &y)?),
+        (Some(x), Some(y)) => Some(add(&cast(&y, dtype)?, &x)?),
+        (Some(one), None) | (None, Some(one)) => Some(cast(&one, dtype)?),
         (None, None) => None,
     })
 }

@@ -5,10 +5,11 @@
 
 use candle_core::{DType, Tensor};
 
-use super::config::{MoeConfig, Overflow, RoutingKind, RoutingVariant, Scoring};
+use super::config::{Overflow, Scoring};
 use super::linear::Linear;
+use super::rule::Rule;
 use crate::error::Result;
-use crate::ops::{Gradients, Groups, Parameter, Pass, dropout, linear};
+use crate::ops::{Gradients, Groups, Parameter, Pass, cast, dropout, linear};
 
 /// What a router decided: facts for losses and reports.
 #[derive(Debug, Clone)]
@@ -63,21 +64,10 @@ pub(super) struct Router {
     pub(super) rule: Rule,
 }
 
-/// How logits become a choice and weights.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rule {
-    experts: usize,
-    active: usize,
-    scoring: Scoring,
-    renormalise: bool,
-    scale: f32,
-    variant: RoutingVariant,
-}
-
 impl Router {
     /// What it decides for `x [tokens, hidden]`, and what the backward needs.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Routing, linear::Saved)> {
-        let (mut logits, saved) = self.linear.forward(&x.to_dtype(DType::F32)?, pass)?; // [tokens, experts]
+        let (mut logits, saved) = self.linear.forward(&cast(x, DType::F32)?, pass)?; // [tokens, experts]
         let Rule { active, experts, scoring, renormalise, variant, .. } = self.rule;
         let training = pass.dropout_step.is_some();
         let noise_deviation = (variant.noise && training).then(|| 1.0 / experts as f64);
@@ -135,125 +125,8 @@ impl Router {
     }
 }
 
-impl Rule {
-    /// That of a configuration.
-    #[must_use]
-    pub fn of(config: &MoeConfig) -> Self {
-        let MoeConfig { experts, active, scoring, renormalise, scale, variant, .. } = *config;
-        Self { experts, active, scoring, renormalise, scale: scale as f32, variant }
-    }
-
-    /// What experts are chosen by, `[tokens * experts]`.
-    fn ranked(&self, logits: &[f32], bias: Option<&[f32]>, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
-        let rows = logits.chunks_exact(self.experts);
-        match (self.variant.kind, pass.ids) {
-            (RoutingKind::Random, _) => {
-                dropout::uniforms(self.experts, self.variant.seed, CHANCE + 2 * layer as u64, pass)
-            }
-            (RoutingKind::Hash, Some(ids)) => ids
-                .iter()
-                .flat_map(|id| {
-                    (0..self.experts).map(move |e| dropout::hashed(u64::from(*id), (layer << 32 | e) as u64))
-                })
-                .collect(),
-            (RoutingKind::Model | RoutingKind::Hash, _) => rows
-                .flat_map(|row| {
-                    let mut scores = self.scores(row);
-                    if let Some(bias) = bias {
-                        scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
-                    }
-                    scores
-                })
-                .collect(),
-        }
-    }
-
-    /// The experts of each token, `[tokens * active]`.
-    fn choose(&self, ranked: &[f32]) -> Vec<u32> {
-        let mut chosen = Vec::with_capacity(ranked.len() / self.experts * self.active);
-        for row in ranked.chunks_exact(self.experts) {
-            largest(row, self.active, &mut chosen);
-        }
-        chosen
-    }
-
-    /// The weights of the chosen, `[tokens * active]`.
-    #[must_use]
-    pub fn weights(&self, logits: &[f32], chosen: &[u32]) -> Vec<f32> {
-        let mut weights = Vec::with_capacity(chosen.len());
-        for (row, chosen) in logits.chunks_exact(self.experts).zip(chosen.chunks_exact(self.active)) {
-            self.weigh(&self.scores(row), chosen, &mut weights);
-        }
-        weights
-    }
-
-    /// What weights are taken from: of [`Scoring::SoftmaxOfActive`] the logits themselves.
-    fn scores(&self, row: &[f32]) -> Vec<f32> {
-        match self.scoring {
-            Scoring::Softmax => softmax(row.iter().copied()),
-            Scoring::Sigmoid => row.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect(),
-            Scoring::SoftmaxOfActive => row.to_vec(),
-        }
-    }
-
-    fn weigh(&self, scores: &[f32], chosen: &[u32], weights: &mut Vec<f32>) {
-        let taken = chosen.iter().map(|expert| scores[*expert as usize]);
-        if self.scoring == Scoring::SoftmaxOfActive {
-            return weights.extend(softmax(taken).into_iter().map(|weight| weight * self.scale));
-        }
-        // The small number is transformers', for sigmoids that all vanish.
-        let sum = if self.renormalise { taken.clone().sum::<f32>() + 1e-20 } else { 1.0 };
-        weights.extend(taken.map(|score| score / sum * self.scale));
-    }
-
-    /// The gradient of the logits, `[tokens * experts]`, from that of the weights.
-    ///
-    /// With weights `w = scale * v` and `g = scale * dw` over the chosen, zero elsewhere:
-    /// - softmax of the chosen, or of all and divided by the chosen's sum, which is the same: `dz = v (g - <v, g>)`
-    /// - softmax of all, `v = s`: `dz = s (g - <s, g>)`
-    /// - sigmoids: `dz = s (1 - s) g`; divided by their sum `S`: `dz = s (1 - s) (g - <v, g>) / S`
-    #[must_use]
-    pub fn backward(&self, logits: &[f32], chosen: &[u32], weights: &[f32], d_weights: &[f32]) -> Vec<f32> {
-        let mut dz = vec![0f32; logits.len()];
-        let choices = chosen.chunks_exact(self.active).zip(weights.chunks_exact(self.active));
-        let rows = logits.chunks_exact(self.experts).zip(dz.chunks_exact_mut(self.experts));
-        for ((row, dz), ((chosen, weights), d_weights)) in
-            rows.zip(choices.zip(d_weights.chunks_exact(self.active)))
-        {
-            let g: Vec<f32> = d_weights.iter().map(|dw| dw * self.scale).collect();
-            let v: Vec<f32> = weights.iter().map(|weight| weight / self.scale).collect();
-            let mean: f32 = v.iter().zip(&g).map(|(v, g)| v * g).sum();
-            match (self.scoring, self.renormalise) {
-                (Scoring::SoftmaxOfActive, _) | (Scoring::Softmax, true) => {
-                    for ((expert, v), g) in chosen.iter().zip(&v).zip(&g) {
-                        dz[*expert as usize] = v * (g - mean);
-                    }
-                }
-                (Scoring::Softmax, false) => {
-                    for (dz, s) in dz.iter_mut().zip(self.scores(row)) {
-                        *dz = -s * mean;
-                    }
-                    for ((expert, v), g) in chosen.iter().zip(&v).zip(&g) {
-                        dz[*expert as usize] += v * g;
-                    }
-                }
-                (Scoring::Sigmoid, renormalised) => {
-                    let scores = self.scores(row);
-                    let taken = chosen.iter().map(|expert| scores[*expert as usize]);
-                    let (mean, sum) =
-                        if renormalised { (mean, taken.clone().sum::<f32>() + 1e-20) } else { (0.0, 1.0) };
-                    for ((expert, s), g) in chosen.iter().zip(taken).zip(&g) {
-                        dz[*expert as usize] = s * (1.0 - s) * (g - mean) / sum;
-                    }
-                }
-            }
-        }
-        dz
-    }
-}
-
 /// The first number of the modules that draw chance here; those of linear layers are below.
-const CHANCE: u64 = 1 << 40;
+pub(super) const CHANCE: u64 = 1 << 40;
 
 /// Normal values, `[tokens * experts]` (Box and Muller).
 fn noise(experts: usize, deviation: f64, seed: u64, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
@@ -293,36 +166,13 @@ fn limit(
     kept
 }
 
-/// The `count` largest of `values`, the largest first; of equal ones the first.
-fn largest(values: &[f32], count: usize, chosen: &mut Vec<u32>) {
-    let start = chosen.len();
-    for _ in 0..count {
-        let mut best: Option<usize> = None;
-        for (index, value) in values.iter().enumerate() {
-            let is_new = !chosen[start..].contains(&(index as u32));
-            if is_new && best.is_none_or(|best| *value > values[best]) {
-                best = Some(index);
-            }
-        }
-        chosen.extend(best.map(|index| index as u32));
-    }
-}
-
-fn softmax(values: impl Iterator<Item = f32> + Clone) -> Vec<f32> {
-    let most = values.clone().fold(f32::NEG_INFINITY, f32::max);
-    let powers: Vec<f32> = values.map(|value| (value - most).exp()).collect();
-    let sum: f32 = powers.iter().sum();
-    powers.into_iter().map(|power| power / sum).collect()
-}
-
 #[cfg(test)]
 impl Routing {
     /// What a plain router decides for these logits, the choice in order of them.
     pub(super) fn example(logits: Tensor, active: usize, scoring: Scoring) -> Self {
         let experts = logits.dims()[1];
         let rows: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
-        let mut chosen = Vec::new();
-        rows.chunks_exact(experts).for_each(|row| largest(row, active, &mut chosen));
+        let chosen = Rule::example(&rows, experts, active);
         let (weights, kept, noise_deviation) = (vec![1.0; chosen.len()], None, None);
         Self {
             layer: 0,
@@ -342,13 +192,6 @@ impl Routing {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn of_equal_scores_the_first_are_chosen() {
-        let mut chosen = Vec::new();
-        largest(&[0.5, 0.7, 0.5, 0.7], 3, &mut chosen);
-        assert_eq!(chosen, [1, 3, 0]);
-    }
 
     #[test]
     fn a_full_expert_takes_no_more() {

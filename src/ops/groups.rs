@@ -1,12 +1,14 @@
 //! Tokens grouped by the expert they go to: one row for each token and expert, those of an expert side by side.
 //!
-//! `x` is `[tokens, d]`, grouped rows are `[rows, d]`. [`gather`] and [`sum`] are each other's backward; [`combine`] is
+//! `x` is `[tokens, d]`, grouped rows are `[rows, d]`. [`gather_all`] and [`sum`] are each other's backward; [`combine`] is
 //! `y[t] = sum over the rows r of t of weight[r] x[r]`.
+
+use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
-use super::kernel::{Element, Values, dispatch, for_rows, to_tensor, vectorized, written};
 use super::Op;
+use super::kernel::{Element, Values, dispatch, for_rows, to_tensor, vectorized, written};
 use crate::error::Result;
 
 /// Which rows are whose.
@@ -121,14 +123,20 @@ impl Groups {
     }
 }
 
-/// `y[r] = x[token of r]`, `[rows, d]`.
-pub fn gather(x: &Tensor, groups: &Groups) -> Result<Tensor> {
+/// `y[r] = x[token of r]` of some rows, `[rows, d]`.
+pub fn gather(x: &Tensor, groups: &Groups, rows: Range<usize>) -> Result<Tensor> {
+    let tokens = &groups.tokens()[rows];
     if !x.device().is_cpu() {
-        return Ok(x.index_select(&Tensor::new(groups.tokens(), x.device())?, 0)?);
+        return Ok(x.index_select(&Tensor::new(tokens, x.device())?, 0)?);
     }
     let _time = Op::Experts.begin();
     let x = x.contiguous()?;
-    dispatch!(x.dtype(), gathered(&x, groups))
+    dispatch!(x.dtype(), gathered(&x, tokens))
+}
+
+/// The same of all rows.
+pub fn gather_all(x: &Tensor, groups: &Groups) -> Result<Tensor> {
+    gather(x, groups, 0..groups.num_rows())
 }
 
 /// `y[t] = base[t] + sum over the rows r of t of x[r]`, `[tokens, d]`, with `base` in f32; added in f32 and rounded once.
@@ -278,13 +286,13 @@ vectorized! {
     }
 }
 
-fn gathered<T: Element>(x: &Tensor, groups: &Groups) -> Result<Tensor> {
+fn gathered<T: Element>(x: &Tensor, tokens: &[u32]) -> Result<Tensor> {
     let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
     let values: &[T] = &values;
-    let y = written(groups.num_rows() * d, |y| {
-        for_rows(y, d, |row, y| y.copy_from_slice(&values[groups.tokens[row] as usize * d..][..d]));
+    let y = written(tokens.len() * d, |y| {
+        for_rows(y, d, |row, y| y.copy_from_slice(&values[tokens[row] as usize * d..][..d]));
     });
-    to_tensor(y, &[groups.num_rows(), d])
+    to_tensor(y, &[tokens.len(), d])
 }
 
 fn scaled<T: Element>(x: &Tensor, factors: &[f32]) -> Result<Tensor> {

@@ -6,6 +6,7 @@
 
 use candle_core::{DType, Tensor};
 
+use super::matmul::Terms;
 use super::{
     Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul_f32,
     scaled_matmul_f32, sum_of_products,
@@ -91,7 +92,7 @@ pub fn forward_of_all(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Resu
 }
 
 /// Whose products are summed to `y` without biases.
-pub(super) fn terms<'l>(x: &Tensor, layer: &Layer<'l>, inner: Option<&Tensor>) -> Vec<(Tensor, Operand<'l>)> {
+pub(super) fn terms<'l>(x: &Tensor, layer: &Layer<'l>, inner: Option<&Tensor>) -> Terms<'l> {
     let mut terms = vec![(x.clone(), layer.weight.t())];
     if let (Some(low_rank), Some(inner)) = (layer.low_rank, inner) {
         terms.push((inner.clone(), Operand::from(low_rank.b.tensor()).t()));
@@ -145,10 +146,9 @@ pub fn backward_of_all(
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
     let x = layers.first().and_then(|(_, saved, _)| saved.x.as_ref());
-    let all: Vec<_> =
-        layers.iter().map(|(layer, saved, dy)| (*layer, saved.inner.as_ref(), *dy)).collect();
+    let all: Vec<_> = layers.iter().map(|(layer, saved, dy)| (*layer, saved.inner.as_ref(), *dy)).collect();
     let d_inners = gradients_of_all(x, &all, pass, wants_dx, gradients)?;
-    let towards: Vec<_> = layers.iter().map(|(layer, _, dy)| (*layer, *dy)).collect();
+    let towards: Vec<_> = layers.iter().map(|(layer, _, dy)| (*layer, (*dy).clone())).collect();
     if wants_dx { dx(&towards, &d_inners, pass).map(Some) } else { Ok(None) }
 }
 
@@ -202,7 +202,7 @@ pub fn backward_without_input(
     gradients: &mut Gradients,
 ) -> Result<(Option<Tensor>, Option<Tensor>)> {
     let d_inners = [output_gradients(saved.inner.as_ref(), layer, dy, wants_dx, gradients)?];
-    let dx = if wants_dx { Some(dx(&[(*layer, dy)], &d_inners, pass)?) } else { None };
+    let dx = if wants_dx { Some(dx(&[(*layer, dy.clone())], &d_inners, pass)?) } else { None };
     let [d_inner] = d_inners;
     Ok((dx, d_inner))
 }
@@ -276,13 +276,13 @@ pub(super) fn output_gradients(
 
 /// Whose products are summed to `dy W + du A` over the layers, where nothing is dropped on the way to `A` and `du` is given.
 pub(super) fn dx_terms<'l>(
-    layers: &[(Layer<'l>, &Tensor)],
+    layers: &[(Layer<'l>, Tensor)],
     d_inners: &[Option<Tensor>],
     pass: &Pass<'_>,
-) -> Vec<(Tensor, Operand<'l>)> {
+) -> Terms<'l> {
     let mut terms = Vec::with_capacity(2 * layers.len());
     for (index, (layer, dy)) in layers.iter().enumerate() {
-        terms.push(((*dy).clone(), layer.weight.into()));
+        terms.push((dy.clone(), layer.weight.into()));
         if let (Some(low_rank), Some(Some(d_inner))) = (layer.low_rank, d_inners.get(index))
             && !low_rank.dropout.drops(pass)
         {
@@ -294,7 +294,7 @@ pub(super) fn dx_terms<'l>(
 
 /// `dy W + dropout(du A)`, summed over the layers.
 pub(super) fn dx(
-    layers: &[(Layer<'_>, &Tensor)],
+    layers: &[(Layer<'_>, Tensor)],
     d_inners: &[Option<Tensor>],
     pass: &Pass<'_>,
 ) -> Result<Tensor> {

@@ -1,6 +1,6 @@
-//! Sums of activations: of two, and of all rows with one. Both are computed in f32 and rounded once.
+//! Sums of activations: of two, and of all rows with one, computed in f32 and rounded once. And activations in another type.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::Op;
 use super::kernel::{Element, Values, dispatch, for_rows, to_tensor, vectorized, written};
@@ -23,6 +23,37 @@ pub fn add_to_rows(x: &Tensor, row: &Tensor) -> Result<Tensor> {
     }
     let (x, row) = (x.contiguous()?, row.contiguous()?);
     dispatch!(x.dtype(), add_of(&x, &row, row.elem_count()))
+}
+
+/// `x [rows, d]` in another type.
+pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    if !x.device().is_cpu() || x.dtype() == dtype {
+        return Ok(x.to_dtype(dtype)?);
+    }
+    let x = x.contiguous()?;
+    dispatch!(x.dtype(), cast_of(&x, dtype))
+}
+
+fn cast_of<T: Element>(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    dispatch!(dtype, cast_typed::<T>(x))
+}
+
+fn cast_typed<U: Element, T: Element>(x: &Tensor) -> Result<Tensor> {
+    let values = Values::<T>::of(x)?;
+    let values: &[T] = &values;
+    let width = x.dims().last().copied().unwrap_or(1);
+    let cast = written(values.len(), |cast: &mut [U]| {
+        for_rows(cast, width, |index, row| cast_row(row, &values[index * width..][..width]));
+    });
+    to_tensor(cast, x.dims())
+}
+
+vectorized! {
+    fn cast_row<T: Element, U: Element>(cast: &mut [U], x: &[T]) {
+        for (cast, x) in cast.iter_mut().zip(x) {
+            *cast = U::narrow(x.widen());
+        }
+    }
 }
 
 vectorized! {

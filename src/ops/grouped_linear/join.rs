@@ -6,7 +6,7 @@
 use candle_core::{DType, Tensor};
 
 use super::stack::Stack;
-use super::{Groups, Inners, Layer, Pass, input_rows, of_each, outputs, rows, with_gradients};
+use super::{Groups, Inners, Layer, Pass, Rows, input_rows, of_each, outputs, rows, with_gradients};
 use crate::error::Result;
 use crate::ops::{Gradients, groups, linear, matmul_f32, scaled_matmul_f32};
 
@@ -41,8 +41,8 @@ pub fn forward(
         linear::inners(&rows(x, groups, expert)?, &[layers[expert]], &pass)
     })?;
     let inners: Inners = inners.into_iter().map(Option::unwrap_or_default).collect();
-    let of_rows = outputs(x, layers, &inners, 0, groups)?; // [rows, out]
-    Ok((groups::combine(&of_rows, weights, groups)?, Saved { inners }))
+    let of_rows = outputs(Rows::Together(x), &[layers], &inners, groups)?; // [rows, out]
+    Ok((groups::combine(&of_rows[0], weights, groups)?, Saved { inners }))
 }
 
 /// The gradient of the input, when `wants_dx`, and what [`Towards`] has for those that take the input. Those of `B` and of
@@ -57,7 +57,6 @@ pub fn backward(
     gradients: &mut Gradients,
 ) -> Result<Towards> {
     let weights = groups.weights_of_rows(weights);
-    let of_rows = groups::gather(dy, groups)?; // [rows, out]
     let wants_inner = wants_dx || layers.iter().any(|l| l.low_rank.is_some_and(|l| gradients.wants(&l.a)));
     let stack = Stack::of(&[layers], groups, pass);
     let mut d_inners: Inners = vec![vec![None]; groups.len()];
@@ -68,8 +67,18 @@ pub fn backward(
             d_inners = stack.d_inners(dy, groups)?;
         }
     }
+    let is_biased = layers.iter().any(Layer::is_biased);
+    let wants_weights = layers.iter().any(|layer| gradients.wanted(layer.weight).is_some());
+    let together = match stack.is_none() || is_biased || wants_weights {
+        true => Some(groups::gather_all(dy, groups)?), // [rows, out]
+        false => None,
+    };
+    let of_rows = together.as_ref().map_or(Rows::OfTokens(dy), Rows::Together);
     let found = with_gradients(groups, &[layers], gradients, |expert, gradients| {
-        let (layer, dy, range) = (&layers[expert], rows(&of_rows, groups, expert)?, groups.range(expert));
+        if together.is_none() {
+            return Ok((Vec::new(), None));
+        }
+        let (layer, dy, range) = (&layers[expert], of_rows.of(groups, expert)?, groups.range(expert));
         let weights = Tensor::new(&weights[range], dy.device())?.unsqueeze(1)?; // [rows, 1]
         bias_gradients(layer, &weights, &dy, gradients)?;
         let mut of_bias = vec![0.0; dy.dim(0)?];
@@ -84,7 +93,7 @@ pub fn backward(
         let du = || scaled_matmul_f32(low_rank.scale, &dy, low_rank.b.tensor());
         Ok((of_bias, if wants_inner { Some(du()?) } else { None }))
     })?;
-    let mut of_biases = layers.iter().any(|layer| layer.is_biased()).then(|| vec![0.0; groups.num_rows()]);
+    let mut of_biases = is_biased.then(|| vec![0.0; groups.num_rows()]);
     for (expert, found) in found.into_iter().enumerate() {
         let Some((of_bias, d_inner)) = found else { continue };
         if let Some(all) = &mut of_biases {
@@ -95,11 +104,10 @@ pub fn backward(
         }
     }
     let d_rows = match wants_dx {
-        true => Some(input_rows(&[(layers, &of_rows)], Some(&d_inners), groups, pass)?),
+        true => Some(input_rows(&[(layers, of_rows)], Some(&d_inners), groups, pass)?),
         false => None,
     };
-    let wants_weights = layers.iter().any(|layer| gradients.wanted(layer.weight).is_some());
-    Ok(Towards { d_rows, of_biases, dy: wants_weights.then_some(of_rows), d_inners })
+    Ok(Towards { d_rows, of_biases, dy: together.filter(|_| wants_weights), d_inners })
 }
 
 impl Towards {

@@ -12,9 +12,9 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::linear::{self, Layer};
-use super::matmul::stacked_sums;
-use super::{Gradients, Groups, Op, Operand, Pass, sum_of_products};
-use crate::error::Result;
+use super::matmul::{Terms, stacked_sums};
+use super::{Gradients, Groups, Op, Pass, groups, sum_of_products};
+use crate::error::{Error, Result};
 
 /// `scale dropout(x) A^T` or its gradient, `[rows, rank]` in f32: of each expert that has rows, of each kind of layer.
 type Inners = Vec<Vec<Option<Tensor>>>;
@@ -39,9 +39,27 @@ fn rows(x: &Tensor, groups: &Groups, expert: usize) -> Result<Tensor> {
     Ok(x.narrow(0, range.start, range.len())?)
 }
 
-/// The rows of an expert in each of several tensors.
-fn of_rows<'x>(all: impl Iterator<Item = &'x Tensor>, groups: &Groups, expert: usize) -> Result<Vec<Tensor>> {
-    all.map(|x| rows(x, groups, expert)).collect()
+/// The rows that experts take.
+#[derive(Debug, Clone, Copy)]
+enum Rows<'x> {
+    /// `[rows, d]`
+    Together(&'x Tensor),
+    /// `[tokens, d]`: an expert's are gathered when it is its turn, so that they are read while they are in the cache.
+    OfTokens(&'x Tensor),
+}
+
+impl Rows<'_> {
+    fn of(&self, groups: &Groups, expert: usize) -> Result<Tensor> {
+        match self {
+            Self::Together(x) => rows(x, groups, expert),
+            Self::OfTokens(x) => groups::gather(x, groups, groups.range(expert)),
+        }
+    }
+
+    fn tensor(&self) -> &Tensor {
+        let (Self::Together(x) | Self::OfTokens(x)) = self;
+        x
+    }
 }
 
 /// `f(expert)` of each expert that has rows.
@@ -79,66 +97,75 @@ fn with_gradients<R: Send>(
     Ok(results)
 }
 
-/// `y [rows, out]` of one kind of layer, with the low-rank term and biases.
-fn outputs(x: &Tensor, layers: &[Layer<'_>], inners: &Inners, kind: usize, groups: &Groups) -> Result<Tensor> {
-    let y = side_by_side(x, groups, width_of(layers, 0)?, |expert| {
-        Ok(linear::terms(&rows(x, groups, expert)?, &layers[expert], inners[expert][kind].as_ref()))
+/// `y [rows, out]` of each kind of layer, with low-rank terms and biases.
+fn outputs(x: Rows<'_>, kinds: &[&[Layer<'_>]], inners: &Inners, groups: &Groups) -> Result<Vec<Tensor>> {
+    let widths: Vec<usize> = kinds.iter().map(|layers| width_of(layers, 0)).collect::<Result<_>>()?;
+    let ys = side_by_side(x.tensor(), groups, &widths, |expert| {
+        let x = x.of(groups, expert)?;
+        let of_kinds = kinds.iter().zip(&inners[expert]);
+        Ok(of_kinds.map(|(layers, inner)| linear::terms(&x, &layers[expert], inner.as_ref())).collect())
     })?;
-    if !layers.iter().any(|layer| layer.is_biased()) {
-        return Ok(y);
-    }
-    joined(of_each(groups, |expert| linear::add_biases(rows(&y, groups, expert)?, &layers[expert]))?, &y)
+    let biased = |(y, layers): (Tensor, &&[Layer<'_>])| {
+        if !layers.iter().any(Layer::is_biased) {
+            return Ok(y);
+        }
+        joined(of_each(groups, |expert| linear::add_biases(rows(&y, groups, expert)?, &layers[expert]))?, &y)
+    };
+    ys.into_iter().zip(kinds).map(biased).collect()
 }
 
 /// The sum over kinds of `dy W + dropout(du A)`, for all rows; `du` may be left out to be added elsewhere.
 fn input_rows(
-    kinds: &[(&[Layer<'_>], &Tensor)],
+    kinds: &[(&[Layer<'_>], Rows<'_>)],
     d_inners: Option<&Inners>,
     groups: &Groups,
     pass: &Pass<'_>,
 ) -> Result<Tensor> {
-    let width = kinds.first().map_or(Ok(0), |(layers, _)| width_of(layers, 1))?;
+    let Some((layers, dy)) = kinds.first() else { return Err(Error::invalid("a backward of no layers")) };
+    let (width, dy) = (width_of(layers, 1)?, dy.tensor());
     let d_inner = |expert: usize| d_inners.map_or(&[][..], |all| all[expert].as_slice());
-    let towards = |expert: usize| -> Result<(Vec<Layer<'_>>, Vec<Tensor>)> {
-        let dys = of_rows(kinds.iter().map(|(_, dy)| *dy), groups, expert)?;
-        Ok((kinds.iter().map(|(layers, _)| layers[expert]).collect(), dys))
+    let of_expert = |expert: usize| -> Result<Vec<(Layer<'_>, Tensor)>> {
+        kinds.iter().map(|(layers, dy)| Ok((layers[expert], dy.of(groups, expert)?))).collect()
     };
     let drops = |layer: &Layer<'_>| layer.low_rank.is_some_and(|low_rank| low_rank.dropout.drops(pass));
-    let dy = kinds[0].1;
     if d_inners.is_some() && kinds.iter().any(|(layers, _)| layers.iter().any(drops)) {
         let dxs = of_each(groups, |expert| {
-            let (layers, dys) = towards(expert)?;
-            let pairs: Vec<_> = layers.into_iter().zip(&dys).collect();
-            linear::dx(&pairs, d_inner(expert), &pass.of_rows(&groups.tokens()[groups.range(expert)]))
+            let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
+            linear::dx(&of_expert(expert)?, d_inner(expert), &pass)
         })?;
         return joined(dxs, &Tensor::zeros((0, width), dy.dtype(), dy.device())?);
     }
-    side_by_side(dy, groups, width, |expert| {
-        let (layers, dys) = towards(expert)?;
-        let pairs: Vec<_> = layers.into_iter().zip(&dys).collect();
-        Ok(linear::dx_terms(&pairs, d_inner(expert), pass))
-    })
+    let mut dxs = side_by_side(dy, groups, &[width], |expert| {
+        Ok(vec![linear::dx_terms(&of_expert(expert)?, d_inner(expert), pass)])
+    })?;
+    Ok(dxs.remove(0))
 }
 
-/// The rows of each expert below one another: those of `f(expert)`, summed products, in the type of `x`.
+/// Of each result the rows of each expert below one another: `f(expert)` gives their terms. In the type of `x`.
 fn side_by_side<'l>(
     x: &Tensor,
     groups: &Groups,
-    width: usize,
-    f: impl Fn(usize) -> Result<Vec<(Tensor, Operand<'l>)>> + Sync,
-) -> Result<Tensor> {
+    widths: &[usize],
+    f: impl Fn(usize) -> Result<Vec<Terms<'l>>> + Sync,
+) -> Result<Vec<Tensor>> {
     let _time = Op::Linear.begin();
     let experts: Vec<usize> = (0..groups.len()).filter(|expert| !groups.range(*expert).is_empty()).collect();
     if x.device().is_cpu() {
         let ranges: Vec<_> = experts.iter().map(|expert| groups.range(*expert)).collect();
-        return stacked_sums(&ranges, width, x.dtype(), |part| f(experts[part]));
+        return stacked_sums(&ranges, widths, x.dtype(), |part| f(experts[part]));
     }
-    let part = |expert: usize| {
-        let terms = f(expert)?;
-        let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
-        sum_of_products(&terms, x.dtype())
+    let parts = of_each(groups, |expert| {
+        let sum = |terms: Terms<'_>| {
+            let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
+            sum_of_products(&terms, x.dtype())
+        };
+        f(expert)?.into_iter().map(sum).collect::<Result<Vec<_>>>()
+    })?;
+    let of_result = |(index, width): (usize, &usize)| {
+        let parts = parts.iter().map(|part| part.as_ref().map(|part| part[index].clone())).collect();
+        joined(parts, &Tensor::zeros((0, *width), x.dtype(), x.device())?)
     };
-    joined(of_each(groups, part)?, &Tensor::zeros((0, width), x.dtype(), x.device())?)
+    widths.iter().enumerate().map(of_result).collect()
 }
 
 /// Rows (0) or columns (1) of a weight.

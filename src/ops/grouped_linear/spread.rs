@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::stack::Stack;
-use super::{Groups, Inners, Layer, Pass, input_rows, of_each, of_rows, outputs, rows, with_gradients};
+use super::{Groups, Inners, Layer, Pass, Rows, input_rows, of_each, outputs, rows, with_gradients};
 use crate::error::{Error, Result};
 use crate::ops::{Gradients, groups, linear};
 
@@ -38,20 +38,24 @@ pub fn forward(
     groups: &Groups,
     pass: &Pass<'_>,
 ) -> Result<(Vec<Tensor>, Saved)> {
-    let of_rows = groups::gather(x, groups)?; // [rows, in]
-    let inners = match Stack::of(kinds, groups, pass) {
-        Some(stack) => stack.inners(x, groups)?,
+    let (inners, ys) = match Stack::of(kinds, groups, pass) {
+        Some(stack) => {
+            let inners = stack.inners(x, groups)?;
+            let ys = outputs(Rows::OfTokens(x), kinds, &inners, groups)?;
+            (inners, ys)
+        }
         None => {
+            let of_rows = groups::gather_all(x, groups)?; // [rows, in]
             let inners = of_each(groups, |expert| {
                 let layers: Vec<Layer<'_>> = kinds.iter().map(|layers| layers[expert]).collect();
                 let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
                 linear::inners(&rows(&of_rows, groups, expert)?, &layers, &pass)
             })?;
-            inners.into_iter().map(Option::unwrap_or_default).collect()
+            let inners: Inners = inners.into_iter().map(Option::unwrap_or_default).collect();
+            let ys = outputs(Rows::Together(&of_rows), kinds, &inners, groups)?;
+            (inners, ys)
         }
     };
-    let y = |(kind, layers): (usize, &&[Layer<'_>])| outputs(&of_rows, layers, &inners, kind, groups);
-    let ys = kinds.iter().enumerate().map(y).collect::<Result<_>>()?;
     Ok((ys, Saved { x: Some(x.clone()), inners }))
 }
 
@@ -72,12 +76,12 @@ pub fn backward(
         None => layer.needs_input(gradients),
     };
     let x = match layers.iter().any(|layers| layers.iter().any(takes_rows)) {
-        true => Some(groups::gather(saved.x()?, groups)?),
+        true => Some(groups::gather_all(saved.x()?, groups)?),
         false => None,
     };
     let d_inners = with_gradients(groups, &layers, gradients, |expert, gradients| {
         let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
-        let dys = of_rows(kinds.iter().map(|(_, dy)| *dy), groups, expert)?;
+        let dys: Vec<Tensor> = kinds.iter().map(|(_, dy)| rows(dy, groups, expert)).collect::<Result<_>>()?;
         let x = x.as_ref().map(|x| rows(x, groups, expert)).transpose()?;
         let all: Vec<_> = layers
             .iter()
@@ -98,8 +102,9 @@ pub fn backward(
         }
     })?;
     let d_inners: Inners = d_inners.into_iter().map(Option::unwrap_or_default).collect();
+    let towards: Vec<_> = kinds.iter().map(|(layers, dy)| (*layers, Rows::Together(dy))).collect();
     let Some(stack) = stack else {
-        let rows = || input_rows(kinds, Some(&d_inners), groups, pass);
+        let rows = || input_rows(&towards, Some(&d_inners), groups, pass);
         return if wants_dx { groups::sum(&rows()?, groups, None).map(Some) } else { Ok(None) };
     };
     let dtype = kinds[0].1.dtype();
@@ -112,5 +117,5 @@ pub fn backward(
         return Ok(None);
     }
     let through = stack.dx(&du)?;
-    groups::sum(&input_rows(kinds, None, groups, pass)?, groups, Some(&through)).map(Some)
+    groups::sum(&input_rows(&towards, None, groups, pass)?, groups, Some(&through)).map(Some)
 }

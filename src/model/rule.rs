@@ -1,0 +1,199 @@
+//! How the logits of a router become a choice of experts, and weights of what these give.
+
+use rayon::prelude::*;
+
+use super::config::{MoeConfig, RoutingKind, RoutingVariant, Scoring};
+use super::router::CHANCE;
+use crate::ops::{Pass, dropout};
+
+/// How logits become a choice and weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rule {
+    pub(super) experts: usize,
+    pub(super) active: usize,
+    pub(super) scoring: Scoring,
+    pub(super) renormalise: bool,
+    scale: f32,
+    pub(super) variant: RoutingVariant,
+}
+
+impl Rule {
+    /// That of a configuration.
+    #[must_use]
+    pub fn of(config: &MoeConfig) -> Self {
+        let MoeConfig { experts, active, scoring, renormalise, scale, variant, .. } = *config;
+        Self { experts, active, scoring, renormalise, scale: scale as f32, variant }
+    }
+
+    /// What experts are chosen by, `[tokens * experts]`.
+    pub(super) fn ranked(
+        &self,
+        logits: &[f32],
+        bias: Option<&[f32]>,
+        layer: usize,
+        pass: &Pass<'_>,
+    ) -> Vec<f32> {
+        match (self.variant.kind, pass.ids) {
+            (RoutingKind::Random, _) => {
+                dropout::uniforms(self.experts, self.variant.seed, CHANCE + 2 * layer as u64, pass)
+            }
+            (RoutingKind::Hash, Some(ids)) => ids
+                .iter()
+                .flat_map(|id| {
+                    (0..self.experts).map(move |e| dropout::hashed(u64::from(*id), (layer << 32 | e) as u64))
+                })
+                .collect(),
+            (RoutingKind::Model | RoutingKind::Hash, _) => {
+                self.by_token(logits, self.experts, |token, scores| {
+                    self.scores(self.row(logits, token), scores);
+                    if let Some(bias) = bias {
+                        scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+                    }
+                })
+            }
+        }
+    }
+
+    /// The experts of each token, `[tokens * active]`.
+    pub(super) fn choose(&self, ranked: &[f32]) -> Vec<u32> {
+        self.by_token(ranked, self.active, |token, chosen| largest(self.row(ranked, token), chosen))
+    }
+
+    /// The weights of the chosen, `[tokens * active]`.
+    #[must_use]
+    pub fn weights(&self, logits: &[f32], chosen: &[u32]) -> Vec<f32> {
+        self.by_token(logits, self.active, |token, weights| {
+            let mut scores = vec![0.0; self.experts];
+            self.scores(self.row(logits, token), &mut scores);
+            self.weigh(&scores, &chosen[token * self.active..][..self.active], weights);
+        })
+    }
+
+    /// `width` values of each token, written by `f(token, values)`; tokens are shared among threads.
+    fn by_token<T: Copy + Default + Send>(
+        &self,
+        of_experts: &[f32],
+        width: usize,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) -> Vec<T> {
+        /// Tokens of a task.
+        const TOKENS: usize = 64;
+
+        let mut values = vec![T::default(); of_experts.len() / self.experts * width];
+        values.par_chunks_mut(width * TOKENS).enumerate().for_each(|(task, values)| {
+            values.chunks_exact_mut(width).enumerate().for_each(|(i, values)| f(task * TOKENS + i, values));
+        });
+        values
+    }
+
+    fn row<'v>(&self, of_experts: &'v [f32], token: usize) -> &'v [f32] {
+        &of_experts[token * self.experts..][..self.experts]
+    }
+
+    /// What weights are taken from: of [`Scoring::SoftmaxOfActive`] the logits themselves.
+    fn scores(&self, row: &[f32], scores: &mut [f32]) {
+        scores.copy_from_slice(row);
+        match self.scoring {
+            Scoring::Softmax => softmax(scores),
+            Scoring::Sigmoid => scores.iter_mut().for_each(|z| *z = 1.0 / (1.0 + (-*z).exp())),
+            Scoring::SoftmaxOfActive => {}
+        }
+    }
+
+    fn weigh(&self, scores: &[f32], chosen: &[u32], weights: &mut [f32]) {
+        weights.iter_mut().zip(chosen).for_each(|(weight, expert)| *weight = scores[*expert as usize]);
+        let sum = if self.scoring == Scoring::SoftmaxOfActive {
+            softmax(weights);
+            1.0
+        } else if self.renormalise {
+            sum_of(weights)
+        } else {
+            1.0
+        };
+        weights.iter_mut().for_each(|weight| *weight = *weight / sum * self.scale);
+    }
+
+    /// The gradient of the logits, `[tokens * experts]`, from that of the weights.
+    ///
+    /// With weights `w = scale * v` and `g = scale * dw` over the chosen, zero elsewhere:
+    /// - softmax of the chosen, or of all and divided by the chosen's sum, which is the same: `dz = v (g - <v, g>)`
+    /// - softmax of all, `v = s`: `dz = s (g - <s, g>)`
+    /// - sigmoids: `dz = s (1 - s) g`; divided by their sum `S`: `dz = s (1 - s) (g - <v, g>) / S`
+    #[must_use]
+    pub fn backward(&self, logits: &[f32], chosen: &[u32], weights: &[f32], d_weights: &[f32]) -> Vec<f32> {
+        self.by_token(logits, self.experts, |token, dz: &mut [f32]| {
+            let own = token * self.active..(token + 1) * self.active;
+            let (chosen, weights, d_weights) = (&chosen[own.clone()], &weights[own.clone()], &d_weights[own]);
+            let of_chosen =
+                || chosen.iter().map(|expert| *expert as usize).zip(weights.iter().zip(d_weights));
+            let with_unscaled = || of_chosen().map(|(e, (w, dw))| (e, w / self.scale, dw * self.scale));
+            let mean: f32 = with_unscaled().map(|(_, v, g)| v * g).sum();
+            match (self.scoring, self.renormalise) {
+                (Scoring::SoftmaxOfActive, _) | (Scoring::Softmax, true) => {
+                    with_unscaled().for_each(|(expert, v, g)| dz[expert] = v * (g - mean));
+                }
+                (Scoring::Softmax, false) => {
+                    self.scores(self.row(logits, token), dz);
+                    dz.iter_mut().for_each(|s| *s *= -mean);
+                    with_unscaled().for_each(|(expert, v, g)| dz[expert] += v * g);
+                }
+                (Scoring::Sigmoid, renormalised) => {
+                    let mut scores = vec![0.0; self.experts];
+                    self.scores(self.row(logits, token), &mut scores);
+                    let taken: Vec<f32> = chosen.iter().map(|expert| scores[*expert as usize]).collect();
+                    let (mean, sum) = if renormalised { (mean, sum_of(&taken)) } else { (0.0, 1.0) };
+                    for ((expert, _, g), s) in with_unscaled().zip(taken) {
+                        dz[expert] = s * (1.0 - s) * (g - mean) / sum;
+                    }
+                }
+            }
+        })
+    }
+}
+
+/// The sum of sigmoids that others are divided by. The small number is transformers', for sigmoids that all vanish.
+fn sum_of(scores: &[f32]) -> f32 {
+    scores.iter().sum::<f32>() + 1e-20
+}
+
+/// The largest of `values`, as many as there is room for, the largest first; of equal ones the first.
+fn largest(values: &[f32], chosen: &mut [u32]) {
+    for place in 0..chosen.len() {
+        let (before, rest) = chosen.split_at_mut(place);
+        let mut best: Option<usize> = None;
+        for (index, value) in values.iter().enumerate() {
+            if best.is_none_or(|best| *value > values[best]) && !before.contains(&(index as u32)) {
+                best = Some(index);
+            }
+        }
+        rest[0] = best.unwrap_or(0) as u32;
+    }
+}
+
+fn softmax(values: &mut [f32]) {
+    let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    values.iter_mut().for_each(|value| *value = (*value - most).exp());
+    let sum: f32 = values.iter().sum();
+    values.iter_mut().for_each(|value| *value /= sum);
+}
+
+#[cfg(test)]
+impl Rule {
+    /// The experts of each token by these logits.
+    pub(super) fn example(logits: &[f32], experts: usize, active: usize) -> Vec<u32> {
+        let (scoring, renormalise, variant) = (Scoring::Softmax, false, RoutingVariant::default());
+        Self { experts, active, scoring, renormalise, scale: 1.0, variant }.choose(logits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_equal_scores_the_first_are_chosen() {
+        let mut chosen = [0; 3];
+        largest(&[0.5, 0.7, 0.5, 0.7], &mut chosen);
+        assert_eq!(chosen, [1, 3, 0]);
+    }
+}
