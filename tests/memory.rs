@@ -177,8 +177,9 @@ fn peft(place: &Place, arguments: &[&str]) -> (i32, String, String) {
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
 
-/// A model of 14 million parameters in `model`, which is more than what a process takes by itself.
-fn larger_model(place: &Place) {
+/// A model of 14 million parameters in `model`, which is more than what a process takes by itself: dense, or with as many in
+/// `experts` experts of which a quarter is active.
+fn larger_model(place: &Place, experts: Option<usize>) {
     let path = place.path("model/config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     for (key, value) in [
@@ -190,6 +191,12 @@ fn larger_model(place: &Place) {
         ("head_dim", 64),
     ] {
         config[key] = json!(value);
+    }
+    if let Some(experts) = experts {
+        config["model_type"] = json!("mixtral");
+        config["intermediate_size"] = json!(1536 / experts);
+        config["num_local_experts"] = json!(experts);
+        config["num_experts_per_tok"] = json!(experts / 4);
     }
     fs::write(&path, config.to_string()).unwrap();
     let tensors: HashMap<String, Tensor> = family::read(&config)
@@ -204,14 +211,17 @@ fn larger_model(place: &Place) {
 #[test]
 fn a_run_takes_what_was_predicted() {
     let mut lines = Vec::new();
-    for (dtype, train) in [
-        ("f32", "checkpoint = \"none\""),
-        ("f32", "checkpoint = \"block\""),
-        ("bf16", "checkpoint = \"none\""),
-        ("f32", "full = true"),
+    for (dtype, train, experts) in [
+        ("f32", "checkpoint = \"none\"", None),
+        ("f32", "checkpoint = \"block\"", None),
+        ("bf16", "checkpoint = \"none\"", None),
+        ("f32", "full = true", None),
+        ("f32", "checkpoint = \"none\"", Some(8)),
+        ("bf16", "checkpoint = \"none\"", Some(32)),
+        ("f32", "checkpoint = \"block\"", Some(16)),
     ] {
         let place = large_place(dtype, train);
-        larger_model(&place);
+        larger_model(&place, experts);
         let (exit, report, said) = peft(&place, &["check", "recipe.toml", "--json"]);
         assert_eq!(exit, 0, "{said}");
         let report: Value = serde_json::from_str(&report).unwrap();
@@ -222,7 +232,8 @@ fn a_run_takes_what_was_predicted() {
         let lines_of_run = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         let shown = lines_of_run.filter_map(|line| line["peak_rss_bytes"].as_u64()).max().unwrap();
         let share = predicted as f64 / shown as f64;
-        lines.push((share, format!("{dtype}, {train}: {} of {} MiB", predicted / MIB, shown / MIB)));
+        let what = format!("{dtype}, {train}, {experts:?} experts");
+        lines.push((share, format!("{what}: {} of {} MiB", predicted / MIB, shown / MIB)));
     }
     assert!(lines.iter().all(|(share, _)| (0.9..1.1).contains(share)), "{lines:#?}");
 }

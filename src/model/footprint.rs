@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use candle_core::DType;
 
-use super::config::{DecoderConfig, LayerConfig, Projection, Widths};
+use super::config::{DecoderConfig, FeedForwardConfig, LayerConfig, Projection, Widths};
 use super::decoder::Recompute;
 use crate::ops::cross_entropy::chunk_rows;
 
@@ -223,8 +223,8 @@ impl Walk<'_> {
         let hidden = self.config.hidden_size;
         let LayerConfig { attention, feed_forward } = &self.config.layers[index];
         let Widths { width, rows, .. } = feed_forward.widths();
-        // What goes to experts is gathered, and what they give is kept to be weighed.
-        let routed = self.values(rows * hidden);
+        // What experts give, before it is put together; what goes to them is gathered where masks differ by expert.
+        let routed = self.values(rows * hidden) * if self.drops() { 2 } else { 1 };
         let (q, kv, heads) = (attention.q_width(), attention.kv_width(), attention.num_heads);
         let values = |width: usize| self.values(width);
         let inner = |projections: &[Projection]| -> u64 {
@@ -236,7 +236,7 @@ impl Walk<'_> {
         let head_norms = if attention.qk_norm.is_some() { values(q + kv) } else { 0 };
         let logsumexp = self.wide(heads);
         let of_attention = values(q + 2 * kv + q) + head_norms + logsumexp;
-        let of_feed_forward = values(2 * width) + routed;
+        let of_feed_forward = values(2 * width) + self.routing(index);
         let inner_of_attention = inner(&[Projection::Q, Projection::K, Projection::V, Projection::O]);
         let inner_of_feed_forward = inner(&[Projection::Gate, Projection::Up, Projection::Down]);
         let all_inner = inner_of_attention + inner_of_feed_forward;
@@ -250,7 +250,8 @@ impl Walk<'_> {
         let in_feed_forward = saved + values(hidden); // and what attention has given
         let forward = forward_of_attention
             .max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden))
-            + 2 * routed;
+            + routed
+            + self.stacked(index);
 
         // `down`: the product again, and its gradient; then the gradients of gate and up.
         let through = if self.drops() { self.wide(width) + self.wide(width) } else { 0 };
@@ -264,7 +265,7 @@ impl Walk<'_> {
         let parts = 2 * self.wide(q) + self.attention_scratch(index, true);
         let in_attention = (values(hidden) + values(q) + parts + values(q + kv))
             .max(values(hidden) + values(q + 2 * kv) + 2 * values(hidden) + through);
-        let in_network = down.max(unit).max(towards) + 3 * routed;
+        let in_network = down.max(unit).max(towards) + routed + self.stacked(index);
         let backward = in_network.max(in_attention.saturating_sub(freed));
         BlockBytes { kept, forward, saved, backward }
     }
@@ -340,6 +341,22 @@ impl Walk<'_> {
             _ => 1,
         };
         self.wide(times * self.rank(layer, projection).unwrap_or(0))
+    }
+
+    /// What a router leaves for the backward: logits, and of each choice expert, weight and row.
+    fn routing(&self, layer: usize) -> u64 {
+        match &self.config.layers[layer].feed_forward {
+            FeedForwardConfig::Dense { .. } => 0,
+            FeedForwardConfig::Sparse(moe) => self.wide(moe.experts + 4 * moe.active),
+        }
+    }
+
+    /// The inner states of all experts' adapters for all tokens, in f32 and rounded, as they are while a layer is computed.
+    fn stacked(&self, layer: usize) -> u64 {
+        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
+        let rank = |projection| self.rank(layer, projection).unwrap_or(0);
+        let ranks = rank(Projection::Gate) + rank(Projection::Up);
+        if self.drops() { 0 } else { 2 * self.wide(moe.experts * ranks.max(rank(Projection::Down))) }
     }
 
     fn head_dim(&self) -> usize {
