@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
+use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
 use crate::data::Layout;
 use crate::error::{Context, Error, Result};
@@ -23,6 +24,7 @@ pub(super) struct AdapterFiles<'a> {
     adapter: &'a PlacedAdapter,
     base: &'a Pretrained,
     trainables: Trainables,
+    units: Units,
     provenance: Provenance,
 }
 
@@ -45,19 +47,22 @@ impl<'a> AdapterFiles<'a> {
                 (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
             ]),
         };
-        Self { adapter, base: &prepared.base, trainables: trainables.clone(), provenance }
+        let base = &prepared.base;
+        Self { adapter, base, trainables: trainables.clone(), units: Units::of(base.config()), provenance }
     }
 }
 
 impl Artifact for AdapterFiles<'_> {
     fn write(&self, folder: &Path) -> Result<()> {
-        let tensors = self.trainables.iter().map(|(name, variable)| (&**name, variable.as_tensor()));
+        let tensors = self.units.all_stored(&self.trainables)?;
+        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         hf::write(folder, &self.adapter.config, &self.adapter.placements, tensors, &self.provenance)?;
         self.base.write_companions(folder)
     }
 
     fn write_result(&self, folder: &Path) -> Result<()> {
-        let tensors = self.trainables.iter().map(|(name, variable)| (&**name, variable.as_tensor()));
+        let tensors = self.units.all_stored(&self.trainables)?;
+        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         let PlacedAdapter { config, placements, .. } = self.adapter;
         hf::write_for_peft(folder, config, placements, tensors, &self.provenance)?;
         self.base.write_companions(folder)
@@ -65,7 +70,8 @@ impl Artifact for AdapterFiles<'_> {
 
     fn restore(&self, folder: &Path) -> Result<()> {
         let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?.for_model(self.base.config())?;
-        set_all(&self.trainables, saved.tensors.into_iter().chain(saved.routers).collect()).at(folder)
+        let saved = saved.tensors.into_iter().chain(saved.routers).collect();
+        set_all(&self.trainables, self.units.all_trained(&saved)?).at(folder)
     }
 
     fn is_exact(&self) -> bool {
@@ -77,6 +83,7 @@ impl Artifact for AdapterFiles<'_> {
 pub(super) struct ModelFiles<'a> {
     base: &'a Pretrained,
     trainables: Trainables,
+    units: Units,
     /// What is computed in.
     dtype: DType,
     /// What is written.
@@ -85,7 +92,8 @@ pub(super) struct ModelFiles<'a> {
 
 impl<'a> ModelFiles<'a> {
     pub(super) fn new(base: &'a Pretrained, trainables: &Trainables, dtype: DType) -> Self {
-        Self { base, trainables: trainables.clone(), dtype, stored: base.compute_dtype() }
+        let (units, stored) = (Units::of(base.config()), base.compute_dtype());
+        Self { base, trainables: trainables.clone(), units, dtype, stored }
     }
 }
 
@@ -108,7 +116,7 @@ impl Artifact for ModelFiles<'_> {
         let specs = specs.collect::<Result<Vec<_>>>()?;
         let mut writer = ShardedWriter::create(folder, &specs, &BTreeMap::new(), DEFAULT_SHARD_BYTES)?;
         for (name, variable) in &self.trainables {
-            writer.write(name, &rounded(variable.as_tensor())?)?;
+            writer.write(name, &rounded(&self.units.stored(name, variable.as_tensor())?)?)?;
         }
         for (name, tensor) in &untrained {
             writer.write(name, tensor)?;
@@ -120,10 +128,10 @@ impl Artifact for ModelFiles<'_> {
 
     fn restore(&self, folder: &Path) -> Result<()> {
         let saved = Pretrained::open(&folder.to_string_lossy())?;
-        let tensors = self
-            .trainables
-            .keys()
-            .map(|name| Ok((name.to_string(), saved.read(name, self.dtype, &Device::Cpu)?)));
+        let tensors = self.trainables.keys().map(|name| {
+            let stored = saved.read(name, self.dtype, &Device::Cpu)?;
+            Ok((name.to_string(), self.units.trained(name, &stored)?))
+        });
         set_all(&self.trainables, tensors.collect::<Result<_>>()?).at(folder)
     }
 

@@ -13,6 +13,7 @@ use super::memory::Way;
 use super::output::RunDirectory;
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
+use super::units::Units;
 use crate::adapter::{attach, init};
 use crate::data::Row;
 use crate::error::{Context, Error, Result};
@@ -114,6 +115,7 @@ fn make_trainable<'a>(plan: &'a Plan, prepared: &'a Prepared, model: &mut Decode
         true => model.make_selection_biases_variable(),
         false => Ok(BTreeMap::new()),
     };
+    model.unscale_routers()?;
     match &prepared.trained {
         Trainee::Full => {
             let trainables = model.make_trainable()?;
@@ -141,7 +143,7 @@ fn attach_adapter(adapter: &PlacedAdapter, prepared: &Prepared, model: &mut Deco
         model.set_routers(&from.routers)?;
     }
     let tensors = match from {
-        Some(from) => from.tensors.clone(),
+        Some(from) => Units::of(prepared.base.config()).all_trained(&from.tensors)?,
         None => init::fresh(config, &placements.placements, prepared.base.config(), model.device())?,
     };
     let (dropout, seed) = (config.dropout, config.dropout_seed);

@@ -45,6 +45,7 @@ mod output;
 mod plan;
 mod prepared;
 mod typed;
+mod units;
 mod upcycle;
 
 pub use check::{Report, Segment, Target, check};

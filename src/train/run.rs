@@ -54,7 +54,7 @@ pub struct Settings {
     /// Losses on routers.
     pub losses: RouterLosses,
     /// What a step adds to the selection bias of an expert with less than an equal share of the tokens, and takes from
-    /// that of one with more.
+    /// that of one with more; of a router that is stored scaled down, times [`Decoder::selection_unit`].
     pub bias_update: f64,
 }
 
@@ -198,7 +198,8 @@ fn update(
     for spread in &routing {
         if let Some((name, variable)) = job.biases.get(&spread.layer) {
             let biases: Vec<f32> = variable.to_vec1().in_tensor(name)?;
-            let biases = balanced(&biases, &spread.load, settings.bias_update);
+            let rate = settings.bias_update * job.model.selection_unit(spread.layer);
+            let biases = balanced(&biases, &spread.load, rate);
             variable.set(&Tensor::new(biases, variable.device())?).in_tensor(name)?;
         }
     }

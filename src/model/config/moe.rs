@@ -27,6 +27,9 @@ pub struct MoeConfig {
     pub shared: Option<SharedConfig>,
     /// The coefficient of the balance loss that the model was made with.
     pub router_loss: f64,
+    /// The power of two that the router's weight is stored with, as `upcycled.router_exponents` of `config.json` says: negative
+    /// where logits were made so small that the weights of chosen experts are even, 0 elsewhere.
+    pub router_exponent: i32,
     /// What its tensors are called.
     pub names: MoeNames,
     /// What a run does otherwise than the model.
@@ -177,6 +180,19 @@ impl MoeConfig {
     #[must_use]
     pub fn router_path(&self, layer: usize) -> String {
         format!("model.layers.{layer}.{}", self.names.router)
+    }
+
+    /// What the router's stored weight is its unscaled weight times: a power of two, so that both are the same to the bit.
+    #[must_use]
+    pub fn router_unit(&self) -> f64 {
+        2f64.powi(self.router_exponent)
+    }
+
+    /// What a step of the selection bias is multiplied with. Scores of unscaled logits are steps of ordinary size; of scaled
+    /// ones the score changes by a quarter of the logit, as a sigmoid does near zero.
+    #[must_use]
+    pub fn selection_unit(&self) -> f64 {
+        if self.router_exponent == 0 { 1.0 } else { self.router_unit() / 4.0 }
     }
 
     /// The path of the shared expert's gate.

@@ -52,6 +52,7 @@ impl Fields<'_> {
             selection_bias: false,
             shared: None,
             router_loss: self.coefficient("router_aux_loss_coef", keys.router_loss)?,
+            router_exponent: 0,
             names: NAMES,
             variant: RoutingVariant::default(),
         })
@@ -76,6 +77,27 @@ impl Fields<'_> {
         }
         Ok(move |layer: usize| !dense.contains(&layer) && (layer + 1).is_multiple_of(step))
     }
+}
+
+/// Reads the powers of two that an upcycled model's routers are stored with, one for each layer.
+pub(super) fn read_exponents(fields: &Fields<'_>, config: &mut DecoderConfig) -> Result<()> {
+    const NAME: &str = "router_exponents";
+    /// Beyond these, weights of ordinary size would not be exact in f32.
+    const EXACT: std::ops::RangeInclusive<i64> = -64..=64;
+
+    let Some(value) = fields.get("upcycled").and_then(|note| note.get(NAME)) else { return Ok(()) };
+    let exponent = |value: &serde_json::Value| value.as_i64().filter(|power| EXACT.contains(power));
+    let exponents = value.as_array().and_then(|list| list.iter().map(exponent).collect::<Option<Vec<_>>>());
+    let Some(exponents) = exponents.filter(|list| list.len() == config.layers.len()) else {
+        let expected = format!("a list of {} whole numbers from -64 to 64", config.layers.len());
+        return Err(wrong(NAME, &expected, value));
+    };
+    for (layer, power) in config.layers.iter_mut().zip(exponents) {
+        if let FeedForwardConfig::Sparse(moe) = &mut layer.feed_forward {
+            moe.router_exponent = power as i32;
+        }
+    }
+    Ok(())
 }
 
 /// Puts experts into the layers that have them.
