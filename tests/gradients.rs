@@ -352,8 +352,8 @@ fn distillation_agrees() {
             let (same, all) = (Tensor::eye(vocab, DType::F32, &CPU)?, terms);
             distillation::reference((&logits, &same), &targets, (&teacher, &same), all)
         };
-        let only = |kl: f64, hidden: f64| {
-            let terms = distillation::Terms { kl, temperature, hidden };
+        let only = |kl: f64, of_hidden: f64| {
+            let terms = distillation::Terms { kl, temperature, hidden: of_hidden };
             let nll = cross_entropy::reference(&hidden, &weight, &targets).unwrap();
             (reference(&hidden, &weight, terms).unwrap() - nll).unwrap()
         };

@@ -1,6 +1,6 @@
-//! Between what is trained and what is stored. Routers of upcycled models are stored times a power of two
-//! (`upcycled.router_exponents`), so small that a step of training would throw them anywhere; they are trained without it. Both
-//! ways are exact, and files are always as they are stored.
+//! Between what is trained and what is stored. Routers of upcycled models are stored times a power of two, so small that a step
+//! of training would throw them anywhere; they are trained without it. Both ways are exact, and files are always as they are
+//! stored.
 
 use std::collections::BTreeMap;
 

@@ -3,7 +3,8 @@
 use super::fields::{Fields, wrong};
 use crate::error::{Error, Result};
 use crate::model::config::{
-    Bundle, DecoderConfig, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant, Scoring,
+    Bundle, DecoderConfig, EVEN_EXPONENT, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant,
+    Scoring,
 };
 
 /// Names of Qwen's kind, which most families have taken over.
@@ -79,22 +80,22 @@ impl Fields<'_> {
     }
 }
 
-/// Reads the powers of two that an upcycled model's routers are stored with, one for each layer.
+/// Reads which of an upcycled model's routers are stored times a power of two. These powers made logits of one deviation of
+/// what energies they had been fitted to, so that the deviation, and not the power, says what a step of training is to be.
 pub(super) fn read_exponents(fields: &Fields<'_>, config: &mut DecoderConfig) -> Result<()> {
     const NAME: &str = "router_exponents";
-    /// Beyond these, weights of ordinary size would not be exact in f32.
-    const EXACT: std::ops::RangeInclusive<i64> = -64..=64;
 
     let Some(value) = fields.get("upcycled").and_then(|note| note.get(NAME)) else { return Ok(()) };
-    let exponent = |value: &serde_json::Value| value.as_i64().filter(|power| EXACT.contains(power));
-    let exponents = value.as_array().and_then(|list| list.iter().map(exponent).collect::<Option<Vec<_>>>());
+    let exponents = value
+        .as_array()
+        .and_then(|list| list.iter().map(serde_json::Value::as_i64).collect::<Option<Vec<_>>>());
     let Some(exponents) = exponents.filter(|list| list.len() == config.layers.len()) else {
-        let expected = format!("a list of {} whole numbers from -64 to 64", config.layers.len());
+        let expected = format!("a list of {} whole numbers", config.layers.len());
         return Err(wrong(NAME, &expected, value));
     };
     for (layer, power) in config.layers.iter_mut().zip(exponents) {
         if let FeedForwardConfig::Sparse(moe) = &mut layer.feed_forward {
-            moe.router_exponent = power as i32;
+            moe.router_exponent = if power == 0 { 0 } else { EVEN_EXPONENT };
         }
     }
     Ok(())
