@@ -114,6 +114,11 @@ impl Decoder {
         &self.head
     }
 
+    /// The weight of the embedding, `[vocab, hidden]`.
+    pub(super) fn embedding(&self) -> &Weight {
+        &self.embedding
+    }
+
     /// Where it computes.
     #[must_use]
     pub fn device(&self) -> &Device {

@@ -20,6 +20,7 @@ mod pretrained;
 mod rotary;
 mod router;
 mod router_loss;
+mod shared;
 mod walk;
 
 pub use cache::Cache;

@@ -20,7 +20,7 @@ use crate::error::{Context, Error, Result};
 use crate::generate::{Limits, Sampling, Session};
 use crate::model::Decoder;
 use crate::ops::Trainables;
-use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary};
+use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary, Teacher};
 
 /// Tokens of a sample that shows what the model says.
 const SAMPLE_TOKENS: usize = 48;
@@ -49,6 +49,10 @@ pub fn finetune(
         reporter.report(&Event::Warning { text });
     }
     let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;
+    let teacher = match &prepared.teacher {
+        None => None,
+        Some(teacher) => Some((teacher.open((&model, &prepared.base), prepared.dtype)?, teacher.terms)),
+    };
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     directory.write_recipe(plan)?;
 
@@ -70,6 +74,7 @@ pub fn finetune(
         trainables: &trainables,
         biases: &biases,
         artifact: &*artifact,
+        teacher: teacher.as_ref().map(|(model, terms)| Teacher { model, terms: *terms }),
         train: prepared.sampler(plan),
         eval: &eval,
         output: &plan.output,
@@ -93,6 +98,11 @@ fn refuse_other(plan: &Plan, now: &str) -> Result<()> {
     let part =
         |of: &str, name: &str| of.split(' ').skip_while(|word| *word != name).nth(1).map(str::to_string);
     let same = |name: &str| part(&then, name) == part(now, name);
+    if then != now && same("data") && same("weights") && !same("teacher") {
+        return Err(Error::request("the teacher is not the one that the run was started with")
+            .with_hint("resume with the files it was started with, or start anew with another `--output`"))
+        .at(&plan.output);
+    }
     let what = match (same("data"), same("weights")) {
         _ if then == now => return Ok(()),
         (false, true) => "the data are not those that the run was started with".to_string(),
