@@ -54,6 +54,7 @@ fn needs(config: DecoderConfig, quantized: bool, documents: usize) -> Needs {
         trainable,
         masters: false,
         weights: tensors.iter().sum(),
+        teacher: None,
         largest_read: if quantized { 0 } else { tensors.into_iter().max().unwrap() },
         batches: vec![vec![(512, 511); documents]],
         accumulate: 1,

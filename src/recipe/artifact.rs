@@ -25,6 +25,8 @@ pub(super) struct AdapterFiles<'a> {
     base: &'a Pretrained,
     trainables: Trainables,
     units: Units,
+    /// What PEFT wants beside them, as it is stored.
+    companions: BTreeMap<String, Tensor>,
     provenance: Provenance,
 }
 
@@ -34,7 +36,7 @@ impl<'a> AdapterFiles<'a> {
         prepared: &'a Prepared,
         adapter: &'a PlacedAdapter,
         trainables: &Trainables,
-    ) -> Self {
+    ) -> Result<Self> {
         let (base_model, revision) = match plan.model.source.rsplit_once('@') {
             Some((name, revision)) if !Path::new(&plan.model.source).exists() => (name, Some(revision)),
             _ => (plan.model.source.as_str(), None),
@@ -48,20 +50,29 @@ impl<'a> AdapterFiles<'a> {
             ]),
         };
         let base = &prepared.base;
-        Self { adapter, base, trainables: trainables.clone(), units: Units::of(base.config()), provenance }
+        let (units, trainables) = (Units::of(base.config()), trainables.clone());
+        let companions = companions(adapter, base, &trainables)?;
+        Ok(Self { adapter, base, trainables, units, companions, provenance })
+    }
+
+    /// What is written, as it is stored.
+    fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = self.units.all_stored(&self.trainables)?;
+        tensors.extend(self.companions.clone());
+        Ok(tensors)
     }
 }
 
 impl Artifact for AdapterFiles<'_> {
     fn write(&self, folder: &Path) -> Result<()> {
-        let tensors = self.units.all_stored(&self.trainables)?;
+        let tensors = self.tensors()?;
         let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         hf::write(folder, &self.adapter.config, &self.adapter.placements, tensors, &self.provenance)?;
         self.base.write_companions(folder)
     }
 
     fn write_result(&self, folder: &Path) -> Result<()> {
-        let tensors = self.units.all_stored(&self.trainables)?;
+        let tensors = self.tensors()?;
         let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         let PlacedAdapter { config, placements, .. } = self.adapter;
         hf::write_for_peft(folder, config, placements, tensors, &self.provenance)?;
@@ -70,13 +81,38 @@ impl Artifact for AdapterFiles<'_> {
 
     fn restore(&self, folder: &Path) -> Result<()> {
         let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?.for_model(self.base.config())?;
-        let saved = saved.tensors.into_iter().chain(saved.routers).collect();
+        let saved = saved.tensors.into_iter().chain(saved.routers);
+        let saved = saved.filter(|(name, _)| !self.companions.contains_key(name)).collect();
         set_all(&self.trainables, self.units.all_trained(&saved)?).at(folder)
     }
 
     fn is_exact(&self) -> bool {
         true
     }
+}
+
+/// The weights or biases of routers that are not trained while the other is: PEFT saves and loads a module whole.
+fn companions(
+    adapter: &PlacedAdapter,
+    base: &Pretrained,
+    trainables: &Trainables,
+) -> Result<BTreeMap<String, Tensor>> {
+    let mut companions = BTreeMap::new();
+    for (layer, moe) in base.config().sparse_layers().filter(|(_, moe)| moe.selection_bias) {
+        let names = [format!("{}.weight", moe.router_path(layer)), moe.selection_bias_path(layer)];
+        if !names.iter().any(|name| trainables.contains_key(name.as_str())) {
+            continue;
+        }
+        for name in names.into_iter().filter(|name| !trainables.contains_key(name.as_str())) {
+            let earlier = adapter.from.as_ref().and_then(|from| from.routers.get(&name).cloned());
+            let stored = match earlier {
+                Some(stored) => stored,
+                None => base.read(&name, DType::F32, &Device::Cpu)?,
+            };
+            companions.insert(name, stored);
+        }
+    }
+    Ok(companions)
 }
 
 /// The files of a model whose weights are all trained, in the type that the base is stored in.

@@ -136,7 +136,7 @@ fn make_trainable<'a>(plan: &'a Plan, prepared: &'a Prepared, model: &mut Decode
         Trainee::Adapter(adapter) => {
             let trainables = attach_adapter(adapter, prepared, model)?;
             let biases = biases(model)?;
-            let artifact = AdapterFiles::new(plan, prepared, adapter, &with(&trainables, &biases));
+            let artifact = AdapterFiles::new(plan, prepared, adapter, &with(&trainables, &biases))?;
             Ok((trainables, Box::new(artifact), biases))
         }
     }
