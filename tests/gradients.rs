@@ -7,8 +7,8 @@ use peft::ops::grouped_linear::{join, spread};
 use peft::ops::rotary::{self, Angles};
 use peft::ops::{
     Activation, Documents, Dropout, Gradients, Groups, LowRank, Parameter, Pass, Trainables, Weight, add,
-    add_to_rows, cross_entropy, differentiate, dropout, embedding, glu, grouped_linear, groups, linear,
-    rms_norm, rows,
+    add_to_rows, cross_entropy, differentiate, distillation, dropout, embedding, glu, grouped_linear, groups,
+    linear, rms_norm, rows,
 };
 
 const CPU: Device = Device::Cpu;
@@ -316,6 +316,112 @@ fn cross_entropy_agrees() {
         assert_close("d_hidden", &cross_entropy::backward(saved), &expected[0], 1e-5);
         assert_close("d_weight", gradients.of_name("head").unwrap(), &expected[1], 1e-5);
     }
+}
+
+#[test]
+fn distillation_agrees() {
+    // The last one takes two chunks; teachers of another width have no hidden states to compare.
+    for (rows, d, teachers_d, vocab, temperature, of_hidden) in [
+        (1, 3, 3, 2, 1.0, 0.3),
+        (40, 16, 16, 50, 2.0, 0.5),
+        (7, 5, 9, 1500, 0.5, 0.0),
+        (1500, 2, 2, 3, 1.5, 0.1),
+    ] {
+        let (hidden, weight) = (random(&[rows, d], 40), random(&[vocab, d], 41));
+        let (of_teacher, teachers_head) = (random(&[rows, teachers_d], 42), random(&[vocab, teachers_d], 43));
+        let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % vocab as u32).collect();
+        let terms = distillation::Terms { kl: 0.7, temperature, hidden: of_hidden };
+        let own = Weight::Dense(Parameter::new("teacher", &teachers_head));
+        let teacher = distillation::Teacher { hidden: &of_teacher, head: &own, terms };
+        let mut trainables = Trainables::new();
+        let head = Weight::Dense(parameter("head", &weight, &mut trainables));
+        let mut gradients = Gradients::of(&trainables);
+        let (losses, saved) =
+            distillation::forward(&hidden, &head, &targets, &teacher, 0.25, &mut gradients).unwrap();
+        let reference = |hidden: &Tensor, weight: &Tensor, terms: distillation::Terms| {
+            if terms.hidden > 0.0 || d == teachers_d {
+                return distillation::reference(
+                    (hidden, weight),
+                    &targets,
+                    (&of_teacher, &teachers_head),
+                    terms,
+                );
+            }
+            let teacher = of_teacher.matmul(&teachers_head.t()?)?;
+            let logits = hidden.matmul(&weight.t()?)?;
+            // Logits as hidden states of a head that changes nothing.
+            let (same, all) = (Tensor::eye(vocab, DType::F32, &CPU)?, terms);
+            distillation::reference((&logits, &same), &targets, (&teacher, &same), all)
+        };
+        assert_eq!(losses.nll, cross_entropy::evaluate(&hidden, &head, &targets).unwrap());
+        assert_eq!(losses.hidden.is_empty(), of_hidden == 0.0);
+        let all = |losses: &distillation::Losses| {
+            let of_rows = losses.hidden.iter().copied().chain(std::iter::repeat(0.0));
+            let rows = losses.nll.iter().zip(&losses.kl).zip(of_rows);
+            let all = rows.map(|((nll, kl), hidden)| {
+                f64::from(*nll) + 0.7 * f64::from(*kl) + of_hidden * f64::from(hidden)
+            });
+            Tensor::new(all.collect::<Vec<f64>>(), &CPU).unwrap()
+        };
+        assert_close("losses", &all(&losses), &reference(&hidden, &weight, terms).unwrap(), 3e-6);
+        let dy = (Tensor::ones(rows, DType::F32, &CPU).unwrap() * 0.25).unwrap();
+        let expected = differentiate(&[&hidden, &weight], &dy, |v| reference(&v[0], &v[1], terms)).unwrap();
+        let d_hidden = cross_entropy::backward(saved);
+        assert_close("d_hidden", &d_hidden, &expected[0], 2e-5);
+        assert_close("d_weight", gradients.of_name("head").unwrap(), &expected[1], 2e-5);
+        assert_slope("d_hidden", &hidden, &d_hidden, &dy, |x| {
+            let none = &mut Gradients::of(&Trainables::new());
+            let (losses, _) = distillation::forward(x, &head, &targets, &teacher, 0.25, none).unwrap();
+            all(&losses)
+        });
+    }
+}
+
+/// In bf16 only the logits of both and what is written are rounded.
+#[test]
+fn distillation_in_bf16_follows_f32() {
+    let to = |t: &Tensor| t.to_dtype(DType::BF16).unwrap();
+    let wide = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+    // Values of bf16, so that both begin with the same.
+    let [hidden, weight, of_teacher, teachers_head] =
+        [(30, 40), (300, 41), (30, 42), (300, 43)].map(|(rows, seed)| wide(&to(&random(&[rows, 16], seed))));
+    let targets: Vec<u32> = (0..30).map(|i| i * 7).collect();
+    let losses = |as_type: &dyn Fn(&Tensor) -> Tensor| {
+        let weight_of = |name: &str, t: &Tensor| Weight::Dense(Parameter::new(name, &as_type(t)));
+        let (head, own) = (weight_of("head", &weight), weight_of("teacher", &teachers_head));
+        let terms = distillation::Terms { kl: 1.0, temperature: 2.0, hidden: 0.5 };
+        let of_teacher = as_type(&of_teacher);
+        let teacher = distillation::Teacher { hidden: &of_teacher, head: &own, terms };
+        let none = &mut Gradients::of(&Trainables::new());
+        let (losses, saved) =
+            distillation::forward(&as_type(&hidden), &head, &targets, &teacher, 1.0, none).unwrap();
+        let rows = [losses.nll, losses.kl, losses.hidden].map(|rows| Tensor::new(rows, &CPU).unwrap());
+        (rows, cross_entropy::backward(saved))
+    };
+    let ((found, d_hidden), (expected, of_f32)) = (losses(&to), losses(&|t| t.clone()));
+    assert_eq!(d_hidden.dtype(), DType::BF16);
+    for (found, expected) in found.iter().zip(&expected) {
+        assert_close("loss", found, expected, 1e-2);
+    }
+    assert_close("d_hidden", &d_hidden, &of_f32, 2e-2);
+}
+
+/// What a student has learned whole costs nothing more.
+#[test]
+fn a_student_like_its_teacher_is_not_pulled() {
+    let (hidden, weight) = (random(&[20, 8], 40), random(&[100, 8], 41));
+    let targets: Vec<u32> = (0..20).collect();
+    let head = Weight::Dense(Parameter::new("head", &weight));
+    let none = &mut Gradients::of(&Trainables::new());
+    let terms = distillation::Terms { kl: 1.0, temperature: 2.0, hidden: 1.0 };
+    let teacher = distillation::Teacher { hidden: &hidden, head: &head, terms };
+    let (losses, saved) = distillation::forward(&hidden, &head, &targets, &teacher, 1.0, none).unwrap();
+    assert!(losses.kl.iter().chain(&losses.hidden).all(|loss| loss.abs() < 1e-6), "{losses:?}");
+    let (_, plain) = cross_entropy::forward(&hidden, &head, &targets, 1.0, none).unwrap();
+    assert_close("d_hidden", &cross_entropy::backward(saved), &cross_entropy::backward(plain), 1e-6);
+    let short = hidden.narrow(0, 0, 19).unwrap();
+    let teacher = distillation::Teacher { hidden: &short, ..teacher };
+    assert!(distillation::forward(&hidden, &head, &targets, &teacher, 1.0, none).is_err());
 }
 
 #[test]

@@ -54,6 +54,7 @@ fn needs(config: DecoderConfig, quantized: bool, documents: usize) -> Needs {
         trainable,
         masters: false,
         weights: tensors.iter().sum(),
+        teacher: None,
         largest_read: if quantized { 0 } else { tensors.into_iter().max().unwrap() },
         batches: vec![vec![(512, 511); documents]],
         accumulate: 1,
@@ -236,6 +237,37 @@ fn a_run_takes_what_was_predicted() {
         lines.push((share, format!("{what}: {} of {} MiB", predicted / MIB, shown / MIB)));
     }
     assert!(lines.iter().all(|(share, _)| (0.9..1.1).contains(share)), "{lines:#?}");
+}
+
+/// One that has nothing in common with the model but its shape, so that all of it is held.
+#[test]
+fn a_run_with_a_teacher_takes_what_was_predicted() {
+    let place = large_place("f32", "checkpoint = \"none\"");
+    fs::create_dir(place.path("teacher")).unwrap();
+    larger_model(&place, None);
+    for name in place.names_in("model") {
+        fs::copy(place.path("model").join(&name), place.path("teacher").join(&name)).unwrap();
+    }
+    let weights = fs::metadata(place.path("model/model.safetensors")).unwrap().len();
+    let peak = |arguments: &[&str]| {
+        let (exit, report, said) = peft(&place, &[&["check", "recipe.toml", "--json"], arguments].concat());
+        assert_eq!(exit, 0, "{said}");
+        let report: Value = serde_json::from_str(&report).unwrap();
+        (report["memory"]["peak_bytes"].as_u64().unwrap(), report["memory"]["components"]["teacher"].as_u64())
+    };
+    let teacher = ["--set", "distill.teacher=teacher"];
+    assert_eq!(peak(&teacher).1, None, "the same weights are in memory once");
+    larger_model(&place, None);
+    let (predicted, of_teacher) = peak(&teacher);
+    assert!(of_teacher.unwrap().abs_diff(weights) < MIB, "{of_teacher:?} of {weights}");
+    let (exit, _, said) =
+        peft(&place, &[&["finetune", "recipe.toml", "--log", "silent"], &teacher[..]].concat());
+    assert_eq!(exit, 0, "{said}");
+    let metrics = fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+    let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let shown = lines.filter_map(|line| line["peak_rss_bytes"].as_u64()).max().unwrap();
+    let share = predicted as f64 / shown as f64;
+    assert!((0.9..1.1).contains(&share), "{} of {} MiB", predicted / MIB, shown / MIB);
 }
 
 #[test]

@@ -18,6 +18,8 @@ mod fixture;
 mod generate;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.
 mod gradients;
+/// A mixture made of a dense model shares weights with it, is trained in fitting steps, and learns to be like it.
+mod heal;
 /// Models come from the Hub as a whole or not at all, with what a user has to know when they do not.
 mod hub;
 /// Who may use whom, and how long a file may be.

@@ -11,6 +11,7 @@ const RECIPES: &[(&str, &str)] = &[
     ("quickstart", include_str!("../../recipes/quickstart.toml")),
     ("smollm2-135m", include_str!("../../recipes/smollm2-135m.toml")),
     ("tiny-llama-pretrain", include_str!("../../recipes/tiny-llama-pretrain.toml")),
+    ("upcycle-heal", include_str!("../../recipes/upcycle-heal.toml")),
     ("upcycle-tiny", include_str!("../../recipes/upcycle-tiny.toml")),
 ];
 

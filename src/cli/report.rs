@@ -158,7 +158,10 @@ impl Drop for Counter {
 fn bar_message(step: &StepReport, left: f64) -> String {
     let StepReport { loss, learning_rate, grad_norm, tokens_per_second, peak_rss_bytes, .. } = step;
     let (speed, left, peak) = (tokens_per_second.round() as u64, duration(left), bytes(*peak_rss_bytes));
-    format!("loss {loss:.3} lr {learning_rate:.1e} norm {grad_norm:.1} {speed} tok/s {peak} eta {left}")
+    let of_teacher = teacher_terms(step);
+    format!(
+        "loss {loss:.3}{of_teacher} lr {learning_rate:.1e} norm {grad_norm:.1} {speed} tok/s {peak} eta {left}"
+    )
 }
 
 /// Of slow steps none is silent for longer than this.
@@ -206,12 +209,19 @@ impl<W: Write> Reporter for Lines<W> {
     }
 }
 
+/// What the teacher says of a step, where there is one.
+fn teacher_terms(step: &StepReport) -> String {
+    let term = |(name, value): (&str, Option<f64>)| value.map(|value| format!("  {name} {value:.4}"));
+    [("kl", step.kl), ("hidden", step.hidden)].into_iter().filter_map(term).collect()
+}
+
 fn step_line(step: &StepReport, left: f64) -> String {
     format!(
-        "step {}/{}  loss {:.4}  lr {:.2e}  norm {:.3}  {} tokens/s  peak {}  {} left",
+        "step {}/{}  loss {:.4}{}  lr {:.2e}  norm {:.3}  {} tokens/s  peak {}  {} left",
         step.step,
         step.steps,
         step.loss,
+        teacher_terms(step),
         step.learning_rate,
         step.grad_norm,
         count(step.tokens_per_second.round() as u64),
@@ -291,6 +301,8 @@ mod tests {
             supervised_tokens: 1024,
             tokens_per_second: 1234.4,
             peak_rss_bytes: 1_932_735_283,
+            kl: None,
+            hidden: None,
             router_losses: std::collections::BTreeMap::new(),
             routing: Vec::new(),
         })

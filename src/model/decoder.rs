@@ -13,7 +13,7 @@ use super::load::{load_block, parameter};
 use super::norm::Norm;
 use super::pretrained::Pretrained;
 use super::rotary::Rotary;
-use super::router::Routing;
+use super::router::{Router, Routing};
 use crate::error::{Context, Error, Result};
 use crate::ops::rotary::Angles;
 use crate::ops::{
@@ -112,6 +112,11 @@ impl Decoder {
     #[must_use]
     pub fn head(&self) -> &Weight {
         &self.head
+    }
+
+    /// The weight of the embedding, `[vocab, hidden]`.
+    pub(super) fn embedding(&self) -> &Weight {
+        &self.embedding
     }
 
     /// Where it computes.
@@ -252,6 +257,13 @@ impl Decoder {
         self.blocks.iter().flat_map(Block::linears)
     }
 
+    /// Holds the weights of routers that are stored scaled down as they are before that, for training: the same logits to the
+    /// bit. What is stored of them afterwards is multiplied with [`super::config::MoeConfig::router_unit`], weights and what a
+    /// low-rank term adds alike.
+    pub fn unscale_routers(&mut self) -> Result<()> {
+        self.blocks.iter_mut().filter_map(Block::router_mut).try_for_each(Router::unscale)
+    }
+
     /// Makes the weights of routers trainable and returns them.
     pub fn make_routers_trainable(&mut self) -> Result<Trainables> {
         let mut trainables = Trainables::new();
@@ -277,13 +289,20 @@ impl Decoder {
         Ok(biases)
     }
 
-    /// Puts other values into the weights and biases of routers, by name.
+    /// [`super::config::MoeConfig::selection_unit`] of a layer, 1 where it has no experts.
+    #[must_use]
+    pub fn selection_unit(&self, layer: usize) -> f64 {
+        let mut sparse = self.config.sparse_layers();
+        sparse.find(|(index, _)| *index == layer).map_or(1.0, |(_, moe)| moe.selection_unit())
+    }
+
+    /// Puts other values into the weights and biases of routers, by name, as they are stored.
     pub fn set_routers(&mut self, values: &BTreeMap<String, Tensor>) -> Result<()> {
         for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
-            let parameters = router.linear.weight.parameter_mut().into_iter().chain(&mut router.bias);
-            for parameter in parameters {
+            let weight = router.linear.weight.parameter_mut().map(|weight| (weight, router.unit));
+            for (parameter, unit) in weight.into_iter().chain(router.bias.as_mut().map(|bias| (bias, 1.0))) {
                 if let Some(tensor) = values.get(parameter.name()) {
-                    parameter.replace(&tensor.to_dtype(DType::F32)?);
+                    parameter.replace(&(tensor.to_dtype(DType::F32)? / unit)?);
                 }
             }
         }

@@ -45,6 +45,8 @@ pub struct Computed<'a> {
     pub recompute: Recompute,
     /// Threads, each of which has buffers of its own.
     pub threads: usize,
+    /// A model that sees the same tokens before, and whether its logits are compared.
+    pub teacher: Option<(&'a DecoderConfig, bool)>,
 }
 
 /// Bytes held at the moment of a step at which they are most, besides the weights.
@@ -98,7 +100,7 @@ impl DecoderConfig {
     pub fn held_by_evaluation(&self, piece: Piece, how: &Computed<'_>) -> u64 {
         let walk = Walk { config: self, piece, how };
         let x = walk.values(self.hidden_size);
-        let block = (0..self.layers.len()).map(|index| walk.block(index).forward).max().unwrap_or(0);
+        let block = walk.largest_forward();
         let rows = chunk_rows(self.vocab_size).min(piece.learned) as u64;
         let losses = walk.rows(piece.learned, self.hidden_size) + rows * 4 * self.vocab_size as u64;
         x + block.max(x + losses)
@@ -135,6 +137,7 @@ impl Ledger {
 }
 
 /// A pass over the layers.
+#[derive(Clone, Copy)]
 struct Walk<'a> {
     config: &'a DecoderConfig,
     piece: Piece,
@@ -154,7 +157,21 @@ struct BlockBytes {
 }
 
 impl Walk<'_> {
+    fn largest_forward(&self) -> u64 {
+        (0..self.config.layers.len()).map(|index| self.block(index).forward).max().unwrap_or(0)
+    }
+
+    /// The forward of the teacher, of which the hidden states that predict stay until the loss is known.
+    fn teacher(&self, ledger: &mut Ledger) {
+        let Some((config, _)) = self.how.teacher else { return };
+        let (x, rows) = (self.values(config.hidden_size), self.rows(self.piece.learned, config.hidden_size));
+        let walk = Walk { config, ..*self };
+        ledger.now(|held| held.layer = x + walk.largest_forward().max(x + rows));
+        ledger.now(|held| (held.layer, held.loss) = (0, rows));
+    }
+
     fn forward(&self, ledger: &mut Ledger) {
+        self.teacher(ledger);
         let x = self.values(self.config.hidden_size);
         let angles = 4 * (self.piece.tokens * self.head_dim()) as u64;
         ledger.now(|held| (held.activations, held.layer) = (angles, x));
@@ -175,12 +192,19 @@ impl Walk<'_> {
         let (hidden, vocab) = (self.config.hidden_size, self.config.vocab_size);
         let learned = self.rows(self.piece.learned, hidden);
         let rows = chunk_rows(vocab).min(self.piece.learned);
-        let powers = (4 * vocab * self.how.threads) as u64;
+        let (of_teacher, compared) = match self.how.teacher {
+            None => (0, 0),
+            Some((config, compared)) => {
+                (self.rows(self.piece.learned, config.hidden_size), u64::from(compared))
+            }
+        };
+        let powers = (1 + 2 * compared) * (4 * vocab * self.how.threads) as u64;
         // Hidden states, those that predict, the gradients of all of these and once more of some.
-        let states = self.values(hidden) + 2 * learned + self.rows(rows, hidden);
-        ledger.now(|held| held.loss = states + self.rows(rows, vocab) + powers);
+        let logits = (1 + compared) * self.rows(rows, vocab);
+        let states = of_teacher + self.values(hidden) + 2 * learned + self.rows(rows, hidden);
+        ledger.now(|held| held.loss = states + logits + powers);
         if matches!(self.how.trained, TrainedParts::Everything) {
-            ledger.now(|held| held.loss = states + self.rows(rows, vocab));
+            ledger.now(|held| held.loss = states + logits);
             ledger.gradients(self.head(), self.head(), false);
             if self.piece.learned > rows {
                 ledger.gradients(self.head(), self.head(), true);

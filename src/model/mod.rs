@@ -21,6 +21,7 @@ mod rotary;
 mod router;
 mod router_loss;
 mod rule;
+mod shared;
 mod walk;
 
 pub use cache::Cache;

@@ -189,6 +189,17 @@ impl Pretrained {
         Ok(Weight::Quantized(Quantized::new(name, (rows, columns), stored, dtype, bytes)?))
     }
 
+    /// The bytes of a tensor that is stored as it is named, its values plain and in their order.
+    pub(super) fn plain_bytes(&self, name: &str) -> Result<Option<&[u8]>> {
+        let Place { info, first } = self.place(name)?;
+        let StoredType::Float(dtype) = info.dtype else { return Ok(None) };
+        if self.interleaved_heads(name).is_some() {
+            return Ok(None);
+        }
+        let (first, size) = (first * dtype.size_in_bytes(), info.size_in_bytes());
+        Ok(self.checkpoint.bytes(&info.name)?.get(first..first + size))
+    }
+
     /// The names of the tensors that stay quantized when the model is opened.
     pub fn quantized(&self) -> impl Iterator<Item = &str> {
         self.names().filter(|name| self.info(name).is_ok_and(stays_quantized))

@@ -34,6 +34,8 @@ pub struct Routing {
     pub renormalised: bool,
     /// The deviation of the noise in the logits.
     pub noise_deviation: Option<f64>,
+    /// What a logit of one is here: less where the router is stored scaled down.
+    pub unit: f64,
 }
 
 impl Routing {
@@ -62,15 +64,32 @@ pub(super) struct Router {
     /// `[experts]`, added to the scores for the choice.
     pub(super) bias: Option<Parameter>,
     pub(super) rule: Rule,
+    /// What the logits are the linear layer's output times: 1, or in training the power of two that the weight is stored
+    /// with. Nothing else differs, not even in the last bit, but that steps of training are of the size of what they change.
+    pub(super) unit: f64,
 }
 
 impl Router {
+    /// Holds the weight as it is before it is scaled for storage.
+    pub(super) fn unscale(&mut self) -> Result<()> {
+        if let Some(weight) = self.linear.weight.parameter_mut()
+            && self.unit != self.rule.unit
+        {
+            weight.replace(&(weight.tensor() * (self.unit / self.rule.unit))?);
+            self.unit = self.rule.unit;
+        }
+        Ok(())
+    }
+
     /// What it decides for `x [tokens, hidden]`, and what the backward needs.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Routing, linear::Saved)> {
         let (mut logits, saved) = self.linear.forward(&cast(x, DType::F32)?, pass)?; // [tokens, experts]
-        let Rule { active, experts, scoring, renormalise, variant, .. } = self.rule;
+        if self.unit != 1.0 {
+            logits = (logits * self.unit)?;
+        }
+        let Rule { active, experts, scoring, renormalise, variant, unit, .. } = self.rule;
         let training = pass.dropout_step.is_some();
-        let noise_deviation = (variant.noise && training).then(|| 1.0 / experts as f64);
+        let noise_deviation = (variant.noise && training).then(|| unit / experts as f64);
         if let Some(deviation) = noise_deviation {
             let noise = noise(experts, deviation, variant.seed, self.layer, pass);
             logits = (logits + Tensor::from_vec(noise, (pass.num_rows(), experts), x.device())?)?;
@@ -102,6 +121,7 @@ impl Router {
             scoring,
             renormalised,
             noise_deviation,
+            unit,
         };
         Ok((routing, saved))
     }
@@ -120,6 +140,9 @@ impl Router {
         let mut dz = Tensor::from_vec(through, routing.logits.dims(), routing.logits.device())?;
         if let Some(d_logits) = d_logits {
             dz = (dz + d_logits)?;
+        }
+        if self.unit != 1.0 {
+            dz = (dz * self.unit)?;
         }
         self.linear.backward(saved, pass, &dz, wants_dx, gradients)
     }
@@ -185,6 +208,7 @@ impl Routing {
             scoring,
             renormalised: false,
             noise_deviation,
+            unit: 1.0,
         }
     }
 }

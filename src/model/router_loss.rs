@@ -12,13 +12,14 @@
 //! | z | mean of `logsumexp(z)^2` | ST-MoE, (5) |
 //!
 //! `CV^2` is the variance (divided by `E - 1`) by the squared mean. A threshold is the least logit that is among the chosen
-//! when the expert itself is left out; `sigma` is the deviation of the noise that logits get, and 1 where they get none.
+//! when the expert itself is left out; `sigma` is the deviation of the noise that logits get, and where they get none 1, or what
+//! that is for a router that is stored scaled down ([`Routing::unit`]).
 //! Choices are constants. Each term is the mean over layers, or `pooled`: that of all layers' tokens taken together, which for
 //! `switch` is what transformers computes.
 
 use std::collections::BTreeMap;
 
-use candle_core::{D, Tensor, Var};
+use candle_core::{D, DType, Tensor, Var};
 use serde::Serialize;
 
 use super::config::Scoring;
@@ -115,7 +116,8 @@ struct Layer {
     scoring: Scoring,
     renormalised: bool,
     active: usize,
-    sigma: f64,
+    /// `[tokens, 1]`.
+    sigma: Tensor,
 }
 
 impl Layer {
@@ -131,14 +133,20 @@ impl Layer {
             scoring: routing.scoring,
             renormalised: routing.renormalised,
             active: routing.active,
-            sigma: routing.noise_deviation.unwrap_or(1.0),
+            sigma: (Tensor::ones((tokens, 1), DType::F32, logits.device())?
+                * routing.noise_deviation.unwrap_or(routing.unit))?,
         })
     }
 
     /// The tokens of all layers, which are of one family and have as many experts.
     fn joined(layers: &[Self]) -> Result<Self> {
         let cat = |of: fn(&Self) -> &Tensor| Tensor::cat(&layers.iter().map(of).collect::<Vec<_>>(), 0);
-        Ok(Self { logits: cat(|l| &l.logits)?, mask: cat(|l| &l.mask)?, ..layers[0] })
+        Ok(Self {
+            logits: cat(|l| &l.logits)?,
+            mask: cat(|l| &l.mask)?,
+            sigma: cat(|l| &l.sigma)?,
+            ..layers[0]
+        })
     }
 
     fn term(&self, name: &str) -> Result<Tensor> {
@@ -191,7 +199,8 @@ impl Layer {
             thresholds.extend(mask.iter().map(|chosen| if *chosen > 0.0 { next } else { last }));
         }
         let thresholds = Tensor::from_vec(thresholds, (rows.len(), experts), self.logits.device())?;
-        let distance = ((&self.logits - thresholds)? / (self.sigma * std::f64::consts::SQRT_2))?;
+        let distance =
+            (&self.logits - thresholds)?.broadcast_div(&(&self.sigma * std::f64::consts::SQRT_2)?)?;
         Ok(((distance.erf()? + 1.0)? * 0.5)?.sum(0)?)
     }
 }

@@ -15,6 +15,8 @@ pub struct Rule {
     pub(super) renormalise: bool,
     scale: f32,
     pub(super) variant: RoutingVariant,
+    /// See [`super::Routing::unit`].
+    pub(super) unit: f64,
 }
 
 impl Rule {
@@ -22,7 +24,8 @@ impl Rule {
     #[must_use]
     pub fn of(config: &MoeConfig) -> Self {
         let MoeConfig { experts, active, scoring, renormalise, scale, variant, .. } = *config;
-        Self { experts, active, scoring, renormalise, scale: scale as f32, variant }
+        let unit = config.router_unit();
+        Self { experts, active, scoring, renormalise, scale: scale as f32, variant, unit }
     }
 
     /// What experts are chosen by, `[tokens * experts]`.
@@ -182,7 +185,7 @@ impl Rule {
     /// The experts of each token by these logits.
     pub(super) fn example(logits: &[f32], experts: usize, active: usize) -> Vec<u32> {
         let (scoring, renormalise, variant) = (Scoring::Softmax, false, RoutingVariant::default());
-        Self { experts, active, scoring, renormalise, scale: 1.0, variant }.choose(logits)
+        Self { experts, active, scoring, renormalise, scale: 1.0, variant, unit: 1.0 }.choose(logits)
     }
 }
 

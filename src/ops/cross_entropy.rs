@@ -3,6 +3,8 @@
 //! `hidden [rows, d]` holds only the rows whose next token carries a label, `weight [vocab, d]`, and
 //! `nll[i] = logsumexp(l) - l[target[i]]` with `l = hidden[i] weight^T`.
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
@@ -19,7 +21,7 @@ const CHUNK_VALUES: usize = 24 << 20;
 /// The gradient of `scale * sum(nll)` with respect to `hidden`, computed with the loss while the logits are at hand.
 #[derive(Debug)]
 pub struct Saved {
-    d_hidden: Tensor,
+    pub(super) d_hidden: Tensor,
 }
 
 /// The negative log-likelihood of each row, nothing saved.
@@ -56,21 +58,34 @@ pub fn forward(
     gradients: &mut Gradients,
 ) -> Result<(Vec<f32>, Saved)> {
     let _time = Op::CrossEntropy.begin();
-    let mut nll = Vec::with_capacity(targets.len());
+    let (nll, saved) = by_chunks(hidden, weight, gradients, |rows, logits| {
+        let targets = &targets[rows];
+        if logits.device().is_cpu() {
+            return dispatch!(hidden.dtype(), losses_and_gradients(logits, targets, scale as f32));
+        }
+        let losses = reference_losses(&logits.to_dtype(DType::F32)?, targets)?;
+        let dy = losses.ones_like()?.affine(scale, 0.0)?;
+        let d_logits =
+            differentiate(&[&logits], &dy, |v| reference_losses(&v[0].to_dtype(DType::F32)?, targets))?;
+        Ok((losses.to_vec1::<f32>()?, d_logits[0].to_dtype(hidden.dtype())?))
+    })?;
+    Ok((nll.concat(), saved))
+}
+
+/// What `losses(rows, logits)` says of each chunk of rows, and the gradients from those of the logits that it gives, which
+/// have the type of `hidden`.
+pub(super) fn by_chunks<L>(
+    hidden: &Tensor,
+    weight: &Weight,
+    gradients: &mut Gradients,
+    mut losses: impl FnMut(Range<usize>, Tensor) -> Result<(L, Tensor)>,
+) -> Result<(Vec<L>, Saved)> {
+    let mut of_chunks = Vec::new();
     let mut d_hidden = Vec::new();
-    for (start, len) in chunks(targets.len(), weight.dims()?.0) {
-        let (hidden, targets) = (hidden.narrow(0, start, len)?, &targets[start..start + len]);
-        let logits = matmul(&hidden, weight.t())?;
-        let (losses, d_logits) = if logits.device().is_cpu() {
-            dispatch!(hidden.dtype(), losses_and_gradients(logits, targets, scale as f32))?
-        } else {
-            let rows = reference_losses(&logits.to_dtype(DType::F32)?, targets)?;
-            let dy = rows.ones_like()?.affine(scale, 0.0)?;
-            let d_logits =
-                differentiate(&[&logits], &dy, |v| reference_losses(&v[0].to_dtype(DType::F32)?, targets))?;
-            (rows.to_vec1::<f32>()?, d_logits[0].to_dtype(hidden.dtype())?)
-        };
-        nll.extend(losses);
+    for (start, len) in chunks(hidden.dim(0)?, weight.dims()?.0) {
+        let hidden = hidden.narrow(0, start, len)?;
+        let (loss, d_logits) = losses(start..start + len, matmul(&hidden, weight.t())?)?;
+        of_chunks.push(loss);
         d_hidden.push(matmul(&d_logits, weight)?);
         if let Some(weight) = gradients.wanted(weight) {
             gradients.add(weight, &matmul_f32(&d_logits.t()?, &hidden)?)?;
@@ -81,7 +96,7 @@ pub fn forward(
         1 => d_hidden.remove(0),
         _ => Tensor::cat(&d_hidden, 0)?,
     };
-    Ok((nll, Saved { d_hidden }))
+    Ok((of_chunks, Saved { d_hidden }))
 }
 
 /// `d_hidden [rows, d]`.
@@ -95,7 +110,7 @@ pub fn reference(hidden: &Tensor, weight: &Tensor, targets: &[u32]) -> Result<Te
     reference_losses(&hidden.matmul(&weight.t()?)?.to_dtype(DType::F32)?, targets)
 }
 
-fn reference_losses(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+pub(super) fn reference_losses(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
     let max = logits.max_keepdim(D::Minus1)?.detach();
     let sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?;
@@ -134,7 +149,7 @@ fn losses_and_gradients<T: Element>(
             || vec![0.0f32; vocab],
             |powers, (row, &target)| {
                 let max = maximum(row);
-                let sum = powers_and_sum(powers, row, max);
+                let sum = powers_and_sum(powers, row, max, 1.0);
                 let loss = max + sum.ln() as f32 - row[target as usize].widen();
                 let share = (f64::from(scale) / sum) as f32;
                 scaled(row, powers, share);
@@ -147,13 +162,13 @@ fn losses_and_gradients<T: Element>(
 }
 
 vectorized! {
-    fn maximum<T: Element>(row: &[T]) -> f32 {
+    pub(super) fn maximum<T: Element>(row: &[T]) -> f32 {
         largest(row)
     }
 }
 
 /// Values whose sum is taken in f32 before it is added in f64.
-const STRETCH: usize = 1024;
+pub(super) const STRETCH: usize = 1024;
 
 vectorized! {
     /// The sum of `exp(row - max)`.
@@ -167,12 +182,12 @@ vectorized! {
 }
 
 vectorized! {
-    /// Writes `exp(row - max)` and gives their sum.
-    fn powers_and_sum<T: Element>(powers: &mut [f32], row: &[T], max: f32) -> f64 {
+    /// Writes `exp((row - max) * inverse)`, `inverse` that of a temperature, and gives their sum.
+    pub(super) fn powers_and_sum<T: Element>(powers: &mut [f32], row: &[T], max: f32, inverse: f32) -> f64 {
         let mut sum = 0.0f64;
         for (powers, row) in powers.chunks_mut(STRETCH).zip(row.chunks(STRETCH)) {
             for (power, l) in powers.iter_mut().zip(row) {
-                *power = exp(l.widen() - max);
+                *power = exp((l.widen() - max) * inverse);
             }
             sum += f64::from(sum_of(powers, |power| power));
         }

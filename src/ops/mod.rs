@@ -10,6 +10,7 @@ pub mod attention;
 mod buffers;
 mod clock;
 pub mod cross_entropy;
+pub mod distillation;
 mod documents;
 pub mod dropout;
 pub mod embedding;

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
+use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
 use crate::data::Layout;
 use crate::error::{Context, Error, Result};
@@ -23,6 +24,9 @@ pub(super) struct AdapterFiles<'a> {
     adapter: &'a PlacedAdapter,
     base: &'a Pretrained,
     trainables: Trainables,
+    units: Units,
+    /// What PEFT wants beside them, as it is stored.
+    companions: BTreeMap<String, Tensor>,
     provenance: Provenance,
 }
 
@@ -32,7 +36,7 @@ impl<'a> AdapterFiles<'a> {
         prepared: &'a Prepared,
         adapter: &'a PlacedAdapter,
         trainables: &Trainables,
-    ) -> Self {
+    ) -> Result<Self> {
         let (base_model, revision) = match plan.model.source.rsplit_once('@') {
             Some((name, revision)) if !Path::new(&plan.model.source).exists() => (name, Some(revision)),
             _ => (plan.model.source.as_str(), None),
@@ -45,19 +49,31 @@ impl<'a> AdapterFiles<'a> {
                 (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
             ]),
         };
-        Self { adapter, base: &prepared.base, trainables: trainables.clone(), provenance }
+        let base = &prepared.base;
+        let (units, trainables) = (Units::of(base.config()), trainables.clone());
+        let companions = companions(adapter, base, &trainables)?;
+        Ok(Self { adapter, base, trainables, units, companions, provenance })
+    }
+
+    /// What is written, as it is stored.
+    fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut tensors = self.units.all_stored(&self.trainables)?;
+        tensors.extend(self.companions.clone());
+        Ok(tensors)
     }
 }
 
 impl Artifact for AdapterFiles<'_> {
     fn write(&self, folder: &Path) -> Result<()> {
-        let tensors = self.trainables.iter().map(|(name, variable)| (&**name, variable.as_tensor()));
+        let tensors = self.tensors()?;
+        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         hf::write(folder, &self.adapter.config, &self.adapter.placements, tensors, &self.provenance)?;
         self.base.write_companions(folder)
     }
 
     fn write_result(&self, folder: &Path) -> Result<()> {
-        let tensors = self.trainables.iter().map(|(name, variable)| (&**name, variable.as_tensor()));
+        let tensors = self.tensors()?;
+        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         let PlacedAdapter { config, placements, .. } = self.adapter;
         hf::write_for_peft(folder, config, placements, tensors, &self.provenance)?;
         self.base.write_companions(folder)
@@ -65,7 +81,9 @@ impl Artifact for AdapterFiles<'_> {
 
     fn restore(&self, folder: &Path) -> Result<()> {
         let saved = hf::Adapter::read(folder, &Device::Cpu).at(folder)?.for_model(self.base.config())?;
-        set_all(&self.trainables, saved.tensors.into_iter().chain(saved.routers).collect()).at(folder)
+        let saved = saved.tensors.into_iter().chain(saved.routers);
+        let saved = saved.filter(|(name, _)| !self.companions.contains_key(name)).collect();
+        set_all(&self.trainables, self.units.all_trained(&saved)?).at(folder)
     }
 
     fn is_exact(&self) -> bool {
@@ -73,10 +91,35 @@ impl Artifact for AdapterFiles<'_> {
     }
 }
 
+/// The weights or biases of routers that are not trained while the other is: PEFT saves and loads a module whole.
+fn companions(
+    adapter: &PlacedAdapter,
+    base: &Pretrained,
+    trainables: &Trainables,
+) -> Result<BTreeMap<String, Tensor>> {
+    let mut companions = BTreeMap::new();
+    for (layer, moe) in base.config().sparse_layers().filter(|(_, moe)| moe.selection_bias) {
+        let names = [format!("{}.weight", moe.router_path(layer)), moe.selection_bias_path(layer)];
+        if !names.iter().any(|name| trainables.contains_key(name.as_str())) {
+            continue;
+        }
+        for name in names.into_iter().filter(|name| !trainables.contains_key(name.as_str())) {
+            let earlier = adapter.from.as_ref().and_then(|from| from.routers.get(&name).cloned());
+            let stored = match earlier {
+                Some(stored) => stored,
+                None => base.read(&name, DType::F32, &Device::Cpu)?,
+            };
+            companions.insert(name, stored);
+        }
+    }
+    Ok(companions)
+}
+
 /// The files of a model whose weights are all trained, in the type that the base is stored in.
 pub(super) struct ModelFiles<'a> {
     base: &'a Pretrained,
     trainables: Trainables,
+    units: Units,
     /// What is computed in.
     dtype: DType,
     /// What is written.
@@ -85,7 +128,8 @@ pub(super) struct ModelFiles<'a> {
 
 impl<'a> ModelFiles<'a> {
     pub(super) fn new(base: &'a Pretrained, trainables: &Trainables, dtype: DType) -> Self {
-        Self { base, trainables: trainables.clone(), dtype, stored: base.compute_dtype() }
+        let (units, stored) = (Units::of(base.config()), base.compute_dtype());
+        Self { base, trainables: trainables.clone(), units, dtype, stored }
     }
 }
 
@@ -108,7 +152,7 @@ impl Artifact for ModelFiles<'_> {
         let specs = specs.collect::<Result<Vec<_>>>()?;
         let mut writer = ShardedWriter::create(folder, &specs, &BTreeMap::new(), DEFAULT_SHARD_BYTES)?;
         for (name, variable) in &self.trainables {
-            writer.write(name, &rounded(variable.as_tensor())?)?;
+            writer.write(name, &rounded(&self.units.stored(name, variable.as_tensor())?)?)?;
         }
         for (name, tensor) in &untrained {
             writer.write(name, tensor)?;
@@ -120,10 +164,10 @@ impl Artifact for ModelFiles<'_> {
 
     fn restore(&self, folder: &Path) -> Result<()> {
         let saved = Pretrained::open(&folder.to_string_lossy())?;
-        let tensors = self
-            .trainables
-            .keys()
-            .map(|name| Ok((name.to_string(), saved.read(name, self.dtype, &Device::Cpu)?)));
+        let tensors = self.trainables.keys().map(|name| {
+            let stored = saved.read(name, self.dtype, &Device::Cpu)?;
+            Ok((name.to_string(), self.units.trained(name, &stored)?))
+        });
         set_all(&self.trainables, tensors.collect::<Result<_>>()?).at(folder)
     }
 

@@ -2,16 +2,19 @@
 
 use std::collections::BTreeSet;
 
+use super::distill::PreparedTeacher;
 use super::figures;
 use super::fitting::Memory;
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
 use crate::data::{Counts, Layout};
+use crate::ops::distillation::Terms;
 
 /// The model, what is trained, the data and the course of training.
 pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
     let mut lines = vec![model(prepared)];
     lines.extend(trained(plan, prepared));
+    lines.extend(prepared.teacher.iter().map(teacher));
     lines.extend(prepared.dataset.train_counts.iter().map(|counts| data("train", counts)));
     lines.extend(prepared.dataset.eval_counts.iter().map(|counts| data("eval", counts)));
     if prepared.dataset.eval_counts.is_empty() {
@@ -65,6 +68,21 @@ fn trained(plan: &Plan, prepared: &Prepared) -> Vec<String> {
     }
     let targets = adapter.placements.counts.iter().map(|count| format!("{} {}", count.target, count.placed));
     vec![line, format!("targets: {}", targets.collect::<Vec<_>>().join(", "))]
+}
+
+fn teacher(teacher: &PreparedTeacher) -> String {
+    let Terms { kl, temperature, hidden } = teacher.terms;
+    let terms = [
+        (kl > 0.0).then(|| format!("kl {kl} at temperature {temperature}")),
+        (hidden > 0.0).then(|| format!("hidden {hidden}")),
+    ];
+    let terms: Vec<String> = terms.into_iter().flatten().collect();
+    let own = figures::bytes(teacher.weights);
+    format!(
+        "teacher: {}, {}; {own} of weights that the model does not have",
+        teacher.base.name(),
+        terms.join(", ")
+    )
 }
 
 fn data(use_: &str, counts: &Counts) -> String {

@@ -13,13 +13,14 @@ use super::memory::Way;
 use super::output::RunDirectory;
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
+use super::units::Units;
 use crate::adapter::{attach, init};
 use crate::data::Row;
 use crate::error::{Context, Error, Result};
 use crate::generate::{Limits, Sampling, Session};
 use crate::model::Decoder;
 use crate::ops::Trainables;
-use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary};
+use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary, Teacher};
 
 /// Tokens of a sample that shows what the model says.
 const SAMPLE_TOKENS: usize = 48;
@@ -48,6 +49,10 @@ pub fn finetune(
         reporter.report(&Event::Warning { text });
     }
     let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;
+    let teacher = match &prepared.teacher {
+        None => None,
+        Some(teacher) => Some((teacher.open((&model, &prepared.base), prepared.dtype)?, teacher.terms)),
+    };
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     directory.write_recipe(plan)?;
 
@@ -69,6 +74,7 @@ pub fn finetune(
         trainables: &trainables,
         biases: &biases,
         artifact: &*artifact,
+        teacher: teacher.as_ref().map(|(model, terms)| Teacher { model, terms: *terms }),
         train: prepared.sampler(plan),
         eval: &eval,
         output: &plan.output,
@@ -92,6 +98,11 @@ fn refuse_other(plan: &Plan, now: &str) -> Result<()> {
     let part =
         |of: &str, name: &str| of.split(' ').skip_while(|word| *word != name).nth(1).map(str::to_string);
     let same = |name: &str| part(&then, name) == part(now, name);
+    if then != now && same("data") && same("weights") && !same("teacher") {
+        return Err(Error::request("the teacher is not the one that the run was started with")
+            .with_hint("resume with the files it was started with, or start anew with another `--output`"))
+        .at(&plan.output);
+    }
     let what = match (same("data"), same("weights")) {
         _ if then == now => return Ok(()),
         (false, true) => "the data are not those that the run was started with".to_string(),
@@ -114,6 +125,7 @@ fn make_trainable<'a>(plan: &'a Plan, prepared: &'a Prepared, model: &mut Decode
         true => model.make_selection_biases_variable(),
         false => Ok(BTreeMap::new()),
     };
+    model.unscale_routers()?;
     match &prepared.trained {
         Trainee::Full => {
             let trainables = model.make_trainable()?;
@@ -124,7 +136,7 @@ fn make_trainable<'a>(plan: &'a Plan, prepared: &'a Prepared, model: &mut Decode
         Trainee::Adapter(adapter) => {
             let trainables = attach_adapter(adapter, prepared, model)?;
             let biases = biases(model)?;
-            let artifact = AdapterFiles::new(plan, prepared, adapter, &with(&trainables, &biases));
+            let artifact = AdapterFiles::new(plan, prepared, adapter, &with(&trainables, &biases))?;
             Ok((trainables, Box::new(artifact), biases))
         }
     }
@@ -141,7 +153,7 @@ fn attach_adapter(adapter: &PlacedAdapter, prepared: &Prepared, model: &mut Deco
         model.set_routers(&from.routers)?;
     }
     let tensors = match from {
-        Some(from) => from.tensors.clone(),
+        Some(from) => Units::of(prepared.base.config()).all_trained(&from.tensors)?,
         None => init::fresh(config, &placements.placements, prepared.base.config(), model.device())?,
     };
     let (dropout, seed) = (config.dropout, config.dropout_seed);

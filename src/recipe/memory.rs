@@ -25,6 +25,8 @@ pub struct Needs {
     pub masters: bool,
     /// Bytes of the model's weights in memory.
     pub weights: u64,
+    /// The teacher's configuration, whether its logits are compared, and bytes of the weights that it does not share.
+    pub teacher: Option<(DecoderConfig, bool, u64)>,
     /// Bytes of the largest tensor in its file, which are in memory twice while it is read.
     pub largest_read: u64,
     /// Tokens and learned tokens of each document of each batch.
@@ -53,6 +55,9 @@ pub struct Way {
 pub struct Components {
     /// The model's weights, in the type they are computed with or as they are quantized.
     pub weights: u64,
+    /// The teacher's, as far as they are not the model's own.
+    #[serde(skip_serializing_if = "is_nothing")]
+    pub teacher: u64,
     /// What is trained beside them, in f32.
     pub adapter: u64,
     /// Two moments of each trained number, and the number itself where it is rounded elsewhere.
@@ -84,9 +89,10 @@ impl Components {
 
     /// Each with its name.
     #[must_use]
-    pub fn named(&self) -> [(&'static str, u64); 11] {
+    pub fn named(&self) -> [(&'static str, u64); 12] {
         [
             ("weights", self.weights),
+            ("teacher", self.teacher),
             ("adapter", self.adapter),
             ("optimizer", self.optimizer),
             ("gradients", self.gradients),
@@ -99,6 +105,11 @@ impl Components {
             ("program, tokenizer, data", self.process),
         ]
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_nothing(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// When a run takes the most memory.
@@ -173,6 +184,10 @@ impl Needs {
             trainable,
             masters,
             weights: base.weight_bytes(*dtype),
+            teacher: prepared
+                .teacher
+                .as_ref()
+                .map(|teacher| (teacher.base.config().clone(), teacher.terms.kl > 0.0, teacher.weights)),
             largest_read: base.largest_read_bytes(),
             batches,
             accumulate: plan.train.accumulate,
@@ -202,11 +217,13 @@ impl Needs {
             trained: &self.trained,
             recompute: way.recompute,
             threads: self.threads,
+            teacher: self.teacher.as_ref().map(|(config, compared, _)| (config, *compared)),
         };
         let (piece, several) = self.largest_piece(way.piece_tokens);
         let everything = self.trained == TrainedParts::Everything;
         let idle = Components {
             weights: self.weights,
+            teacher: self.teacher.as_ref().map_or(0, |(_, _, weights)| *weights),
             adapter: if everything { 0 } else { 4 * self.trainable },
             optimizer: self.trainable * if self.masters { 12 } else { 8 },
             gradients: 0,

@@ -1,6 +1,4 @@
-//! The keys that are about mixtures of experts: `train.router`, `[routing]`, `[losses]` and `[distill]`.
-
-use std::path::PathBuf;
+//! The keys that are about mixtures of experts: `train.router`, `[routing]` and `[losses]`.
 
 use serde::{Deserialize, Serialize};
 
@@ -39,7 +37,7 @@ pub struct MixturePlan {
     pub kind: RoutingKind,
     /// How much each loss on routers counts.
     pub losses: RouterLosses,
-    /// The step of selection biases that follow the load; 0: they stay.
+    /// The step of selection biases that follow the load, for logits that deviate by about one; 0: they stay.
     pub bias_update: f64,
 }
 
@@ -177,28 +175,10 @@ impl Losses {
     }
 }
 
-/// `[distill]`; without a teacher its other keys do nothing.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-pub(super) struct Distill {
-    teacher: Option<PathBuf>,
-    #[serde(deserialize_with = "bounds::not_negative")]
-    kl: Option<f64>,
-    #[serde(deserialize_with = "bounds::positive")]
-    temperature: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative")]
-    hidden: Option<f64>,
-}
-
 impl Recipe {
     /// The first key that asks for what this version has not.
     pub(super) fn unbuilt_key(&self) -> Option<&'static str> {
-        [
-            ("routing.noise", self.routing.noise == Noise::Learned),
-            ("distill.teacher", self.distill.teacher.is_some()),
-        ]
-        .into_iter()
-        .find_map(|(key, set)| set.then_some(key))
+        (self.routing.noise == Noise::Learned).then_some("routing.noise")
     }
 }
 

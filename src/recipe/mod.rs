@@ -34,6 +34,7 @@ mod check;
 mod choice;
 mod conversion;
 mod describe;
+mod distill;
 mod document;
 pub mod figures;
 mod finetune;
@@ -45,11 +46,13 @@ mod output;
 mod plan;
 mod prepared;
 mod typed;
+mod units;
 mod upcycle;
 
 pub use check::{Report, Segment, Target, check};
 pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
 pub use conversion::{UpcycleCheck, check_upcycle, upcycle};
+pub use distill::{DistillPlan, PreparedTeacher};
 pub use document::Document;
 pub use finetune::finetune;
 pub use fitting::Memory;
@@ -61,8 +64,9 @@ pub use plan::{
 pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
 pub use upcycle::{UpcyclePlan, UpcycleRecipe};
 
-use mixture::{Distill, Losses, Routing};
+use distill::Distill;
 pub use mixture::{ExpertChoice, MixturePlan, RouterTraining};
+use mixture::{Losses, Routing};
 
 /// A fine-tuning recipe as it was written: what is `None` was left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -88,7 +92,7 @@ pub struct Recipe {
     routing: Routing,
     #[serde(default, skip_serializing_if = "Losses::is_default")]
     losses: Losses,
-    #[serde(default, skip_serializing)]
+    #[serde(default, skip_serializing_if = "Distill::is_default")]
     distill: Distill,
 }
 
@@ -268,6 +272,9 @@ impl Work {
         match self {
             Self::Finetune(plan) => {
                 files.push(("model.source", PathBuf::from(&plan.model.source)));
+                files.extend(
+                    plan.distill.iter().map(|distill| ("distill.teacher", PathBuf::from(&distill.teacher))),
+                );
                 files.extend(of("data.train", &plan.data.train));
                 if let Evaluation::Files(eval) = &plan.data.eval {
                     files.extend(of("data.eval", eval));
@@ -305,6 +312,9 @@ impl Recipe {
         if let Some(key) = self.unbuilt_key() {
             let message = format!("what `{key}` asks for is not built yet");
             return Some((key, Error::request(message).with_hint("leave it out")));
+        }
+        if let Some(error) = self.distill.contradiction() {
+            return Some(("distill.kl", error));
         }
         if train.steps.is_some() && train.epochs.is_some() {
             let error = Error::request("`train.steps` and `train.epochs` both say how long to train");

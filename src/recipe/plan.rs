@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
+use super::distill::DistillPlan;
 use super::mixture::{ExpertChoice, MixturePlan, excluded};
 use super::{AdapterRecipe, DataRecipe, ModelRecipe, Recipe, SourceRecipe, TrainRecipe};
 use crate::adapter::{Exclude, LoraConfig, Targets};
@@ -27,6 +28,8 @@ pub struct Plan {
     pub train: TrainPlan,
     /// How experts are chosen, and what is trained of that.
     pub mixture: MixturePlan,
+    /// The model that the trained one is to be like; `None`: none.
+    pub distill: Option<DistillPlan>,
 }
 
 /// The model to train.
@@ -173,6 +176,7 @@ impl Plan {
             data: DataPlan::of(&recipe.data),
             train: TrainPlan::of(&recipe.train),
             mixture: MixturePlan::of(recipe),
+            distill: DistillPlan::of(&recipe.distill),
         }
     }
 
@@ -279,7 +283,7 @@ impl TrainPlan {
 
 impl From<&Plan> for Recipe {
     fn from(plan: &Plan) -> Self {
-        let Plan { seed, output, model, trained, data, train, mixture } = plan;
+        let Plan { seed, output, model, trained, data, train, mixture, distill } = plan;
         let (routing, losses) = mixture.tables();
         let sources = |sources: &[Source]| sources.iter().map(SourceRecipe::from).collect();
         Self {
@@ -312,7 +316,7 @@ impl From<&Plan> for Recipe {
             },
             routing,
             losses,
-            distill: Default::default(),
+            distill: distill.as_ref().map(DistillPlan::table).unwrap_or_default(),
         }
     }
 }

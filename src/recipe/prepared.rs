@@ -6,6 +6,7 @@ use candle_core::DType;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::distill::PreparedTeacher;
 use super::loaded::read_adapter;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
@@ -26,6 +27,8 @@ pub struct Prepared {
     pub dataset: Dataset,
     /// What is trained.
     pub trained: Trainee,
+    /// What it is to be like.
+    pub teacher: Option<PreparedTeacher>,
     /// The type that products are computed in.
     pub dtype: DType,
     /// Updates in all.
@@ -72,6 +75,8 @@ impl Prepared {
         base.check()?;
         let trained = Trainee::of(plan, &base)?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
+        let dtype = plan.model.dtype.of(&base);
+        let teacher = PreparedTeacher::of(plan, &base, text.tokenizer(), dtype)?;
         let (train, eval, eval_share) = match &plan.data.eval {
             Evaluation::Files(files) => (&plan.data.train, files.as_slice(), 0.0),
             Evaluation::Share(share) => (&plan.data.train, [].as_slice(), *share),
@@ -91,8 +96,7 @@ impl Prepared {
             .with_hint(format!("set `data.max_length` to {most} or less")));
         }
         let dataset = Dataset::load(train, eval, &text, &preparation)?;
-        let dtype = plan.model.dtype.of(&base);
-        let mut prepared = Self { base, text, dataset, trained, dtype, steps: 0 };
+        let mut prepared = Self { base, text, dataset, trained, teacher, dtype, steps: 0 };
         prepared.steps = prepared.steps_of(plan);
         Ok(prepared)
     }
@@ -126,7 +130,11 @@ impl Prepared {
         hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
         let settings: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         let (data, weights) = (self.dataset.fingerprint(), self.base.checkpoint().digest()?);
-        Ok(format!("data {data} weights {weights} settings {settings}"))
+        let teacher = match &self.teacher {
+            None => String::new(),
+            Some(teacher) => format!(" teacher {}", teacher.base.checkpoint().digest()?),
+        };
+        Ok(format!("data {data} weights {weights} settings {settings}{teacher}"))
     }
 
     /// How many numbers are trained, and how many there are.

@@ -30,6 +30,12 @@ pub struct StepReport {
     pub tokens_per_second: f64,
     /// The highest resident memory of the process so far.
     pub peak_rss_bytes: u64,
+    /// Mean divergence from the teacher per supervised token, without its coefficient; none where it does not count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
+    /// Mean relative distance of the hidden states from the teacher's, in the same way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<f64>,
     /// Losses on routers by name, without their coefficients; none where none counts.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub router_losses: BTreeMap<&'static str, f64>,

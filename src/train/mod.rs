@@ -16,4 +16,6 @@ pub use memory::{available_bytes, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use run::{Job, Settings, Summary, run};
 pub use schedule::Schedule;
-pub use step::{StepGradients, balanced_step_gradients, step_gradients};
+pub use step::{
+    Objective, StepGradients, Teacher, balanced_step_gradients, objective_gradients, step_gradients,
+};

@@ -16,7 +16,7 @@ use super::memory::peak_rss_bytes;
 use super::metrics::Metrics;
 use super::optimizer::{AdamW, AdamWConfig};
 use super::schedule::Schedule;
-use super::step::balanced_step_gradients;
+use super::step::{Objective, Teacher, objective_gradients};
 use crate::data::{Batch, Sampler};
 use crate::error::{Context, Error, Result};
 use crate::eval::evaluate;
@@ -54,7 +54,7 @@ pub struct Settings {
     /// Losses on routers.
     pub losses: RouterLosses,
     /// What a step adds to the selection bias of an expert with less than an equal share of the tokens, and takes from
-    /// that of one with more.
+    /// that of one with more; of a router that is stored scaled down, times [`Decoder::selection_unit`].
     pub bias_update: f64,
 }
 
@@ -68,6 +68,8 @@ pub struct Job<'a> {
     pub biases: &'a BTreeMap<usize, (Arc<str>, Var)>,
     /// The same on disk.
     pub artifact: &'a dyn Artifact,
+    /// The model that the trained one is to be like.
+    pub teacher: Option<Teacher<'a>>,
     /// Batches to train on.
     pub train: Sampler<'a>,
     /// Batches to evaluate on; may be empty.
@@ -172,8 +174,8 @@ fn update(
         .flat_map(|index| job.train.batch(index).pieces(state.piece_tokens))
         .collect();
     let (now, recompute) = (Some(state.step), settings.recompute);
-    let step =
-        balanced_step_gradients(job.model, job.trainables, &batches, now, recompute, &settings.losses)?;
+    let objective = Objective { losses: settings.losses, teacher: job.teacher };
+    let step = objective_gradients(job.model, job.trainables, &batches, now, recompute, &objective)?;
     let number = state.step + 1;
     if !step.loss.is_finite() || !step.norm.is_finite() {
         let what = if step.loss.is_finite() { "gradient norm" } else { "loss" };
@@ -198,7 +200,8 @@ fn update(
     for spread in &routing {
         if let Some((name, variable)) = job.biases.get(&spread.layer) {
             let biases: Vec<f32> = variable.to_vec1().in_tensor(name)?;
-            let biases = balanced(&biases, &spread.load, settings.bias_update);
+            let rate = settings.bias_update * job.model.selection_unit(spread.layer);
+            let biases = balanced(&biases, &spread.load, rate);
             variable.set(&Tensor::new(biases, variable.device())?).in_tensor(name)?;
         }
     }
@@ -220,6 +223,8 @@ fn update(
         supervised_tokens,
         tokens_per_second: tokens as f64 / begin.elapsed().as_secs_f64(),
         peak_rss_bytes: peak_rss_bytes(),
+        kl: step.kl,
+        hidden: step.hidden,
         router_losses: step.router.values,
         routing,
     })

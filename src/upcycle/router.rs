@@ -10,6 +10,7 @@ use super::solve::{Linear, Regression, matrix, values};
 use super::statistics::Evidence;
 use crate::data::generator;
 use crate::error::Result;
+use crate::model::config::EVEN_EXPONENT;
 use crate::ops::matmul;
 
 /// What a router is made from.
@@ -160,9 +161,6 @@ fn centre(linear: &mut Linear) {
     linear.bias.iter_mut().for_each(|bias| *bias -= mean);
 }
 
-/// Weights even enough: the deviation of the stored logits.
-const EVEN: f64 = 1.0 / 256.0;
-
 /// The power of two that a router's weight is multiplied with when it is stored.
 ///
 /// It changes no order of scores, and makes the weights of chosen experts nearly equal: with logits of deviation `d` they
@@ -174,5 +172,5 @@ pub(super) fn exponent(linear: &Linear, x: &Tensor) -> Result<i32> {
     if square == 0.0 || !square.is_finite() {
         return Ok(0);
     }
-    Ok((EVEN / square.sqrt()).log2().floor() as i32)
+    Ok((2f64.powi(EVEN_EXPONENT) / square.sqrt()).log2().floor() as i32)
 }

@@ -4,6 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use super::Activation;
 
+/// The logits of an upcycled router deviate by about two to this power: few enough that the weights of chosen experts are
+/// even, and not so few that choices are ties.
+pub const EVEN_EXPONENT: i32 = -8;
+
 /// Experts of which a router chooses a few for each token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MoeConfig {
@@ -27,6 +31,10 @@ pub struct MoeConfig {
     pub shared: Option<SharedConfig>,
     /// The coefficient of the balance loss that the model was made with.
     pub router_loss: f64,
+    /// The power of two by which logits are smaller than those of an ordinary router, which deviate by about one:
+    /// [`EVEN_EXPONENT`] where `upcycled.router_exponents` of `config.json` says that the router's weight was scaled down for
+    /// storage, 0 elsewhere.
+    pub router_exponent: i32,
     /// What its tensors are called.
     pub names: MoeNames,
     /// What a run does otherwise than the model.
@@ -177,6 +185,20 @@ impl MoeConfig {
     #[must_use]
     pub fn router_path(&self, layer: usize) -> String {
         format!("model.layers.{layer}.{}", self.names.router)
+    }
+
+    /// What the router's stored weight is that of an ordinary router times: a power of two, so that both are the same to the
+    /// bit.
+    #[must_use]
+    pub fn router_unit(&self) -> f64 {
+        2f64.powi(self.router_exponent)
+    }
+
+    /// What a step of the selection bias is multiplied with: 1, but where logits are small so that their scores, sigmoids near
+    /// zero, vary by a quarter of what they do.
+    #[must_use]
+    pub fn selection_unit(&self) -> f64 {
+        if self.router_exponent == 0 { 1.0 } else { self.router_unit() / 4.0 }
     }
 
     /// The path of the shared expert's gate.

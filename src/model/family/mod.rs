@@ -46,7 +46,7 @@ pub fn read(config: &Value) -> Result<DecoderConfig> {
     };
     let name = model_type.as_str().unwrap_or_default();
     let fields = Fields::new(config, name)?;
-    match name {
+    let mut config = match name {
         "llama" => llama::read(&fields),
         "mistral" => mistral::read(&fields),
         "qwen2" => qwen2::read(&fields),
@@ -59,5 +59,7 @@ pub fn read(config: &Value) -> Result<DecoderConfig> {
         "granitemoe" => granitemoe::read(&fields, false),
         "granitemoeshared" => granitemoe::read(&fields, true),
         _ => Err(unsupported("model_type", model_type, &SUPPORTED)),
-    }
+    }?;
+    sparse::read_exponents(&fields, &mut config)?;
+    Ok(config)
 }

@@ -3,7 +3,8 @@
 use super::fields::{Fields, wrong};
 use crate::error::{Error, Result};
 use crate::model::config::{
-    Bundle, DecoderConfig, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant, Scoring,
+    Bundle, DecoderConfig, EVEN_EXPONENT, FeedForwardConfig, InPeft, MoeConfig, MoeNames, RoutingVariant,
+    Scoring,
 };
 
 /// Names of Qwen's kind, which most families have taken over.
@@ -52,6 +53,7 @@ impl Fields<'_> {
             selection_bias: false,
             shared: None,
             router_loss: self.coefficient("router_aux_loss_coef", keys.router_loss)?,
+            router_exponent: 0,
             names: NAMES,
             variant: RoutingVariant::default(),
         })
@@ -76,6 +78,27 @@ impl Fields<'_> {
         }
         Ok(move |layer: usize| !dense.contains(&layer) && (layer + 1).is_multiple_of(step))
     }
+}
+
+/// Reads which of an upcycled model's routers are stored times a power of two. These powers made logits of one deviation of
+/// what energies they had been fitted to, so that the deviation, and not the power, says what a step of training is to be.
+pub(super) fn read_exponents(fields: &Fields<'_>, config: &mut DecoderConfig) -> Result<()> {
+    const NAME: &str = "router_exponents";
+
+    let Some(value) = fields.get("upcycled").and_then(|note| note.get(NAME)) else { return Ok(()) };
+    let exponents = value
+        .as_array()
+        .and_then(|list| list.iter().map(serde_json::Value::as_i64).collect::<Option<Vec<_>>>());
+    let Some(exponents) = exponents.filter(|list| list.len() == config.layers.len()) else {
+        let expected = format!("a list of {} whole numbers", config.layers.len());
+        return Err(wrong(NAME, &expected, value));
+    };
+    for (layer, power) in config.layers.iter_mut().zip(exponents) {
+        if let FeedForwardConfig::Sparse(moe) = &mut layer.feed_forward {
+            moe.router_exponent = if power == 0 { 0 } else { EVEN_EXPONENT };
+        }
+    }
+    Ok(())
 }
 
 /// Puts experts into the layers that have them.
