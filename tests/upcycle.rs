@@ -102,12 +102,63 @@ fn slices_that_do_not_divide_are_filled_up() {
     // 384 neurons in 7 slices of 55.
     let set = ["--set", "upcycle.experts=7", "--set", "upcycle.active=3"];
     place.run(&[&["upcycle", "upcycle.toml"], &set[..]].concat());
-    let report: Value =
-        serde_json::from_str(&fs::read_to_string(place.path("mixture/upcycle.json")).unwrap()).unwrap();
+    let report = report(&place, "mixture");
     assert_eq!(report["expert_width"], 55);
     let guarantees = report["guarantees"].as_array().unwrap();
     assert_eq!(guarantees.len(), 3);
     assert!(guarantees.iter().all(|guarantee| guarantee["holds"] == true), "{guarantees:#?}");
+}
+
+/// The tensors of a folder that another has with other bytes.
+fn changed(place: &Place, one: &str, other: &str) -> Vec<String> {
+    let open = |folder: &str| Checkpoint::open(place.path(folder).to_str().unwrap()).unwrap();
+    let (one, other) = (open(one), open(other));
+    assert!(one.tensors().keys().eq(other.tensors().keys()));
+    let differ = |name: &&String| one.bytes(name).unwrap() != other.bytes(name).unwrap();
+    one.tensors().keys().filter(differ).cloned().collect()
+}
+
+fn report(place: &Place, folder: &str) -> Value {
+    serde_json::from_str(&fs::read_to_string(place.path(folder).join("upcycle.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn a_split_is_verified_before_its_down_projections_are_fitted() {
+    let place = place();
+    for (format, is_down) in [
+        ("glm4_moe", (|name| name.ends_with("down_proj.weight")) as fn(&str) -> bool),
+        ("granitemoeshared", |name| name.ends_with("output_linear.weight")),
+    ] {
+        let set = format!("upcycle.format={format}");
+        let run = |refit: &str| {
+            let (set_refit, folder) = (format!("upcycle.refit={refit}"), format!("{format}-{refit}"));
+            place.run(&["upcycle", "upcycle.toml", "--set", &set, "--set", &set_refit, "--output", &folder]);
+            folder
+        };
+        let (plain, fitted) = (run("none"), run("local"));
+        let account = report(&place, &fitted);
+        let guarantees = account["guarantees"].as_array().unwrap();
+        assert_eq!(guarantees.len(), 3, "{format}");
+        for guarantee in guarantees {
+            assert_eq!(
+                (&guarantee["promised"], &guarantee["holds"]),
+                (&true.into(), &true.into()),
+                "{guarantee}"
+            );
+        }
+        assert!(guarantees[0]["nll_difference"].as_f64().unwrap().abs() < 1e-6);
+        let changed = changed(&place, &plain, &fitted);
+        assert!(!changed.is_empty() && changed.iter().all(|name| is_down(name)), "{changed:?}");
+        let refitted = &account["refitted"];
+        assert_eq!(refitted["tensors"], changed.len());
+        assert_eq!(refitted["compared"], true);
+        let all = Checkpoint::open(place.path(&fitted).to_str().unwrap()).unwrap().tensors().len();
+        assert_eq!(refitted["untouched"], all - changed.len());
+        assert!(
+            refitted["changes"].as_object().unwrap().values().any(|change| change.as_f64().unwrap() > 0.0)
+        );
+        assert!(report(&place, &plain)["refitted"].is_null());
+    }
 }
 
 #[test]

@@ -270,7 +270,7 @@ fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) 
         Some(_) => job.calibration.held_out.clone(),
         None => vec![verify::any_tokens(job.base.config().vocab_size)],
     };
-    let dense = Decoder::open(job.base, DType::F32, &Device::Cpu)?;
+    let expected = verify::Expected::of(&Decoder::open(job.base, DType::F32, &Device::Cpu)?, &windows)?;
     let experts = written.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts / groups);
     let mut guarantees = Vec::new();
     for active in [1, 2, 4].into_iter().filter(|active| *active <= experts) {
@@ -278,15 +278,10 @@ fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) 
         config.reroute(Some(active * groups), Default::default())?;
         let mixture =
             Decoder::load(&config, &Device::Cpu, |name| written.weight(name, DType::F32, &Device::Cpu))?;
-        let (difference, largest, loss) = verify::differences(&dense, &mixture, &windows)?;
-        guarantees.push(Guarantee {
-            what: format!("with {active} active it is the dense model"),
-            promised: matches!(settings.method, Method::Copy | Method::VirtualGroups),
-            holds: verify::is_rounding(difference, largest),
-            max_logit_difference: Some(difference),
-            nll_difference: loss,
-            largest_logit: Some(largest),
-        });
+        let difference = expected.compare(&mixture)?;
+        let what = format!("with {active} active it is the dense model");
+        let promised = matches!(settings.method, Method::Copy | Method::VirtualGroups);
+        guarantees.push(difference.guarantee(what, promised, difference.is_rounding()));
     }
     Ok(guarantees)
 }
