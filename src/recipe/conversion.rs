@@ -94,10 +94,15 @@ impl Prepared {
         for source in &plan.data {
             read.push((load_for_perplexity(source, &text, usize::MAX)?.0, source.weight));
         }
-        let calibration = match read.is_empty() {
-            true => Calibration { fitted: Vec::new(), held_out: Vec::new() },
+        let mut calibration = match read.is_empty() {
+            true => Calibration::default(),
             false => Calibration::of(&read, plan.tokens, plan.held_out, plan.settings.seed)?,
         };
+        for source in &plan.eval {
+            let documents = load_for_perplexity(source, &text, usize::MAX)?.0;
+            let path = source.path.to_string_lossy();
+            calibration.report_on(&path, documents, plan.held_out, plan.settings.seed)?;
+        }
         let tokens = calibration.num_tokens();
         if !read.is_empty() {
             lines.push(format!(
@@ -105,6 +110,11 @@ impl Prepared {
                 figures::count(tokens.0 as u64),
                 figures::count(tokens.1 as u64)
             ));
+            for further in &calibration.further {
+                let count: usize = further.windows.iter().map(|batch| batch.tokens.len()).sum();
+                let file = further.file.as_deref().unwrap_or_default();
+                lines.push(format!("measured on {} tokens of {file} too", figures::count(count as u64)));
+            }
             if tokens.0 < plan.tokens * 9 / 10 {
                 warnings.push(format!(
                     "`calibration.tokens` asks for {} tokens, and the text has {}",

@@ -50,6 +50,7 @@ struct UpcycleTable {
     prompts: Option<Vec<Vec<String>>>,
     format: Option<FormatChoice>,
     verify: Option<bool>,
+    baselines: Option<bool>,
 }
 
 /// `upcycle.format`
@@ -84,6 +85,7 @@ impl FormatChoice {
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct CalibrationTable {
     data: Vec<SourceRecipe>,
+    eval: Option<Vec<SourceRecipe>>,
     #[serde(default, deserialize_with = "bounds::count::<_, 64>")]
     tokens: Option<usize>,
     #[serde(default, deserialize_with = "bounds::count::<_, 32>")]
@@ -105,6 +107,8 @@ pub struct UpcyclePlan {
     pub prompts: Vec<Vec<String>>,
     /// Text to learn from and to measure on.
     pub data: Vec<Source>,
+    /// Further text to measure on, each file by itself.
+    pub eval: Vec<Source>,
     /// Tokens to learn from.
     pub tokens: usize,
     /// Tokens to measure on.
@@ -124,7 +128,7 @@ impl UpcycleRecipe {
     fn contradiction(&self) -> Option<(&'static str, Error)> {
         let Settings { method, experts, shared, active, router, keep_dense, .. } =
             UpcyclePlan::of(self, "").settings;
-        let UpcycleTable { groups, sources, prompts, .. } = &self.upcycle;
+        let UpcycleTable { sources, prompts, .. } = &self.upcycle;
         let error = |message: String, hint: &str| Error::request(message).with_hint(hint);
         if self.upcycle.partition == Some(Partition::Gradient) {
             let message = "`upcycle.partition = \"gradient\"` is not built yet".to_string();
@@ -146,7 +150,11 @@ impl UpcycleRecipe {
             let message = format!("`upcycle.shared` is {shared}, and there are {experts} slices in all");
             return Some(("upcycle.shared", error(message, "leave slices for the router to choose from")));
         }
-        let routed = if cuts { experts - shared } else { experts * groups.unwrap_or(1) };
+        let routed = match (method, sources) {
+            (Method::Mix, Some(sources)) => sources.len() + 1,
+            _ if cuts => experts - shared,
+            _ => experts,
+        };
         if active > routed {
             let message = format!("`upcycle.active` is {active}, and a token can be routed to {routed}");
             return Some(("upcycle.active", error(message, "lower it, or raise `upcycle.experts`")));
@@ -166,11 +174,24 @@ impl UpcycleRecipe {
             let message = format!("`upcycle.method = \"{}\"` needs calibration text", name_of(method));
             return Some(("calibration", error(message, "name files in `calibration.data`")));
         }
-        if let Some(CalibrationTable { data, .. }) = &self.calibration
-            && data.is_empty()
-        {
-            let message = "`calibration.data` is empty: expected at least one file".to_string();
-            return Some(("calibration.data", Error::request(message)));
+        if let Some(CalibrationTable { data, eval, .. }) = &self.calibration {
+            if data.is_empty() {
+                let message = "`calibration.data` is empty: expected at least one file".to_string();
+                return Some(("calibration.data", Error::request(message)));
+            }
+            let is_learned_from = |file: &&SourceRecipe| data.iter().any(|own| own.path == file.path);
+            if let Some(file) = eval.iter().flatten().find(is_learned_from) {
+                let path = file.path.display();
+                let message = format!("`calibration.eval` has `{path}`, which `calibration.data` has too");
+                let hint =
+                    "what is learned from cannot be measured on; `held_out` keeps a part of each file out";
+                return Some(("calibration.eval", error(message, hint)));
+            }
+            if eval.is_some() && !cuts {
+                let message = format!("`calibration.eval` is for slices, found `{}`", name_of(method));
+                let hint = "copies begin as the dense model; leave it out";
+                return Some(("calibration.eval", error(message, hint)));
+            }
         }
         let has_sources = sources.as_ref().is_some_and(|sources| !sources.is_empty());
         if (method == Method::Mix) != has_sources {
@@ -221,9 +242,12 @@ impl UpcyclePlan {
             groups: table.groups.unwrap_or(if method == Method::VirtualGroups { 4 } else { 1 }),
             format: table.format.unwrap_or_default().format(),
             verify: table.verify.unwrap_or(true),
+            baselines: table.baselines.unwrap_or(true),
             seed: recipe.seed.unwrap_or(42),
         };
         let calibration = recipe.calibration.as_ref();
+        let sources = |recipes: &[SourceRecipe]| recipes.iter().map(SourceRecipe::source).collect();
+        let eval = calibration.and_then(|c| c.eval.as_deref());
         Self {
             output: recipe.output.clone().unwrap_or_else(|| PathBuf::from("models").join(name)),
             model: ModelPlan {
@@ -233,7 +257,8 @@ impl UpcyclePlan {
             settings,
             sources: table.sources.clone().unwrap_or_default(),
             prompts: table.prompts.clone().unwrap_or_default(),
-            data: calibration.map_or(Vec::new(), |c| c.data.iter().map(SourceRecipe::source).collect()),
+            data: calibration.map_or(Vec::new(), |c| sources(&c.data)),
+            eval: eval.map_or(Vec::new(), sources),
             tokens: calibration.and_then(|c| c.tokens).unwrap_or(65_536),
             held_out: calibration.and_then(|c| c.held_out).unwrap_or(8192),
         }
@@ -242,7 +267,7 @@ impl UpcyclePlan {
     /// The recipe that says all of the plan: reading it gives the same plan.
     pub fn to_toml(&self) -> Result<String> {
         let Settings { method, experts, shared, active, partition, router, refit, .. } = self.settings;
-        let Settings { keep_dense, drop_ratio, groups, format, verify, seed, .. } = self.settings;
+        let Settings { keep_dense, drop_ratio, groups, format, verify, baselines, seed, .. } = self.settings;
         let format = match format {
             None => FormatChoice::Auto,
             Some(MixtureFormat::Glm4Moe) => FormatChoice::Glm4Moe,
@@ -271,9 +296,11 @@ impl UpcyclePlan {
                 prompts: Some(self.prompts.clone()),
                 format: Some(format),
                 verify: Some(verify),
+                baselines: Some(baselines),
             },
             calibration: (!self.data.is_empty()).then(|| CalibrationTable {
                 data: self.data.iter().map(SourceRecipe::from).collect(),
+                eval: (!self.eval.is_empty()).then(|| self.eval.iter().map(SourceRecipe::from).collect()),
                 tokens: Some(self.tokens),
                 held_out: Some(self.held_out),
             }),

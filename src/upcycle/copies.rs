@@ -266,8 +266,8 @@ impl Layer {
 fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) -> Result<Vec<Guarantee>> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
-    let windows = match job.calibration.held_out.first() {
-        Some(_) => job.calibration.held_out.clone(),
+    let windows = match job.calibration.held_out.windows.first() {
+        Some(_) => job.calibration.held_out.windows.clone(),
         None => vec![verify::any_tokens(job.base.config().vocab_size)],
     };
     let expected = verify::Expected::of(&Decoder::open(job.base, DType::F32, &Device::Cpu)?, &windows)?;

@@ -16,6 +16,7 @@ mod assign;
 mod compare;
 mod copies;
 mod export;
+mod paired;
 mod partition;
 mod refit;
 mod report;
@@ -32,12 +33,13 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 
-pub use compare::{Comparison, LayerReport, Loss};
+pub use compare::{Comparison, LayerReport};
+pub use paired::{Difference, Loss};
 pub use report::{Guarantee, Refitted, Report};
 pub use settings::{
     KeepDense, Method, Partition, Refit, RouterKind, Settings, SplitShape, choose_format, dense_network,
 };
-pub use windows::{Calibration, WINDOW, Windows};
+pub use windows::{Calibration, Text, WINDOW, Windows};
 
 use crate::error::{Context, Result};
 use crate::model::{Decoder, Pretrained};

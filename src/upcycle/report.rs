@@ -5,7 +5,8 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::compare::{Comparison, LayerReport, Loss};
+use super::compare::{Comparison, LayerReport};
+use super::paired::{Difference, Loss};
 use super::settings::{Method, Partition, Refit, RouterKind, Settings, SplitShape};
 use super::split::Split;
 use crate::error::{Error, Result};
@@ -81,8 +82,8 @@ pub struct Report {
     pub guarantees: Vec<Guarantee>,
     /// What the fit changed.
     pub refitted: Option<Refitted>,
-    /// Losses on held-out text.
-    pub comparison: Option<Comparison>,
+    /// Losses on held-out text, then on that of further files.
+    pub comparisons: Vec<Comparison>,
     /// Each converted layer.
     pub layers: Vec<LayerReport>,
 }
@@ -117,7 +118,7 @@ impl Report {
             seconds: 0.0,
             guarantees: Vec::new(),
             refitted: None,
-            comparison: split.comparison.clone(),
+            comparisons: split.comparisons.clone(),
             layers: split.reports.clone(),
         }
     }
@@ -148,7 +149,7 @@ impl Report {
             seconds: 0.0,
             guarantees: Vec::new(),
             refitted: None,
-            comparison: None,
+            comparisons: Vec::new(),
             layers: Vec::new(),
         }
     }
@@ -175,12 +176,19 @@ impl Report {
         for line in self.lines() {
             let _ = writeln!(text, "- {line}");
         }
-        if let Some(comparison) = &self.comparison {
-            let _ = write!(text, "\n## Loss on {} held-out tokens\n\n", comparison.tokens);
+        for comparison in &self.comparisons {
+            let Comparison { tokens, window_tokens, .. } = comparison;
+            let windows = window_tokens.len();
+            let _ = write!(text, "\n## Loss on {tokens} tokens {}, {windows} windows\n\n", place(comparison));
             text += "| | nll | perplexity | above dense |\n|---|---|---|---|\n";
-            for (name, Loss { nll, perplexity }) in rows(comparison) {
-                let above = nll - comparison.dense.nll;
-                let _ = writeln!(text, "| {name} | {nll:.4} | {perplexity:.2} | {above:+.4} |");
+            for (name, Loss { nll, perplexity, above_dense, .. }) in rows(comparison) {
+                let _ = writeln!(text, "| {name} | {nll:.4} | {perplexity:.2} | {above_dense} |");
+            }
+            if comparison.mixture_less_pruned.is_some() {
+                text += "\nPaired by window, ± the standard error over windows:\n\n";
+            }
+            for (name, difference) in pairs(comparison) {
+                let _ = writeln!(text, "- {name}: {difference}");
             }
         }
         if !self.layers.is_empty() {
@@ -258,19 +266,46 @@ impl Report {
                 100.0 * mean
             ));
         }
-        if let Some(comparison) = &self.comparison {
-            for (name, Loss { nll, perplexity }) in rows(comparison) {
+        for comparison in &self.comparisons {
+            if comparison.file.is_some() {
+                lines.push(format!("{} tokens {}:", comparison.tokens, place(comparison)));
+            }
+            for (name, Loss { nll, perplexity, .. }) in rows(comparison) {
                 lines.push(format!("{name}: nll {nll:.4}, perplexity {perplexity:.2}"));
+            }
+            for (name, difference) in pairs(comparison) {
+                lines.push(format!("{name}: {difference} nats per token, paired by window"));
             }
         }
         lines
     }
 }
 
-fn rows(comparison: &Comparison) -> Vec<(&'static str, Loss)> {
-    let mut rows = vec![("dense", comparison.dense), ("static pruning, as many neurons", comparison.pruned)];
-    rows.extend(comparison.pruned_refit.map(|loss| ("static pruning, refitted", loss)));
-    rows.push(("mixture of experts", comparison.mixture));
-    rows.push(("mixture, oracle router", comparison.oracle));
+fn place(comparison: &Comparison) -> String {
+    match &comparison.file {
+        None => "held out of the calibration data".to_string(),
+        Some(file) => format!("of `{file}`"),
+    }
+}
+
+fn rows(comparison: &Comparison) -> Vec<(&'static str, &Loss)> {
+    let Comparison { dense, pruned, pruned_refit, mixture, oracle, .. } = comparison;
+    let mut rows = vec![("dense", dense)];
+    rows.extend(pruned.iter().map(|loss| ("static pruning, as many neurons", loss)));
+    rows.extend(pruned_refit.iter().map(|loss| ("static pruning, refitted", loss)));
+    rows.push(("mixture of experts", mixture));
+    rows.extend(oracle.iter().map(|loss| ("mixture, oracle router", loss)));
     rows
+}
+
+fn pairs(comparison: &Comparison) -> Vec<(&'static str, Difference)> {
+    let Comparison { mixture_less_pruned, mixture_less_pruned_refit, .. } = comparison;
+    let of = |name, difference: &Option<Difference>| difference.map(|difference| (name, difference));
+    [
+        of("mixture less static pruning", mixture_less_pruned),
+        of("mixture less static pruning, refitted", mixture_less_pruned_refit),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

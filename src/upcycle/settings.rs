@@ -136,8 +136,10 @@ pub struct Settings {
     pub groups: usize,
     /// What the mixture is stored as; `None`: the first that can hold it.
     pub format: Option<MixtureFormat>,
-    /// Whether the result is read back and measured beside the dense model.
+    /// Whether what is written is read back, and whether promises hold.
     pub verify: bool,
+    /// Whether static pruning and a router that knows are measured beside a split.
+    pub baselines: bool,
     /// The seed of everything random.
     pub seed: u64,
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::compare::Loss;
+use super::paired::Loss;
 use super::report::{Guarantee, Report};
 use super::settings::{Refit, SplitShape};
 use super::windows::{Calibration, Windows};
@@ -143,7 +143,8 @@ pub(super) fn split(
 ) -> Result<Vec<Guarantee>> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
-    let expected = Expected::of(&Decoder::open(base, DType::F32, &Device::Cpu)?, &calibration.held_out)?;
+    let expected =
+        Expected::of(&Decoder::open(base, DType::F32, &Device::Cpu)?, &calibration.held_out.windows)?;
     // Scales that are no powers of two round narrow weights once more.
     let is_exact = base.compute_dtype() == DType::F32 || layout.routed_scale.log2().fract() == 0.0;
     let mut mixture = open(&written, &all_on(written.config(), layout))?;
@@ -168,13 +169,13 @@ pub(super) fn split(
 pub(super) fn measured(folder: &Path, calibration: &Calibration, report: &Report) -> Result<Guarantee> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
-    read_back(&written, calibration, report.comparison.as_ref().map(|c| c.mixture))
+    read_back(&written, calibration, report.comparisons.first().map(|held_out| &held_out.mixture))
 }
 
 /// The promise that the files compute what was measured while they were made.
-fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<Loss>) -> Result<Guarantee> {
+fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<&Loss>) -> Result<Guarantee> {
     let model = open(written, written.config())?;
-    let nll = evaluate(&model, &batches(&calibration.held_out))?.nll();
+    let nll = evaluate(&model, &batches(&calibration.held_out.windows))?.nll();
     let loss = measured.map_or(0.0, |measured| nll - measured.nll);
     Ok(Guarantee {
         what: format!("read back, it predicts as measured (nll {nll:.4})"),
@@ -190,6 +191,6 @@ fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<L
 pub(super) fn pruned(folder: &Path, calibration: &Calibration, report: &Report) -> Result<Vec<Guarantee>> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
-    let measured = report.comparison.as_ref().map(|c| c.pruned_refit.unwrap_or(c.pruned));
+    let measured = report.comparisons.first().and_then(|c| c.pruned_refit.as_ref().or(c.pruned.as_ref()));
     Ok(vec![read_back(&written, calibration, measured)?])
 }
