@@ -130,13 +130,6 @@ impl UpcycleRecipe {
             UpcyclePlan::of(self, "").settings;
         let UpcycleTable { sources, prompts, .. } = &self.upcycle;
         let error = |message: String, hint: &str| Error::request(message).with_hint(hint);
-        if self.upcycle.partition == Some(Partition::Gradient) {
-            let message = "`upcycle.partition = \"gradient\"` is not built yet".to_string();
-            return Some((
-                "upcycle.partition",
-                error(message, "`alternating` goes by energy and needs no gradients"),
-            ));
-        }
         if method == Method::Expand {
             let message = "`upcycle.method = \"expand\"` is not built yet".to_string();
             return Some(("upcycle.method", error(message, "`copy` makes a mixture of a dense model")));

@@ -16,6 +16,7 @@ mod assign;
 mod compare;
 mod copies;
 mod export;
+mod gradient;
 mod paired;
 mod partition;
 mod refit;

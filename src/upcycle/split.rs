@@ -4,10 +4,11 @@
 use candle_core::{DType, Tensor};
 
 use super::compare::{LayerReport, Rivals};
+use super::gradient::Importance;
 use super::partition::{Grounds, partition};
 use super::refit::Fit;
 use super::router::{Sight, exponent, router};
-use super::settings::{Method, Refit, Settings, SplitShape};
+use super::settings::{Method, Partition, Refit, Settings, SplitShape};
 use super::slices::{Slices, masked, routed};
 use super::solve::values;
 use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
@@ -64,6 +65,10 @@ pub(super) fn split(
     let begin_rivals = |text| Rivals::new(model, text, baselines, settings.refit != Refit::None);
     let texts = std::iter::once(&calibration.held_out).chain(&calibration.further);
     let mut rivals: Vec<Rivals<'_>> = texts.map(begin_rivals).collect::<Result<_>>()?;
+    let importance = match settings.partition {
+        Partition::Gradient => Some(Importance::of(model, shape, &calibration.fitted, settings.seed, watch)?),
+        _ => None,
+    };
     let count = model.config().layers.len();
     let mut split = Split {
         layers: Vec::new(),
@@ -108,7 +113,16 @@ pub(super) fn split(
         let scores = moments.finish(&columns);
         let (fitted, judged) = observed.split_at(judged_from.min(observed.len()));
         let judged = if judged.is_empty() { fitted } else { judged };
-        let cut = Cut { network, down: &down, columns: &columns, scores: &scores, fitted, judged, with_bias };
+        let cut = Cut {
+            network,
+            down: &down,
+            columns: &columns,
+            scores: &scores,
+            importance: importance.as_ref(),
+            fitted,
+            judged,
+            with_bias,
+        };
         let (mut slices, power) = cut.slices(layer, shape, settings)?;
         let kept = scores.ranked()[..shape.active_width()].to_vec();
         let pruned = match settings.refit {
@@ -176,6 +190,7 @@ struct Cut<'a> {
     down: &'a Tensor,
     columns: &'a [f32],
     scores: &'a Scores,
+    importance: Option<&'a Importance>,
     fitted: &'a [Observed],
     judged: &'a [Observed],
     with_bias: bool,
@@ -195,12 +210,17 @@ impl Cut<'_> {
         let fitted = evidence(self.fitted, EVIDENCE)?;
         let chosen_by = evidence(self.judged, EVIDENCE)?;
         let gates = self.gates(&rest)?;
+        let importance = match self.importance {
+            Some(importance) => importance.of_neurons(layer, &rest)?,
+            None => None,
+        };
         let seed = [settings.seed, layer as u64];
         let (experts, active, with_bias) = (shape.routed, shape.active, self.with_bias);
         let grounds = Grounds {
             fitted: &fitted,
             chosen_by: &chosen_by,
             gates: &gates,
+            importance: importance.as_ref(),
             experts,
             active,
             with_bias,
