@@ -49,12 +49,9 @@ impl Prepared {
         base.check()?;
         let text = text_of(&base, None)?;
         let Settings { method, shared, active, .. } = plan.settings;
-        let (neurons, _) = dense_network(base.config())?;
-        let mut lines = vec![format!(
-            "model {}: {} layers of {neurons} neurons",
-            base.name(),
-            base.config().layers.len()
-        )];
+        let (neurons, network) = network_of(&base, method)?;
+        let mut lines =
+            vec![format!("model {}: {} layers of {network}", base.name(), base.config().layers.len())];
         let (mut format, mut width, mut warnings) = (None, neurons, Vec::new());
         if matches!(method, Method::Split | Method::Prune) {
             let shape = SplitShape::of(&plan.settings, base.config())?;
@@ -132,6 +129,19 @@ impl Prepared {
             UpcycleCheck { lines, recipe: plan.to_toml()?, format, expert_width: width, tokens, warnings };
         Ok(Self { base, sources, prompts, calibration, check })
     }
+}
+
+/// The neurons of each network, and what it is called.
+fn network_of(base: &Pretrained, method: Method) -> Result<(usize, String)> {
+    if method != Method::Expand {
+        let (neurons, _) = dense_network(base.config())?;
+        return Ok((neurons, format!("{neurons} neurons")));
+    }
+    let Some((_, moe)) = base.config().sparse_layers().next() else {
+        return Err(Error::request(format!("`{}` is not a mixture of experts", base.name()))
+            .with_hint("`upcycle.method = \"copy\"` or `\"split\"` makes one of a dense model"));
+    };
+    Ok((moe.width, format!("{} experts of {} neurons, {} active", moe.experts, moe.width, moe.active)))
 }
 
 /// Opens what `plan` names, except weights, and reports on it.

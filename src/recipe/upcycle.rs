@@ -130,9 +130,12 @@ impl UpcycleRecipe {
             UpcyclePlan::of(self, "").settings;
         let UpcycleTable { sources, prompts, .. } = &self.upcycle;
         let error = |message: String, hint: &str| Error::request(message).with_hint(hint);
-        if method == Method::Expand {
-            let message = "`upcycle.method = \"expand\"` is not built yet".to_string();
-            return Some(("upcycle.method", error(message, "`copy` makes a mixture of a dense model")));
+        if method == Method::Expand && self.upcycle.active.is_some() {
+            let message = "`upcycle.active`: a mixture that gets experts more keeps its number".to_string();
+            return Some((
+                "upcycle.active",
+                error(message, "leave it out; `num_experts_per_tok` of its `config.json` says it"),
+            ));
         }
         if keep_dense.every == 0 {
             let message = "`upcycle.keep_dense.every` is 0".to_string();
@@ -163,7 +166,7 @@ impl UpcycleRecipe {
             let message = "`upcycle.keep_dense`: a pruned model has networks of one width".to_string();
             return Some(("upcycle.keep_dense", error(message, "leave it out")));
         }
-        if cuts && self.calibration.is_none() {
+        if (cuts || method == Method::Expand) && self.calibration.is_none() {
             let message = format!("`upcycle.method = \"{}\"` needs calibration text", name_of(method));
             return Some(("calibration", error(message, "name files in `calibration.data`")));
         }
@@ -221,7 +224,11 @@ impl UpcyclePlan {
         let table = &recipe.upcycle;
         let method = table.method.unwrap_or_default();
         let cuts = matches!(method, Method::Split | Method::Prune);
-        let defaults = if cuts { (16, 4, 4) } else { (8, 0, 2) };
+        let defaults = match method {
+            _ if cuts => (16, 4, 4),
+            Method::Expand => (1, 0, 1),
+            _ => (8, 0, 2),
+        };
         let settings = Settings {
             method,
             experts: table.experts.unwrap_or(defaults.0),
@@ -231,7 +238,7 @@ impl UpcyclePlan {
             router: table.router.unwrap_or(if cuts { RouterKind::Ridge } else { RouterKind::Random }),
             refit: table.refit.unwrap_or(if cuts { Refit::Local } else { Refit::None }),
             keep_dense: table.keep_dense.unwrap_or_default(),
-            drop_ratio: table.drop_ratio.unwrap_or(0.5),
+            drop_ratio: table.drop_ratio.unwrap_or(if method == Method::Expand { 0.0 } else { 0.5 }),
             groups: table.groups.unwrap_or(if method == Method::VirtualGroups { 4 } else { 1 }),
             format: table.format.unwrap_or_default().format(),
             verify: table.verify.unwrap_or(true),
@@ -278,7 +285,7 @@ impl UpcyclePlan {
                 method: Some(method),
                 experts: Some(experts),
                 shared: Some(shared),
-                active: Some(active),
+                active: (method != Method::Expand).then_some(active),
                 partition: Some(partition),
                 router: Some(router),
                 refit: Some(refit),

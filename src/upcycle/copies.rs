@@ -101,10 +101,6 @@ fn refuse_unfit(job: &Job<'_>, settings: &Settings, neurons: usize) -> Result<()
             settings.groups
         )));
     }
-    if settings.method == Method::Expand {
-        return Err(Error::request("`upcycle.method = \"expand\"` is not built in this version")
-            .with_hint("`copy` makes a mixture of a dense model"));
-    }
     for source in job.sources {
         source.check()?;
         if source.config() != job.base.config() {
@@ -235,7 +231,7 @@ fn clusters(rows: Vec<f32>, width: usize, count: usize, seed: [u64; 2]) -> Vec<f
 
 impl Layer {
     /// Draws a share of the neurons anew, normal with the mean and the deviation of each projection.
-    fn redraw(&mut self, share: f64, seed: [u64; 3]) -> Result<()> {
+    pub(super) fn redraw(&mut self, share: f64, seed: [u64; 3]) -> Result<()> {
         let mut chance = generator("upcycle/drop", &seed);
         let neurons = self.projections[0].dim(0)?;
         let mut order: Vec<usize> = (0..neurons).collect();

@@ -3,7 +3,8 @@
 //! A split cuts every feed-forward network into slices: `F(x) = sum of D_e h_e(x)`, so with all slices on it is the dense
 //! network, and with some of them it is cheaper. Which neurons go together, and what a linear router can tell of who is
 //! needed, is found on calibration text, layer by layer: the dense model and the statistics of one layer are all that is in
-//! memory. Copies start from the same network in every expert and leave the model as it is until it is trained.
+//! memory. Copies start from the same network in every expert and leave the model as it is until it is trained. And a
+//! mixture that there is can be given experts more, for a task that it has not seen.
 //!
 //! ```text
 //! text -> windows (fitted | held out)
@@ -15,6 +16,7 @@
 mod assign;
 mod compare;
 mod copies;
+mod expand;
 mod export;
 mod gradient;
 mod paired;
@@ -70,7 +72,7 @@ pub type Watch<'a> = dyn FnMut(Event) -> Result<()> + 'a;
 
 /// What is converted, and where to.
 pub struct Job<'a> {
-    /// The dense model.
+    /// The dense model; for [`Method::Expand`] the mixture.
     pub base: &'a Pretrained,
     /// Further checkpoints of the same shape, for [`Method::Mix`].
     pub sources: &'a [Pretrained],
@@ -96,9 +98,10 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
     let staged = Staged::folder(job.output)?;
     let report = match settings.method {
         Method::Split | Method::Prune => cut(job, settings, staged.path(), watch)?,
-        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Expand | Method::Mix => {
+        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
             copies::copy(job, settings, staged.path(), watch)?
         }
+        Method::Expand => expand::expand(job, settings, staged.path(), watch)?,
     };
     report.refuse_broken()?;
     for (name, text) in job.files {

@@ -11,6 +11,7 @@ use super::settings::{Method, Partition, Refit, RouterKind, Settings, SplitShape
 use super::split::Split;
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
+use crate::model::config::MoeConfig;
 use crate::model::family::{MixtureFormat, MixtureShape};
 
 /// A promise about the written model, and whether it was found to hold.
@@ -54,7 +55,7 @@ pub struct Report {
     pub method: Method,
     /// The family that was written; `None`: the dense model's own.
     pub format: Option<MixtureFormat>,
-    /// Slices or copies.
+    /// Slices, copies, or all experts of a mixture that got some more.
     pub experts: usize,
     /// Those always on.
     pub shared: usize,
@@ -64,6 +65,8 @@ pub struct Report {
     pub expert_width: usize,
     /// The share of the neurons of a converted layer that a token goes through.
     pub active_share: f64,
+    /// Of a mixture that got experts more, those that the new ones of each layer are copies of.
+    pub copied: BTreeMap<usize, Vec<usize>>,
     /// Layers that stay dense.
     pub dense_layers: Vec<usize>,
     /// How neurons were shared out.
@@ -109,6 +112,7 @@ impl Report {
             active: shape.active,
             expert_width: shape.width,
             active_share: shape.active_width() as f64 / shape.neurons as f64,
+            copied: BTreeMap::new(),
             dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
             partition: is_split.then_some(settings.partition),
             router: is_split.then_some(settings.router),
@@ -140,12 +144,48 @@ impl Report {
             active: shape.active,
             expert_width: shape.width,
             active_share: settings.active as f64,
+            copied: BTreeMap::new(),
             dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
             partition: None,
             router: Some(settings.router),
             refit: Refit::None,
             calibration_tokens: 0,
             held_out_tokens: 0,
+            seconds: 0.0,
+            guarantees: Vec::new(),
+            refitted: None,
+            comparisons: Vec::new(),
+            layers: Vec::new(),
+        }
+    }
+
+    /// Of a mixture with experts more, before it is verified.
+    pub(super) fn of_expansion(
+        base: &Pretrained,
+        settings: &Settings,
+        moe: &MoeConfig,
+        (calibration_tokens, held_out_tokens): (usize, usize),
+        copied: BTreeMap<usize, Vec<usize>>,
+    ) -> Self {
+        let sparse = |layer: &usize| copied.contains_key(layer);
+        let shared = moe.shared.map_or(0, |shared| shared.width / moe.width);
+        Self {
+            tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
+            base: base.name().to_string(),
+            method: settings.method,
+            format: None,
+            experts: moe.experts + settings.experts,
+            shared,
+            active: moe.active,
+            expert_width: moe.width,
+            active_share: moe.active as f64 / (moe.experts + settings.experts) as f64,
+            dense_layers: (0..base.config().layers.len()).filter(|layer| !sparse(layer)).collect(),
+            copied,
+            partition: None,
+            router: None,
+            refit: Refit::None,
+            calibration_tokens,
+            held_out_tokens,
             seconds: 0.0,
             guarantees: Vec::new(),
             refitted: None,
@@ -239,6 +279,13 @@ impl Report {
         )];
         if self.method != Method::Split {
             lines.clear();
+        }
+        if let Some(new) = self.copied.values().map(Vec::len).next() {
+            lines.push(format!(
+                "{} experts in each of {} layers, {new} more than before",
+                self.experts,
+                self.copied.len()
+            ));
         }
         for guarantee in &self.guarantees {
             let state = match (guarantee.holds, guarantee.promised) {

@@ -22,7 +22,7 @@ pub enum Method {
     Drop,
     /// Copies cut into slices, of which the router takes one whole copy's at first.
     VirtualGroups,
-    /// An expert more in a mixture that there is.
+    /// Experts more in a mixture that there is: copies of those that the calibration text goes to most.
     Expand,
     /// Every expert is the network of another checkpoint.
     Mix,
@@ -116,11 +116,11 @@ impl KeepDense {
 pub struct Settings {
     /// What becomes of the neurons.
     pub method: Method,
-    /// Slices of a split, the shared ones counted in; or copies.
+    /// Slices of a split, the shared ones counted in; or copies; or the experts that a mixture gets more.
     pub experts: usize,
     /// Slices that are always on.
     pub shared: usize,
-    /// Routed experts of a token.
+    /// Routed experts of a token; a mixture that gets experts more keeps its number.
     pub active: usize,
     /// How neurons are shared out.
     pub partition: Partition,

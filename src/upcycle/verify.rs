@@ -128,7 +128,7 @@ fn all_on(config: &DecoderConfig, layout: &Layout) -> DecoderConfig {
 }
 
 /// Opens written weights in f32 under `config`.
-fn open(written: &Pretrained, config: &DecoderConfig) -> Result<Decoder> {
+pub(super) fn open(written: &Pretrained, config: &DecoderConfig) -> Result<Decoder> {
     Decoder::load(config, &Device::Cpu, |name| written.weight(name, DType::F32, &Device::Cpu))
 }
 
