@@ -104,7 +104,7 @@ fn refuse_unfit(job: &Job<'_>, settings: &Settings) -> Result<MoeConfig> {
     }
     if settings.router != RouterKind::Random {
         return Err(Error::request(
-            "a new expert begins with the router's row of the one that it is a copy of",
+            "`upcycle.router`: a new expert has the row of the one that it is a copy of, and no other",
         )
         .with_hint("leave `upcycle.router` out"));
     }

@@ -171,14 +171,16 @@ impl SplitShape {
         if experts > neurons {
             return Err(Error::request(format!(
                 "`upcycle.experts` is {experts}, and the networks of the model have {neurons} neurons"
-            )));
+            ))
+            .with_hint("a slice has one neuron at least"));
         }
         let dense = keep_dense.of(config.layers.len());
         if dense.iter().all(|dense| *dense) {
             let layers = dense.len();
             return Err(Error::request(format!(
                 "`upcycle.keep_dense` keeps all {layers} layers dense, so nothing would be converted"
-            )));
+            ))
+            .with_hint("lower `first`, `last` or `every`"));
         }
         let width = neurons.div_ceil(experts);
         Ok(Self { neurons, width, shared, routed: experts - shared, active, dense, activation })
