@@ -9,7 +9,7 @@ use super::choice::DtypeChoice;
 use super::figures;
 use super::prepared::text_of;
 use super::upcycle::UpcyclePlan;
-use crate::data::{Row, load_for_perplexity};
+use crate::data::{Row, Source, load_for_perplexity};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::model::family::MixtureFormat;
@@ -72,15 +72,21 @@ impl Prepared {
         }
         if let Some(format) = format {
             lines.push(format!("written as `{}`", format.name()));
-            if plan.settings.refit == Refit::None {
-                lines.push("promise: with all experts on it is the dense model".to_string());
-            }
+            let when =
+                if plan.settings.refit == Refit::None { "" } else { "before down projections are fitted, " };
+            lines.push(format!("promise: {when}with all experts on it is the dense model"));
             if !format.has_selection_bias() && method == Method::Split {
                 warnings.push(format!(
                     "`{}` has no bias for the choice of experts: the router goes without, which costs a little",
                     format.name()
                 ));
             }
+        }
+        if method == Method::Expand {
+            lines.push(format!(
+                "{} experts more in each layer, copies of those that the calibration text goes to most",
+                plan.settings.experts
+            ));
         }
         let sources: Vec<Pretrained> =
             plan.sources.iter().map(|source| Pretrained::open(source)).collect::<Result<_>>()?;
@@ -97,8 +103,13 @@ impl Prepared {
         };
         for source in &plan.eval {
             let documents = load_for_perplexity(source, &text, usize::MAX)?.0;
-            let path = source.path.to_string_lossy();
-            calibration.report_on(&path, documents, plan.held_out, plan.settings.seed)?;
+            // Files of one name in several folders are told apart by these.
+            let is_namesake = |other: &&Source| other.path.file_name() == source.path.file_name();
+            let name = match plan.eval.iter().filter(is_namesake).count() {
+                1 => source.path.file_name().unwrap_or_default().to_string_lossy(),
+                _ => source.path.to_string_lossy(),
+            };
+            calibration.report_on(&name, documents, plan.held_out, plan.settings.seed)?;
         }
         let tokens = calibration.num_tokens();
         if !read.is_empty() {
