@@ -333,6 +333,7 @@ fn what_an_upcycling_recipe_leaves_out_is_filled_in() {
     prompts = []
     format = "auto"
     verify = true
+    baselines = true
 
     [upcycle.keep_dense]
     first = 0
@@ -367,6 +368,20 @@ fn contradictions_of_an_upcycling_recipe_are_refused() {
     insta::assert_snapshot!(upcycle_refusal("upcycle.keep_dense = { every = 0 }"), @"
     test.toml:5: `upcycle.keep_dense.every` is 0
     hint: 1 converts every layer, 2 each second one
+    ");
+    insta::assert_snapshot!(upcycle_refusal("calibration.eval = [{ path = \"data.jsonl\" }]"), @"
+    test.toml:5: `calibration.eval` has `data.jsonl`, which `calibration.data` has too
+    hint: what is learned from cannot be measured on; `held_out` keeps a part of each file out
+    ");
+    let copies = "upcycle.method = \"copy\"\ncalibration.eval = [{ path = \"other.jsonl\" }]";
+    insta::assert_snapshot!(upcycle_refusal(copies), @"
+    test.toml:6: `calibration.eval` is for slices, found `copy`
+    hint: copies begin as the dense model; leave it out
+    ");
+    let groups = "upcycle = { method = \"virtual-groups\", experts = 2, active = 3 }";
+    insta::assert_snapshot!(upcycle_refusal(groups), @"
+    test.toml:5: `upcycle.active` is 3, and a token can be routed to 2
+    hint: lower it, or raise `upcycle.experts`
     ");
     insta::assert_snapshot!(upcycle_refusal("upcycle.router = \"prompts\""), @r#"
     test.toml:5: `upcycle.router = "prompts"` needs prompts

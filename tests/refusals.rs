@@ -627,6 +627,21 @@ mod full_disk {
         expected.insert("new".to_string(), None);
         assert_same(&tree(&place.path("")), &expected);
     }
+
+    #[test]
+    fn a_conversion_leaves_nothing() {
+        let place = crate::upcycle::place();
+        let before = tree(&place.path(""));
+        let upcycle = ["upcycle", "upcycle.toml", "--log", "silent"];
+        insta::with_settings!({ filters => vec![(r"\.mixture\.\w{6}\.", ".mixture.[RANDOM].")] }, {
+            insta::assert_snapshot!(limited(&place, 100_000, &upcycle), @"
+    exit 1
+    error: [place]/./.mixture.[RANDOM].partial/model.safetensors: File too large (os error 27)
+    hint: free some space, or choose another output folder with `--output`
+    ");
+        });
+        assert_same(&tree(&place.path("")), &before);
+    }
 }
 
 // What looks odd and is right.

@@ -7,6 +7,8 @@ mod adapter;
 mod cli;
 /// Every command on a tiny model, from the recipe to the run directory.
 mod commands;
+/// Copies are the dense model however many are active; experts more leave a mixture what it is where its choice has a bias.
+mod copies;
 /// Conversations, labels and order of training data, as transformers has them.
 mod data;
 /// The order of experts means nothing, room enough is no limit, idle experts learn nothing; bad mixtures are refused, and
@@ -46,7 +48,7 @@ mod recipes;
 mod refusals;
 /// A killed or interrupted run goes on to the same bits, and leaves nothing half-written.
 mod resume;
-/// Slices are the dense model when all are on, copies whenever; what is written is seeded, whole, and of the bits it came from.
+/// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.
 mod weights;

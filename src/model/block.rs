@@ -61,6 +61,11 @@ impl Block {
         Ok((add(&x, &self.scaled(y)?)?, routing, saved))
     }
 
+    /// The input of the feed-forward network in a forward pass.
+    pub(super) fn network_input(&self, saved: &Saved) -> Result<Tensor> {
+        self.post_norm.value(&saved.post_norm)
+    }
+
     fn scaled(&self, term: Tensor) -> Result<Tensor> {
         scaled(term, self.residual)
     }

@@ -13,7 +13,7 @@ use super::feed_forward::FeedForward;
 use super::network::Network;
 use crate::error::Result;
 use crate::ops::rotary::Angles;
-use crate::ops::{Documents, Pass, add};
+use crate::ops::{Documents, Gradients, Pass, Trainables, add};
 
 /// The residual stream of a flat batch somewhere between two layers.
 #[derive(Debug, Clone)]
@@ -62,6 +62,43 @@ impl Decoder {
     pub fn add_to_stream(&self, layer: usize, stream: &mut Stream, y: &Tensor) -> Result<()> {
         let term = scaled(y.to_dtype(stream.x.dtype())?, self.blocks[layer].residual)?;
         stream.x = add(&stream.x, &term)?;
+        Ok(())
+    }
+
+    /// Goes through the layers and back, for those who want to know what a loss makes of the feed-forward networks:
+    /// `d_hidden` gives the gradient of the loss from the hidden states, `[tokens, hidden]` both, and `visit` gets, from the
+    /// last layer to the first, the layer's number, the normalised input of its network and the gradient of what the
+    /// network gives, `[tokens, hidden]` both. Only the inputs of layers are kept.
+    pub fn walk_back(
+        &self,
+        tokens: &[u32],
+        documents: &Documents,
+        d_hidden: impl FnOnce(&Tensor) -> Result<Tensor>,
+        visit: &mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let pass = Pass::inference(documents).with_ids(tokens);
+        let (ids, angles) = self.begin(tokens, documents)?;
+        let mut x = self.embed(&ids)?; // [tokens, hidden]
+        let mut inputs = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let (y, _, _) = block.forward(&x, &angles, &pass, None)?;
+            inputs.push(std::mem::replace(&mut x, y));
+        }
+        let (hidden, norm) = self.norm.forward(&x)?;
+        let logits = self.config.multipliers.logits;
+        let d_hidden = scaled(d_hidden(&scaled(hidden, logits)?)?, logits)?;
+        let mut none = Gradients::of(&Trainables::new());
+        let mut dx = self.norm.backward(&norm, &d_hidden, None, &mut none)?;
+        for (layer, block) in self.blocks.iter().enumerate().rev() {
+            let Some(x) = inputs.pop() else { break };
+            let (_, _, saved) = block.forward(&x, &angles, &pass, None)?;
+            visit(layer, &block.network_input(&saved)?, &scaled(dx.clone(), block.residual)?)?;
+            if layer > 0
+                && let Some(below) = block.backward(saved, &angles, &pass, (&dx, None), true, &mut none)?
+            {
+                dx = below;
+            }
+        }
         Ok(())
     }
 

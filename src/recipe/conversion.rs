@@ -9,7 +9,7 @@ use super::choice::DtypeChoice;
 use super::figures;
 use super::prepared::text_of;
 use super::upcycle::UpcyclePlan;
-use crate::data::{Row, load_for_perplexity};
+use crate::data::{Row, Source, load_for_perplexity};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::model::family::MixtureFormat;
@@ -49,12 +49,9 @@ impl Prepared {
         base.check()?;
         let text = text_of(&base, None)?;
         let Settings { method, shared, active, .. } = plan.settings;
-        let (neurons, _) = dense_network(base.config())?;
-        let mut lines = vec![format!(
-            "model {}: {} layers of {neurons} neurons",
-            base.name(),
-            base.config().layers.len()
-        )];
+        let (neurons, network) = network_of(&base, method)?;
+        let mut lines =
+            vec![format!("model {}: {} layers of {network}", base.name(), base.config().layers.len())];
         let (mut format, mut width, mut warnings) = (None, neurons, Vec::new());
         if matches!(method, Method::Split | Method::Prune) {
             let shape = SplitShape::of(&plan.settings, base.config())?;
@@ -75,15 +72,21 @@ impl Prepared {
         }
         if let Some(format) = format {
             lines.push(format!("written as `{}`", format.name()));
-            if plan.settings.refit == Refit::None {
-                lines.push("promise: with all experts on it is the dense model".to_string());
-            }
+            let when =
+                if plan.settings.refit == Refit::None { "" } else { "before down projections are fitted, " };
+            lines.push(format!("promise: {when}with all experts on it is the dense model"));
             if !format.has_selection_bias() && method == Method::Split {
                 warnings.push(format!(
                     "`{}` has no bias for the choice of experts: the router goes without, which costs a little",
                     format.name()
                 ));
             }
+        }
+        if method == Method::Expand {
+            lines.push(format!(
+                "{} experts more in each layer, copies of those that the calibration text goes to most",
+                plan.settings.experts
+            ));
         }
         let sources: Vec<Pretrained> =
             plan.sources.iter().map(|source| Pretrained::open(source)).collect::<Result<_>>()?;
@@ -94,10 +97,20 @@ impl Prepared {
         for source in &plan.data {
             read.push((load_for_perplexity(source, &text, usize::MAX)?.0, source.weight));
         }
-        let calibration = match read.is_empty() {
-            true => Calibration { fitted: Vec::new(), held_out: Vec::new() },
+        let mut calibration = match read.is_empty() {
+            true => Calibration::default(),
             false => Calibration::of(&read, plan.tokens, plan.held_out, plan.settings.seed)?,
         };
+        for source in &plan.eval {
+            let documents = load_for_perplexity(source, &text, usize::MAX)?.0;
+            // Files of one name in several folders are told apart by these.
+            let is_namesake = |other: &&Source| other.path.file_name() == source.path.file_name();
+            let name = match plan.eval.iter().filter(is_namesake).count() {
+                1 => source.path.file_name().unwrap_or_default().to_string_lossy(),
+                _ => source.path.to_string_lossy(),
+            };
+            calibration.report_on(&name, documents, plan.held_out, plan.settings.seed)?;
+        }
         let tokens = calibration.num_tokens();
         if !read.is_empty() {
             lines.push(format!(
@@ -105,6 +118,11 @@ impl Prepared {
                 figures::count(tokens.0 as u64),
                 figures::count(tokens.1 as u64)
             ));
+            for further in &calibration.further {
+                let count: usize = further.windows.iter().map(|batch| batch.tokens.len()).sum();
+                let file = further.file.as_deref().unwrap_or_default();
+                lines.push(format!("measured on {} tokens of {file} too", figures::count(count as u64)));
+            }
             if tokens.0 < plan.tokens * 9 / 10 {
                 warnings.push(format!(
                     "`calibration.tokens` asks for {} tokens, and the text has {}",
@@ -122,6 +140,19 @@ impl Prepared {
             UpcycleCheck { lines, recipe: plan.to_toml()?, format, expert_width: width, tokens, warnings };
         Ok(Self { base, sources, prompts, calibration, check })
     }
+}
+
+/// The neurons of each network, and what it is called.
+fn network_of(base: &Pretrained, method: Method) -> Result<(usize, String)> {
+    if method != Method::Expand {
+        let (neurons, _) = dense_network(base.config())?;
+        return Ok((neurons, format!("{neurons} neurons")));
+    }
+    let Some((_, moe)) = base.config().sparse_layers().next() else {
+        return Err(Error::request(format!("`{}` is not a mixture of experts", base.name()))
+            .with_hint("`upcycle.method = \"copy\"` or `\"split\"` makes one of a dense model"));
+    };
+    Ok((moe.width, format!("{} experts of {} neurons, {} active", moe.experts, moe.width, moe.active)))
 }
 
 /// Opens what `plan` names, except weights, and reports on it.

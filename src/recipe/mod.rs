@@ -284,6 +284,7 @@ impl Work {
                 files.push(("model.source", PathBuf::from(&plan.model.source)));
                 files.extend(plan.sources.iter().map(|source| ("upcycle.sources", PathBuf::from(source))));
                 files.extend(of("calibration.data", &plan.data));
+                files.extend(of("calibration.eval", &plan.eval));
             }
         }
         files

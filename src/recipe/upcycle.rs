@@ -50,6 +50,7 @@ struct UpcycleTable {
     prompts: Option<Vec<Vec<String>>>,
     format: Option<FormatChoice>,
     verify: Option<bool>,
+    baselines: Option<bool>,
 }
 
 /// `upcycle.format`
@@ -84,6 +85,7 @@ impl FormatChoice {
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct CalibrationTable {
     data: Vec<SourceRecipe>,
+    eval: Option<Vec<SourceRecipe>>,
     #[serde(default, deserialize_with = "bounds::count::<_, 64>")]
     tokens: Option<usize>,
     #[serde(default, deserialize_with = "bounds::count::<_, 32>")]
@@ -105,6 +107,8 @@ pub struct UpcyclePlan {
     pub prompts: Vec<Vec<String>>,
     /// Text to learn from and to measure on.
     pub data: Vec<Source>,
+    /// Further text to measure on, each file by itself.
+    pub eval: Vec<Source>,
     /// Tokens to learn from.
     pub tokens: usize,
     /// Tokens to measure on.
@@ -124,18 +128,14 @@ impl UpcycleRecipe {
     fn contradiction(&self) -> Option<(&'static str, Error)> {
         let Settings { method, experts, shared, active, router, keep_dense, .. } =
             UpcyclePlan::of(self, "").settings;
-        let UpcycleTable { groups, sources, prompts, .. } = &self.upcycle;
+        let UpcycleTable { sources, prompts, .. } = &self.upcycle;
         let error = |message: String, hint: &str| Error::request(message).with_hint(hint);
-        if self.upcycle.partition == Some(Partition::Gradient) {
-            let message = "`upcycle.partition = \"gradient\"` is not built yet".to_string();
+        if method == Method::Expand && self.upcycle.active.is_some() {
+            let message = "`upcycle.active`: a mixture that gets experts more keeps its number".to_string();
             return Some((
-                "upcycle.partition",
-                error(message, "`alternating` goes by energy and needs no gradients"),
+                "upcycle.active",
+                error(message, "leave it out; `num_experts_per_tok` of its `config.json` says it"),
             ));
-        }
-        if method == Method::Expand {
-            let message = "`upcycle.method = \"expand\"` is not built yet".to_string();
-            return Some(("upcycle.method", error(message, "`copy` makes a mixture of a dense model")));
         }
         if keep_dense.every == 0 {
             let message = "`upcycle.keep_dense.every` is 0".to_string();
@@ -146,7 +146,11 @@ impl UpcycleRecipe {
             let message = format!("`upcycle.shared` is {shared}, and there are {experts} slices in all");
             return Some(("upcycle.shared", error(message, "leave slices for the router to choose from")));
         }
-        let routed = if cuts { experts - shared } else { experts * groups.unwrap_or(1) };
+        let routed = match (method, sources) {
+            (Method::Mix, Some(sources)) => sources.len() + 1,
+            _ if cuts => experts - shared,
+            _ => experts,
+        };
         if active > routed {
             let message = format!("`upcycle.active` is {active}, and a token can be routed to {routed}");
             return Some(("upcycle.active", error(message, "lower it, or raise `upcycle.experts`")));
@@ -162,15 +166,28 @@ impl UpcycleRecipe {
             let message = "`upcycle.keep_dense`: a pruned model has networks of one width".to_string();
             return Some(("upcycle.keep_dense", error(message, "leave it out")));
         }
-        if cuts && self.calibration.is_none() {
+        if (cuts || method == Method::Expand) && self.calibration.is_none() {
             let message = format!("`upcycle.method = \"{}\"` needs calibration text", name_of(method));
             return Some(("calibration", error(message, "name files in `calibration.data`")));
         }
-        if let Some(CalibrationTable { data, .. }) = &self.calibration
-            && data.is_empty()
-        {
-            let message = "`calibration.data` is empty: expected at least one file".to_string();
-            return Some(("calibration.data", Error::request(message)));
+        if let Some(CalibrationTable { data, eval, .. }) = &self.calibration {
+            if data.is_empty() {
+                let message = "`calibration.data` is empty: expected at least one file".to_string();
+                return Some(("calibration.data", Error::request(message)));
+            }
+            let is_learned_from = |file: &&SourceRecipe| data.iter().any(|own| own.path == file.path);
+            if let Some(file) = eval.iter().flatten().find(is_learned_from) {
+                let path = file.path.display();
+                let message = format!("`calibration.eval` has `{path}`, which `calibration.data` has too");
+                let hint =
+                    "what is learned from cannot be measured on; `held_out` keeps a part of each file out";
+                return Some(("calibration.eval", error(message, hint)));
+            }
+            if eval.is_some() && !cuts {
+                let message = format!("`calibration.eval` is for slices, found `{}`", name_of(method));
+                let hint = "copies begin as the dense model; leave it out";
+                return Some(("calibration.eval", error(message, hint)));
+            }
         }
         let has_sources = sources.as_ref().is_some_and(|sources| !sources.is_empty());
         if (method == Method::Mix) != has_sources {
@@ -207,7 +224,11 @@ impl UpcyclePlan {
         let table = &recipe.upcycle;
         let method = table.method.unwrap_or_default();
         let cuts = matches!(method, Method::Split | Method::Prune);
-        let defaults = if cuts { (16, 4, 4) } else { (8, 0, 2) };
+        let defaults = match method {
+            _ if cuts => (16, 4, 4),
+            Method::Expand => (1, 0, 1),
+            _ => (8, 0, 2),
+        };
         let settings = Settings {
             method,
             experts: table.experts.unwrap_or(defaults.0),
@@ -217,13 +238,16 @@ impl UpcyclePlan {
             router: table.router.unwrap_or(if cuts { RouterKind::Ridge } else { RouterKind::Random }),
             refit: table.refit.unwrap_or(if cuts { Refit::Local } else { Refit::None }),
             keep_dense: table.keep_dense.unwrap_or_default(),
-            drop_ratio: table.drop_ratio.unwrap_or(0.5),
+            drop_ratio: table.drop_ratio.unwrap_or(if method == Method::Expand { 0.0 } else { 0.5 }),
             groups: table.groups.unwrap_or(if method == Method::VirtualGroups { 4 } else { 1 }),
             format: table.format.unwrap_or_default().format(),
             verify: table.verify.unwrap_or(true),
+            baselines: table.baselines.unwrap_or(true),
             seed: recipe.seed.unwrap_or(42),
         };
         let calibration = recipe.calibration.as_ref();
+        let sources = |recipes: &[SourceRecipe]| recipes.iter().map(SourceRecipe::source).collect();
+        let eval = calibration.and_then(|c| c.eval.as_deref());
         Self {
             output: recipe.output.clone().unwrap_or_else(|| PathBuf::from("models").join(name)),
             model: ModelPlan {
@@ -233,7 +257,8 @@ impl UpcyclePlan {
             settings,
             sources: table.sources.clone().unwrap_or_default(),
             prompts: table.prompts.clone().unwrap_or_default(),
-            data: calibration.map_or(Vec::new(), |c| c.data.iter().map(SourceRecipe::source).collect()),
+            data: calibration.map_or(Vec::new(), |c| sources(&c.data)),
+            eval: eval.map_or(Vec::new(), sources),
             tokens: calibration.and_then(|c| c.tokens).unwrap_or(65_536),
             held_out: calibration.and_then(|c| c.held_out).unwrap_or(8192),
         }
@@ -242,7 +267,7 @@ impl UpcyclePlan {
     /// The recipe that says all of the plan: reading it gives the same plan.
     pub fn to_toml(&self) -> Result<String> {
         let Settings { method, experts, shared, active, partition, router, refit, .. } = self.settings;
-        let Settings { keep_dense, drop_ratio, groups, format, verify, seed, .. } = self.settings;
+        let Settings { keep_dense, drop_ratio, groups, format, verify, baselines, seed, .. } = self.settings;
         let format = match format {
             None => FormatChoice::Auto,
             Some(MixtureFormat::Glm4Moe) => FormatChoice::Glm4Moe,
@@ -260,7 +285,7 @@ impl UpcyclePlan {
                 method: Some(method),
                 experts: Some(experts),
                 shared: Some(shared),
-                active: Some(active),
+                active: (method != Method::Expand).then_some(active),
                 partition: Some(partition),
                 router: Some(router),
                 refit: Some(refit),
@@ -271,9 +296,11 @@ impl UpcyclePlan {
                 prompts: Some(self.prompts.clone()),
                 format: Some(format),
                 verify: Some(verify),
+                baselines: Some(baselines),
             },
             calibration: (!self.data.is_empty()).then(|| CalibrationTable {
                 data: self.data.iter().map(SourceRecipe::from).collect(),
+                eval: (!self.eval.is_empty()).then(|| self.eval.iter().map(SourceRecipe::from).collect()),
                 tokens: Some(self.tokens),
                 held_out: Some(self.held_out),
             }),

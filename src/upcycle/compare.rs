@@ -1,41 +1,42 @@
 //! The mixture beside its rivals on held-out text: the dense model, static pruning to as many neurons, and the mixture with
-//! a router that knows what each expert would give.
+//! a router that knows what each expert would give. All of it is fixed before: the score that neurons are pruned by, and what
+//! the router that knows goes by, are those that the mixture is made with.
 
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 
+use super::paired::{Difference, Loss};
 use super::slices::{Slices, masked, top};
 use super::solve::values;
 use super::statistics::{Observed, Scores, observe};
-use super::windows::Windows;
-use crate::error::{Error, Result};
+use super::windows::{Text, Windows};
+use crate::error::Result;
 use crate::model::{Decoder, FeedForward, Stream};
 use crate::ops::{cross_entropy, matmul_f32};
 
-/// The mean loss of a model on held-out text.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Loss {
-    /// Natural-log loss per predicted token.
-    pub nll: f64,
-    /// Its exponential.
-    pub perplexity: f64,
-}
-
-/// Losses on the same held-out tokens.
+/// Losses on the same text, of which nothing was learned.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
+    /// The file it is of; `None`: the held-out part of the calibration data.
+    pub file: Option<String>,
     /// Tokens predicted.
     pub tokens: usize,
+    /// Of these, in each window.
+    pub window_tokens: Vec<usize>,
     /// The dense model.
     pub dense: Loss,
-    /// As many neurons as are active, the same for every token.
-    pub pruned: Loss,
+    /// As many neurons as are active, the same for every token: those of most energy.
+    pub pruned: Option<Loss>,
     /// The same, its down projections fitted once more.
     pub pruned_refit: Option<Loss>,
     /// The mixture.
     pub mixture: Loss,
-    /// The mixture, each token sent to the experts that give it most.
-    pub oracle: Loss,
+    /// The mixture, each token sent to the experts whose slices have most energy on it.
+    pub oracle: Option<Loss>,
+    /// Mixture less static pruning.
+    pub mixture_less_pruned: Option<Difference>,
+    /// Mixture less static pruning, refitted.
+    pub mixture_less_pruned_refit: Option<Difference>,
 }
 
 /// One converted layer on held-out text of the dense model.
@@ -61,20 +62,29 @@ pub struct LayerReport {
 
 /// The streams that are compared.
 pub(super) struct Rivals<'a> {
-    windows: &'a [Windows],
+    text: &'a Text,
     dense: Vec<Stream>,
-    pruned: Vec<Stream>,
-    pruned_refit: Option<Vec<Stream>>,
     mixture: Vec<Stream>,
-    oracle: Vec<Stream>,
+    pruned: Option<Vec<Stream>>,
+    pruned_refit: Option<Vec<Stream>>,
+    oracle: Option<Vec<Stream>>,
 }
 
 impl<'a> Rivals<'a> {
-    pub(super) fn new(model: &Decoder, windows: &'a [Windows], refit: bool) -> Result<Self> {
-        let streams = windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents()));
+    /// Before the first layer. `baselines`: whether there are others than the dense model; `refit`: whether static pruning
+    /// has fitted down projections too.
+    pub(super) fn new(model: &Decoder, text: &'a Text, baselines: bool, refit: bool) -> Result<Self> {
+        let streams = text.windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents()));
         let dense: Vec<Stream> = streams.collect::<Result<_>>()?;
         let of = || dense.clone();
-        Ok(Self { windows, pruned: of(), pruned_refit: refit.then(of), mixture: of(), oracle: of(), dense })
+        Ok(Self {
+            text,
+            mixture: of(),
+            pruned: baselines.then(of),
+            pruned_refit: (baselines && refit).then(of),
+            oracle: baselines.then(of),
+            dense,
+        })
     }
 
     /// A layer that stays dense for all.
@@ -85,9 +95,9 @@ impl<'a> Rivals<'a> {
         network: &FeedForward,
         down: &Tensor,
     ) -> Result<()> {
-        let all = [&mut self.dense, &mut self.pruned, &mut self.mixture, &mut self.oracle];
-        for streams in all.into_iter().chain(&mut self.pruned_refit) {
-            for (stream, windows) in streams.iter_mut().zip(self.windows) {
+        let rivals = [&mut self.pruned, &mut self.pruned_refit, &mut self.oracle].into_iter().flatten();
+        for streams in [&mut self.dense, &mut self.mixture].into_iter().chain(rivals) {
+            for (stream, windows) in streams.iter_mut().zip(&self.text.windows) {
                 let seen = observe(model, layer, network, down, stream, windows)?;
                 model.add_to_stream(layer, stream, &seen.y)?;
             }
@@ -107,7 +117,7 @@ impl<'a> Rivals<'a> {
     ) -> Result<LayerReport> {
         let neurons = columns.len();
         let mut tally = Tally::new(layer, slices);
-        for (stream, windows) in self.dense.iter_mut().zip(self.windows) {
+        for (stream, windows) in self.dense.iter_mut().zip(&self.text.windows) {
             let seen = observe(model, layer, network, down, stream, windows)?;
             tally.add(&seen, slices, columns, scores)?;
             model.add_to_stream(layer, stream, &seen.y)?;
@@ -116,63 +126,74 @@ impl<'a> Rivals<'a> {
                        down_of: &Tensor,
                        mask: &dyn Fn(&Observed) -> Result<Vec<f32>>|
          -> Result<()> {
-            for (stream, windows) in streams.iter_mut().zip(self.windows) {
+            for (stream, windows) in streams.iter_mut().zip(&self.text.windows) {
                 let seen = observe(model, layer, network, down, stream, windows)?;
                 let (active, _) = masked(&seen.h, &mask(&seen)?)?;
                 model.add_to_stream(layer, stream, &matmul_f32(&active, &down_of.t()?)?)?;
             }
             Ok(())
         };
+        through(&mut self.mixture, &slices.down, &|seen| Ok(slices.mask(&slices.choose(&seen.x)?, neurons)))?;
         let mut fixed = vec![0f32; neurons];
         kept.iter().for_each(|neuron| fixed[*neuron] = 1.0);
         let fixed = |seen: &Observed| Ok(fixed.repeat(seen.norms.len()));
-        through(&mut self.pruned, down, &fixed)?;
-        if let Some(streams) = &mut self.pruned_refit {
-            through(streams, pruned, &fixed)?;
+        for (streams, down_of) in [(&mut self.pruned, down), (&mut self.pruned_refit, pruned)] {
+            if let Some(streams) = streams {
+                through(streams, down_of, &fixed)?;
+            }
         }
-        through(&mut self.mixture, &slices.down, &|seen| Ok(slices.mask(&slices.choose(&seen.x)?, neurons)))?;
-        through(&mut self.oracle, &slices.down, &|seen| {
-            let energies = values(&slices.energies(&seen.h, columns)?)?;
-            Ok(slices.mask(&top(&energies, slices.experts.len(), slices.active), neurons))
-        })?;
+        if let Some(streams) = &mut self.oracle {
+            through(streams, &slices.down, &|seen| {
+                let energies = values(&slices.energies(&seen.h, columns)?)?;
+                Ok(slices.mask(&top(&energies, slices.experts.len(), slices.active), neurons))
+            })?;
+        }
         Ok(tally.finish())
     }
 
     /// The loss of each.
     pub(super) fn finish(self, model: &Decoder) -> Result<Comparison> {
-        let of = |streams: &[Stream]| loss(model, streams, self.windows);
-        let tokens = self.windows.iter().map(|batch| batch.targets().1.len()).sum();
-        let pruned_refit = self.pruned_refit.as_deref().map(of).transpose()?;
+        let windows = &self.text.windows;
+        let spans = windows.iter().flat_map(|batch| batch.offsets.windows(2));
+        let tokens: Vec<usize> = spans.map(|span| span[1] - span[0] - 1).collect();
+        let dense = window_sums(model, &self.dense, windows)?;
+        let of = |streams: &Vec<Stream>| -> Result<Loss> {
+            Ok(Loss::of(window_sums(model, streams, windows)?, &dense, &tokens))
+        };
+        let mixture = of(&self.mixture)?;
+        let pruned = self.pruned.as_ref().map(of).transpose()?;
+        let pruned_refit = self.pruned_refit.as_ref().map(of).transpose()?;
+        let less = |rival: &Loss| Difference::of(&mixture.window_sums, &rival.window_sums, &tokens);
         Ok(Comparison {
-            tokens,
+            file: self.text.file.clone(),
+            tokens: tokens.iter().sum(),
             dense: of(&self.dense)?,
-            pruned: of(&self.pruned)?,
+            mixture_less_pruned: pruned.as_ref().map(less),
+            mixture_less_pruned_refit: pruned_refit.as_ref().map(less),
+            pruned,
             pruned_refit,
-            mixture: of(&self.mixture)?,
-            oracle: of(&self.oracle)?,
+            oracle: self.oracle.as_ref().map(of).transpose()?,
+            mixture,
+            window_tokens: tokens,
         })
     }
 }
 
-fn loss(model: &Decoder, streams: &[Stream], windows: &[Windows]) -> Result<Loss> {
-    let (mut sum, mut tokens) = (0.0, 0);
+/// The loss of each window, summed over its predicted tokens.
+fn window_sums(model: &Decoder, streams: &[Stream], windows: &[Windows]) -> Result<Vec<f64>> {
+    let mut sums = Vec::new();
     for (stream, windows) in streams.iter().zip(windows) {
         let (rows, targets) = windows.targets();
         let hidden = model.end_stream(stream)?.index_select(&Tensor::new(rows, model.device())?, 0)?;
         let nll = cross_entropy::evaluate(&hidden, model.head(), &targets)?;
-        sum += nll.iter().map(|nll| f64::from(*nll)).sum::<f64>();
-        tokens += targets.len();
+        let mut rest = nll.as_slice();
+        for span in windows.offsets.windows(2) {
+            let (own, others) = rest.split_at(span[1] - span[0] - 1);
+            sums.push(own.iter().map(|nll| f64::from(*nll)).sum());
+            rest = others;
+        }
     }
-    if tokens == 0 {
-        return Err(Error::invalid("the held-out text has no token to predict"));
-    }
-    Ok(Loss::of(sum / tokens as f64))
-}
-
-impl Loss {
-    pub(super) fn of(nll: f64) -> Self {
-        Self { nll, perplexity: nll.exp() }
-    }
+    Ok(sums)
 }
 
 /// Sums over the held-out text of one layer.

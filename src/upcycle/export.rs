@@ -1,22 +1,22 @@
 //! Slices to files: every tensor of the family's configuration, one at a time, under the names that checkpoints of
 //! one tensor per expert have. Gate and up rows are the dense model's to the bit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::Refit;
-use super::settings::SplitShape;
+use super::report::Refitted;
+use super::settings::{Refit, SplitShape};
 use super::slices::Slices;
-use super::solve::matrix;
+use super::solve::{matrix, values};
 use super::split::Split;
 use crate::error::{Context, Error, Result};
 use crate::model::config::{MoeConfig, MoeNames, PackedTensor};
 use crate::model::family::{self, Layout, MixtureFormat};
 use crate::model::{DecoderConfig, Pretrained};
-use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_atomic};
+use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_atomic};
 
 /// What the gate of a shared expert that has to have one is made of: as good as zero, so that it gives one half, and not
 /// zero, by which one runtime divides.
@@ -58,7 +58,7 @@ impl<'a> Sink<'a> {
             }
         }
         let mut specs = Vec::new();
-        let mut announced = std::collections::BTreeSet::new();
+        let mut announced = BTreeSet::new();
         for (name, shape) in config.tensors() {
             let (name, shape) = match parts.get(&name) {
                 Some(whole) => (whole.clone(), packed[whole].shape.clone()),
@@ -93,7 +93,7 @@ impl<'a> Sink<'a> {
     /// Writes what the dense model has under the same name, and closes the files. A tied head gets its own copy; biases that
     /// the dense model has not are zero.
     pub(super) fn finish(mut self, is_written: impl Fn(&str) -> bool) -> Result<()> {
-        let known: std::collections::BTreeSet<String> =
+        let known: BTreeSet<String> =
             self.base.config().tensors().into_iter().map(|(name, _)| name).collect();
         for (name, shape) in self.config.tensors() {
             if is_written(&name) {
@@ -130,15 +130,14 @@ pub(super) fn write_config(folder: &Path, config: &Value, stored: DType, note: V
     write_atomic(folder.join("config.json"), (serde_json::to_string_pretty(&config)? + "\n").as_bytes())
 }
 
-/// Writes the weights and the configuration of a split model.
-#[expect(clippy::too_many_arguments, reason = "each is a thing of its own, and there is one caller")]
+/// Writes the configuration of a split model and its weights as they are before down projections are fitted once more:
+/// slices of the dense model's.
 pub(super) fn write_split(
     base: &Pretrained,
     layout: &Layout,
     format: MixtureFormat,
     shape: &SplitShape,
     split: &Split,
-    refit: Refit,
     stored: DType,
     folder: &Path,
 ) -> Result<()> {
@@ -146,7 +145,7 @@ pub(super) fn write_split(
     let mut sink = Sink::new(base, &config, format == MixtureFormat::GraniteMoeShared, stored, folder)?;
     for (layer, moe) in config.sparse_layers() {
         let Some(slices) = &split.layers[layer] else { continue };
-        let source = Layer::read(base, layer, stored, (refit != Refit::None).then_some(&slices.down))?;
+        let source = Layer::read(base, layer, stored, None)?;
         for (expert, neurons) in slices.experts.iter().enumerate() {
             for projection in 0..3 {
                 let name = format!("{}.weight", moe.expert_path(layer, expert, projection));
@@ -164,6 +163,65 @@ pub(super) fn write_split(
     sink.finish(|name| is_of_mixture(&config, name))?;
     let note = json!({ "router_exponents": split.exponents });
     write_config(folder, &layout.config, stored, note)
+}
+
+/// Puts the fitted down projections in the place of the dense model's slices in the files of `folder`, and nothing else:
+/// if `compare`, every other tensor is read before and after, and has to be the same to the byte.
+pub(super) fn rewrite_down(
+    base: &Pretrained,
+    layout: &Layout,
+    split: &Split,
+    (stored, compare): (DType, bool),
+    folder: &Path,
+) -> Result<Refitted> {
+    let written = Pretrained::open(&folder.to_string_lossy())?;
+    let digests = |model: &Pretrained| compare.then(|| model.checkpoint().tensor_digests()).transpose();
+    let before = digests(&written)?;
+    let mut again = BTreeSet::new();
+    let mut changes = BTreeMap::new();
+    for (layer, moe) in written.config().sparse_layers() {
+        let Some(slices) = &split.layers[layer] else { continue };
+        let name = format!("model.layers.{layer}.mlp.down_proj.weight");
+        let change = relative_change(&base.read(&name, DType::F32, &Device::Cpu)?, &slices.down)?;
+        changes.insert(layer, change);
+        if change == 0.0 {
+            continue;
+        }
+        let down = slices.down.to_dtype(stored)?;
+        let mut write = |path: String, neurons: &[usize], scale: f64| -> Result<()> {
+            let tensor = scaled(&take(&down, 1, neurons)?, scale)?.contiguous()?;
+            let (name, first) = written.stored_in(&format!("{path}.weight"))?;
+            let Some((file, range)) = written.checkpoint().place_of(name) else {
+                return Err(Error::invalid("is not in a safetensors file")).in_tensor(name);
+            };
+            again.insert(name.to_string());
+            overwrite(file, range.start + first * stored.size_in_bytes(), &tensor).in_tensor(name)
+        };
+        for (expert, neurons) in slices.experts.iter().enumerate() {
+            write(moe.expert_path(layer, expert, 2), neurons, layout.routed_scale)?;
+        }
+        if !slices.shared.is_empty() {
+            write(moe.shared_path(layer, 2), &slices.shared, layout.shared_scale)?;
+        }
+    }
+    let untouched = written.checkpoint().tensors().len() - again.len();
+    drop(written);
+    let after = digests(&Pretrained::open(&folder.to_string_lossy())?)?;
+    for (name, digest) in before.iter().flatten() {
+        let is_same = after.as_ref().and_then(|after| after.get(name)) == Some(digest);
+        if !is_same && !again.contains(name) {
+            return Err(Error::invalid("changed when down projections were written again")).in_tensor(name);
+        }
+    }
+    Ok(Refitted { tensors: again.len(), untouched, compared: compare, changes })
+}
+
+/// `|new - old| / |old|`, norms of all values.
+fn relative_change(old: &Tensor, new: &Tensor) -> Result<f64> {
+    let norm = |tensor: &Tensor| -> Result<f64> {
+        Ok(values(tensor)?.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt())
+    };
+    Ok(norm(&(new.to_dtype(DType::F32)? - old)?)? / norm(old)?.max(f64::MIN_POSITIVE))
 }
 
 /// Whether a tensor is a part of experts or routers.
@@ -224,20 +282,28 @@ impl Layer {
 
     /// Some neurons of gate (0), up (1) or down (2), the last times `scale`; zeros for numbers that are no neuron.
     pub(super) fn slice(&self, projection: usize, neurons: &[usize], scale: f64) -> Result<Tensor> {
-        let axis = usize::from(projection == 2);
-        let whole = &self.projections[projection];
-        let count = whole.dim(axis)?;
-        let padded = match neurons.iter().any(|neuron| *neuron >= count) {
-            true => whole.pad_with_zeros(axis, 0, 1)?,
-            false => whole.clone(),
-        };
-        let rows: Vec<u32> = neurons.iter().map(|neuron| (*neuron).min(count) as u32).collect();
-        let taken = padded.index_select(&Tensor::new(rows, &Device::Cpu)?, axis)?;
-        if projection < 2 || scale == 1.0 {
-            return Ok(taken);
-        }
-        Ok((taken.to_dtype(DType::F32)? * scale)?.to_dtype(taken.dtype())?)
+        let taken = take(&self.projections[projection], usize::from(projection == 2), neurons)?;
+        if projection < 2 { Ok(taken) } else { scaled(&taken, scale) }
     }
+}
+
+/// Some neurons of a projection that has them along `axis`; zeros for numbers that are no neuron.
+fn take(whole: &Tensor, axis: usize, neurons: &[usize]) -> Result<Tensor> {
+    let count = whole.dim(axis)?;
+    let padded = match neurons.iter().any(|neuron| *neuron >= count) {
+        true => whole.pad_with_zeros(axis, 0, 1)?,
+        false => whole.clone(),
+    };
+    let rows: Vec<u32> = neurons.iter().map(|neuron| (*neuron).min(count) as u32).collect();
+    Ok(padded.index_select(&Tensor::new(rows, &Device::Cpu)?, axis)?)
+}
+
+/// `x * scale` in the type of `x`.
+fn scaled(x: &Tensor, scale: f64) -> Result<Tensor> {
+    if scale == 1.0 {
+        return Ok(x.clone());
+    }
+    Ok((x.to_dtype(DType::F32)? * scale)?.to_dtype(x.dtype())?)
 }
 
 /// Writes the dense model that static pruning leaves.

@@ -3,18 +3,23 @@
 //! A split cuts every feed-forward network into slices: `F(x) = sum of D_e h_e(x)`, so with all slices on it is the dense
 //! network, and with some of them it is cheaper. Which neurons go together, and what a linear router can tell of who is
 //! needed, is found on calibration text, layer by layer: the dense model and the statistics of one layer are all that is in
-//! memory. Copies start from the same network in every expert and leave the model as it is until it is trained.
+//! memory. Copies start from the same network in every expert and leave the model as it is until it is trained. And a
+//! mixture that there is can be given experts more, for a task that it has not seen.
 //!
 //! ```text
 //! text -> windows (fitted | held out)
 //! dense model -> per layer: scores -> shared neurons -> partition <-> router -> down projections fitted once more
-//!             -> config.json of a family, weights under its names -> read back -> measured beside its rivals
+//!             -> config.json of a family, weights under its names -> read back: all slices on, it is the dense model
+//!             -> fitted down projections in the place of the dense ones -> read back -> measured beside its rivals
 //! ```
 
 mod assign;
 mod compare;
 mod copies;
+mod expand;
 mod export;
+mod gradient;
+mod paired;
 mod partition;
 mod refit;
 mod report;
@@ -31,12 +36,13 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 
-pub use compare::{Comparison, LayerReport, Loss};
-pub use report::{Guarantee, Report};
+pub use compare::{Comparison, LayerReport};
+pub use paired::{Difference, Loss};
+pub use report::{Guarantee, Refitted, Report};
 pub use settings::{
     KeepDense, Method, Partition, Refit, RouterKind, Settings, SplitShape, choose_format, dense_network,
 };
-pub use windows::{Calibration, WINDOW, Windows};
+pub use windows::{Calibration, Text, WINDOW, Windows};
 
 use crate::error::{Context, Result};
 use crate::model::{Decoder, Pretrained};
@@ -66,7 +72,7 @@ pub type Watch<'a> = dyn FnMut(Event) -> Result<()> + 'a;
 
 /// What is converted, and where to.
 pub struct Job<'a> {
-    /// The dense model.
+    /// The dense model; for [`Method::Expand`] the mixture.
     pub base: &'a Pretrained,
     /// Further checkpoints of the same shape, for [`Method::Mix`].
     pub sources: &'a [Pretrained],
@@ -92,9 +98,10 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
     let staged = Staged::folder(job.output)?;
     let report = match settings.method {
         Method::Split | Method::Prune => cut(job, settings, staged.path(), watch)?,
-        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Expand | Method::Mix => {
+        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
             copies::copy(job, settings, staged.path(), watch)?
         }
+        Method::Expand => expand::expand(job, settings, staged.path(), watch)?,
     };
     report.refuse_broken()?;
     for (name, text) in job.files {
@@ -127,29 +134,36 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
     }
     drop(model);
     watch(Event::Note("writing".to_string()))?;
-    let layout = match target {
-        Some(format) => {
-            let layout = format.layout(base.config_json(), base.config(), &shape.mixture())?;
-            export::write_split(base, &layout, format, &shape, &cut, settings.refit, stored, folder)?;
-            Some(layout)
-        }
-        None => {
-            export::write_pruned(base, &cut, settings.refit, stored, folder)?;
-            None
-        }
-    };
     base.write_companions(folder)?;
-    let conversion_seconds = begun.elapsed().as_secs_f64();
-    let mut report = Report::new(base, settings, &shape, target, job.calibration.num_tokens(), cut);
-    report.seconds = conversion_seconds;
+    let mut report = Report::new(base, settings, &shape, target, job.calibration.num_tokens(), &cut);
+    let mut seconds = begun.elapsed().as_secs_f64();
+    let Some(format) = target else {
+        export::write_pruned(base, &cut, settings.refit, stored, folder)?;
+        if settings.verify {
+            watch(Event::Note("reading back and measuring".to_string()))?;
+            report.guarantees = verify::pruned(folder, job.calibration, &report)?;
+        }
+        return Ok(Report { seconds, ..report });
+    };
+    let writing = std::time::Instant::now();
+    let layout = format.layout(base.config_json(), base.config(), &shape.mixture())?;
+    export::write_split(base, &layout, format, &shape, &cut, stored, folder)?;
+    seconds += writing.elapsed().as_secs_f64();
+    if settings.verify {
+        watch(Event::Note("reading back: is it the dense model with all experts on?".to_string()))?;
+        report.guarantees = verify::split(base, folder, &shape, &layout, settings.refit, job.calibration)?;
+        report.refuse_broken()?;
+    }
+    if settings.refit != Refit::None {
+        watch(Event::Note("writing the fitted down projections".to_string()))?;
+        let rewriting = std::time::Instant::now();
+        report.refitted = Some(export::rewrite_down(base, &layout, &cut, (stored, settings.verify), folder)?);
+        seconds += rewriting.elapsed().as_secs_f64();
+    }
+    drop(cut);
     if settings.verify {
         watch(Event::Note("reading back and measuring".to_string()))?;
-        report.guarantees = match (&layout, target) {
-            (Some(layout), Some(_)) => {
-                verify::split(base, folder, &shape, layout, settings, job.calibration, &report)?
-            }
-            _ => verify::pruned(folder, job.calibration, &report)?,
-        };
+        report.guarantees.push(verify::measured(folder, job.calibration, &report)?);
     }
-    Ok(report)
+    Ok(Report { seconds, ..report })
 }

@@ -1,6 +1,7 @@
-//! Neurons to experts: by place, chance, gates, co-activation, or in turns with the router.
+//! Neurons to experts: by place, chance, gates, co-activation, what the loss leans on, or in turns with the router.
 
 use candle_core::{DType, Tensor};
+use rand_chacha::ChaCha20Rng;
 
 use super::assign::balanced;
 use super::settings::Partition;
@@ -19,6 +20,8 @@ pub(super) struct Grounds<'a> {
     pub(super) chosen_by: &'a Evidence,
     /// Their gate rows, `[neurons, hidden]`, f32.
     pub(super) gates: &'a Tensor,
+    /// Their importance for each kind of text, `[neurons, experts]`, where it was asked for.
+    pub(super) importance: Option<&'a Tensor>,
     /// Experts.
     pub(super) experts: usize,
     /// Experts of a token.
@@ -43,7 +46,10 @@ pub(super) fn partition(kind: Partition, grounds: &Grounds<'_>) -> Result<Vec<us
         Partition::Kmeans => kmeans(grounds, 20),
         Partition::Coactivation => coactivation(grounds),
         Partition::Alternating => alternating(grounds),
-        Partition::Gradient => Err(Error::request("`upcycle.partition = \"gradient\"` is not built yet")),
+        Partition::Gradient => match grounds.importance {
+            Some(importance) => Ok(balanced(&values(importance)?, grounds.experts)),
+            None => Err(Error::invalid("no gradients were taken of this layer")),
+        },
     }
 }
 
@@ -56,19 +62,29 @@ pub(super) fn membership(experts_of: &[usize], experts: usize) -> Result<Tensor>
 
 /// Balanced spherical k-means on gate rows.
 fn kmeans(grounds: &Grounds<'_>, rounds: usize) -> Result<Vec<usize>> {
-    let norms = (grounds.gates.sqr()?.sum_keepdim(1)?.sqrt()? + 1e-12)?;
-    let rows = grounds.gates.broadcast_div(&norms)?;
+    spherical(grounds.gates, grounds.experts, rounds, &mut generator("upcycle/kmeans", &grounds.seed))
+}
+
+/// Balanced k-means of rows by their direction: the cluster of each, all of one size.
+pub(super) fn spherical(
+    rows: &Tensor,
+    clusters: usize,
+    rounds: usize,
+    chance: &mut ChaCha20Rng,
+) -> Result<Vec<usize>> {
+    let norms = (rows.sqr()?.sum_keepdim(1)?.sqrt()? + 1e-12)?;
+    let rows = rows.broadcast_div(&norms)?;
     let mut order: Vec<u32> = (0..rows.dim(0)? as u32).collect();
-    shuffle(&mut order, &mut generator("upcycle/kmeans", &grounds.seed));
-    let first = Tensor::new(&order[..grounds.experts], rows.device())?;
+    shuffle(&mut order, chance);
+    let first = Tensor::new(&order[..clusters], rows.device())?;
     let mut centres = rows.index_select(&first, 0)?;
     let mut found = Vec::new();
     for _ in 0..rounds {
-        let next = balanced(&values(&matmul(&rows, &centres.t()?)?)?, grounds.experts);
+        let next = balanced(&values(&matmul(&rows, &centres.t()?)?)?, clusters);
         if next == found {
             break;
         }
-        let sums = matmul(&membership(&next, grounds.experts)?.t()?, &rows)?;
+        let sums = matmul(&membership(&next, clusters)?.t()?, &rows)?;
         centres = sums.broadcast_div(&(sums.sqr()?.sum_keepdim(1)?.sqrt()? + 1e-12)?)?;
         found = next;
     }

@@ -1,14 +1,17 @@
 //! The account of a conversion: what was promised and kept, and what it cost beside static pruning.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::compare::{Comparison, LayerReport, Loss};
+use super::compare::{Comparison, LayerReport};
+use super::paired::{Difference, Loss};
 use super::settings::{Method, Partition, Refit, RouterKind, Settings, SplitShape};
 use super::split::Split;
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
+use crate::model::config::MoeConfig;
 use crate::model::family::{MixtureFormat, MixtureShape};
 
 /// A promise about the written model, and whether it was found to hold.
@@ -28,6 +31,19 @@ pub struct Guarantee {
     pub nll_difference: f64,
 }
 
+/// What fitting the down projections once more changed in files that had been verified without it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Refitted {
+    /// Tensors that were written again.
+    pub tensors: usize,
+    /// All other tensors.
+    pub untouched: usize,
+    /// Whether these were read before and after, and found to be the same to the byte.
+    pub compared: bool,
+    /// `|new - old| / |old|` of the down projection of each converted layer.
+    pub changes: BTreeMap<usize, f64>,
+}
+
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
@@ -39,7 +55,7 @@ pub struct Report {
     pub method: Method,
     /// The family that was written; `None`: the dense model's own.
     pub format: Option<MixtureFormat>,
-    /// Slices or copies.
+    /// Slices, copies, or all experts of a mixture that got some more.
     pub experts: usize,
     /// Those always on.
     pub shared: usize,
@@ -49,6 +65,8 @@ pub struct Report {
     pub expert_width: usize,
     /// The share of the neurons of a converted layer that a token goes through.
     pub active_share: f64,
+    /// Of a mixture that got experts more, those that the new ones of each layer are copies of.
+    pub copied: BTreeMap<usize, Vec<usize>>,
     /// Layers that stay dense.
     pub dense_layers: Vec<usize>,
     /// How neurons were shared out.
@@ -65,8 +83,10 @@ pub struct Report {
     pub seconds: f64,
     /// What was promised, and whether it holds.
     pub guarantees: Vec<Guarantee>,
-    /// Losses on held-out text.
-    pub comparison: Option<Comparison>,
+    /// What the fit changed.
+    pub refitted: Option<Refitted>,
+    /// Losses on held-out text, then on that of further files.
+    pub comparisons: Vec<Comparison>,
     /// Each converted layer.
     pub layers: Vec<LayerReport>,
 }
@@ -79,7 +99,7 @@ impl Report {
         shape: &SplitShape,
         format: Option<MixtureFormat>,
         (calibration_tokens, held_out_tokens): (usize, usize),
-        split: Split,
+        split: &Split,
     ) -> Self {
         let is_split = settings.method == Method::Split;
         Self {
@@ -92,6 +112,7 @@ impl Report {
             active: shape.active,
             expert_width: shape.width,
             active_share: shape.active_width() as f64 / shape.neurons as f64,
+            copied: BTreeMap::new(),
             dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
             partition: is_split.then_some(settings.partition),
             router: is_split.then_some(settings.router),
@@ -100,8 +121,9 @@ impl Report {
             held_out_tokens,
             seconds: 0.0,
             guarantees: Vec::new(),
-            comparison: split.comparison,
-            layers: split.reports,
+            refitted: None,
+            comparisons: split.comparisons.clone(),
+            layers: split.reports.clone(),
         }
     }
 
@@ -122,6 +144,7 @@ impl Report {
             active: shape.active,
             expert_width: shape.width,
             active_share: settings.active as f64,
+            copied: BTreeMap::new(),
             dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
             partition: None,
             router: Some(settings.router),
@@ -130,7 +153,43 @@ impl Report {
             held_out_tokens: 0,
             seconds: 0.0,
             guarantees: Vec::new(),
-            comparison: None,
+            refitted: None,
+            comparisons: Vec::new(),
+            layers: Vec::new(),
+        }
+    }
+
+    /// Of a mixture with experts more, before it is verified.
+    pub(super) fn of_expansion(
+        base: &Pretrained,
+        settings: &Settings,
+        moe: &MoeConfig,
+        (calibration_tokens, held_out_tokens): (usize, usize),
+        copied: BTreeMap<usize, Vec<usize>>,
+    ) -> Self {
+        let sparse = |layer: &usize| copied.contains_key(layer);
+        let shared = moe.shared.map_or(0, |shared| shared.width / moe.width);
+        Self {
+            tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
+            base: base.name().to_string(),
+            method: settings.method,
+            format: None,
+            experts: moe.experts + settings.experts,
+            shared,
+            active: moe.active,
+            expert_width: moe.width,
+            active_share: moe.active as f64 / (moe.experts + settings.experts) as f64,
+            dense_layers: (0..base.config().layers.len()).filter(|layer| !sparse(layer)).collect(),
+            copied,
+            partition: None,
+            router: None,
+            refit: Refit::None,
+            calibration_tokens,
+            held_out_tokens,
+            seconds: 0.0,
+            guarantees: Vec::new(),
+            refitted: None,
+            comparisons: Vec::new(),
             layers: Vec::new(),
         }
     }
@@ -157,25 +216,34 @@ impl Report {
         for line in self.lines() {
             let _ = writeln!(text, "- {line}");
         }
-        if let Some(comparison) = &self.comparison {
-            let _ = write!(text, "\n## Loss on {} held-out tokens\n\n", comparison.tokens);
+        for comparison in &self.comparisons {
+            let Comparison { tokens, window_tokens, .. } = comparison;
+            let windows = window_tokens.len();
+            let _ = write!(text, "\n## Loss on {tokens} tokens {}, {windows} windows\n\n", place(comparison));
             text += "| | nll | perplexity | above dense |\n|---|---|---|---|\n";
-            for (name, Loss { nll, perplexity }) in rows(comparison) {
-                let above = nll - comparison.dense.nll;
-                let _ = writeln!(text, "| {name} | {nll:.4} | {perplexity:.2} | {above:+.4} |");
+            for (name, Loss { nll, perplexity, above_dense, .. }) in rows(comparison) {
+                let _ = writeln!(text, "| {name} | {nll:.4} | {perplexity:.2} | {above_dense} |");
+            }
+            if comparison.mixture_less_pruned.is_some() {
+                text += "\nPaired by window, ± the standard error over windows:\n\n";
+            }
+            for (name, difference) in pairs(comparison) {
+                let _ = writeln!(text, "- {name}: {difference}");
             }
         }
         if !self.layers.is_empty() {
             text += "\n## Layers, on held-out text of the dense model\n\n";
-            text += "| layer | relative error | energy recalled | hit rate | load variation | least, most load | always on | refit leaves |\n";
-            text += "|---|---|---|---|---|---|---|---|\n";
+            text += "| layer | relative error | energy recalled | hit rate | load variation | least, most load | always on | refit leaves | refit changes |\n";
+            text += "|---|---|---|---|---|---|---|---|---|\n";
             for layer in &self.layers {
                 let least = layer.load.iter().copied().fold(f64::INFINITY, f64::min);
                 let most = layer.load.iter().copied().fold(0.0, f64::max);
                 let left = layer.refit_left.map_or("-".to_string(), |left| format!("{left:.3}"));
+                let change = self.refitted.as_ref().and_then(|refitted| refitted.changes.get(&layer.layer));
+                let change = change.map_or("-".to_string(), |change| format!("{change:.3}"));
                 let _ = writeln!(
                     text,
-                    "| {} | {:.4} | {:.3} | {:.3} | {:.2} | {least:.2}, {most:.2} | {} | {left} |",
+                    "| {} | {:.4} | {:.3} | {:.3} | {:.2} | {least:.2}, {most:.2} | {} | {left} | {change} |",
                     layer.layer,
                     layer.relative_error,
                     layer.recall,
@@ -212,6 +280,13 @@ impl Report {
         if self.method != Method::Split {
             lines.clear();
         }
+        if let Some(new) = self.copied.values().map(Vec::len).next() {
+            lines.push(format!(
+                "{} experts in each of {} layers, {new} more than before",
+                self.experts,
+                self.copied.len()
+            ));
+        }
         for guarantee in &self.guarantees {
             let state = match (guarantee.holds, guarantee.promised) {
                 (true, _) => "holds",
@@ -225,26 +300,59 @@ impl Report {
                 guarantee.what, guarantee.nll_difference
             ));
         }
-        if self.refit != Refit::None && matches!(self.method, Method::Split) {
-            lines.push(
-                "all experts on is not the dense model: the down projections were fitted to few being on (`refit = \"none\"` \
-                 keeps that promise)"
-                    .to_string(),
-            );
+        if let Some(Refitted { tensors, untouched, compared, changes }) = &self.refitted {
+            let mean = changes.values().sum::<f64>() / changes.len().max(1) as f64;
+            let others = match compared {
+                true => "compared and the same to the byte",
+                false => "not compared",
+            };
+            lines.push(format!(
+                "then down projections were fitted to few experts being on: {tensors} tensors written again, changed by \
+                 {:.1}% in the mean of layers, {untouched} others {others}; with all experts on it is no longer the dense \
+                 model (`refit = \"none\"` keeps that)",
+                100.0 * mean
+            ));
         }
-        if let Some(comparison) = &self.comparison {
-            for (name, Loss { nll, perplexity }) in rows(comparison) {
+        for comparison in &self.comparisons {
+            if comparison.file.is_some() {
+                lines.push(format!("{} tokens {}:", comparison.tokens, place(comparison)));
+            }
+            for (name, Loss { nll, perplexity, .. }) in rows(comparison) {
                 lines.push(format!("{name}: nll {nll:.4}, perplexity {perplexity:.2}"));
+            }
+            for (name, difference) in pairs(comparison) {
+                lines.push(format!("{name}: {difference} nats per token, paired by window"));
             }
         }
         lines
     }
 }
 
-fn rows(comparison: &Comparison) -> Vec<(&'static str, Loss)> {
-    let mut rows = vec![("dense", comparison.dense), ("static pruning, as many neurons", comparison.pruned)];
-    rows.extend(comparison.pruned_refit.map(|loss| ("static pruning, refitted", loss)));
-    rows.push(("mixture of experts", comparison.mixture));
-    rows.push(("mixture, oracle router", comparison.oracle));
+fn place(comparison: &Comparison) -> String {
+    match &comparison.file {
+        None => "held out of the calibration data".to_string(),
+        Some(file) => format!("of `{file}`"),
+    }
+}
+
+fn rows(comparison: &Comparison) -> Vec<(&'static str, &Loss)> {
+    let Comparison { dense, pruned, pruned_refit, mixture, oracle, .. } = comparison;
+    let mut rows = vec![("dense", dense)];
+    rows.extend(pruned.iter().map(|loss| ("static pruning, as many neurons", loss)));
+    rows.extend(pruned_refit.iter().map(|loss| ("static pruning, refitted", loss)));
+    rows.push(("mixture of experts", mixture));
+    rows.extend(oracle.iter().map(|loss| ("mixture, oracle router", loss)));
     rows
+}
+
+fn pairs(comparison: &Comparison) -> Vec<(&'static str, Difference)> {
+    let Comparison { mixture_less_pruned, mixture_less_pruned_refit, .. } = comparison;
+    let of = |name, difference: &Option<Difference>| difference.map(|difference| (name, difference));
+    [
+        of("mixture less static pruning", mixture_less_pruned),
+        of("mixture less static pruning, refitted", mixture_less_pruned_refit),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

@@ -22,7 +22,7 @@ pub enum Method {
     Drop,
     /// Copies cut into slices, of which the router takes one whole copy's at first.
     VirtualGroups,
-    /// An expert more in a mixture that there is.
+    /// Experts more in a mixture that there is: copies of those that the calibration text goes to most.
     Expand,
     /// Every expert is the network of another checkpoint.
     Mix,
@@ -116,11 +116,11 @@ impl KeepDense {
 pub struct Settings {
     /// What becomes of the neurons.
     pub method: Method,
-    /// Slices of a split, the shared ones counted in; or copies.
+    /// Slices of a split, the shared ones counted in; or copies; or the experts that a mixture gets more.
     pub experts: usize,
     /// Slices that are always on.
     pub shared: usize,
-    /// Routed experts of a token.
+    /// Routed experts of a token; a mixture that gets experts more keeps its number.
     pub active: usize,
     /// How neurons are shared out.
     pub partition: Partition,
@@ -136,8 +136,10 @@ pub struct Settings {
     pub groups: usize,
     /// What the mixture is stored as; `None`: the first that can hold it.
     pub format: Option<MixtureFormat>,
-    /// Whether the result is read back and measured beside the dense model.
+    /// Whether what is written is read back, and whether promises hold.
     pub verify: bool,
+    /// Whether static pruning and a router that knows are measured beside a split.
+    pub baselines: bool,
     /// The seed of everything random.
     pub seed: u64,
 }
@@ -169,14 +171,16 @@ impl SplitShape {
         if experts > neurons {
             return Err(Error::request(format!(
                 "`upcycle.experts` is {experts}, and the networks of the model have {neurons} neurons"
-            )));
+            ))
+            .with_hint("a slice has one neuron at least"));
         }
         let dense = keep_dense.of(config.layers.len());
         if dense.iter().all(|dense| *dense) {
             let layers = dense.len();
             return Err(Error::request(format!(
                 "`upcycle.keep_dense` keeps all {layers} layers dense, so nothing would be converted"
-            )));
+            ))
+            .with_hint("lower `first`, `last` or `every`"));
         }
         let width = neurons.div_ceil(experts);
         Ok(Self { neurons, width, shared, routed: experts - shared, active, dense, activation })

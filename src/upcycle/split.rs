@@ -4,10 +4,11 @@
 use candle_core::{DType, Tensor};
 
 use super::compare::{LayerReport, Rivals};
+use super::gradient::Importance;
 use super::partition::{Grounds, partition};
 use super::refit::Fit;
 use super::router::{Sight, exponent, router};
-use super::settings::{Refit, Settings, SplitShape};
+use super::settings::{Method, Partition, Refit, Settings, SplitShape};
 use super::slices::{Slices, masked, routed};
 use super::solve::values;
 use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
@@ -36,8 +37,8 @@ pub(super) struct Split {
     pub(super) kept: Vec<Option<(Vec<usize>, Tensor)>>,
     /// Each converted layer, on held-out text.
     pub(super) reports: Vec<LayerReport>,
-    /// All that is compared, on held-out text.
-    pub(super) comparison: Option<Comparison>,
+    /// All that is compared, on each text.
+    pub(super) comparisons: Vec<Comparison>,
 }
 
 /// Cuts `model`. `with_bias`: whether the family has a bias for the choice; `stored`: the type that weights are written in.
@@ -59,9 +60,14 @@ pub(super) fn split(
         Refit::None => Vec::new(),
         Refit::Local | Refit::Stream => dense[..sample].to_vec(),
     };
-    let mut rivals = match settings.verify {
-        true => Some(Rivals::new(model, &calibration.held_out, settings.refit != Refit::None)?),
-        false => None,
+    // A pruned model is what is asked for, or what the mixture has to be better than.
+    let baselines = settings.baselines || settings.method == Method::Prune;
+    let begin_rivals = |text| Rivals::new(model, text, baselines, settings.refit != Refit::None);
+    let texts = std::iter::once(&calibration.held_out).chain(&calibration.further);
+    let mut rivals: Vec<Rivals<'_>> = texts.map(begin_rivals).collect::<Result<_>>()?;
+    let importance = match settings.partition {
+        Partition::Gradient => Some(Importance::of(model, shape, &calibration.fitted, settings.seed, watch)?),
+        _ => None,
     };
     let count = model.config().layers.len();
     let mut split = Split {
@@ -69,7 +75,7 @@ pub(super) fn split(
         exponents: Vec::new(),
         kept: Vec::new(),
         reports: Vec::new(),
-        comparison: None,
+        comparisons: Vec::new(),
     };
     for layer in 0..count {
         let network = network(model, layer)?;
@@ -95,7 +101,7 @@ pub(super) fn split(
                 let seen = observe(model, layer, network, &down, stream, windows)?;
                 model.add_to_stream(layer, stream, &seen.y)?;
             }
-            if let Some(rivals) = &mut rivals {
+            for rivals in &mut rivals {
                 rivals.pass_dense(model, layer, network, &down)?;
             }
             split.layers.push(None);
@@ -107,12 +113,21 @@ pub(super) fn split(
         let scores = moments.finish(&columns);
         let (fitted, judged) = observed.split_at(judged_from.min(observed.len()));
         let judged = if judged.is_empty() { fitted } else { judged };
-        let cut = Cut { network, down: &down, columns: &columns, scores: &scores, fitted, judged, with_bias };
+        let cut = Cut {
+            network,
+            down: &down,
+            columns: &columns,
+            scores: &scores,
+            importance: importance.as_ref(),
+            fitted,
+            judged,
+            with_bias,
+        };
         let (mut slices, power) = cut.slices(layer, shape, settings)?;
         let kept = scores.ranked()[..shape.active_width()].to_vec();
         let pruned = match settings.refit {
-            Refit::None => down.clone(),
-            Refit::Local | Refit::Stream => cut.refit_pruned(&kept)?,
+            Refit::Local | Refit::Stream if baselines => cut.refit_pruned(&kept)?,
+            _ => down.clone(),
         };
         drop(observed);
 
@@ -123,22 +138,23 @@ pub(super) fn split(
                 Walk { model, layer, network, down: &down, scores: &scores, goal, judged_from, stored };
             left = walk.refit(&mut slices, &mut mixture, &calibration.fitted)?;
         }
-        if let Some(rivals) = &mut rivals {
-            let mut report =
-                rivals.pass(model, layer, network, (&down, &columns, &scores), &slices, (&kept, &pruned))?;
-            report.refit_left = left;
-            report.guarded = scores.guarded.iter().filter(|guarded| **guarded).count();
-            split.reports.push(report);
+        let mut reports = Vec::new();
+        for rivals in &mut rivals {
+            let sight = (&down, columns.as_slice(), &scores);
+            reports.push(rivals.pass(model, layer, network, sight, &slices, (&kept, &pruned))?);
         }
+        // Layers are reported on the held-out text, which comes first.
+        split.reports.extend(reports.into_iter().next().map(|report| LayerReport {
+            refit_left: left,
+            guarded: scores.guarded.iter().filter(|guarded| **guarded).count(),
+            ..report
+        }));
         split.layers.push(Some(slices));
         split.kept.push(Some((kept, pruned)));
         split.exponents.push(power);
         watch(Event::Layer { done: layer + 1, layers: count })?;
     }
-    split.comparison = match rivals {
-        Some(rivals) => Some(rivals.finish(model)?),
-        None => None,
-    };
+    split.comparisons = rivals.into_iter().map(|rivals| rivals.finish(model)).collect::<Result<_>>()?;
     Ok(split)
 }
 
@@ -174,6 +190,7 @@ struct Cut<'a> {
     down: &'a Tensor,
     columns: &'a [f32],
     scores: &'a Scores,
+    importance: Option<&'a Importance>,
     fitted: &'a [Observed],
     judged: &'a [Observed],
     with_bias: bool,
@@ -193,12 +210,17 @@ impl Cut<'_> {
         let fitted = evidence(self.fitted, EVIDENCE)?;
         let chosen_by = evidence(self.judged, EVIDENCE)?;
         let gates = self.gates(&rest)?;
+        let importance = match self.importance {
+            Some(importance) => importance.of_neurons(layer, &rest)?,
+            None => None,
+        };
         let seed = [settings.seed, layer as u64];
         let (experts, active, with_bias) = (shape.routed, shape.active, self.with_bias);
         let grounds = Grounds {
             fitted: &fitted,
             chosen_by: &chosen_by,
             gates: &gates,
+            importance: importance.as_ref(),
             experts,
             active,
             with_bias,

@@ -1,12 +1,15 @@
 //! What was written, read back: is it the dense model with all experts on, and does it do what was measured?
+//!
+//! One model is in memory at a time: the dense one leaves its logits on some tokens behind.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::compare::Loss;
+use super::paired::Loss;
 use super::report::{Guarantee, Report};
-use super::settings::{Refit, Settings, SplitShape};
+use super::settings::{Refit, SplitShape};
 use super::windows::{Calibration, Windows};
 use crate::data::Batch;
 use crate::error::Result;
@@ -14,10 +17,11 @@ use crate::eval::evaluate;
 use crate::model::config::{FeedForwardConfig, Scoring};
 use crate::model::family::Layout;
 use crate::model::{Decoder, DecoderConfig, Pretrained};
-use crate::ops::{Parameter, Weight};
 
 /// What rounding of f32 sums in another order comes to, as a share of the largest logit.
-const ROUNDING: f64 = 1e-4;
+const ROUNDING: f64 = 4e-6;
+/// The same of the mean loss.
+const NLL_ROUNDING: f64 = 1e-6;
 /// What even but not equal weights of experts may change of the loss.
 const EVEN: f64 = 5e-3;
 /// What choices between experts of equal scores may change of the loss.
@@ -43,25 +47,64 @@ fn first_windows(windows: &[Windows]) -> Windows {
     Windows { tokens: first.tokens[..first.offsets[end]].to_vec(), offsets: first.offsets[..=end].to_vec() }
 }
 
-/// The largest difference of two models' logits, the largest logit, and the difference of their losses.
-pub(super) fn differences(one: &Decoder, other: &Decoder, windows: &[Windows]) -> Result<(f64, f64, f64)> {
-    let windows = first_windows(windows);
-    let logits = |model: &Decoder| -> Result<Tensor> {
-        model.logits(&model.forward(&windows.tokens, &windows.documents())?.hidden)
-    };
-    let (x, y) = (logits(one)?, logits(other)?);
-    let largest = |tensor: &Tensor| -> Result<f64> {
-        Ok(f64::from(tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?))
-    };
-    let difference = largest(&(&x - &y)?)?;
-    let batch = batches(std::slice::from_ref(&windows));
-    let loss = evaluate(other, &batch)?.nll() - evaluate(one, &batch)?.nll();
-    Ok((difference, largest(&x)?, loss))
+/// What a model gives on some tokens, for others to be compared with.
+pub(super) struct Expected {
+    windows: Windows,
+    logits: Tensor,
+    nll: f64,
 }
 
-/// Whether a difference of logits is one of rounding.
-pub(super) fn is_rounding(difference: f64, largest: f64) -> bool {
-    difference <= ROUNDING * (1.0 + largest)
+/// How another model differs from what was expected.
+pub(super) struct Difference {
+    /// The largest difference between two logits.
+    logits: f64,
+    /// The largest logit.
+    largest: f64,
+    /// The difference between the mean losses.
+    nll: f64,
+}
+
+impl Expected {
+    /// On the first windows.
+    pub(super) fn of(model: &Decoder, windows: &[Windows]) -> Result<Self> {
+        let windows = first_windows(windows);
+        let logits = logits(model, &windows)?;
+        let nll = evaluate(model, &batches(std::slice::from_ref(&windows)))?.nll();
+        Ok(Self { windows, logits, nll })
+    }
+
+    /// How `model` differs.
+    pub(super) fn compare(&self, model: &Decoder) -> Result<Difference> {
+        let largest = |tensor: &Tensor| -> Result<f64> {
+            Ok(f64::from(tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?))
+        };
+        let nll = evaluate(model, &batches(std::slice::from_ref(&self.windows)))?.nll() - self.nll;
+        let difference = (logits(model, &self.windows)? - &self.logits)?;
+        Ok(Difference { logits: largest(&difference)?, largest: largest(&self.logits)?, nll })
+    }
+}
+
+fn logits(model: &Decoder, windows: &Windows) -> Result<Tensor> {
+    model.logits(&model.forward(&windows.tokens, &windows.documents())?.hidden)
+}
+
+impl Difference {
+    /// Whether it is one of rounding.
+    pub(super) fn is_rounding(&self) -> bool {
+        self.logits <= ROUNDING * (1.0 + self.largest) && self.nll.abs() <= NLL_ROUNDING
+    }
+
+    /// The promise that it is about.
+    pub(super) fn guarantee(&self, what: String, promised: bool, holds: bool) -> Guarantee {
+        Guarantee {
+            what,
+            promised,
+            holds,
+            max_logit_difference: Some(self.logits),
+            largest_logit: Some(self.largest),
+            nll_difference: self.nll,
+        }
+    }
 }
 
 /// Tokens to compare models on where there is no text.
@@ -84,68 +127,55 @@ fn all_on(config: &DecoderConfig, layout: &Layout) -> DecoderConfig {
     config
 }
 
-/// Opens written weights in f32 under `config`, with routers of zeros if `even`.
-fn open(written: &Pretrained, config: &DecoderConfig, even: bool) -> Result<Decoder> {
-    let routers: Vec<String> =
-        config.sparse_layers().map(|(layer, moe)| format!("{}.", moe.router_path(layer))).collect();
-    Decoder::load(config, &Device::Cpu, |name| {
-        let weight = written.weight(name, DType::F32, &Device::Cpu)?;
-        match &weight {
-            Weight::Dense(parameter) if even && routers.iter().any(|router| name.starts_with(router)) => {
-                Ok(Weight::Dense(Parameter::new(name, &parameter.tensor().zeros_like()?)))
-            }
-            _ => Ok(weight),
-        }
-    })
+/// Opens written weights in f32 under `config`.
+pub(super) fn open(written: &Pretrained, config: &DecoderConfig) -> Result<Decoder> {
+    Decoder::load(config, &Device::Cpu, |name| written.weight(name, DType::F32, &Device::Cpu))
 }
 
-/// The promises of a split, kept or not.
+/// The promises about slices of the dense model, before any of them is fitted once more: all of them on, it is that model.
 pub(super) fn split(
     base: &Pretrained,
     folder: &Path,
     shape: &SplitShape,
     layout: &Layout,
-    settings: &Settings,
+    refit: Refit,
     calibration: &Calibration,
-    report: &Report,
 ) -> Result<Vec<Guarantee>> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
-    let mut guarantees = Vec::new();
-    if settings.refit == Refit::None {
-        let dense = Decoder::open(base, DType::F32, &Device::Cpu)?;
-        let config = all_on(written.config(), layout);
-        // Scales that are no powers of two round narrow weights once more.
-        let is_exact = base.compute_dtype() == DType::F32 || layout.routed_scale.log2().fract() == 0.0;
-        let (difference, largest, loss) =
-            differences(&dense, &open(&written, &config, true)?, &calibration.held_out)?;
-        guarantees.push(Guarantee {
-            what: format!("all {} experts on with equal weights is the dense model", shape.routed),
-            promised: is_exact,
-            holds: is_rounding(difference, largest),
-            max_logit_difference: Some(difference),
-            nll_difference: loss,
-            largest_logit: Some(largest),
-        });
-        let (difference, largest, loss) =
-            differences(&dense, &open(&written, &config, false)?, &calibration.held_out)?;
-        guarantees.push(Guarantee {
-            what: "the same with the router as it is stored".to_string(),
-            promised: is_exact,
-            holds: loss.abs() <= EVEN,
-            max_logit_difference: Some(difference),
-            nll_difference: loss,
-            largest_logit: Some(largest),
-        });
-    }
-    guarantees.push(read_back(&written, calibration, report.comparison.as_ref().map(|c| c.mixture))?);
-    Ok(guarantees)
+    let expected =
+        Expected::of(&Decoder::open(base, DType::F32, &Device::Cpu)?, &calibration.held_out.windows)?;
+    // Scales that are no powers of two round narrow weights once more.
+    let is_exact = base.compute_dtype() == DType::F32 || layout.routed_scale.log2().fract() == 0.0;
+    let mut mixture = open(&written, &all_on(written.config(), layout))?;
+    let stored = expected.compare(&mixture)?;
+    let hidden = written.config().hidden_size;
+    let zeros = written.config().sparse_layers().map(|(layer, moe)| {
+        let zeros = Tensor::zeros((moe.experts, hidden), DType::F32, &Device::Cpu)?;
+        Ok((format!("{}.weight", moe.router_path(layer)), zeros))
+    });
+    mixture.set_routers(&zeros.collect::<Result<BTreeMap<_, _>>>()?)?;
+    let even = expected.compare(&mixture)?;
+    let when = if refit == Refit::None { "" } else { "before the fit, " };
+    let what = format!("{when}all {} experts on with equal weights is the dense model", shape.routed);
+    let (is_rounding, is_even) = (even.is_rounding(), stored.nll.abs() <= EVEN);
+    Ok(vec![
+        even.guarantee(what, is_exact, is_rounding),
+        stored.guarantee("the same with the router as it is stored".to_string(), is_exact, is_even),
+    ])
+}
+
+/// The promise that the written mixture does what was measured on the way.
+pub(super) fn measured(folder: &Path, calibration: &Calibration, report: &Report) -> Result<Guarantee> {
+    let written = Pretrained::open(&folder.to_string_lossy())?;
+    written.check()?;
+    read_back(&written, calibration, report.comparisons.first().map(|held_out| &held_out.mixture))
 }
 
 /// The promise that the files compute what was measured while they were made.
-fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<Loss>) -> Result<Guarantee> {
-    let model = open(written, written.config(), false)?;
-    let nll = evaluate(&model, &batches(&calibration.held_out))?.nll();
+fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<&Loss>) -> Result<Guarantee> {
+    let model = open(written, written.config())?;
+    let nll = evaluate(&model, &batches(&calibration.held_out.windows))?.nll();
     let loss = measured.map_or(0.0, |measured| nll - measured.nll);
     Ok(Guarantee {
         what: format!("read back, it predicts as measured (nll {nll:.4})"),
@@ -161,6 +191,6 @@ fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<L
 pub(super) fn pruned(folder: &Path, calibration: &Calibration, report: &Report) -> Result<Vec<Guarantee>> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
-    let measured = report.comparison.as_ref().map(|c| c.pruned_refit.unwrap_or(c.pruned));
+    let measured = report.comparisons.first().and_then(|c| c.pruned_refit.as_ref().or(c.pruned.as_ref()));
     Ok(vec![read_back(&written, calibration, measured)?])
 }

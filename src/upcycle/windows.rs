@@ -41,13 +41,24 @@ impl Windows {
     }
 }
 
+/// Text that is reported on and that nothing is chosen by.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Text {
+    /// The file it is of; `None`: the held-out part of the calibration data.
+    pub file: Option<String>,
+    /// Its windows, in batches.
+    pub windows: Vec<Windows>,
+}
+
 /// Text to learn from and text to measure on, in batches.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Calibration {
     /// What statistics are taken of and things are fitted to; mixed, so that a part of it is like the whole.
     pub fitted: Vec<Windows>,
-    /// What is reported on and nothing is chosen by.
-    pub held_out: Vec<Windows>,
+    /// Text of the same kinds.
+    pub held_out: Text,
+    /// Text of other files, each reported on by itself.
+    pub further: Vec<Text>,
 }
 
 impl Calibration {
@@ -69,14 +80,27 @@ impl Calibration {
             return Err(Error::request("the calibration data has too few documents to hold any out")
                 .with_hint("give more text in `calibration.data`, or a smaller `calibration.held_out`"));
         }
-        Ok(Self { fitted: batches(&fitted), held_out: batches(&held_out) })
+        let held_out = Text { file: None, windows: batches(&held_out) };
+        Ok(Self { fitted: batches(&fitted), held_out, further: Vec::new() })
     }
 
-    /// Tokens of both kinds.
+    /// Adds `tokens` tokens of a file to report on.
+    pub fn report_on(&mut self, file: &str, documents: Vec<Row>, tokens: usize, seed: u64) -> Result<()> {
+        let windows = windows(&mut mixed(&[(documents, 1.0)], seed).into_iter(), tokens);
+        if windows.is_empty() {
+            return Err(Error::request(format!(
+                "`{file}` of `calibration.eval` has no document of two tokens or more"
+            )));
+        }
+        self.further.push(Text { file: Some(file.to_string()), windows: batches(&windows) });
+        Ok(())
+    }
+
+    /// Tokens to learn from and tokens held out.
     #[must_use]
     pub fn num_tokens(&self) -> (usize, usize) {
         let count = |batches: &[Windows]| batches.iter().map(|batch| batch.tokens.len()).sum();
-        (count(&self.fitted), count(&self.held_out))
+        (count(&self.fitted), count(&self.held_out.windows))
     }
 }
 
@@ -156,7 +180,7 @@ mod tests {
         let ids = |batches: &[Windows]| -> std::collections::BTreeSet<u32> {
             batches.iter().flat_map(|batch| batch.tokens.iter().copied()).collect()
         };
-        assert!(ids(&calibration.fitted).is_disjoint(&ids(&calibration.held_out)));
+        assert!(ids(&calibration.fitted).is_disjoint(&ids(&calibration.held_out.windows)));
         assert_eq!(calibration.num_tokens(), (6000, 1500));
     }
 

@@ -38,7 +38,9 @@ use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
 pub use hub::{HubSettings, OnProgress, report_downloads};
-pub use shards::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, write_one_by_one, write_safetensors};
+pub use shards::{
+    DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
+};
 pub use text::TextFiles;
 pub use write::{Staged, refuse_below_file, remove_folder, remove_stale, write_atomic};
 

@@ -220,6 +220,14 @@ pub fn write_one_by_one(
     })
 }
 
+/// Puts other values in the place of some that a file has from byte `start` on. For files that nobody else sees yet:
+/// nothing is synced, and a reader would see half of it.
+pub fn overwrite(path: &Path, start: usize, tensor: &Tensor) -> Result<()> {
+    let mut file = File::options().write(true).open(path).at(path)?;
+    file.seek(SeekFrom::Start(start as u64)).at(path)?;
+    write_values(&mut file, tensor).at(path)
+}
+
 /// Where everything is in a file.
 struct Layout<'a> {
     header: Vec<u8>,

@@ -1,0 +1,128 @@
+//! What the loss leans on: `|h_j dL/dh_j|` of each neuron, summed over the tokens of each kind of text (LLaMA-MoE, Zhu et al.
+//! 2024, after SNIP, Lee et al. 2019). To first order it is what the loss would change by if the neuron were silent.
+//!
+//! `dL/dh = dL/dy D` with `y` the output of the network and `D` its down projection. Kinds of text are balanced clusters of
+//! short pieces, by the mean of their embeddings; there are as many as experts, and the neurons that matter most to a
+//! kind make up its expert.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::partition::spherical;
+use super::settings::SplitShape;
+use super::solve::matrix;
+use super::split::{network, plain_values};
+use super::statistics::neurons;
+use super::windows::Windows;
+use super::{Event, Watch};
+use crate::data::generator;
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::ops::{Gradients, Pass, Trainables, cross_entropy, matmul, matmul_f32};
+
+/// Tokens that gradients are taken of.
+const TOKENS: usize = 8192;
+/// Tokens of a piece of text.
+const PIECE: usize = 64;
+/// Rounds of k-means.
+const ROUNDS: usize = 20;
+
+/// The importance of neurons for kinds of text.
+pub(super) struct Importance {
+    /// For each layer `[clusters, neurons]`; of layers that stay dense nothing is taken.
+    layers: Vec<Option<Tensor>>,
+}
+
+impl Importance {
+    /// From the first batches of `text`: one walk forward and one back, a batch at a time.
+    pub(super) fn of(
+        model: &Decoder,
+        shape: &SplitShape,
+        text: &[Windows],
+        seed: u64,
+        watch: &mut Watch<'_>,
+    ) -> Result<Self> {
+        let mut tokens = 0;
+        let taken = text.iter().take_while(|batch| {
+            tokens += batch.tokens.len();
+            tokens <= TOKENS
+        });
+        let text = &text[..taken.count().max(1).min(text.len())];
+        let clusters = clusters(model, text, shape.routed, seed)?;
+        watch(Event::Note(format!("gradients of the loss, text in {} clusters", shape.routed)))?;
+        let mut layers: Vec<Option<Tensor>> = vec![None; shape.dense.len()];
+        for (batch, of_tokens) in text.iter().zip(&clusters) {
+            watch(Event::Note(format!("gradients of {} tokens", batch.tokens.len())))?;
+            let (rows, targets) = batch.targets();
+            let rows = Tensor::new(rows, model.device())?;
+            let d_hidden = |hidden: &Tensor| -> Result<Tensor> {
+                let mut none = Gradients::of(&Trainables::new());
+                let predicting = hidden.index_select(&rows, 0)?;
+                let (_, saved) = cross_entropy::forward(&predicting, model.head(), &targets, 1.0, &mut none)?;
+                Ok(hidden.zeros_like()?.index_add(&rows, &cross_entropy::backward(saved), 0)?)
+            };
+            let documents = batch.documents();
+            model.walk_back(&batch.tokens, &documents, d_hidden, &mut |layer, x, dy| {
+                if shape.dense[layer] {
+                    return Ok(());
+                }
+                let network = network(model, layer)?;
+                let h = neurons(network, x, &Pass::inference(&documents))?; // [tokens, neurons]
+                let down = plain_values(&network.down.weight)?;
+                let dh = matmul_f32(&dy.to_dtype(DType::F32)?, &down)?;
+                let sums = matmul(of_tokens, &(h * dh)?.abs()?)?; // [clusters, neurons]
+                let earlier = layers[layer].take();
+                layers[layer] = Some(match earlier {
+                    Some(earlier) => (earlier + sums)?,
+                    None => sums,
+                });
+                Ok(())
+            })?;
+        }
+        Ok(Self { layers })
+    }
+
+    /// Of some neurons of a layer, `[neurons, clusters]`; nothing for numbers that are no neuron.
+    pub(super) fn of_neurons(&self, layer: usize, neurons: &[usize]) -> Result<Option<Tensor>> {
+        let Some(all) = &self.layers[layer] else { return Ok(None) };
+        let last = all.dim(1)?;
+        let index: Vec<u32> = neurons.iter().map(|neuron| (*neuron).min(last) as u32).collect();
+        let padded = all.t()?.contiguous()?.pad_with_zeros(0, 0, 1)?;
+        Ok(Some(padded.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?))
+    }
+}
+
+/// For each batch `[clusters, tokens]` with a one where a token is of a cluster. All clusters have as many pieces; of the pieces
+/// that are left over none.
+fn clusters(model: &Decoder, text: &[Windows], count: usize, seed: u64) -> Result<Vec<Tensor>> {
+    let mut means = Vec::new();
+    let mut pieces = Vec::new();
+    for (number, batch) in text.iter().enumerate() {
+        let embedded = model.begin_stream(&batch.tokens, batch.documents())?;
+        let embedded = embedded.residual().to_dtype(DType::F32)?;
+        for window in batch.offsets.windows(2) {
+            for start in (window[0]..window[1]).step_by(PIECE) {
+                let len = PIECE.min(window[1] - start);
+                means.push(embedded.narrow(0, start, len)?.mean_keepdim(0)?);
+                pieces.push((number, start, len));
+            }
+        }
+    }
+    let each = pieces.len() / count;
+    if each == 0 {
+        return Err(Error::request(format!(
+            "`upcycle.partition = \"gradient\"` puts text into {count} clusters, and there are {} pieces of {PIECE} tokens",
+            pieces.len()
+        ))
+        .with_hint("raise `calibration.tokens`"));
+    }
+    pieces.truncate(each * count);
+    let means = Tensor::cat(&means[..each * count], 0)?;
+    let centred = means.broadcast_sub(&means.mean_keepdim(0)?)?;
+    let found = spherical(&centred, count, ROUNDS, &mut generator("upcycle/texts", &[seed]))?;
+    let mut ones: Vec<Vec<f32>> = text.iter().map(|batch| vec![0.0; count * batch.tokens.len()]).collect();
+    for ((number, start, len), cluster) in pieces.into_iter().zip(found) {
+        let width = text[number].tokens.len();
+        ones[number][cluster * width + start..][..len].fill(1.0);
+    }
+    ones.into_iter().zip(text).map(|(ones, batch)| matrix(ones, batch.tokens.len())).collect()
+}
