@@ -29,7 +29,7 @@ pub(crate) fn place() -> Place {
     };
     fs::write(place.path("text.jsonl"), (0..24).map(record).collect::<String>()).unwrap();
     fs::write(place.path("upcycle.toml"), RECIPE).unwrap();
-    fs::write(place.path("short.jsonl"), "{\"text\": \"a\"}\n").unwrap();
+    fs::write(place.path("short.jsonl"), "{\"text\": \"kite\"}\n").unwrap();
     place
 }
 
@@ -392,7 +392,11 @@ fn what_cannot_be_split_is_refused() {
     error: `upcycle.keep_dense` keeps all 5 layers dense, so nothing would be converted
     hint: lower `first`, `last` or `every`
     ");
-    insta::assert_snapshot!(refused("calibration.eval=[{ path = \"short.jsonl\" }]"), @"");
+    fs::write(place.path("one.jsonl"), "{\"text\": \"a\"}\n").unwrap();
+    insta::assert_snapshot!(refused("calibration.eval=[{ path = \"one.jsonl\" }]"), @"
+    exit 1
+    error: one.jsonl: none of the 1 documents has a token to learn
+    ");
     place.run(&["upcycle", "upcycle.toml"]);
     let again =
         ["upcycle", "upcycle.toml", "--log", "silent", "--set", "model.source=mixture", "--output", "again"];
