@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use peft::adapter::torch_random::Generator;
 use peft::adapter::{attach, hf};
 use peft::merge::merge;
-use peft::model::config::{Overflow, RoutingKind, RoutingVariant};
+use peft::model::config::{Overflow, RouterNoise, RoutingKind, RoutingVariant};
 use peft::model::{Decoder, Pretrained, Recompute, RouterLosses};
 use peft::train::{StepGradients, balanced_step_gradients, step_gradients};
 use serde_json::{Value, json};
@@ -143,7 +143,7 @@ fn recomputation_sees_the_same_routing() {
     let plain = RoutingVariant { seed: 3, ..RoutingVariant::default() };
     let variants = [
         plain,
-        RoutingVariant { noise: true, ..plain },
+        RoutingVariant { noise: RouterNoise::Gaussian, ..plain },
         RoutingVariant { kind: RoutingKind::Random, ..plain },
         RoutingVariant { kind: RoutingKind::Hash, ..plain },
         RoutingVariant { capacity_factor: Some(0.7), ..plain },
@@ -183,13 +183,24 @@ fn recomputation_sees_the_same_routing() {
 /// With a capacity, gradients of dropped choices vanish; the slope of the loss says the same.
 #[test]
 fn gradients_are_slopes_with_noise_and_capacity() {
-    let variant =
-        RoutingVariant { noise: true, capacity_factor: Some(0.8), seed: 3, ..RoutingVariant::default() };
-    for name in ["mixtral", "glm4_moe", "olmoe", "granitemoeshared"] {
+    let gaussian = RoutingVariant {
+        noise: RouterNoise::Gaussian,
+        capacity_factor: Some(0.8),
+        seed: 3,
+        ..RoutingVariant::default()
+    };
+    let learned = RoutingVariant { noise: RouterNoise::Learned, ..gaussian };
+    let families = ["mixtral", "glm4_moe", "olmoe", "granitemoeshared"];
+    for (name, variant) in families.into_iter().flat_map(|name| [(name, gaussian), (name, learned)]) {
         let fixture = Fixture::open(name);
         let mut model = varied(&fixture, None, variant);
-        let trainables = model.make_routers_trainable().unwrap();
-        let losses = RouterLosses { importance: 0.1, load_std: 0.1, z: 0.05, ..BALANCED };
+        let trainables = match variant.noise {
+            RouterNoise::Learned => model.make_noise_trainable().unwrap(),
+            _ => model.make_routers_trainable().unwrap(),
+        };
+        // To the expected load deviations are constants.
+        let load_std = if variant.noise == RouterNoise::Learned { 0.0 } else { 0.1 };
+        let losses = RouterLosses { importance: 0.1, load_std, z: 0.05, ..BALANCED };
         let total = |model: &Decoder| {
             let batches = [fixture.batch()];
             let step =
@@ -210,6 +221,14 @@ fn gradients_are_slopes_with_noise_and_capacity() {
         variable.set(&start).unwrap();
         assert!((slope / f64::from(norm) - 1.0).abs() < 0.03, "{name}: slope {slope}, gradient {norm}");
     }
+}
+
+#[test]
+fn a_capacity_is_reached_step_by_step() {
+    let variant =
+        RoutingVariant { capacity_factor: Some(1.0), capacity_warmup: 4, ..RoutingVariant::default() };
+    let factors = [0, 1, 2, 3, 4, 5].map(|step| variant.capacity_factor_at(step, 8, 2).unwrap());
+    assert_eq!(factors, [4.0, 3.25, 2.5, 1.75, 1.0, 1.0]);
 }
 
 #[test]
@@ -355,7 +374,7 @@ fn a_mixture_is_trained_measured_and_merged() {
 fn a_mixture_goes_on_to_the_same_bits() {
     let place = sparse_place();
     let keys =
-        ["--set", "train.router=full", "--set", "losses.importance=0.01", "--set", "routing.noise=gaussian"];
+        ["--set", "train.router=full", "--set", "losses.importance=0.01", "--set", "routing.noise=learned"];
     place.run(&[&["finetune", "recipe.toml"], &keys[..]].concat());
     let whole = fs::read(place.path("run/adapter_model.safetensors")).unwrap();
     fs::remove_dir_all(place.path("run/checkpoint-6")).unwrap();

@@ -5,7 +5,7 @@ use peft::Error;
 use peft::adapter::{Init, LoraConfig, Targets};
 use peft::data::{Format, Source, TrainOn};
 use peft::model::RouterLosses;
-use peft::model::config::{Overflow, RoutingKind};
+use peft::model::config::{Overflow, RouterNoise, RoutingKind};
 use peft::ops::distillation::Terms;
 use peft::recipe::{
     AdapterPlan, Bytes, DataPlan, DistillPlan, Document, DtypeChoice, Evaluation, ExpertChoice, Length,
@@ -209,10 +209,14 @@ fn keys_that_contradict_each_other_are_refused() {
 }
 
 #[test]
-fn what_is_not_built_is_refused_and_what_is_off_is_not() {
-    insta::assert_snapshot!(refusal_of("routing.noise = \"learned\""), @"
-    test.toml:6: what `routing.noise` asks for is not built yet
-    hint: leave it out
+fn routing_that_needs_another_key_is_refused_and_what_is_off_is_not() {
+    insta::assert_snapshot!(refusal_of("routing.noise = \"learned\""), @r#"
+    test.toml:6: learned noise is trained with the routers, and `train.router` is "frozen"
+    hint: set `train.router` to "full" or "lora", or `routing.noise` to "gaussian"
+    "#);
+    insta::assert_snapshot!(refusal_of("routing.capacity_warmup = 10"), @"
+    test.toml:6: `routing.capacity_warmup` leads to a capacity that is not given
+    hint: set `routing.capacity_factor` too
     ");
     insta::assert_snapshot!(refusal_of("routing.nosie = \"none\""), @"
     test.toml:6: unknown key `routing.nosie`
@@ -539,12 +543,26 @@ fn mixture() -> impl Strategy<Value = MixturePlan> {
         coefficient(),
         any::<bool>(),
     );
-    let routing = (option::of(1usize..9), any::<bool>(), option::of(number(0.1..9.0)), overflow, kind);
+    let noise = prop_oneof![Just(RouterNoise::None), Just(RouterNoise::Gaussian)];
+    let capacity = option::of((number(0.1..9.0), 0u64..9));
+    let routing = (option::of(1usize..9), noise, capacity, overflow, kind);
     (router, routing, losses).prop_map(|(router, routing, losses)| {
-        let (active, noise, capacity_factor, overflow, kind) = routing;
+        let (active, noise, capacity, overflow, kind) = routing;
+        let (capacity_factor, capacity_warmup) =
+            capacity.map_or((None, 0), |(factor, steps)| (Some(factor), steps));
         let (switch, importance, load, load_std, z, bias_update, pooled) = losses;
         let losses = RouterLosses { switch, importance, load, load_std, z, pooled };
-        MixturePlan { router, active, noise, capacity_factor, overflow, kind, losses, bias_update }
+        MixturePlan {
+            router,
+            active,
+            noise,
+            capacity_factor,
+            capacity_warmup,
+            overflow,
+            kind,
+            losses,
+            bias_update,
+        }
     })
 }
 

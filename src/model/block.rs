@@ -115,7 +115,7 @@ impl Block {
 
     pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {
         self.attention.is_trained(gradients)
-            || self.feed_forward.linears().iter().any(|linear| linear.is_trained(gradients))
+            || self.feed_forward.is_trained(gradients)
             || [&self.input_norm, &self.post_norm].iter().any(|norm| gradients.wants(&norm.weight))
     }
 

@@ -275,6 +275,19 @@ impl Decoder {
         Ok(trainables)
     }
 
+    /// Puts a weight of zeros beside each router, from which the deviation of learned noise comes, and returns them all.
+    pub fn make_noise_trainable(&mut self) -> Result<Trainables> {
+        let mut trainables = Trainables::new();
+        for router in self.blocks.iter_mut().filter_map(Block::router_mut) {
+            let path = format!("{}.noise", router.linear.path);
+            let zeros = Tensor::zeros(router.linear.weight.dims()?, DType::F32, &self.device)?;
+            let mut weight = Parameter::new(format!("{path}.weight"), &zeros);
+            make_variable(&mut weight, &mut trainables)?;
+            router.noise = Some(Linear { path, weight: Weight::Dense(weight), bias: None, low_rank: None });
+        }
+        Ok(trainables)
+    }
+
     /// Makes the biases that only the choice of experts sees into variables and returns them by layer. They get no gradient:
     /// see [`super::balanced`].
     pub fn make_selection_biases_variable(&mut self) -> Result<BTreeMap<usize, (Arc<str>, Var)>> {

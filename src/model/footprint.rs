@@ -258,13 +258,12 @@ impl Walk<'_> {
 
         // q, k, v and what attention gives, q and k before their norms, the logsumexp; the middle of the residual stream.
         let head_norms = if attention.qk_norm.is_some() { values(q + kv) } else { 0 };
-        let logsumexp = self.wide(heads);
-        let of_attention = values(q + 2 * kv + q) + head_norms + logsumexp;
+        let of_attention = values(q + 2 * kv + q) + head_norms + self.wide(heads);
         let of_feed_forward = values(2 * width) + self.routing(index);
         let inner_of_attention = inner(&[Projection::Q, Projection::K, Projection::V, Projection::O]);
         let inner_of_feed_forward = inner(&[Projection::Gate, Projection::Up, Projection::Down]);
-        let all_inner = inner_of_attention + inner_of_feed_forward;
-        let kept = of_attention + values(hidden) + of_feed_forward + all_inner;
+        let kept =
+            of_attention + values(hidden) + of_feed_forward + inner_of_attention + inner_of_feed_forward;
         // And what is dropped behind it: both normalised inputs and the product of the gated unit.
         let saved = kept + values(2 * hidden + width);
 
@@ -369,18 +368,16 @@ impl Walk<'_> {
 
     /// What a router leaves for the backward: logits, and of each choice expert, weight and row.
     fn routing(&self, layer: usize) -> u64 {
-        match &self.config.layers[layer].feed_forward {
-            FeedForwardConfig::Dense { .. } => 0,
-            FeedForwardConfig::Sparse(moe) => self.wide(moe.experts + 4 * moe.active),
-        }
+        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
+        self.wide(moe.experts + 4 * moe.active)
     }
 
     /// The inner states of all experts' adapters for all tokens, in f32 and rounded, as they are while a layer is computed.
     fn stacked(&self, layer: usize) -> u64 {
-        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
         let rank = |projection| self.rank(layer, projection).unwrap_or(0);
-        let ranks = rank(Projection::Gate) + rank(Projection::Up);
-        if self.drops() { 0 } else { 2 * self.wide(moe.experts * ranks.max(rank(Projection::Down))) }
+        let ranks = (rank(Projection::Gate) + rank(Projection::Up)).max(rank(Projection::Down));
+        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
+        if self.drops() { 0 } else { 2 * self.wide(moe.experts * ranks) }
     }
 
     fn head_dim(&self) -> usize {

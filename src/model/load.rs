@@ -74,6 +74,7 @@ fn load_moe(read: &mut impl FnMut(&str) -> Result<Weight>, layer: usize, config:
         linear: linear(read, config.router_path(layer), false)?,
         bias,
         rule: Rule::of(config),
+        noise: None,
         unit: 1.0,
     };
     let mut experts = |projection| -> Result<Vec<Linear>> {

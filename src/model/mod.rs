@@ -22,6 +22,7 @@ mod router;
 mod router_loss;
 mod rule;
 mod shared;
+mod spread;
 mod walk;
 
 pub use cache::Cache;
@@ -31,6 +32,7 @@ pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use pretrained::Pretrained;
 pub use router::Routing;
-pub use router_loss::{RouterLosses, Spread, Tally, Terms, balanced};
+pub use router_loss::{RouterLosses, Terms};
 pub use rule::Rule;
+pub use spread::{Spread, Tally, balanced};
 pub use walk::Stream;

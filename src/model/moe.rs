@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
-use super::router::{Router, Routing};
+use super::router::{self, Router, Routing};
 use crate::error::{Error, Result};
 use crate::ops::grouped_linear::{join, spread};
 use crate::ops::{Activation, Gradients, Groups, Pass, add, cast, glu, linear};
@@ -44,7 +44,7 @@ pub(super) struct Shared {
 #[derive(Debug)]
 pub(super) struct Saved {
     routing: Routing,
-    router: linear::Saved,
+    router: router::Saved,
     groups: Groups,
     gate_and_up: spread::Saved,
     unit: glu::Saved,
@@ -127,7 +127,7 @@ impl Moe {
         if let (Some(shared), Some(saved)) = (&self.shared, shared) {
             dx = shared.backward(saved, pass, dy, wants_dx, gradients)?;
         }
-        let wants_router = wants_dx || self.router.linear.is_trained(gradients);
+        let wants_router = wants_dx || self.router.is_trained(gradients);
         let saved = SavedExperts { gate_and_up, unit, down };
         let routed = (routing.weights.as_slice(), &groups);
         let (d_routed, d_weights) =
@@ -148,7 +148,7 @@ impl Moe {
             shared.network.needs_input(wanted) || shared.gate.iter().any(|gate| gate.needs_input(wanted))
         });
         shared
-            || self.router.linear.needs_input(wanted)
+            || self.router.needs_input(wanted)
             || gate.iter().chain(up).any(|linear| linear.needs_input(wanted))
     }
 

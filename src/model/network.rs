@@ -81,6 +81,15 @@ impl Network {
         }
     }
 
+    /// Whether any of its values is trained.
+    pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {
+        let of_router = match self {
+            Self::Dense(_) => false,
+            Self::Sparse(network) => network.router.is_trained(gradients),
+        };
+        of_router || self.linears().iter().any(|linear| linear.is_trained(gradients))
+    }
+
     pub(super) fn linears(&self) -> Vec<&Linear> {
         match self {
             Self::Dense(network) => network.linears().to_vec(),

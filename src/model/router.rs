@@ -5,7 +5,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::config::{Overflow, Scoring};
+use super::config::{Overflow, RouterNoise, Scoring};
 use super::linear::Linear;
 use super::rule::Rule;
 use crate::error::Result;
@@ -32,10 +32,41 @@ pub struct Routing {
     pub scoring: Scoring,
     /// Whether the weights of a token sum to one (times a constant).
     pub renormalised: bool,
-    /// The deviation of the noise in the logits.
-    pub noise_deviation: Option<f64>,
+    /// The noise in the logits.
+    pub noise: Option<Noise>,
     /// What a logit of one is here: less where the router is stored scaled down.
     pub unit: f64,
+}
+
+/// What is added to logits, `[tokens, experts]`, and the deviation that it is drawn with.
+#[derive(Debug, Clone)]
+pub struct Noise {
+    /// What is added.
+    pub values: Tensor,
+    /// Its deviation.
+    pub deviation: Tensor,
+}
+
+/// What the backward needs.
+#[derive(Debug)]
+pub(super) struct Saved {
+    logits: linear::Saved,
+    /// Of learned noise what gives its deviation, and the slope of its values in that.
+    noise: Option<(linear::Saved, Tensor)>,
+}
+
+impl Saved {
+    /// Drops the input, which [`Saved::set_input`] gives again.
+    pub(super) fn drop_input(&mut self) {
+        self.logits.drop_input();
+        self.noise.iter_mut().for_each(|(saved, _)| saved.drop_input());
+    }
+
+    /// Gives the input again, in f32.
+    pub(super) fn set_input(&mut self, x: &Tensor) {
+        self.logits.set_input(x);
+        self.noise.iter_mut().for_each(|(saved, _)| saved.set_input(x));
+    }
 }
 
 impl Routing {
@@ -64,6 +95,8 @@ pub(super) struct Router {
     /// `[experts]`, added to the scores for the choice.
     pub(super) bias: Option<Parameter>,
     pub(super) rule: Rule,
+    /// `[experts, hidden]`, f32: from it comes the deviation of learned noise. A run has it, no file.
+    pub(super) noise: Option<Linear>,
     /// What the logits are the linear layer's output times: 1, or in training the power of two that the weight is stored
     /// with. Nothing else differs, not even in the last bit, but that steps of training are of the size of what they change.
     pub(super) unit: f64,
@@ -82,17 +115,16 @@ impl Router {
     }
 
     /// What it decides for `x [tokens, hidden]`, and what the backward needs.
-    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Routing, linear::Saved)> {
-        let (mut logits, saved) = self.linear.forward(&cast(x, DType::F32)?, pass)?; // [tokens, experts]
+    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Routing, Saved)> {
+        let x = cast(x, DType::F32)?;
+        let (mut logits, of_logits) = self.linear.forward(&x, pass)?; // [tokens, experts]
         if self.unit != 1.0 {
             logits = (logits * self.unit)?;
         }
         let Rule { active, experts, scoring, renormalise, variant, unit, .. } = self.rule;
-        let training = pass.dropout_step.is_some();
-        let noise_deviation = (variant.noise && training).then(|| unit / experts as f64);
-        if let Some(deviation) = noise_deviation {
-            let noise = noise(experts, deviation, variant.seed, self.layer, pass);
-            logits = (logits + Tensor::from_vec(noise, (pass.num_rows(), experts), x.device())?)?;
+        let (noise, of_noise) = self.noise(&x, pass)?;
+        if let Some(noise) = &noise {
+            logits = (logits + &noise.values)?;
         }
         let rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
         let bias: Option<Vec<f32>> = match &self.bias {
@@ -101,9 +133,8 @@ impl Router {
         };
         let ranked = self.rule.ranked(&rows, bias.as_deref(), self.layer, pass);
         let mut chosen = self.rule.choose(&ranked);
-        let capacity = variant
-            .capacity_factor
-            .filter(|_| training)
+        let factor = pass.dropout_step.and_then(|step| variant.capacity_factor_at(step, experts, active));
+        let capacity = factor
             .map(|factor| (factor * pass.num_rows() as f64 * active as f64 / experts as f64).ceil() as usize);
         let kept = capacity
             .map(|capacity| limit(&mut chosen, &ranked, (active, experts), capacity, variant.overflow));
@@ -120,16 +151,54 @@ impl Router {
             experts,
             scoring,
             renormalised,
-            noise_deviation,
+            noise,
             unit,
         };
-        Ok((routing, saved))
+        Ok((routing, Saved { logits: of_logits, noise: of_noise }))
+    }
+
+    /// The noise of a pass, in training, and what its backward needs where it is learned.
+    fn noise(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Option<Noise>, Option<(linear::Saved, Tensor)>)> {
+        let Rule { experts, variant, unit, .. } = self.rule;
+        let is_noisy = match variant.noise {
+            RouterNoise::None => false,
+            RouterNoise::Gaussian => true,
+            RouterNoise::Learned => self.noise.is_some(),
+        };
+        if !is_noisy || pass.dropout_step.is_none() {
+            return Ok((None, None));
+        }
+        let shape = (pass.num_rows(), experts);
+        let drawn = normals(experts, variant.seed, self.layer, pass);
+        let drawn = Tensor::from_vec(drawn, shape, x.device())?;
+        let Some(linear) = &self.noise else {
+            let deviation = unit / experts as f64;
+            let values = (drawn * deviation)?;
+            let deviation = Tensor::full(deviation as f32, shape, x.device())?;
+            return Ok((Some(Noise { values, deviation }), None));
+        };
+        let (z, saved) = linear.forward(x, pass)?;
+        let powers = (z.abs()?.neg()?.exp()? + 1.0)?;
+        let deviation = ((z.relu()? + powers.log()?)? * unit)?; // softplus
+        let slope = ((z.neg()?.exp()? + 1.0)?.recip()? * unit)?;
+        let values = (&drawn * &deviation)?;
+        Ok((Some(Noise { values, deviation }), Some((saved, (drawn * slope)?))))
+    }
+
+    /// Whether a gradient of `wanted` is computed from its input.
+    pub(super) fn needs_input(&self, wanted: &Gradients) -> bool {
+        std::iter::once(&self.linear).chain(&self.noise).any(|linear| linear.needs_input(wanted))
+    }
+
+    /// Whether any of its values is trained.
+    pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {
+        std::iter::once(&self.linear).chain(&self.noise).any(|linear| linear.is_trained(gradients))
     }
 
     /// `dx` in f32 when `wants_dx`, from the gradient of the weights and, where a loss has one, of the logits.
     pub(super) fn backward(
         &self,
-        (routing, saved): (&Routing, &linear::Saved),
+        (routing, saved): (&Routing, &Saved),
         pass: &Pass<'_>,
         (d_weights, d_logits): (&[f32], Option<&Tensor>),
         wants_dx: bool,
@@ -141,22 +210,32 @@ impl Router {
         if let Some(d_logits) = d_logits {
             dz = (dz + d_logits)?;
         }
+        let through_noise = match (&self.noise, &saved.noise) {
+            (Some(noise), Some((saved, slope))) => {
+                noise.backward(saved, pass, &(&dz * slope)?, wants_dx, gradients)?
+            }
+            _ => None,
+        };
         if self.unit != 1.0 {
             dz = (dz * self.unit)?;
         }
-        self.linear.backward(saved, pass, &dz, wants_dx, gradients)
+        let dx = self.linear.backward(&saved.logits, pass, &dz, wants_dx, gradients)?;
+        Ok(match (dx, through_noise) {
+            (Some(dx), Some(through_noise)) => Some((dx + through_noise)?),
+            (dx, _) => dx,
+        })
     }
 }
 
 /// The first number of the modules that draw chance here; those of linear layers are below.
 pub(super) const CHANCE: u64 = 1 << 40;
 
-/// Normal values, `[tokens * experts]` (Box and Muller).
-fn noise(experts: usize, deviation: f64, seed: u64, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
+/// Normal values of deviation one, `[tokens * experts]` (Box and Muller).
+fn normals(experts: usize, seed: u64, layer: usize, pass: &Pass<'_>) -> Vec<f32> {
     let uniform = dropout::uniforms(2 * experts, seed, CHANCE + 2 * layer as u64 + 1, pass);
     let normal = |pair: &[f32]| {
         let radius = (-2.0 * f64::from(pair[0]).ln()).sqrt();
-        (deviation * radius * (std::f64::consts::TAU * f64::from(pair[1])).cos()) as f32
+        (radius * (std::f64::consts::TAU * f64::from(pair[1])).cos()) as f32
     };
     uniform.chunks_exact(2).map(normal).collect()
 }
@@ -196,7 +275,7 @@ impl Routing {
         let experts = logits.dims()[1];
         let rows: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
         let chosen = Rule::example(&rows, experts, active);
-        let (weights, kept, noise_deviation) = (vec![1.0; chosen.len()], None, None);
+        let (weights, kept, noise) = (vec![1.0; chosen.len()], None, None);
         Self {
             layer: 0,
             logits,
@@ -207,7 +286,7 @@ impl Routing {
             experts,
             scoring,
             renormalised: false,
-            noise_deviation,
+            noise,
             unit: 1.0,
         }
     }
@@ -233,9 +312,9 @@ mod tests {
     #[test]
     fn noise_is_normal() {
         let documents = crate::ops::Documents::new(vec![0, 4000], vec![1]);
-        let values = noise(2, 0.5, 3, 1, &Pass::training(&documents, Some(7)));
+        let values = normals(2, 3, 1, &Pass::training(&documents, Some(7)));
         let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
         let variance = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64;
-        assert!(mean.abs() < 0.02 && (variance - 0.25).abs() < 0.01, "{mean} {variance}");
+        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.04, "{mean} {variance}");
     }
 }

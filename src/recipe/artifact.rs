@@ -28,6 +28,8 @@ pub(super) struct AdapterFiles<'a> {
     /// What PEFT wants beside them, as it is stored.
     companions: BTreeMap<String, Tensor>,
     provenance: Provenance,
+    /// Whether nothing else is trained.
+    writes_all: bool,
 }
 
 impl<'a> AdapterFiles<'a> {
@@ -36,6 +38,7 @@ impl<'a> AdapterFiles<'a> {
         prepared: &'a Prepared,
         adapter: &'a PlacedAdapter,
         trainables: &Trainables,
+        writes_all: bool,
     ) -> Result<Self> {
         let (base_model, revision) = match plan.model.source.rsplit_once('@') {
             Some((name, revision)) if !Path::new(&plan.model.source).exists() => (name, Some(revision)),
@@ -52,7 +55,7 @@ impl<'a> AdapterFiles<'a> {
         let base = &prepared.base;
         let (units, trainables) = (Units::of(base.config()), trainables.clone());
         let companions = companions(adapter, base, &trainables)?;
-        Ok(Self { adapter, base, trainables, units, companions, provenance })
+        Ok(Self { adapter, base, trainables, units, companions, provenance, writes_all })
     }
 
     /// What is written, as it is stored.
@@ -87,7 +90,7 @@ impl Artifact for AdapterFiles<'_> {
     }
 
     fn is_exact(&self) -> bool {
-        true
+        self.writes_all
     }
 }
 
@@ -124,12 +127,14 @@ pub(super) struct ModelFiles<'a> {
     dtype: DType,
     /// What is written.
     stored: DType,
+    /// Whether nothing else is trained.
+    writes_all: bool,
 }
 
 impl<'a> ModelFiles<'a> {
-    pub(super) fn new(base: &'a Pretrained, trainables: &Trainables, dtype: DType) -> Self {
+    pub(super) fn new(base: &'a Pretrained, trainables: &Trainables, dtype: DType, writes_all: bool) -> Self {
         let (units, stored) = (Units::of(base.config()), base.compute_dtype());
-        Self { base, trainables: trainables.clone(), units, dtype, stored }
+        Self { base, trainables: trainables.clone(), units, dtype, stored, writes_all }
     }
 }
 
@@ -174,7 +179,7 @@ impl Artifact for ModelFiles<'_> {
     fn is_exact(&self) -> bool {
         // What routers are trained in is not what a rounded model stores.
         let rounds_routers = self.stored != DType::F32 && self.base.config().sparse_layers().next().is_some();
-        self.stored == self.dtype && !rounds_routers
+        self.writes_all && self.stored == self.dtype && !rounds_routers
     }
 }
 

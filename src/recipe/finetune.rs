@@ -19,6 +19,7 @@ use crate::data::Row;
 use crate::error::{Context, Error, Result};
 use crate::generate::{Limits, Sampling, Session};
 use crate::model::Decoder;
+use crate::model::config::RouterNoise;
 use crate::ops::Trainables;
 use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary, Teacher};
 
@@ -126,20 +127,28 @@ fn make_trainable<'a>(plan: &'a Plan, prepared: &'a Prepared, model: &mut Decode
         false => Ok(BTreeMap::new()),
     };
     model.unscale_routers()?;
-    match &prepared.trained {
+    // What noise is drawn with is of the run alone: no file of a result has a place for it.
+    let noise = match plan.mixture.noise {
+        RouterNoise::Learned => model.make_noise_trainable()?,
+        RouterNoise::None | RouterNoise::Gaussian => Trainables::new(),
+    };
+    let writes_all = noise.is_empty();
+    let (mut trainables, artifact, biases): Made<'a> = match &prepared.trained {
         Trainee::Full => {
-            let trainables = model.make_trainable()?;
-            let biases = biases(model)?;
-            let artifact = ModelFiles::new(&prepared.base, &with(&trainables, &biases), prepared.dtype);
-            Ok((trainables, Box::new(artifact), biases))
+            let (trainables, biases) = (model.make_trainable()?, biases(model)?);
+            let written = with(&trainables, &biases);
+            let artifact = ModelFiles::new(&prepared.base, &written, prepared.dtype, writes_all);
+            (trainables, Box::new(artifact), biases)
         }
         Trainee::Adapter(adapter) => {
-            let trainables = attach_adapter(adapter, prepared, model)?;
-            let biases = biases(model)?;
-            let artifact = AdapterFiles::new(plan, prepared, adapter, &with(&trainables, &biases))?;
-            Ok((trainables, Box::new(artifact), biases))
+            let (trainables, biases) = (attach_adapter(adapter, prepared, model)?, biases(model)?);
+            let written = with(&trainables, &biases);
+            let artifact = AdapterFiles::new(plan, prepared, adapter, &written, writes_all)?;
+            (trainables, Box::new(artifact), biases)
         }
-    }
+    };
+    trainables.extend(noise);
+    Ok((trainables, artifact, biases))
 }
 
 /// What is written: also what follows the load without a gradient.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{Recipe, bounds};
 use crate::error::{Error, Result};
 use crate::model::RouterLosses;
-use crate::model::config::{DecoderConfig, Overflow, RoutingKind, RoutingVariant};
+use crate::model::config::{DecoderConfig, Overflow, RouterNoise, RoutingKind, RoutingVariant};
 
 /// What of the routers is trained.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,10 +27,12 @@ pub struct MixturePlan {
     pub router: RouterTraining,
     /// Experts of a token; `None`: as many as the model's configuration says.
     pub active: Option<usize>,
-    /// Whether logits get noise in training.
-    pub noise: bool,
+    /// What logits get in training.
+    pub noise: RouterNoise,
     /// The most tokens of an expert by an equal share; `None`: no limit.
     pub capacity_factor: Option<f64>,
+    /// Steps until the limit is that.
+    pub capacity_warmup: u64,
     /// Where the others go.
     pub overflow: Overflow,
     /// By what experts are chosen.
@@ -43,15 +45,16 @@ pub struct MixturePlan {
 
 impl MixturePlan {
     pub(super) fn of(recipe: &Recipe) -> Self {
-        let Routing { active, noise, capacity_factor, overflow, kind } = recipe.routing;
+        let Routing { active, noise, capacity_factor, capacity_warmup, overflow, kind } = recipe.routing;
         let Losses { switch, importance, load, load_std, z, bias_update, pooled } = recipe.losses;
         let [switch, importance, load, load_std, z] =
             [switch, importance, load, load_std, z].map(|coefficient| coefficient.unwrap_or(0.0));
         Self {
             router: recipe.train.router,
             active,
-            noise: noise == Noise::Gaussian,
+            noise,
             capacity_factor,
+            capacity_warmup: capacity_warmup.unwrap_or(0),
             overflow,
             kind,
             losses: RouterLosses { switch, importance, load, load_std, z, pooled },
@@ -61,11 +64,13 @@ impl MixturePlan {
 
     /// The tables that say it.
     pub(super) fn tables(&self) -> (Routing, Losses) {
-        let Self { active, noise, capacity_factor, overflow, kind, losses, bias_update, .. } = *self;
+        let Self {
+            active, noise, capacity_factor, capacity_warmup, overflow, kind, losses, bias_update, ..
+        } = *self;
         let RouterLosses { switch, importance, load, load_std, z, pooled } = losses;
         let on = |coefficient: f64| (coefficient > 0.0).then_some(coefficient);
-        let noise = if noise { Noise::Gaussian } else { Noise::None };
-        let routing = Routing { active, noise, capacity_factor, overflow, kind };
+        let capacity_warmup = (capacity_warmup > 0).then_some(capacity_warmup);
+        let routing = Routing { active, noise, capacity_factor, capacity_warmup, overflow, kind };
         let losses = Losses {
             switch: on(switch),
             importance: on(importance),
@@ -80,12 +85,23 @@ impl MixturePlan {
 
     /// The first key that asks for something only a mixture of experts has.
     fn key(&self) -> Option<&'static str> {
-        let Self { router, active, noise, capacity_factor, overflow, kind, losses, bias_update } = self;
+        let Self {
+            router,
+            active,
+            noise,
+            capacity_factor,
+            capacity_warmup,
+            overflow,
+            kind,
+            losses,
+            bias_update,
+        } = self;
         [
             ("train.router", *router != RouterTraining::Frozen),
             ("routing.active", active.is_some()),
-            ("routing.noise", *noise),
+            ("routing.noise", *noise != RouterNoise::None),
             ("routing.capacity_factor", capacity_factor.is_some()),
+            ("routing.capacity_warmup", *capacity_warmup > 0),
             ("routing.overflow", *overflow != Overflow::Drop),
             ("routing.kind", *kind != RoutingKind::Model),
             ("losses.switch", losses.switch > 0.0),
@@ -117,8 +133,9 @@ impl MixturePlan {
             ))
             .with_hint("balance with `losses.switch`"));
         }
-        let Self { active, noise, capacity_factor, overflow, kind, .. } = *self;
-        model.reroute(active, RoutingVariant { noise, capacity_factor, overflow, kind, seed })
+        let Self { active, noise, capacity_factor, capacity_warmup, overflow, kind, .. } = *self;
+        let variant = RoutingVariant { noise, capacity_factor, capacity_warmup, overflow, kind, seed };
+        model.reroute(active, variant)
     }
 }
 
@@ -128,9 +145,11 @@ impl MixturePlan {
 pub(super) struct Routing {
     #[serde(deserialize_with = "bounds::count::<_, 1>", skip_serializing_if = "Option::is_none")]
     active: Option<usize>,
-    noise: Noise,
+    noise: RouterNoise,
     #[serde(deserialize_with = "bounds::positive", skip_serializing_if = "Option::is_none")]
     capacity_factor: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    capacity_warmup: Option<u64>,
     overflow: Overflow,
     kind: RoutingKind,
 }
@@ -139,15 +158,6 @@ impl Routing {
     pub(super) fn is_default(&self) -> bool {
         *self == Self::default()
     }
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Noise {
-    #[default]
-    None,
-    Gaussian,
-    Learned,
 }
 
 /// `[losses]`
@@ -176,9 +186,21 @@ impl Losses {
 }
 
 impl Recipe {
-    /// The first key that asks for what this version has not.
-    pub(super) fn unbuilt_key(&self) -> Option<&'static str> {
-        (self.routing.noise == Noise::Learned).then_some("routing.noise")
+    /// A key of `[routing]` that another key forbids, or needs and has not.
+    pub(super) fn contradiction_of_routing(&self) -> Option<(&'static str, Error)> {
+        let Routing { noise, capacity_factor, capacity_warmup, .. } = self.routing;
+        if capacity_warmup.is_some_and(|steps| steps > 0) && capacity_factor.is_none() {
+            let error = Error::request("`routing.capacity_warmup` leads to a capacity that is not given");
+            return Some(("routing.capacity_warmup", error.with_hint("set `routing.capacity_factor` too")));
+        }
+        let trains_routers = self.train.router != RouterTraining::Frozen || self.train.full == Some(true);
+        if noise == RouterNoise::Learned && !trains_routers {
+            let error =
+                Error::request("learned noise is trained with the routers, and `train.router` is \"frozen\"");
+            let hint = "set `train.router` to \"full\" or \"lora\", or `routing.noise` to \"gaussian\"";
+            return Some(("routing.noise", error.with_hint(hint)));
+        }
+        None
     }
 }
 

@@ -310,9 +310,8 @@ impl Recipe {
     fn contradiction(&self) -> Option<(&'static str, Error)> {
         let Self { adapter, data, train, .. } = self;
         let full = train.full.unwrap_or(false);
-        if let Some(key) = self.unbuilt_key() {
-            let message = format!("what `{key}` asks for is not built yet");
-            return Some((key, Error::request(message).with_hint("leave it out")));
+        if let Some(found) = self.contradiction_of_routing() {
+            return Some(found);
         }
         if let Some(error) = self.distill.contradiction() {
             return Some(("distill.kl", error));

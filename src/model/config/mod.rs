@@ -8,8 +8,8 @@ mod sizes;
 
 pub use linears::{LinearConfig, Projection, Site};
 pub use moe::{
-    Bundle, EVEN_EXPONENT, InPeft, MoeConfig, MoeNames, Overflow, PackedTensor, RoutingKind, RoutingVariant,
-    Scoring, SharedConfig,
+    Bundle, EVEN_EXPONENT, InPeft, MoeConfig, MoeNames, Overflow, PackedTensor, RouterNoise, RoutingKind,
+    RoutingVariant, Scoring, SharedConfig,
 };
 pub(in crate::model) use sizes::Widths;
 

@@ -45,16 +45,43 @@ pub struct MoeConfig {
 /// and expert, so that recomputation and resumed runs see the same.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RoutingVariant {
-    /// Whether the logits get normal noise of deviation `1 / experts` in training.
-    pub noise: bool,
+    /// What logits get in training.
+    pub noise: RouterNoise,
     /// In training an expert takes at most `ceil(factor * tokens * active / experts)` of the tokens computed at once.
     pub capacity_factor: Option<f64>,
+    /// So many steps it takes until the factor is that: it falls from the first step on, where all tokens find room.
+    pub capacity_warmup: u64,
     /// Where the others go.
     pub overflow: Overflow,
     /// By what experts are chosen.
     pub kind: RoutingKind,
     /// Where chance comes from.
     pub seed: u64,
+}
+
+/// Normal noise that is added to the logits in training, so that experts are tried that would not be chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RouterNoise {
+    /// None.
+    #[default]
+    None,
+    /// Of deviation `1 / experts` (V-MoE).
+    Gaussian,
+    /// Of deviation `softplus(W x)`, `W` zero at first and trained (Shazeer et al. 2017, noisy top-k gating).
+    Learned,
+}
+
+impl RoutingVariant {
+    /// The capacity factor at a step: `experts / active`, with which nothing is dropped, at first, and from there evenly to
+    /// what it is after the warm-up.
+    #[must_use]
+    pub fn capacity_factor_at(&self, step: u64, experts: usize, active: usize) -> Option<f64> {
+        let factor = self.capacity_factor?;
+        let begun = step as f64 / self.capacity_warmup.max(1) as f64;
+        let all = experts as f64 / active as f64;
+        Some(if step < self.capacity_warmup { all + (factor - all) * begun } else { factor })
+    }
 }
 
 /// What becomes of a choice that finds no room at its expert.
