@@ -7,7 +7,7 @@ use super::cache::KeyValues;
 use super::linear::Linear;
 use super::network::{self, Network};
 use super::norm::Norm;
-use super::router::{Router, Routing};
+use super::router::{Router, Routing, RoutingGradient};
 use crate::error::Result;
 use crate::ops::rotary::Angles;
 use crate::ops::{Gradients, Parameter, Pass, add, rms_norm};
@@ -70,13 +70,13 @@ impl Block {
         scaled(term, self.residual)
     }
 
-    /// `dx` when `wants_dx`; `d_logits` is what losses on the router add. What was saved is freed on the way.
+    /// `dx` when `wants_dx`; `of_losses` is what losses on the router add. What was saved is freed on the way.
     pub(super) fn backward(
         &self,
         saved: Saved,
         angles: &Angles,
         pass: &Pass<'_>,
-        (dy, d_logits): (&Tensor, Option<&Tensor>),
+        (dy, of_losses): (&Tensor, Option<&RoutingGradient>),
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
@@ -89,7 +89,7 @@ impl Block {
         }
         let d_term = self.scaled(dy.clone())?;
         let normalised =
-            self.feed_forward.backward(feed_forward, pass, &d_term, d_logits, wants_post_norm, gradients)?;
+            self.feed_forward.backward(feed_forward, pass, &d_term, of_losses, wants_post_norm, gradients)?;
         drop(d_term);
         let Some(normalised) = normalised else { return Ok(None) };
         let dy = self.post_norm.backward(&post_norm, &normalised, Some(dy), gradients)?;

@@ -13,7 +13,7 @@ use super::load::{load_block, parameter};
 use super::norm::Norm;
 use super::pretrained::Pretrained;
 use super::rotary::Rotary;
-use super::router::{Router, Routing};
+use super::router::{Router, Routing, RoutingGradient};
 use crate::error::{Context, Error, Result};
 use crate::ops::rotary::Angles;
 use crate::ops::{
@@ -212,7 +212,7 @@ impl Decoder {
         saved: Saved,
         pass: &Pass<'_>,
         d_hidden: &Tensor,
-        d_logits: &BTreeMap<usize, Tensor>,
+        of_losses: &BTreeMap<usize, RoutingGradient>,
         gradients: &mut Gradients,
     ) -> Result<()> {
         let Saved { ids, angles, mut blocks, norm } = saved;
@@ -230,7 +230,7 @@ impl Decoder {
                 Some(Kept::Nothing) | None => return Ok(()),
             };
             let wants_dx = index > lowest || wants_embedding;
-            match block.backward(saved, &angles, pass, (&dx, d_logits.get(&index)), wants_dx, gradients)? {
+            match block.backward(saved, &angles, pass, (&dx, of_losses.get(&index)), wants_dx, gradients)? {
                 Some(below) => dx = below,
                 None => return Ok(()),
             }

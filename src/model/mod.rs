@@ -31,7 +31,7 @@ pub use decoder::{Decoder, Output, Recompute, Saved};
 pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use pretrained::Pretrained;
-pub use router::Routing;
+pub use router::{Routing, RoutingGradient};
 pub use router_loss::{RouterLosses, Terms};
 pub use rule::Rule;
 pub use spread::{Spread, Tally, balanced};

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
-use super::router::{self, Router, Routing};
+use super::router::{self, Router, Routing, RoutingGradient};
 use crate::error::{Error, Result};
 use crate::ops::grouped_linear::{join, spread};
 use crate::ops::{Activation, Gradients, Groups, Pass, add, cast, glu, linear};
@@ -74,6 +74,9 @@ impl Saved {
 
     /// Gives the input again, if it was dropped.
     pub(super) fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+        if self.gate_and_up.has_input() {
+            return Ok(());
+        }
         let x = input()?;
         self.router.set_input(&cast(&x, DType::F32)?);
         self.gate_and_up.set_input(&x);
@@ -111,14 +114,14 @@ impl Moe {
         Ok((y, routing, saved))
     }
 
-    /// `dx` when `wants_dx`; `d_logits [tokens, experts]` is what losses on the router add. Needs the input where
+    /// `dx` when `wants_dx`; `of_losses` is what losses on the router add. Needs the input where
     /// [`Moe::needs_input`] says so.
     pub(super) fn backward(
         &self,
         saved: Saved,
         pass: &Pass<'_>,
         dy: &Tensor,
-        d_logits: Option<&Tensor>,
+        of_losses: Option<&RoutingGradient>,
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
@@ -133,7 +136,7 @@ impl Moe {
         let (d_routed, d_weights) =
             self.experts.backward(saved, routed, pass, dy, (wants_dx, wants_router), gradients)?;
         if let Some(d_weights) = d_weights {
-            let through = (d_weights.as_slice(), d_logits);
+            let through = (d_weights.as_slice(), of_losses);
             let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
             dx = sum(d_routed, dx, dy.dtype())?;
             return sum(dx, d_router, dy.dtype());

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
 use super::moe::{self, Moe};
-use super::router::Routing;
+use super::router::{Routing, RoutingGradient};
 use crate::error::Result;
 use crate::ops::{Gradients, Pass};
 
@@ -52,13 +52,13 @@ impl Network {
         }
     }
 
-    /// `dx` when `wants_dx`; `d_logits` is what losses on the router add.
+    /// `dx` when `wants_dx`; `of_losses` is what losses on the router add.
     pub(super) fn backward(
         &self,
         saved: Saved,
         pass: &Pass<'_>,
         dy: &Tensor,
-        d_logits: Option<&Tensor>,
+        of_losses: Option<&RoutingGradient>,
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
@@ -67,7 +67,7 @@ impl Network {
                 network.backward(saved, pass, dy, wants_dx, gradients)
             }
             (Self::Sparse(network), Saved::Sparse(saved)) => {
-                network.backward(*saved, pass, dy, d_logits, wants_dx, gradients)
+                network.backward(*saved, pass, dy, of_losses, wants_dx, gradients)
             }
             _ => unreachable!("a network's own forward has saved this"),
         }

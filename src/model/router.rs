@@ -38,20 +38,29 @@ pub struct Routing {
     pub unit: f64,
 }
 
-/// What is added to logits, `[tokens, experts]`, and the deviation that it is drawn with.
+/// What is added to logits: `drawn * deviation`, both `[tokens, experts]`.
 #[derive(Debug, Clone)]
 pub struct Noise {
-    /// What is added.
-    pub values: Tensor,
-    /// Its deviation.
+    /// Normal values of deviation one.
+    pub drawn: Tensor,
+    /// The deviation.
     pub deviation: Tensor,
+}
+
+/// What losses on a router add to its gradients, both `[tokens, experts]`.
+#[derive(Debug, Clone)]
+pub struct RoutingGradient {
+    /// Of the logits without their noise.
+    pub logits: Tensor,
+    /// Of the deviation of the noise, if there is noise.
+    pub deviation: Option<Tensor>,
 }
 
 /// What the backward needs.
 #[derive(Debug)]
 pub(super) struct Saved {
     logits: linear::Saved,
-    /// Of learned noise what gives its deviation, and the slope of its values in that.
+    /// Of learned noise what gives its deviation, and the slope of that.
     noise: Option<(linear::Saved, Tensor)>,
 }
 
@@ -124,7 +133,7 @@ impl Router {
         let Rule { active, experts, scoring, renormalise, variant, unit, .. } = self.rule;
         let (noise, of_noise) = self.noise(&x, pass)?;
         if let Some(noise) = &noise {
-            logits = (logits + &noise.values)?;
+            logits = (logits + (&noise.drawn * &noise.deviation)?)?;
         }
         let rows: Vec<f32> = logits.flatten_all()?.to_vec1()?;
         let bias: Option<Vec<f32>> = match &self.bias {
@@ -172,17 +181,14 @@ impl Router {
         let drawn = normals(experts, variant.seed, self.layer, pass);
         let drawn = Tensor::from_vec(drawn, shape, x.device())?;
         let Some(linear) = &self.noise else {
-            let deviation = unit / experts as f64;
-            let values = (drawn * deviation)?;
-            let deviation = Tensor::full(deviation as f32, shape, x.device())?;
-            return Ok((Some(Noise { values, deviation }), None));
+            let deviation = Tensor::full((unit / experts as f64) as f32, shape, x.device())?;
+            return Ok((Some(Noise { drawn, deviation }), None));
         };
         let (z, saved) = linear.forward(x, pass)?;
         let powers = (z.abs()?.neg()?.exp()? + 1.0)?;
         let deviation = ((z.relu()? + powers.log()?)? * unit)?; // softplus
         let slope = ((z.neg()?.exp()? + 1.0)?.recip()? * unit)?;
-        let values = (&drawn * &deviation)?;
-        Ok((Some(Noise { values, deviation }), Some((saved, (drawn * slope)?))))
+        Ok((Some(Noise { drawn, deviation }), Some((saved, slope))))
     }
 
     /// Whether a gradient of `wanted` is computed from its input.
@@ -200,22 +206,26 @@ impl Router {
         &self,
         (routing, saved): (&Routing, &Saved),
         pass: &Pass<'_>,
-        (d_weights, d_logits): (&[f32], Option<&Tensor>),
+        (d_weights, of_losses): (&[f32], Option<&RoutingGradient>),
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let rows: Vec<f32> = routing.logits.flatten_all()?.to_vec1()?;
         let through = self.rule.backward(&rows, &routing.chosen, &routing.weights, d_weights);
         let mut dz = Tensor::from_vec(through, routing.logits.dims(), routing.logits.device())?;
-        if let Some(d_logits) = d_logits {
-            dz = (dz + d_logits)?;
-        }
-        let through_noise = match (&self.noise, &saved.noise) {
-            (Some(noise), Some((saved, slope))) => {
-                noise.backward(saved, pass, &(&dz * slope)?, wants_dx, gradients)?
+        let through_noise = match (&self.noise, &saved.noise, &routing.noise) {
+            (Some(linear), Some((saved, slope)), Some(noise)) => {
+                let mut d_deviation = (&dz * &noise.drawn)?;
+                if let Some(d) = of_losses.and_then(|gradient| gradient.deviation.as_ref()) {
+                    d_deviation = (d_deviation + d)?;
+                }
+                linear.backward(saved, pass, &(d_deviation * slope)?, wants_dx, gradients)?
             }
             _ => None,
         };
+        if let Some(of_losses) = of_losses {
+            dz = (dz + &of_losses.logits)?;
+        }
         if self.unit != 1.0 {
             dz = (dz * self.unit)?;
         }

@@ -5,24 +5,25 @@
 //!
 //! | term | | source |
 //! |---|---|---|
-//! | switch | `E sum_e f_e mean(P_e)`, `f_e` the choices of `e` per token; at least the number chosen | Switch Transformer, (4) |
+//! | switch | `E sum_e f_e mean(P_e)`, `f_e` the choices of `e` per token; the number chosen when all is even | Switch Transformer, (4) |
 //! | importance | `CV^2` of `sum_t g_te` | Shazeer et al. 2017, (6) |
 //! | load | `CV^2` of `sum_t Phi((z_te - threshold_te) / sigma)` | the same, (8) to (11) |
 //! | load_std | `std / mean` of `sum_t P_te` | |
 //! | z | mean of `logsumexp(z)^2` | ST-MoE, (5) |
 //!
-//! `CV^2` is the variance (divided by `E - 1`) by the squared mean. A threshold is the least logit that is among the chosen
-//! when the expert itself is left out, all with their noise, and `z` there is without; `sigma` is the deviation of the noise that
-//! logits get, and where they get none 1, or what that is for a router that is stored scaled down ([`Routing::unit`]).
-//! Choices and deviations are constants. Each term is the mean over layers, or `pooled`: that of all layers' tokens taken together, which for
-//! `switch` is what transformers computes.
+//! `CV^2` is the variance (divided by `E - 1`) by the squared mean. A threshold is the least of the largest logits,
+//! as many as are active, when the expert itself is left out, all with their noise, and `z` there is without; a selection bias,
+//! chance and capacity do not come into it. `sigma` is the deviation of the noise, and where there is none 1, or what that is for a
+//! router that is stored scaled down ([`Routing::unit`]). Choices and thresholds are constants. Each term is the mean over layers, or
+//! `pooled`: that of all layers' tokens taken together, which for `switch` is what transformers computes.
 
 use std::collections::BTreeMap;
 
-use super::config::Scoring;
-use super::router::Routing;
-use crate::error::Result;
 use candle_core::{D, Tensor, Var};
+
+use super::config::Scoring;
+use super::router::{Routing, RoutingGradient};
+use crate::error::Result;
 
 /// How much each term counts; 0: not at all.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -62,13 +63,12 @@ impl RouterLosses {
         [("switch", switch), ("importance", importance), ("load", load), ("load_std", load_std), ("z", z)]
     }
 
-    /// The terms, and the gradient of `share * total` with respect to the logits of each layer.
-    pub fn of(&self, routing: &[Routing], share: f64) -> Result<(Terms, BTreeMap<usize, Tensor>)> {
+    /// The terms, and the gradients of `share * total` in each layer.
+    pub fn of(&self, routing: &[Routing], share: f64) -> Result<(Terms, BTreeMap<usize, RoutingGradient>)> {
         if !self.are_on() || routing.is_empty() {
             return Ok((Terms::default(), BTreeMap::new()));
         }
-        let variables: Vec<Var> =
-            routing.iter().map(|layer| Ok(Var::from_tensor(&layer.logits)?)).collect::<Result<_>>()?;
+        let variables: Vec<Variables> = routing.iter().map(Variables::of).collect::<Result<_>>()?;
         let layers: Vec<Layer> =
             variables.iter().zip(routing).map(|(z, routing)| Layer::of(z, routing)).collect::<Result<_>>()?;
         let layers = if self.pooled { vec![Layer::joined(&layers)?] } else { layers };
@@ -99,10 +99,30 @@ impl RouterLosses {
         }
         let Some(total) = total else { return Ok((terms, BTreeMap::new())) };
         let gradients = total.backward()?;
-        let of_layers = variables.iter().zip(routing).filter_map(|(z, routing)| {
-            gradients.get(z.as_tensor()).map(|gradient| (routing.layer, gradient.detach()))
+        let of = |variable: &Var| gradients.get(variable.as_tensor()).map(Tensor::detach);
+        let of_layers = variables.iter().zip(routing).filter_map(|(variables, routing)| {
+            let deviation = variables.deviation.as_ref().and_then(of);
+            Some((routing.layer, RoutingGradient { logits: of(&variables.logits)?, deviation }))
         });
         Ok((terms, of_layers.collect()))
+    }
+}
+
+/// What losses are differentiated by.
+struct Variables {
+    /// Without noise.
+    logits: Var,
+    /// That of the noise.
+    deviation: Option<Var>,
+}
+
+impl Variables {
+    fn of(routing: &Routing) -> Result<Self> {
+        let Some(noise) = &routing.noise else {
+            return Ok(Self { logits: Var::from_tensor(&routing.logits)?, deviation: None });
+        };
+        let without = (&routing.logits - (&noise.drawn * &noise.deviation)?)?;
+        Ok(Self { logits: Var::from_tensor(&without)?, deviation: Some(Var::from_tensor(&noise.deviation)?) })
     }
 }
 
@@ -114,33 +134,37 @@ struct Layer {
     scoring: Scoring,
     renormalised: bool,
     active: usize,
-    /// The noise in the logits, `[tokens, experts]`.
-    noise: Tensor,
-    /// Its deviation, `[tokens, experts]`.
+    /// The logits without noise, `[tokens, experts]`.
+    without_noise: Tensor,
+    /// The deviation of the noise, `[tokens, experts]`.
     sigma: Tensor,
 }
 
 impl Layer {
-    fn of(logits: &Var, routing: &Routing) -> Result<Self> {
-        let (tokens, experts) = logits.dims2()?;
+    fn of(variables: &Variables, routing: &Routing) -> Result<Self> {
+        let without_noise = variables.logits.as_tensor();
+        let (tokens, experts) = without_noise.dims2()?;
+        let (logits, sigma) = match (&routing.noise, &variables.deviation) {
+            (Some(noise), Some(sigma)) => {
+                ((without_noise + (&noise.drawn * sigma.as_tensor())?)?, sigma.as_tensor().clone())
+            }
+            _ => {
+                let unit = Tensor::full(routing.unit as f32, without_noise.dims(), without_noise.device())?;
+                (without_noise.clone(), unit)
+            }
+        };
         let mut mask = vec![0f32; tokens * experts];
         for (choice, expert) in routing.chosen.iter().enumerate() {
             mask[choice / routing.active * experts + *expert as usize] = 1.0;
         }
         Ok(Self {
-            logits: logits.as_tensor().clone(),
             mask: Tensor::from_vec(mask, (tokens, experts), logits.device())?,
+            logits,
             scoring: routing.scoring,
             renormalised: routing.renormalised,
             active: routing.active,
-            noise: routing
-                .noise
-                .as_ref()
-                .map_or_else(|| logits.zeros_like(), |noise| Ok(noise.values.clone()))?,
-            sigma: match &routing.noise {
-                Some(noise) => noise.deviation.clone(),
-                None => Tensor::full(routing.unit as f32, logits.dims(), logits.device())?,
-            },
+            without_noise: without_noise.clone(),
+            sigma,
         })
     }
 
@@ -150,7 +174,7 @@ impl Layer {
         Ok(Self {
             logits: cat(|l| &l.logits)?,
             mask: cat(|l| &l.mask)?,
-            noise: cat(|l| &l.noise)?,
+            without_noise: cat(|l| &l.without_noise)?,
             sigma: cat(|l| &l.sigma)?,
             ..layers[0]
         })
@@ -161,7 +185,7 @@ impl Layer {
             "switch" => self.switch(),
             "importance" => variation(&self.gates()?.sum(0)?),
             "load" => variation(&self.expected_load()?),
-            "load_std" => Ok(variation(&self.scores()?.sum(0)?)?.sqrt()?),
+            "load_std" => Ok((variation(&self.scores()?.sum(0)?)? + EVEN)?.sqrt()?),
             _ => Ok(logsumexp(&self.logits)?.sqr()?.mean_all()?),
         }
     }
@@ -194,20 +218,18 @@ impl Layer {
 
     fn expected_load(&self) -> Result<Tensor> {
         let rows: Vec<Vec<f32>> = self.logits.detach().to_vec2()?;
-        let masks: Vec<Vec<f32>> = self.mask.to_vec2()?;
         let experts = self.logits.dim(1)?;
         let mut thresholds = Vec::with_capacity(rows.len() * experts);
-        for (row, mask) in rows.iter().zip(&masks) {
+        for row in &rows {
             let mut sorted = row.clone();
             sorted.sort_by(|x, y| y.total_cmp(x));
-            // Beside an expert that was chosen, the next one would have been.
+            // Beside an expert that is among the largest, the next one would be.
             let next = sorted.get(self.active).copied().unwrap_or(f32::NEG_INFINITY).max(f32::MIN / 2.0);
             let last = sorted[self.active - 1];
-            thresholds.extend(mask.iter().map(|chosen| if *chosen > 0.0 { next } else { last }));
+            thresholds.extend(row.iter().map(|logit| if *logit >= last { next } else { last }));
         }
         let thresholds = Tensor::from_vec(thresholds, (rows.len(), experts), self.logits.device())?;
-        let without_noise = (&self.logits - &self.noise)?;
-        let distance = ((without_noise - thresholds)? / (&self.sigma * std::f64::consts::SQRT_2)?)?;
+        let distance = ((&self.without_noise - thresholds)? / (&self.sigma * std::f64::consts::SQRT_2)?)?;
         Ok(((distance.erf()? + 1.0)? * 0.5)?.sum(0)?)
     }
 }
@@ -218,6 +240,9 @@ fn logsumexp(logits: &Tensor) -> Result<Tensor> {
     let sum = logits.broadcast_sub(&most)?.exp()?.sum_keepdim(D::Minus1)?;
     Ok((sum.log()? + most)?)
 }
+
+/// Added under a root, whose slope has no end at zero.
+const EVEN: f64 = 1e-12;
 
 /// The variance by the squared mean.
 fn variation(values: &Tensor) -> Result<Tensor> {
@@ -233,6 +258,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::model::router::Noise;
 
     fn routing(logits: &[f32], tokens: usize, active: usize, scoring: Scoring) -> Routing {
         let experts = logits.len() / tokens;
@@ -258,18 +284,31 @@ mod tests {
 
     const LOGITS: [f32; 12] = [0.3, -1.2, 0.9, 0.1, 1.4, 0.2, -0.7, 0.6, -0.1, 0.8, 0.5, -1.5];
 
+    /// Whether a logit is no threshold of the load, for these are constants.
+    fn is_apart(i: usize) -> bool {
+        let row = &LOGITS[i / 4 * 4..][..4];
+        !(1..=2).contains(&row.iter().filter(|other| **other > LOGITS[i]).count())
+    }
+
+    #[test]
+    fn even_scores_have_no_slope() {
+        let even = routing(&[0.0; 16], 4, 2, Scoring::Softmax);
+        for losses in ON {
+            let (_, gradients) = losses.of(std::slice::from_ref(&even), 1.0).unwrap();
+            let found: Vec<f32> = gradients[&0].logits.flatten_all().unwrap().to_vec1().unwrap();
+            assert!(found.iter().all(|slope| slope.is_finite()), "{losses:?}: {found:?}");
+        }
+    }
+
     #[test]
     fn gradients_are_slopes() {
         for scoring in [Scoring::Softmax, Scoring::Sigmoid, Scoring::SoftmaxOfActive] {
             for losses in ON {
                 let layer = routing(&LOGITS, 3, 2, scoring);
                 let (_, gradients) = losses.of(std::slice::from_ref(&layer), 1.0).unwrap();
-                let found: Vec<f32> = gradients[&0].flatten_all().unwrap().to_vec1().unwrap();
-                for (i, found) in found.iter().enumerate() {
-                    // Thresholds of the load are constants, which a step of the logit would move.
-                    if losses.load > 0.0 {
-                        continue;
-                    }
+                let found: Vec<f32> = gradients[&0].logits.flatten_all().unwrap().to_vec1().unwrap();
+                for (i, found) in found.iter().enumerate().filter(|(i, _)| losses.load == 0.0 || is_apart(*i))
+                {
                     let at = |step: f32| {
                         let mut logits = LOGITS;
                         logits[i] += step;
@@ -278,6 +317,31 @@ mod tests {
                     let slope = (at(1e-2) - at(-1e-2)) / 2e-2;
                     assert!((f64::from(*found) - slope).abs() < 2e-3, "{losses:?} {i}: {found} for {slope}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn deviations_of_noise_have_slopes() {
+        const DRAWN: [f32; 12] = [0.4, -0.3, 1.1, -0.6, 0.2, 0.9, -1.0, 0.5, -0.2, 0.7, -0.8, 0.3];
+        let noisy = |deviations: [f32; 12]| {
+            let tensor = |values: [f32; 12]| Tensor::from_slice(&values, (3, 4), &Device::Cpu).unwrap();
+            let logits: [f32; 12] = std::array::from_fn(|i| LOGITS[i] + DRAWN[i] * (deviations[i] - 0.5));
+            let noise = Some(Noise { drawn: tensor(DRAWN), deviation: tensor(deviations) });
+            Routing { noise, ..routing(&logits, 3, 2, Scoring::Softmax) }
+        };
+        for losses in ON {
+            let (_, gradients) = losses.of(&[noisy([0.5; 12])], 1.0).unwrap();
+            let found = gradients[&0].deviation.as_ref().unwrap();
+            let found: Vec<f32> = found.flatten_all().unwrap().to_vec1().unwrap();
+            for (i, found) in found.iter().enumerate().filter(|(i, _)| losses.load == 0.0 || is_apart(*i)) {
+                let at = |step: f32| {
+                    let mut deviations = [0.5; 12];
+                    deviations[i] += step;
+                    value(losses, &[noisy(deviations)])
+                };
+                let slope = (at(1e-2) - at(-1e-2)) / 2e-2;
+                assert!((f64::from(*found) - slope).abs() < 2e-3, "{losses:?} {i}: {found} for {slope}");
             }
         }
     }

@@ -160,7 +160,7 @@ impl Piece<'_> {
         let pass = Pass::training(&documents, dropout_step);
         let (output, saved) = model.forward_training(&batch.tokens, &pass, recompute, gradients)?;
         tally.add(&output.routing);
-        let (terms, d_logits) = objective.losses.of(&output.routing, share)?;
+        let (terms, of_losses) = objective.losses.of(&output.routing, share)?;
         let predicting = rows::gather(&output.hidden, &rows)?; // [supervised, hidden]
         let (losses, saved_loss) = match &of_teacher {
             None => {
@@ -176,7 +176,7 @@ impl Piece<'_> {
         };
         let d_hidden = rows::scatter(&cross_entropy::backward(saved_loss), &rows, batch.tokens.len())?;
         drop((output, predicting, of_teacher));
-        model.backward_with_routing(saved, &pass, &d_hidden, &d_logits, gradients)?;
+        model.backward_with_routing(saved, &pass, &d_hidden, &of_losses, gradients)?;
         Ok((Sums::of(&losses), terms))
     }
 }

@@ -29,8 +29,6 @@ pub struct MoeConfig {
     pub selection_bias: bool,
     /// The expert that every token goes to.
     pub shared: Option<SharedConfig>,
-    /// The coefficient of the balance loss that the model was made with.
-    pub router_loss: f64,
     /// The power of two by which logits are smaller than those of an ordinary router, which deviate by about one:
     /// [`EVEN_EXPONENT`] where `upcycled.router_exponents` of `config.json` says that the router's weight was scaled down for
     /// storage, 0 elsewhere.

@@ -32,7 +32,6 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
         experts: ("n_routed_experts", 128),
         active: 8,
         width: ("moe_intermediate_size", 1408),
-        router_loss: 0.0,
     })?;
     let shared = fields.index("n_shared_experts", 1)?;
     let moe = MoeConfig {

@@ -43,7 +43,6 @@ pub(super) fn read(fields: &Fields<'_>, may_share: bool) -> Result<DecoderConfig
         experts: ("num_local_experts", 8),
         active: 2,
         width: ("intermediate_size", 11_008),
-        router_loss: 0.001,
     })?;
     let shared = if may_share { fields.index("shared_intermediate_size", 0)? } else { 0 };
     let moe = MoeConfig {

@@ -33,7 +33,6 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
         experts: ("num_local_experts", 8),
         active: 2,
         width: ("intermediate_size", 14_336),
-        router_loss: 0.001,
     })?;
     place(&mut config, &MoeConfig { renormalise: true, names: MIXTRAL_NAMES, ..moe }, |_| true);
     Ok(config)

@@ -23,7 +23,6 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
         experts: ("num_experts", 64),
         active: 8,
         width: ("intermediate_size", 2048),
-        router_loss: 0.01,
     })?;
     let moe = MoeConfig { renormalise: fields.flag("norm_topk_prob", false)?, ..moe };
     place(&mut config, &moe, |_| true);

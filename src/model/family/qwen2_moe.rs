@@ -29,7 +29,6 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
         experts: ("num_experts", 60),
         active: 4,
         width: ("moe_intermediate_size", 1408),
-        router_loss: 0.001,
     })?;
     let width = fields.optional_count("shared_expert_intermediate_size")?.unwrap_or(5632);
     let moe = MoeConfig {

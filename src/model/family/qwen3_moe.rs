@@ -26,7 +26,6 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
         experts: ("num_experts", 128),
         active: 8,
         width: ("moe_intermediate_size", 768),
-        router_loss: 0.001,
     })?;
     let moe = MoeConfig { renormalise: fields.flag("norm_topk_prob", false)?, ..moe };
     place(&mut config, &moe, fields.sparse_by_step()?);

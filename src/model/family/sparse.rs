@@ -23,7 +23,6 @@ pub(super) struct Keys {
     pub(super) experts: (&'static str, usize),
     pub(super) active: usize,
     pub(super) width: (&'static str, usize),
-    pub(super) router_loss: f64,
 }
 
 impl Fields<'_> {
@@ -52,18 +51,10 @@ impl Fields<'_> {
             scale: 1.0,
             selection_bias: false,
             shared: None,
-            router_loss: self.coefficient("router_aux_loss_coef", keys.router_loss)?,
             router_exponent: 0,
             names: NAMES,
             variant: RoutingVariant::default(),
         })
-    }
-
-    /// A number of at least zero.
-    pub(super) fn coefficient(&self, name: &str, default: f64) -> Result<f64> {
-        let Some(value) = self.get(name) else { return Ok(default) };
-        let number = value.as_f64().filter(|number| *number >= 0.0 && number.is_finite());
-        number.ok_or_else(|| wrong(name, "a number of at least zero", value))
     }
 
     /// Which layers have experts, as Qwen's families say it: every `decoder_sparse_step`-th, but none of

@@ -21,6 +21,12 @@ impl Saved {
         self.x = None;
     }
 
+    /// Whether the input was not dropped.
+    #[must_use]
+    pub fn has_input(&self) -> bool {
+        self.x.is_some()
+    }
+
     /// Gives the input again, `[tokens, in]`.
     pub fn set_input(&mut self, x: &Tensor) {
         self.x = Some(x.clone());
