@@ -46,9 +46,7 @@ pub(super) struct Saved {
     routing: Routing,
     router: router::Saved,
     groups: Groups,
-    gate_and_up: spread::Saved,
-    unit: glu::Saved,
-    down: join::Saved,
+    experts: SavedExperts,
     shared: Option<SavedShared>,
 }
 
@@ -63,7 +61,7 @@ impl Saved {
     /// Drops the input, which [`Saved::with_input`] gives again.
     pub(super) fn trim(&mut self) {
         self.router.drop_input();
-        self.gate_and_up.drop_input();
+        self.experts.gate_and_up.drop_input();
         if let Some(shared) = &mut self.shared {
             shared.network.trim();
             if let Some((gate, _, _)) = &mut shared.gate {
@@ -74,12 +72,12 @@ impl Saved {
 
     /// Gives the input again, if it was dropped.
     pub(super) fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
-        if self.gate_and_up.has_input() {
+        if self.experts.gate_and_up.has_input() {
             return Ok(());
         }
         let x = input()?;
         self.router.set_input(&cast(&x, DType::F32)?);
-        self.gate_and_up.set_input(&x);
+        self.experts.gate_and_up.set_input(&x);
         if let Some(shared) = &mut self.shared {
             if let Some((gate, _, _)) = &mut shared.gate {
                 gate.set_input(&x);
@@ -93,24 +91,27 @@ impl Saved {
 impl Moe {
     /// `[tokens, hidden] -> [tokens, hidden]`, what the router decided, and what the backward needs.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Routing, Saved)> {
-        let Experts { gate, up, down, activation } = &self.experts;
-        let (routing, router) = self.router.forward(x, pass)?;
-        let groups = routing.groups();
-        let (of_gate, of_up) = (layers(gate), layers(up));
-        let (both, gate_and_up) = spread::forward(x, &[&of_gate, &of_up], &groups, pass)?;
-        let [gates, ups] =
-            <[Tensor; 2]>::try_from(both).map_err(|_| Error::invalid("as many results as layers"))?; // [rows, width] each
-        let (product, unit) = glu::forward(gates, ups, *activation)?; // [rows, width]
-        let (mut y, down) = join::forward(&product, &layers(down), &routing.weights, &groups, pass)?; // [tokens, hidden]
-        drop(product);
-        let mut saved_shared = None;
-        if let Some(shared) = &self.shared {
-            let (term, saved) = shared.forward(x, pass)?;
-            y = add(&y, &term)?;
-            saved_shared = Some(saved);
-        }
-        let saved =
-            Saved { routing: routing.clone(), router, groups, gate_and_up, unit, down, shared: saved_shared };
+        let of_shared = || self.shared.as_ref().map(|shared| shared.forward(x, pass)).transpose();
+        let of_routed = || -> Result<_> {
+            let (routing, router) = self.router.forward(x, pass)?;
+            let groups = routing.groups();
+            let (y, experts) = self.experts.forward(x, &routing.weights, &groups, pass)?;
+            Ok((y, routing, router, groups, experts))
+        };
+        // Of a single token each product is too small for all threads.
+        let (shared, routed) = match x.dim(0)? {
+            1 => rayon::join(of_shared, of_routed),
+            _ => (of_shared(), of_routed()),
+        };
+        let ((mut y, routing, router, groups, experts), shared) = (routed?, shared?);
+        let shared = match shared {
+            Some((term, saved)) => {
+                y = add(&y, &term)?;
+                Some(saved)
+            }
+            None => None,
+        };
+        let saved = Saved { routing: routing.clone(), router, groups, experts, shared };
         Ok((y, routing, saved))
     }
 
@@ -125,16 +126,15 @@ impl Moe {
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let Saved { routing, router, groups, gate_and_up, unit, down, shared } = saved;
+        let Saved { routing, router, groups, experts, shared } = saved;
         let mut dx = None;
         if let (Some(shared), Some(saved)) = (&self.shared, shared) {
             dx = shared.backward(saved, pass, dy, wants_dx, gradients)?;
         }
         let wants_router = wants_dx || self.router.is_trained(gradients);
-        let saved = SavedExperts { gate_and_up, unit, down };
         let routed = (routing.weights.as_slice(), &groups);
         let (d_routed, d_weights) =
-            self.experts.backward(saved, routed, pass, dy, (wants_dx, wants_router), gradients)?;
+            self.experts.backward(experts, routed, pass, dy, (wants_dx, wants_router), gradients)?;
         if let Some(d_weights) = d_weights {
             let through = (d_weights.as_slice(), of_losses);
             let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
@@ -174,6 +174,7 @@ impl Moe {
     }
 }
 
+#[derive(Debug)]
 struct SavedExperts {
     gate_and_up: spread::Saved,
     unit: glu::Saved,
@@ -185,6 +186,23 @@ impl Experts {
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
         let Self { gate, up, down, .. } = self;
         gate.iter().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down])
+    }
+
+    /// The weighed sum of what they give, `[tokens, hidden]`.
+    fn forward(
+        &self,
+        x: &Tensor,
+        weights: &[f32],
+        groups: &Groups,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, SavedExperts)> {
+        let (gate, up, down) = (layers(&self.gate), layers(&self.up), layers(&self.down));
+        let (both, gate_and_up) = spread::forward(x, &[&gate, &up], groups, pass)?;
+        let [gates, ups] =
+            <[Tensor; 2]>::try_from(both).map_err(|_| Error::invalid("as many results as layers"))?; // [rows, width] each
+        let (product, unit) = glu::forward(gates, ups, self.activation)?; // [rows, width]
+        let (y, down) = join::forward(&product, &down, weights, groups, pass)?;
+        Ok((y, SavedExperts { gate_and_up, unit, down }))
     }
 
     /// `dx [tokens, hidden]` and the gradients of the weights `[tokens * active]`, where wanted.
