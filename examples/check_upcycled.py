@@ -2,9 +2,9 @@
 
     python examples/check_upcycled.py DENSE UPCYCLED [TEXT.jsonl]
 
-With all experts on (two numbers of the configuration changed) the logits have to be the dense model's where
-`refit = "none"`; as written, the loss on the text is what `upcycle.md` says of its kind of text. Needs torch and
-transformers 4.57 or newer; made with torch 2.13 and transformers 5.23.
+With all experts on (a number or two of the configuration changed) the loss has to be nearly the dense model's where
+`refit = "none"`: the stored router weighs experts evenly but for about 1/256. As written, the loss on the text is what
+`upcycle.md` says of its kind of text. Needs torch and transformers; made with torch 2.13 and transformers 5.23.
 """
 
 import json

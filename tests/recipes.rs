@@ -331,8 +331,6 @@ fn what_an_upcycling_recipe_leaves_out_is_filled_in() {
     partition = "alternating"
     router = "ridge"
     refit = "local"
-    drop_ratio = 0.5
-    groups = 1
     sources = []
     prompts = []
     format = "auto"
@@ -368,6 +366,15 @@ fn contradictions_of_an_upcycling_recipe_are_refused() {
     insta::assert_snapshot!(upcycle_refusal("upcycle = { experts = 8, shared = 4, active = 5 }"), @"
     test.toml:5: `upcycle.active` is 5, and a token can be routed to 4
     hint: lower it, or raise `upcycle.experts`
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle = { method = \"copy\", partition = \"kmeans\" }"), @r#"
+    test.toml:5: `upcycle.partition` does nothing with `upcycle.method = "copy"`
+    hint: leave it out
+    "#);
+    let blank = "upcycle = { method = \"copy\", router = \"prompts\", prompts = [[\"a duck\"], []] }";
+    insta::assert_snapshot!(upcycle_refusal(blank), @"
+    test.toml:5: `upcycle.prompts[1]` has nothing to go by: it is empty, or a prompt of it
+    hint: give each expert prompts of the kind it is for
     ");
     insta::assert_snapshot!(upcycle_refusal("upcycle.keep_dense = { every = 0 }"), @"
     test.toml:5: `upcycle.keep_dense.every` is 0

@@ -279,6 +279,13 @@ impl Pretrained {
         if narrow.map(TensorInfo::num_values).sum::<usize>() * 2 > all { DType::BF16 } else { DType::F32 }
     }
 
+    /// Whether all values are what they are in `dtype`, f32 or bf16, without rounding.
+    #[must_use]
+    pub fn fits(&self, dtype: DType) -> bool {
+        let is_narrow = |info: &TensorInfo| matches!(info.dtype, StoredType::Float(DType::BF16));
+        dtype == DType::F32 || self.checkpoint.tensors().values().all(is_narrow)
+    }
+
     /// The file's name of a tensor, whether it is there or only should be.
     fn stored_name(&self, name: &str) -> String {
         let guess = || if self.checkpoint.is_gguf() { family::gguf::to_gguf(name) } else { None };

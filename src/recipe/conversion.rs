@@ -6,8 +6,9 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::choice::DtypeChoice;
+use super::distill::refuse_other_tokens;
 use super::figures;
-use super::prepared::text_of;
+use super::prepared::{TRAINING_DATE, text_of};
 use super::upcycle::UpcyclePlan;
 use crate::data::{Row, Source, load_for_perplexity};
 use crate::error::{Error, Result};
@@ -16,6 +17,7 @@ use crate::model::family::MixtureFormat;
 use crate::upcycle::{
     self, Calibration, Event, Job, Method, Refit, Report, Settings, SplitShape, choose_format, dense_network,
 };
+use crate::weights::refuse_occupied;
 
 /// What is known of a conversion before it begins.
 #[derive(Debug, Clone, Serialize)]
@@ -45,9 +47,11 @@ struct Prepared {
 
 impl Prepared {
     fn of(plan: &UpcyclePlan) -> Result<Self> {
+        refuse_base(&plan.model.source, &plan.output)?;
+        refuse_occupied(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
-        let text = text_of(&base, None)?;
+        let text = text_of(&base, Some(TRAINING_DATE))?;
         let Settings { method, shared, active, .. } = plan.settings;
         let (neurons, network) = network_of(&base, method)?;
         let mut lines =
@@ -90,6 +94,9 @@ impl Prepared {
         }
         let sources: Vec<Pretrained> =
             plan.sources.iter().map(|source| Pretrained::open(source)).collect::<Result<_>>()?;
+        for source in &sources {
+            refuse_other_tokens(source, "source", text.tokenizer())?;
+        }
         let encode =
             |prompts: &Vec<String>| prompts.iter().map(|prompt| text.encode_document(prompt)).collect();
         let prompts: Vec<Vec<Vec<u32>>> = plan.prompts.iter().map(encode).collect::<Result<_>>()?;
@@ -166,7 +173,6 @@ pub fn upcycle(
     say: &mut dyn FnMut(Event) -> Result<()>,
     warn: &mut dyn FnMut(&str),
 ) -> Result<Report> {
-    refuse_base(&plan.model.source, &plan.output)?;
     let begun = Instant::now();
     let Prepared { base, sources, prompts, calibration, check } = Prepared::of(plan)?;
     for line in check.lines {

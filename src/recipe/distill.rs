@@ -90,7 +90,7 @@ impl PreparedTeacher {
         let base = Pretrained::open(teacher).at("distill.teacher")?;
         base.check()?;
         refuse_other_size(plan, model, &base, *terms)?;
-        refuse_other_tokens(&base, tokenizer)?;
+        refuse_other_tokens(&base, "teacher", tokenizer)?;
         let weights = base.bytes_beside(model, dtype)?;
         Ok(Some(Self { base, terms: *terms, weights }))
     }
@@ -127,9 +127,10 @@ fn refuse_other_size(plan: &Plan, model: &Pretrained, teacher: &Pretrained, term
     Ok(())
 }
 
-/// The same tokens by the same numbers. How text is cut into them is the model's affair: the teacher sees its tokens.
-fn refuse_other_tokens(teacher: &Pretrained, tokenizer: &Tokenizer) -> Result<()> {
-    let theirs = teacher.text()?.tokenizer;
+/// The same tokens by the same numbers in another model, a `role` of this one. How text is cut into them is the model's affair:
+/// the other one sees its tokens.
+pub(super) fn refuse_other_tokens(other: &Pretrained, role: &str, tokenizer: &Tokenizer) -> Result<()> {
+    let (name, theirs) = (other.name(), other.text()?.tokenizer);
     let (own, theirs) = (tokenizer.get_vocab(true), theirs.get_vocab(true));
     let mut other: Vec<(&u32, &String)> = own
         .iter()
@@ -142,10 +143,9 @@ fn refuse_other_tokens(teacher: &Pretrained, tokenizer: &Tokenizer) -> Result<()
         Some(id) => format!("is number {id}"),
         None => "does not exist".to_string(),
     };
-    let name = teacher.name();
     Err(Error::request(format!(
-        "the teacher `{name}` knows other tokens: `{token}`, number {id} of the model, {found} there ({} such tokens)",
+        "the {role} `{name}` knows other tokens: `{token}`, number {id} of the model, {found} there ({} such tokens)",
         other.len()
     ))
-    .with_hint("a teacher has to know the same tokens: take the model that this one was made from"))
+    .with_hint(format!("a {role} has to know the same tokens: take one that came of the same model")))
 }

@@ -278,7 +278,7 @@ fn same_targets(one: &Targets, other: &Targets) -> bool {
 
 /// What templates that write the date are told in training, so that a run depends on its recipe and not on the day:
 /// 26 July 2024, the date that Llama 3's template falls back on.
-const TRAINING_DATE: i64 = 1_721_952_000;
+pub(super) const TRAINING_DATE: i64 = 1_721_952_000;
 
 /// Tokenizer and chat template of a model; `now`, in seconds since 1970, is what templates take for the time.
 pub fn text_of(base: &Pretrained, now: Option<i64>) -> Result<Text> {

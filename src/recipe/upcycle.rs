@@ -137,6 +137,10 @@ impl UpcycleRecipe {
                 error(message, "leave it out; `num_experts_per_tok` of its `config.json` says it"),
             ));
         }
+        if let Some(key) = self.idle_key(method) {
+            let message = format!("`{key}` does nothing with `upcycle.method = \"{}\"`", name_of(method));
+            return Some((key, error(message, "leave it out")));
+        }
         if keep_dense.every == 0 {
             let message = "`upcycle.keep_dense.every` is 0".to_string();
             return Some(("upcycle.keep_dense", error(message, "1 converts every layer, 2 each second one")));
@@ -195,7 +199,8 @@ impl UpcycleRecipe {
                 true => format!("`upcycle.sources` is for `method = \"mix\"`, found `{}`", name_of(method)),
                 false => "`upcycle.method = \"mix\"` needs further checkpoints".to_string(),
             };
-            return Some(("upcycle.sources", error(message, "name them in `upcycle.sources`")));
+            let hint = if has_sources { "leave it out" } else { "name them in `upcycle.sources`" };
+            return Some(("upcycle.sources", error(message, hint)));
         }
         let has_prompts = prompts.as_ref().is_some_and(|prompts| !prompts.is_empty());
         if (router == RouterKind::Prompts) != has_prompts {
@@ -205,11 +210,42 @@ impl UpcycleRecipe {
             };
             return Some(("upcycle.prompts", error(message, "give a list of prompts for each expert")));
         }
+        let is_blank =
+            |list: &Vec<String>| list.is_empty() || list.iter().any(|prompt| prompt.trim().is_empty());
+        if let Some(expert) = prompts.iter().flatten().position(is_blank) {
+            let message =
+                format!("`upcycle.prompts[{expert}]` has nothing to go by: it is empty, or a prompt of it");
+            return Some((
+                "upcycle.prompts",
+                error(message, "give each expert prompts of the kind it is for"),
+            ));
+        }
         if cuts && has_prompts {
             let message = "`upcycle.router = \"prompts\"`: slices have no prompts of their own".to_string();
             return Some(("upcycle.router", error(message, "it is for copies; `ridge` is for slices")));
         }
         None
+    }
+}
+
+impl UpcycleRecipe {
+    /// A key that the method has no use for, and that asks for something.
+    fn idle_key(&self, method: Method) -> Option<&'static str> {
+        let UpcycleTable { shared, partition, refit, drop_ratio, groups, baselines, keep_dense, .. } =
+            &self.upcycle;
+        let cuts = matches!(method, Method::Split | Method::Prune);
+        let draws = matches!(method, Method::Drop | Method::Expand);
+        [
+            ("upcycle.shared", !cuts && shared.is_some_and(|shared| shared > 0)),
+            ("upcycle.partition", !cuts && partition.is_some()),
+            ("upcycle.refit", !cuts && refit.is_some_and(|refit| refit != Refit::None)),
+            ("upcycle.baselines", !cuts && baselines.is_some()),
+            ("upcycle.drop_ratio", !draws && drop_ratio.is_some()),
+            ("upcycle.groups", method != Method::VirtualGroups && groups.is_some_and(|groups| groups > 1)),
+            ("upcycle.keep_dense", method == Method::Expand && keep_dense.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(key, idle)| idle.then_some(key))
     }
 }
 
@@ -268,6 +304,7 @@ impl UpcyclePlan {
     pub fn to_toml(&self) -> Result<String> {
         let Settings { method, experts, shared, active, partition, router, refit, .. } = self.settings;
         let Settings { keep_dense, drop_ratio, groups, format, verify, baselines, seed, .. } = self.settings;
+        let cuts = matches!(method, Method::Split | Method::Prune);
         let format = match format {
             None => FormatChoice::Auto,
             Some(MixtureFormat::Glm4Moe) => FormatChoice::Glm4Moe,
@@ -284,19 +321,19 @@ impl UpcyclePlan {
             upcycle: UpcycleTable {
                 method: Some(method),
                 experts: Some(experts),
-                shared: Some(shared),
+                shared: cuts.then_some(shared),
                 active: (method != Method::Expand).then_some(active),
-                partition: Some(partition),
+                partition: cuts.then_some(partition),
                 router: Some(router),
-                refit: Some(refit),
-                keep_dense: Some(keep_dense),
-                drop_ratio: Some(drop_ratio),
-                groups: Some(groups),
+                refit: cuts.then_some(refit),
+                keep_dense: (method != Method::Expand).then_some(keep_dense),
+                drop_ratio: matches!(method, Method::Drop | Method::Expand).then_some(drop_ratio),
+                groups: (method == Method::VirtualGroups).then_some(groups),
                 sources: Some(self.sources.clone()),
                 prompts: Some(self.prompts.clone()),
                 format: Some(format),
                 verify: Some(verify),
-                baselines: Some(baselines),
+                baselines: cuts.then_some(baselines),
             },
             calibration: (!self.data.is_empty()).then(|| CalibrationTable {
                 data: self.data.iter().map(SourceRecipe::from).collect(),

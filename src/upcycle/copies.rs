@@ -40,6 +40,7 @@ pub(super) fn copy(
     let base = job.base;
     let (neurons, _) = dense_network(base.config())?;
     refuse_unfit(job, settings, neurons)?;
+    let dense = settings.dense_layers(base.config().layers.len())?;
     let groups = if settings.method == Method::VirtualGroups { settings.groups } else { 1 };
     let copies = if settings.method == Method::Mix { job.sources.len() + 1 } else { settings.experts };
     let shape = MixtureShape {
@@ -48,7 +49,7 @@ pub(super) fn copy(
         width: neurons / groups,
         shared: 0,
         averaged: true,
-        dense: settings.keep_dense.of(base.config().layers.len()),
+        dense,
     };
     let format = choose_format(settings.format, base.config(), &shape)?;
     let layout = format.layout(base.config_json(), base.config(), &shape)?;
@@ -271,6 +272,7 @@ fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) 
     };
     let expected = verify::Expected::of(&Decoder::open(job.base, DType::F32, &Device::Cpu)?, &windows)?;
     let experts = written.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts / groups);
+    let stored = job.base.compute_dtype();
     let mut guarantees = Vec::new();
     for active in [1, 2, 4].into_iter().filter(|active| *active <= experts) {
         let mut config = written.config().clone();
@@ -280,9 +282,11 @@ fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) 
         let difference = expected.compare(&mixture)?;
         let what = format!("with {active} active it is the dense model");
         let promised = match settings.method {
-            Method::Copy => true,
+            Method::Copy => job.base.fits(stored),
             // Down projections times another number round narrow weights once more.
-            Method::VirtualGroups => groups.is_power_of_two() || job.base.compute_dtype() == DType::F32,
+            Method::VirtualGroups => {
+                job.base.fits(stored) && (groups.is_power_of_two() || stored == DType::F32)
+            }
             _ => false,
         };
         guarantees.push(difference.guarantee(what, promised, difference.is_rounding()));

@@ -141,7 +141,7 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
         export::write_pruned(base, &cut, settings.refit, stored, folder)?;
         if settings.verify {
             watch(Event::Note("reading back and measuring".to_string()))?;
-            report.guarantees = verify::pruned(folder, job.calibration, &report)?;
+            report.guarantees = verify::pruned(folder, job.calibration, &report, job.dtype)?;
         }
         return Ok(Report { seconds, ..report });
     };
@@ -163,7 +163,7 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
     drop(cut);
     if settings.verify {
         watch(Event::Note("reading back and measuring".to_string()))?;
-        report.guarantees.push(verify::measured(folder, job.calibration, &report)?);
+        report.guarantees.push(verify::measured(folder, job.calibration, &report, job.dtype)?);
     }
     Ok(Report { seconds, ..report })
 }

@@ -306,12 +306,14 @@ impl Report {
                 true => "compared and the same to the byte",
                 false => "not compared",
             };
-            lines.push(format!(
+            lines.push(if *tensors == 0 {
+                "no fit of down projections left less error, so none was changed".to_string()
+            } else { format!(
                 "then down projections were fitted to few experts being on: {tensors} tensors written again, changed by \
                  {:.1}% in the mean of layers, {untouched} others {others}; with all experts on it is no longer the dense \
                  model (`refit = \"none\"` keeps that)",
                 100.0 * mean
-            ));
+            )});
         }
         for comparison in &self.comparisons {
             if comparison.file.is_some() {

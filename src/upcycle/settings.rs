@@ -144,6 +144,20 @@ pub struct Settings {
     pub seed: u64,
 }
 
+impl Settings {
+    /// For each of `layers` layers whether it stays dense, which one at least may not.
+    pub(super) fn dense_layers(&self, layers: usize) -> Result<Vec<bool>> {
+        let dense = self.keep_dense.of(layers);
+        if dense.iter().all(|dense| *dense) {
+            return Err(Error::request(format!(
+                "`upcycle.keep_dense` keeps all {layers} layers dense, so nothing would be converted"
+            ))
+            .with_hint("lower `first`, `last` or `every`"));
+        }
+        Ok(dense)
+    }
+}
+
 /// The numbers that a split comes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SplitShape {
@@ -167,21 +181,14 @@ impl SplitShape {
     /// What `settings` come to for a model.
     pub fn of(settings: &Settings, config: &DecoderConfig) -> Result<Self> {
         let (neurons, activation) = dense_network(config)?;
-        let Settings { experts, shared, active, keep_dense, .. } = *settings;
+        let Settings { experts, shared, active, .. } = *settings;
         if experts > neurons {
             return Err(Error::request(format!(
                 "`upcycle.experts` is {experts}, and the networks of the model have {neurons} neurons"
             ))
             .with_hint("a slice has one neuron at least"));
         }
-        let dense = keep_dense.of(config.layers.len());
-        if dense.iter().all(|dense| *dense) {
-            let layers = dense.len();
-            return Err(Error::request(format!(
-                "`upcycle.keep_dense` keeps all {layers} layers dense, so nothing would be converted"
-            ))
-            .with_hint("lower `first`, `last` or `every`"));
-        }
+        let dense = settings.dense_layers(config.layers.len())?;
         let width = neurons.div_ceil(experts);
         Ok(Self { neurons, width, shared, routed: experts - shared, active, dense, activation })
     }

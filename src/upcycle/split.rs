@@ -146,7 +146,7 @@ pub(super) fn split(
         // Layers are reported on the held-out text, which comes first.
         split.reports.extend(reports.into_iter().next().map(|report| LayerReport {
             refit_left: left,
-            guarded: scores.guarded.iter().filter(|guarded| **guarded).count(),
+            guarded: scores.guarded.iter().filter(|guarded| **guarded).count().min(shape.shared_width()),
             ..report
         }));
         split.layers.push(Some(slices));
@@ -258,7 +258,9 @@ impl Cut<'_> {
         kept.iter().for_each(|neuron| mask[*neuron] = 1.0);
         let free: Vec<usize> = kept.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
         let mut fit = Fit::new(&free)?;
-        for (batches, judged) in [(self.fitted, false), (self.judged, true)] {
+        // Of a single batch nothing is left to judge by, and as for the mixture nothing is changed.
+        let judged = if std::ptr::eq(self.fitted, self.judged) { &[][..] } else { self.judged };
+        for (batches, judged) in [(self.fitted, false), (judged, true)] {
             for seen in batches {
                 let mask: Vec<f32> = mask.repeat(seen.norms.len());
                 let (active, rest) = masked(&seen.h, &mask)?;

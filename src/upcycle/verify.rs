@@ -146,7 +146,8 @@ pub(super) fn split(
     let expected =
         Expected::of(&Decoder::open(base, DType::F32, &Device::Cpu)?, &calibration.held_out.windows)?;
     // Scales that are no powers of two round narrow weights once more.
-    let is_exact = base.compute_dtype() == DType::F32 || layout.routed_scale.log2().fract() == 0.0;
+    let stored = base.compute_dtype();
+    let is_exact = base.fits(stored) && (stored == DType::F32 || layout.routed_scale.log2().fract() == 0.0);
     let mut mixture = open(&written, &all_on(written.config(), layout))?;
     let stored = expected.compare(&mixture)?;
     let hidden = written.config().hidden_size;
@@ -165,21 +166,32 @@ pub(super) fn split(
     ])
 }
 
-/// The promise that the written mixture does what was measured on the way.
-pub(super) fn measured(folder: &Path, calibration: &Calibration, report: &Report) -> Result<Guarantee> {
+/// The promise that the written mixture does what was measured on the way, in `dtype`.
+pub(super) fn measured(
+    folder: &Path,
+    calibration: &Calibration,
+    report: &Report,
+    dtype: DType,
+) -> Result<Guarantee> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
-    read_back(&written, calibration, report.comparisons.first().map(|held_out| &held_out.mixture))
+    read_back(&written, calibration, dtype, report.comparisons.first().map(|held_out| &held_out.mixture))
 }
 
-/// The promise that the files compute what was measured while they were made.
-fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<&Loss>) -> Result<Guarantee> {
+/// The promise that the files compute what was measured while they were made; activations that were rounded then promise
+/// nothing.
+fn read_back(
+    written: &Pretrained,
+    calibration: &Calibration,
+    dtype: DType,
+    measured: Option<&Loss>,
+) -> Result<Guarantee> {
     let model = open(written, written.config())?;
     let nll = evaluate(&model, &batches(&calibration.held_out.windows))?.nll();
     let loss = measured.map_or(0.0, |measured| nll - measured.nll);
     Ok(Guarantee {
         what: format!("read back, it predicts as measured (nll {nll:.4})"),
-        promised: true,
+        promised: dtype == DType::F32,
         holds: nll.is_finite() && loss.abs() <= TIES,
         max_logit_difference: None,
         nll_difference: loss,
@@ -188,9 +200,14 @@ fn read_back(written: &Pretrained, calibration: &Calibration, measured: Option<&
 }
 
 /// The promise of a pruned model.
-pub(super) fn pruned(folder: &Path, calibration: &Calibration, report: &Report) -> Result<Vec<Guarantee>> {
+pub(super) fn pruned(
+    folder: &Path,
+    calibration: &Calibration,
+    report: &Report,
+    dtype: DType,
+) -> Result<Vec<Guarantee>> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;
     let measured = report.comparisons.first().and_then(|c| c.pruned_refit.as_ref().or(c.pruned.as_ref()));
-    Ok(vec![read_back(&written, calibration, measured)?])
+    Ok(vec![read_back(&written, calibration, dtype, measured)?])
 }

@@ -61,19 +61,32 @@ pub struct Calibration {
     pub further: Vec<Text>,
 }
 
+/// Documents below which none can be spared to be held out as a whole.
+const FEW: usize = 16;
+
 impl Calibration {
-    /// Takes `tokens` tokens and, of other documents, `held_out` more. `sources` are documents and their weight: a
+    /// Takes `tokens` tokens and, of other documents, or where there are few of other parts of them, `held_out` more. `sources` are documents and their weight: a
     /// source of weight 2 gives twice as much of its text as one of weight 1.
     pub fn of(sources: &[(Vec<Row>, f64)], tokens: usize, held_out: usize, seed: u64) -> Result<Self> {
         let mut documents = mixed(sources, seed);
-        if documents.len() == 1 {
-            let row = documents.remove(0);
-            let half = row.len() - (row.len() * held_out / (tokens + held_out)).max(2).min(row.len() / 2);
-            documents = vec![row[half..].to_vec(), row[..half].to_vec()];
+        if documents.len() < FEW {
+            // Then the end of each is held out.
+            let cut = |row: &Vec<u32>| {
+                let end = (row.len() * held_out / (tokens + held_out)).max(2).min(row.len() / 2);
+                let (own, end) = row.split_at(row.len() - end);
+                (end.to_vec(), own.to_vec())
+            };
+            let (mut ends, own): (Vec<_>, Vec<_>) = documents.iter().map(cut).unzip();
+            let held_out = windows(&mut ends.drain(..), held_out);
+            return Self::of_windows(held_out, windows(&mut own.into_iter(), tokens), seed);
         }
-        let mut documents = documents.into_iter();
+        let mut documents = documents.drain(..);
         let held_out = windows(&mut documents, held_out);
-        let mut fitted = windows(&mut documents, tokens);
+        let fitted = windows(&mut documents, tokens);
+        Self::of_windows(held_out, fitted, seed)
+    }
+
+    fn of_windows(held_out: Vec<Vec<u32>>, mut fitted: Vec<Vec<u32>>, seed: u64) -> Result<Self> {
         // Windows of one document lie apart, for parts of the text stand for all of it.
         shuffle(&mut fitted, &mut generator("upcycle/windows", &[seed]));
         if fitted.is_empty() || held_out.is_empty() {

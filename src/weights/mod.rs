@@ -42,7 +42,7 @@ pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
 };
 pub use text::TextFiles;
-pub use write::{Staged, refuse_below_file, remove_folder, remove_stale, write_atomic};
+pub use write::{Staged, refuse_below_file, refuse_occupied, remove_folder, remove_stale, write_atomic};
 
 /// A tensor as its file has it, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -201,7 +201,8 @@ pub fn refuse_below_file(target: &Path) -> Result<()> {
     }
 }
 
-fn refuse_occupied(target: &Path) -> Result<()> {
+/// An error if `target` is there and holds something.
+pub fn refuse_occupied(target: &Path) -> Result<()> {
     match fs::read_dir(target).map(Iterator::count) {
         Ok(0) => Ok(()),
         Ok(_) => Err(Error::request(format!("`{}` exists and is not empty", target.display()))
