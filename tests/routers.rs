@@ -6,8 +6,8 @@ use candle_core::Device;
 use serde_json::Value;
 
 use crate::fixture::difference;
-use crate::moe::sparse_place_of;
-use crate::place::Place;
+use crate::moe::{sparse_place, sparse_place_of};
+use crate::place::{Place, refusal};
 
 /// The command with these keys set.
 fn set<'a>(command: &[&'a str], keys: &[&'a str]) -> Vec<&'a str> {
@@ -16,6 +16,10 @@ fn set<'a>(command: &[&'a str], keys: &[&'a str]) -> Vec<&'a str> {
 
 fn finetune(place: &Place, keys: &[&str]) {
     place.run(&set(&["finetune", "recipe.toml", "--log", "silent"], keys));
+}
+
+fn refused(place: &Place, keys: &[&str]) -> String {
+    refusal(place, &set(&["check", "recipe.toml"], keys))
 }
 
 /// Of the last evaluation of a run.
@@ -72,4 +76,51 @@ fn routers_of_an_earlier_run_stay_in_the_adapter() {
         ));
         assert_eq!(fs::read(place.path("further/adapter_model.safetensors")).unwrap(), whole);
     }
+}
+
+#[test]
+fn a_recipe_that_asks_for_another_adapter_than_it_goes_on_with_is_refused() {
+    let place = sparse_place();
+    finetune(&place, &["adapter.experts=[0, 2]", "adapter.shared_experts=false"]);
+    let from = "adapter.from=run";
+    insta::assert_snapshot!(refused(&place, &[from, "train.router=lora"]), @r#"
+    exit 2
+    error: `train.router` is "lora", and the adapter in `adapter.from` has no low-rank terms on routers
+    hint: train the routers' weights with `train.router = "full"`, or begin with a fresh adapter
+    "#);
+    insta::assert_snapshot!(
+        refused(&place, &[from, "adapter.experts=[0, 1]", "adapter.shared_experts=true"]), @"
+    exit 2
+    error: the adapter in `adapter.from` is another one: `adapter.experts` are not its experts, which are 0, 2; `adapter.shared_experts` is true, and it has no terms on shared experts
+    hint: leave these keys out: it keeps its own
+    ");
+    for keys in [&["adapter.experts=true"][..], &["adapter.experts=false"]] {
+        assert!(refused(&place, &[&[from], keys].concat()).contains("which are 0, 2"));
+    }
+    // As it is, or not said.
+    let same = ["adapter.experts=[2, 0]", "adapter.shared_experts=false"];
+    for keys in [&same[..], &[]] {
+        finetune(&place, &[&[from, "output=further"], keys].concat());
+        fs::remove_dir_all(place.path("further")).unwrap();
+    }
+}
+
+/// An adapter with terms on routers goes on with them, whether its targets are said again or not.
+#[test]
+fn low_rank_terms_on_routers_are_trained_further() {
+    let place = sparse_place();
+    finetune(&place, &["train.router=lora"]);
+    finetune(&place, &["adapter.from=run", "output=further", "train.router=lora"]);
+    let targets = r#"adapter.targets=["gate_proj", "up_proj", "down_proj"]"#;
+    finetune(&place, &["adapter.from=further", "output=third", "train.router=lora", targets]);
+    place.run(&["merge", "--model", "model", "--adapter", "third", "--output", "merged"]);
+}
+
+#[test]
+fn experts_that_are_not_there_are_refused() {
+    insta::assert_snapshot!(refused(&sparse_place(), &["adapter.experts=[0, 9]"]), @"
+    exit 2
+    error: `adapter.experts` has 9, and `model` has 4 experts
+    hint: experts are numbered from 0 to 3
+    ");
 }
