@@ -1,11 +1,13 @@
 //! Adapters of mixtures through several runs, and what of routing a run says and refuses.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 
-use candle_core::Device;
-use serde_json::Value;
+use candle_core::{Device, Tensor};
+use peft::adapter::{LoraConfig, Patterns, Targets, hf, init, resolve};
+use serde_json::{Value, json};
 
-use crate::fixture::difference;
+use crate::fixture::{Fixture, difference};
 use crate::moe::{sparse_place, sparse_place_of};
 use crate::place::{Place, refusal};
 
@@ -29,12 +31,17 @@ fn last_eval_loss(place: &Place, run: &str) -> f64 {
     lines.filter_map(|line| line["eval_loss"].as_f64()).next_back().unwrap()
 }
 
+fn tensors(place: &Place, run: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load(place.path(run).join("adapter_model.safetensors"), &Device::Cpu).unwrap()
+}
+
 /// Trained routers are part of the adapter that a further run goes on with: what it measures is what it writes.
 #[test]
 fn routers_of_an_earlier_run_stay_in_the_adapter() {
     for (family, class, keys) in [
         ("qwen2_moe", "Qwen2MoeForCausalLM", &["train.router=full"][..]),
         ("mixtral", "MixtralForCausalLM", &["train.router=full"]),
+        ("granitemoe", "GraniteMoeForCausalLM", &["train.router=full"]),
         ("glm4_moe", "Glm4MoeForCausalLM", &["train.router=full"]),
         ("glm4_moe", "Glm4MoeForCausalLM", &["losses.bias_update=0.5"]),
     ] {
@@ -43,14 +50,8 @@ fn routers_of_an_earlier_run_stay_in_the_adapter() {
         let recipe = recipe.replace("eval_share = 0.2", "eval = [{ path = \"data.jsonl\" }]");
         fs::write(place.path("recipe.toml"), recipe).unwrap();
         finetune(&place, &[keys, &["train.learning_rate=0.1"]].concat());
-        let routers = |run: &str| {
-            let tensors = candle_core::safetensors::load(
-                place.path(run).join("adapter_model.safetensors"),
-                &Device::Cpu,
-            )
-            .unwrap();
-            let whole = tensors.into_iter().filter(|(name, _)| !name.contains(".lora_"));
-            whole.collect::<std::collections::BTreeMap<_, _>>()
+        let routers = |run: &str| -> BTreeMap<String, Tensor> {
+            tensors(&place, run).into_iter().filter(|(name, _)| !name.contains(".lora_")).collect()
         };
         let earlier = routers("run");
         assert!(!earlier.is_empty());
@@ -123,4 +124,74 @@ fn experts_that_are_not_there_are_refused() {
     error: `adapter.experts` has 9, and `model` has 4 experts
     hint: experts are numbered from 0 to 3
     ");
+}
+
+/// Granite's gate and up are written as one product of both ranks, of which each gets its own back.
+#[test]
+fn ranks_stay_what_they_are_from_run_to_run() {
+    let place = sparse_place_of("granitemoe", "GraniteMoeForCausalLM");
+    finetune(&place, &[]);
+    finetune(&place, &["adapter.from=run", "output=second"]);
+    finetune(&place, &["adapter.from=second", "output=third"]);
+    let shapes = |run: &str| -> BTreeMap<String, Vec<usize>> {
+        tensors(&place, run).into_iter().map(|(name, tensor)| (name, tensor.dims().to_vec())).collect()
+    };
+    let of_gate_up = "base_model.model.model.layers.0.block_sparse_moe.experts.base_layer.lora_A.weight";
+    // Eight experts, of gate and up rank 4 each.
+    assert_eq!(shapes("run")[of_gate_up], [8 * (4 + 4), 32]);
+    assert_eq!(shapes("second"), shapes("run"));
+    assert_eq!(shapes("third"), shapes("run"));
+    let arguments = ["eval", "perplexity", "--model", "model", "--adapter", "third", "--data", "data.jsonl"];
+    place.run(&arguments);
+}
+
+/// PEFT has one rank for all experts' gate and up, the sum of both, and looks nowhere else for it.
+#[test]
+fn ranks_of_experts_are_written_for_peft() {
+    let fixture = Fixture::open("qwen2_moe");
+    let base = fixture.pretrained();
+    for (rslora, alphas) in [(false, [24, 8]), (true, [17, 8])] {
+        let of_experts = |gate_up, down| {
+            let pattern = |name: &str| format!(r".*\.experts\.\d+\.{name}");
+            [("gate_proj", gate_up), ("up_proj", gate_up), ("down_proj", down)].map(|(n, v)| (pattern(n), v))
+        };
+        let config = LoraConfig {
+            rank: 3,
+            alpha: Some(6.0),
+            rslora,
+            targets: Targets::names(["gate_proj", "up_proj", "down_proj"]),
+            rank_pattern: Patterns(of_experts(6, 4).to_vec()),
+            alpha_pattern: Patterns(of_experts(12, 8).map(|(n, v)| (n, v as f64)).to_vec()),
+            ..LoraConfig::default()
+        };
+        let placements = resolve(&config, base.config()).unwrap();
+        let tensors = init::fresh(&config, &placements.placements, base.config(), &Device::Cpu).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        hf::write(folder.path(), &config, &placements, tensors, &hf::Provenance::default()).unwrap();
+        let written = fs::read(folder.path().join("adapter_config.json")).unwrap();
+        let written: Value = serde_json::from_slice(&written).unwrap();
+        let (gate_up, down) = (r".*\.gate_up_proj", r".*\.experts\.down_proj");
+        assert_eq!([&written["rank_pattern"][gate_up], &written["rank_pattern"][down]], [12, 4]);
+        let found = [gate_up, down].map(|p| written["alpha_pattern"][p].as_f64().unwrap().round() as i64);
+        assert_eq!(found, alphas, "rslora {rslora}");
+    }
+}
+
+/// PEFT takes the last part of a module's path for its name.
+#[test]
+fn routers_are_read_by_whatever_name_peft_has_for_them() {
+    let place = sparse_place();
+    finetune(&place, &["train.router=full"]);
+    let measured = || {
+        let arguments =
+            ["eval", "perplexity", "--model", "model", "--adapter", "run", "--data", "data.jsonl"];
+        place.json(&[&arguments[..], &["--json"]].concat())["nll"].as_f64().unwrap()
+    };
+    let expected = measured();
+    let path = place.path("run/adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["modules_to_save"] = json!(["gate"]);
+    fs::write(path, config.to_string()).unwrap();
+    assert_eq!(measured().to_bits(), expected.to_bits());
 }

@@ -48,7 +48,7 @@ impl<'a> AdapterFiles<'a> {
             base_model: Some(base_model.to_string()),
             revision: revision.map(str::to_string),
             metadata: BTreeMap::from([
-                ("peft_rs_version".to_string(), env!("CARGO_PKG_VERSION").to_string()),
+                (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
                 (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
             ]),
         };
