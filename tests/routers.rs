@@ -195,3 +195,112 @@ fn routers_are_read_by_whatever_name_peft_has_for_them() {
     fs::write(path, config.to_string()).unwrap();
     assert_eq!(measured().to_bits(), expected.to_bits());
 }
+
+/// One expert whose weight is divided by itself: nothing depends on the router.
+#[test]
+fn routers_that_nothing_reaches_are_refused() {
+    let place = sparse_place_of("mixtral", "MixtralForCausalLM");
+    let keys = ["routing.active=1", "train.router=full"];
+    insta::assert_snapshot!(refused(&place, &keys), @r#"
+    exit 2
+    error: routers would get no gradient: one expert of a token is active, and its weight in `model` is always 1, as the weights of the chosen sum to one
+    hint: train with `losses.switch`, or with two active experts or more, or leave `train.router` "frozen"
+    "#);
+    finetune(&place, &[&keys[..], &["losses.switch=0.1", "train.steps=12"]].concat());
+    place.run(&set(&["check", "recipe.toml"], &["routing.active=1"]));
+    // Scores that are not divided have a gradient.
+    finetune(&sparse_place(), &[&keys[..], &["train.steps=12"]].concat());
+}
+
+#[test]
+fn the_number_of_active_experts_goes_with_what_can_say_it() {
+    let place = sparse_place();
+    let report = |keys: &[&str]| place.json(&set(&["check", "recipe.toml", "--json"], keys));
+    assert_eq!(report(&["routing.active=2"])["warnings"], json!([]));
+    let warnings = report(&["routing.active=1"])["warnings"].to_string();
+    insta::assert_snapshot!(warnings, @r#"["`routing.active` is 1 in this run alone: `peft eval`, `generate` and `merge` take the model's own 2 experts of a token"]"#);
+
+    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
+    let recipe = recipe.replace("adapter = { rank = 4, dropout = 0.1 }\n", "");
+    let recipe = recipe.replace("eval_share = 0.2", "eval = [{ path = \"data.jsonl\" }]");
+    fs::write(place.path("recipe.toml"), recipe).unwrap();
+    let keys = ["train.full=true", "routing.active=1"];
+    assert!(!report(&keys)["warnings"].to_string().contains("routing.active"));
+    finetune(&place, &keys);
+    let config: Value = serde_json::from_slice(&fs::read(place.path("run/config.json")).unwrap()).unwrap();
+    assert_eq!(config["num_experts_per_tok"], json!(1));
+    let arguments = ["eval", "perplexity", "--model", "run", "--data", "data.jsonl"];
+    let measured = place.json(&[&arguments[..], &["--max-length", "32", "--json"]].concat());
+    let (found, expected) = (measured["nll"].as_f64().unwrap(), last_eval_loss(&place, "run"));
+    assert!((found - expected).abs() < 1e-5, "{found} from the files, {expected} in the run");
+}
+
+#[test]
+fn a_plan_says_how_experts_are_chosen() {
+    let lines = |keys: &[&str]| {
+        let report = sparse_place().json(&set(&["check", "recipe.toml", "--json"], keys));
+        let lines: Vec<String> = report["lines"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|line| line.as_str().unwrap().to_string())
+            .skip_while(|line| !line.starts_with("routers:"))
+            .take_while(|line| !line.starts_with("train:"))
+            .collect();
+        assert!(lines.iter().all(|line| line.len() <= 80), "{lines:?}");
+        lines.join("\n")
+    };
+    insta::assert_snapshot!(lines(&[]), @"routers: frozen, 2 of 4 experts active");
+    insta::assert_snapshot!(lines(&["train.router=full", "losses.switch=0.01", "routing.noise=learned"]), @"
+    routers: trained whole, 2 of 4 experts active, learned noise
+    balance: switch 0.01
+    ");
+    insta::assert_snapshot!(lines(&[
+        "train.router=lora",
+        "losses.switch=0.0123",
+        "losses.importance=0.0123",
+        "losses.load=0.0123",
+        "losses.load_std=0.0123",
+        "losses.z=0.00123",
+        "losses.pooled=true",
+        "routing.noise=gaussian",
+        "routing.kind=hash",
+        "routing.capacity_factor=1.25",
+        "routing.capacity_warmup=3",
+        "routing.overflow=reroute",
+    ]), @"
+    routers: low-rank terms trained, 2 of 4 experts active, gaussian noise,
+      chosen by the token, capacity 1.25 from step 3 (reroute)
+    balance: switch 0.0123, importance 0.0123, load 0.0123, load_std 0.0123,
+      z 0.00123, pooled over layers
+    ");
+}
+
+/// Losses on routers are those of the tokens computed at once, which a budget fixes.
+#[test]
+fn a_run_that_follows_free_memory_says_so() {
+    let place = sparse_place();
+    let records: String = (0..600)
+        .map(|n| format!("{{\"prompt\": \"Where is kite {n}?\", \"completion\": \" In box {n}.\"}}\n"))
+        .collect();
+    fs::write(place.path("data.jsonl"), records).unwrap();
+    let warnings = |keys: &[&str]| {
+        let report = place.json(&set(&["check", "recipe.toml", "--json"], keys));
+        report["warnings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|w| w.as_str().unwrap().to_string())
+            .collect::<Vec<_>>()
+    };
+    let large = ["train.batch_size=64", "losses.z=0.1"];
+    insta::assert_snapshot!(warnings(&large).join("\n"), @"losses on routers are taken over the tokens computed at once, 1,024 of a batch, and these follow the memory that is free: set `train.memory_budget` for a run that can be repeated");
+    assert!(
+        warnings(&["train.batch_size=64", "routing.capacity_factor=1.5"])[0]
+            .contains("the capacity of experts is")
+    );
+    let empty: [&str; 0] = [];
+    assert_eq!(warnings(&[&large[..], &["train.memory_budget=1GiB"]].concat()), empty);
+    assert_eq!(warnings(&["losses.z=0.1"]), empty);
+    assert_eq!(warnings(&["train.batch_size=64"]), empty);
+}

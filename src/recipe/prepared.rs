@@ -70,7 +70,7 @@ impl Prepared {
     pub fn of(plan: &Plan) -> Result<Self> {
         let mut base = Pretrained::open(&plan.model.source)?;
         let name = base.name().to_string();
-        plan.mixture.apply(base.config_mut(), &name, plan.seed)?;
+        plan.mixture.apply(base.config_mut(), &name, plan.seed, plan.trained == Trained::Full)?;
         base.check()?;
         let trained = Trainee::of(plan, &base)?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
