@@ -395,6 +395,9 @@ fn adapters_of_granite_are_written_as_peft_holds_them() {
         );
         let again = hf::Adapter::read(folder.path(), &Device::Cpu).unwrap().for_model(base.config()).unwrap();
         assert!(again.tensors.keys().all(|name| !name.contains("linear.lora")));
+        for (name, tensor) in &adapter.tensors {
+            assert_eq!(again.tensors[name].dims(), tensor.dims(), "{family} {left_out:?}: {name}");
+        }
         let far = difference(&with(&again), &with(&adapter));
         assert!(far <= 1e-5, "{family} {left_out:?}: {far}");
     }

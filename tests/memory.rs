@@ -50,7 +50,7 @@ fn needs(config: DecoderConfig, quantized: bool, documents: usize) -> Needs {
     let tensors: Vec<u64> = config.tensors().iter().map(|(_, shape)| bytes(shape)).collect();
     Needs {
         dtype: DType::BF16,
-        trained: TrainedParts::LowRank { ranks, dropout: false },
+        trained: TrainedParts::LowRank { ranks, dropout: false, routers: false },
         trainable,
         masters: false,
         weights: tensors.iter().sum(),
@@ -166,7 +166,7 @@ fn large_place(model: &str, train: &str) -> Place {
          train = {{ steps = 2, batch_size = 4, {train} }}\n"
     );
     let adapter =
-        if train.contains("full") { "" } else { "adapter = { rank = 8, targets = \"all-linear\" }\n" };
+        if train.contains("full = true") { "" } else { "adapter = { rank = 8, targets = \"all-linear\" }\n" };
     fs::write(place.path("recipe.toml"), recipe + adapter).unwrap();
     place
 }
@@ -220,6 +220,8 @@ fn a_run_takes_what_was_predicted() {
         ("f32", "checkpoint = \"none\"", Some(8)),
         ("bf16", "checkpoint = \"none\"", Some(32)),
         ("f32", "checkpoint = \"block\"", Some(16)),
+        ("f32", "checkpoint = \"none\", router = \"full\"", Some(8)),
+        ("f32", "full = true", Some(8)),
     ] {
         let place = large_place(dtype, train);
         larger_model(&place, experts);
@@ -237,6 +239,25 @@ fn a_run_takes_what_was_predicted() {
         lines.push((share, format!("{what}: {} of {} MiB", predicted / MIB, shown / MIB)));
     }
     assert!(lines.iter().all(|(share, _)| (0.9..1.1).contains(share)), "{lines:#?}");
+}
+
+/// A trained router has a backward through all layers above it, whether these have adapters or not.
+#[test]
+fn routers_reach_down_to_the_first_sparse_layer() {
+    let config = family::read(&json!({
+        "model_type": "mixtral", "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096
+    }))
+    .unwrap();
+    let components = |routers| {
+        let mut needs = needs(config.clone(), false, 1);
+        let ranks = BTreeMap::from([((3, Projection::Q), 16)]);
+        needs.trained = TrainedParts::LowRank { ranks, dropout: false, routers };
+        Memory::choose(&needs, RecomputeChoice::None, u64::MAX, false).components
+    };
+    let (without, with) = (components(false), components(true));
+    assert!(with.activations > 3 * without.activations, "{with:?} {without:?}");
 }
 
 /// One that has nothing in common with the model but its shape, so that all of it is held.

@@ -48,6 +48,8 @@ mod recipes;
 mod refusals;
 /// A killed or interrupted run goes on to the same bits, and leaves nothing half-written.
 mod resume;
+/// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.
+mod routers;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.

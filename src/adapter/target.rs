@@ -15,7 +15,7 @@ use fancy_regex::Regex;
 use super::config::{Exclude, LoraConfig, Targets};
 use super::patterns::Patterns;
 use crate::error::{Error, Result, nearest};
-use crate::model::config::{DecoderConfig, InPeft, LinearConfig, Projection, Site};
+use crate::model::config::{DecoderConfig, LinearConfig, MoeNames, Projection, Site};
 
 /// An adapter on one linear layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,8 +52,8 @@ pub struct Placements {
     pub counts: Vec<TargetCount>,
     /// Paths of the layers that would have an adapter, did `rank_pattern` not say rank 0.
     pub without: Vec<String>,
-    /// What PEFT makes of adapters on the model's experts; none of a dense model.
-    pub in_peft: Option<InPeft>,
+    /// What the model's experts are called, and what PEFT makes of adapters on them; none of a dense model.
+    pub names: Option<MoeNames>,
     /// Experts of a layer; 0 of a dense model.
     pub experts: usize,
     /// The ends of the name of a router's weight: ours, and that of transformers 5 where it is another.
@@ -145,10 +145,9 @@ pub(super) fn place(config: &LoraConfig, model: &DecoderConfig) -> Result<Placem
     }
     let first = model.sparse_layers().next().map(|(_, moe)| moe);
     let (names, experts) = (first.map(|moe| moe.names), first.map_or(0, |moe| moe.experts));
-    let in_peft = names.map(|names| names.in_peft);
     let router =
         names.and_then(|names| Some((format!("{}.weight", names.router), names.router_in_transformers()?)));
-    Ok(Placements { placements, counts, without, in_peft, experts, router })
+    Ok(Placements { placements, counts, without, names, experts, router })
 }
 
 /// The settings with every pattern compiled.

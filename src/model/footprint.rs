@@ -7,7 +7,9 @@ use candle_core::DType;
 
 use super::config::{DecoderConfig, FeedForwardConfig, LayerConfig, Projection, Widths};
 use super::decoder::Recompute;
+use super::ledger::Ledger;
 use crate::ops::cross_entropy::chunk_rows;
+use crate::ops::grouped_linear::is_stacked;
 
 /// What is trained, as far as memory is concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub enum TrainedParts {
         ranks: BTreeMap<(usize, Projection), usize>,
         /// Whether inputs go through a dropout.
         dropout: bool,
+        /// Whether routers' weights are trained too.
+        routers: bool,
     },
 }
 
@@ -104,35 +108,6 @@ impl DecoderConfig {
         let rows = chunk_rows(self.vocab_size).min(piece.learned) as u64;
         let losses = walk.rows(piece.learned, self.hidden_size) + rows * 4 * self.vocab_size as u64;
         x + block.max(x + losses)
-    }
-}
-
-#[derive(Default)]
-struct Ledger {
-    now: Held,
-    most: Held,
-    /// Whether all gradients are there already.
-    several: bool,
-}
-
-impl Ledger {
-    /// Changes what is held, and looks whether it is more than ever.
-    fn now(&mut self, change: impl FnOnce(&mut Held)) {
-        change(&mut self.now);
-        if self.now.total() > self.most.total() {
-            self.most = self.now;
-        }
-    }
-
-    /// Gradients of so many bytes, of which the largest has `largest`, arrive: added to what is there, they and the sum
-    /// are new.
-    fn gradients(&mut self, bytes: u64, largest: u64, is_there: bool) {
-        if self.several || is_there {
-            self.now(|held| held.gradients += 2 * largest);
-            self.now.gradients -= 2 * largest;
-        } else {
-            self.now(|held| held.gradients += bytes);
-        }
     }
 }
 
@@ -247,8 +222,8 @@ impl Walk<'_> {
         let hidden = self.config.hidden_size;
         let LayerConfig { attention, feed_forward } = &self.config.layers[index];
         let Widths { width, rows, .. } = feed_forward.widths();
-        // What experts give, before it is put together; what goes to them is gathered where masks differ by expert.
-        let routed = self.values(rows * hidden) * if self.drops() { 2 } else { 1 };
+        // What experts give, before it is put together; what goes to them is gathered unless their terms are stacked.
+        let routed = self.values(rows * hidden) * if self.stacks(index) { 1 } else { 2 };
         let (q, kv, heads) = (attention.q_width(), attention.kv_width(), attention.num_heads);
         let values = |width: usize| self.values(width);
         let inner = |projections: &[Projection]| -> u64 {
@@ -309,6 +284,9 @@ impl Walk<'_> {
             .into_iter()
             .map(|(projection, out, input, copies)| match self.how.trained {
                 TrainedParts::Everything => (4 * copies * out * input, 4 * out * input),
+                TrainedParts::LowRank { routers: true, .. } if projection == Projection::Router => {
+                    (4 * out * input, 4 * out * input)
+                }
                 TrainedParts::LowRank { .. } => {
                     let rank = self.rank(index, projection).unwrap_or(0);
                     (4 * copies * rank * (out + input), 4 * rank * out.max(input))
@@ -339,8 +317,11 @@ impl Walk<'_> {
     fn lowest(&self) -> usize {
         match self.how.trained {
             TrainedParts::Everything => 0,
-            TrainedParts::LowRank { ranks, .. } => {
-                ranks.keys().next().map_or(self.config.layers.len(), |(layer, _)| *layer)
+            TrainedParts::LowRank { ranks, routers, .. } => {
+                let adapted = ranks.keys().map(|(layer, _)| *layer).next();
+                let first = self.config.sparse_layers().next().filter(|_| *routers);
+                let routers = first.map(|(layer, _)| layer);
+                adapted.into_iter().chain(routers).min().unwrap_or(self.config.layers.len())
             }
         }
     }
@@ -377,7 +358,18 @@ impl Walk<'_> {
         let rank = |projection| self.rank(layer, projection).unwrap_or(0);
         let ranks = (rank(Projection::Gate) + rank(Projection::Up)).max(rank(Projection::Down));
         let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
-        if self.drops() { 0 } else { 2 * self.wide(moe.experts * ranks) }
+        if self.drops() || !is_stacked(moe.experts, moe.active) {
+            0
+        } else {
+            2 * self.wide(moe.experts * ranks)
+        }
+    }
+
+    /// Whether the terms of all experts' gates and up projections are one over all tokens.
+    fn stacks(&self, layer: usize) -> bool {
+        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return false };
+        let has_terms = [Projection::Gate, Projection::Up].iter().any(|p| self.rank(layer, *p).is_some());
+        has_terms && !self.drops() && is_stacked(moe.experts, moe.active)
     }
 
     fn head_dim(&self) -> usize {

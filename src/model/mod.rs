@@ -11,6 +11,7 @@ mod decoder;
 pub mod family;
 mod feed_forward;
 pub mod footprint;
+mod ledger;
 mod linear;
 mod load;
 mod moe;

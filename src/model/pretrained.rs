@@ -107,9 +107,14 @@ impl Pretrained {
         self.checkpoint.write_companions(folder)
     }
 
-    /// Writes the `config.json` for weights of another type.
+    /// Writes the `config.json` for weights of another type, and for as many experts of a token as [`Self::config_mut`] has
+    /// made it.
     pub fn write_config(&self, folder: &Path, dtype: DType) -> Result<()> {
         let mut config = self.config_json.clone();
+        let active = |config: &DecoderConfig| config.sparse_layers().next().map(|(_, moe)| moe.active);
+        if active(&self.config) != active(&family::read(&config)?) {
+            config[family::ACTIVE] = serde_json::json!(active(&self.config));
+        }
         let name = match dtype {
             DType::F32 => "float32",
             DType::F16 => "float16",

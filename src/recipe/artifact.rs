@@ -48,7 +48,7 @@ impl<'a> AdapterFiles<'a> {
             base_model: Some(base_model.to_string()),
             revision: revision.map(str::to_string),
             metadata: BTreeMap::from([
-                ("peft_rs_version".to_string(), env!("CARGO_PKG_VERSION").to_string()),
+                (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
                 (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
             ]),
         };
@@ -94,24 +94,25 @@ impl Artifact for AdapterFiles<'_> {
     }
 }
 
-/// The weights or biases of routers that are not trained while the other is: PEFT saves and loads a module whole.
+/// What of routers is written and not trained now: what the adapter in `adapter.from` has of them, with which all losses
+/// are measured; and the weight or bias of a router of which the other is written, as PEFT saves and loads a module whole.
 fn companions(
     adapter: &PlacedAdapter,
     base: &Pretrained,
     trainables: &Trainables,
 ) -> Result<BTreeMap<String, Tensor>> {
-    let mut companions = BTreeMap::new();
+    let is_trained = |name: &str| trainables.contains_key(name);
+    let earlier = adapter.from.iter().flat_map(|from| &from.routers).filter(|(name, _)| !is_trained(name));
+    let mut companions: BTreeMap<String, Tensor> =
+        earlier.map(|(name, stored)| (name.clone(), stored.clone())).collect();
     for (layer, moe) in base.config().sparse_layers().filter(|(_, moe)| moe.selection_bias) {
         let names = [format!("{}.weight", moe.router_path(layer)), moe.selection_bias_path(layer)];
-        if !names.iter().any(|name| trainables.contains_key(name.as_str())) {
+        let is_written = |name: &String| is_trained(name) || companions.contains_key(name);
+        if !names.iter().any(is_written) {
             continue;
         }
-        for name in names.into_iter().filter(|name| !trainables.contains_key(name.as_str())) {
-            let earlier = adapter.from.as_ref().and_then(|from| from.routers.get(&name).cloned());
-            let stored = match earlier {
-                Some(stored) => stored,
-                None => base.read(&name, DType::F32, &Device::Cpu)?,
-            };
+        for name in names.iter().filter(|name| !is_written(name)).cloned().collect::<Vec<_>>() {
+            let stored = base.read(&name, DType::F32, &Device::Cpu)?;
             companions.insert(name, stored);
         }
     }

@@ -5,15 +5,19 @@ use std::collections::BTreeSet;
 use super::distill::PreparedTeacher;
 use super::figures;
 use super::fitting::Memory;
+use super::mixture::{MixturePlan, RouterTraining};
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
 use crate::data::{Counts, Layout};
+use crate::model::config::{Overflow, RouterNoise, RoutingKind, RoutingVariant};
+use crate::model::{RouterLosses, family};
 use crate::ops::distillation::Terms;
 
 /// The model, what is trained, the data and the course of training.
 pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
     let mut lines = vec![model(prepared)];
     lines.extend(trained(plan, prepared));
+    lines.extend(mixture(plan, prepared));
     lines.extend(prepared.teacher.iter().map(teacher));
     lines.extend(prepared.dataset.train_counts.iter().map(|counts| data("train", counts)));
     lines.extend(prepared.dataset.eval_counts.iter().map(|counts| data("eval", counts)));
@@ -32,7 +36,42 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
 pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
     let data = prepared.dataset.warnings.iter().map(ToString::to_string);
     let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
-    data.chain(excess).collect()
+    let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
+    data.chain(excess).chain(of_mixture).collect()
+}
+
+/// An adapter has no place for a number of experts.
+fn own_number(plan: &Plan, prepared: &Prepared) -> Option<String> {
+    let (_, moe) = prepared.base.config().sparse_layers().next()?;
+    let model = family::read(prepared.base.config_json()).ok()?;
+    let (_, own) = model.sparse_layers().next()?;
+    if moe.active == own.active || plan.trained == Trained::Full {
+        return None;
+    }
+    Some(format!(
+        "`routing.active` is {} in this run alone: `peft eval`, `generate` and `merge` take the model's own {} experts of a \
+         token",
+        moe.active, own.active
+    ))
+}
+
+/// What a loss on routers is depends on what is computed at once.
+fn own_pieces(plan: &Plan, memory: &Memory) -> Option<String> {
+    let mixture = &plan.mixture;
+    let by_piece = match (mixture.capacity_factor.is_some(), mixture.has_losses()) {
+        (false, false) => return None,
+        (true, false) => "the capacity of experts is",
+        (false, true) => "losses on routers are",
+        (true, true) => "losses on routers and the capacity of experts are",
+    };
+    if !memory.several_pieces || memory.budget_is_asked_for {
+        return None;
+    }
+    Some(format!(
+        "{by_piece} taken over the tokens computed at once, {} of a batch, and these follow the memory that is free: set \
+         `train.memory_budget` for a run that can be repeated",
+        figures::count(memory.piece_tokens as u64)
+    ))
 }
 
 fn model(prepared: &Prepared) -> String {
@@ -68,6 +107,74 @@ fn trained(plan: &Plan, prepared: &Prepared) -> Vec<String> {
     }
     let targets = adapter.placements.counts.iter().map(|count| format!("{} {}", count.target, count.placed));
     vec![line, format!("targets: {}", targets.collect::<Vec<_>>().join(", "))]
+}
+
+/// How experts are chosen, and what makes routers even; nothing of a dense model.
+fn mixture(plan: &Plan, prepared: &Prepared) -> Vec<String> {
+    let Some((_, moe)) = prepared.base.config().sparse_layers().next() else { return Vec::new() };
+    let MixturePlan { router, losses, bias_update, .. } = plan.mixture;
+    let RoutingVariant { noise, capacity_factor, capacity_warmup, overflow, kind, .. } = moe.variant;
+    let trained = match (&plan.trained, router) {
+        (Trained::Full, _) | (_, RouterTraining::Full) => "trained whole",
+        (_, RouterTraining::Lora) => "low-rank terms trained",
+        (_, RouterTraining::Frozen) => "frozen",
+    };
+    let noise = match noise {
+        RouterNoise::None => None,
+        RouterNoise::Gaussian => Some("gaussian noise".to_string()),
+        RouterNoise::Learned => Some("learned noise".to_string()),
+    };
+    let kind = match kind {
+        RoutingKind::Model => None,
+        RoutingKind::Random => Some("chosen by chance".to_string()),
+        RoutingKind::Hash => Some("chosen by the token".to_string()),
+    };
+    let capacity = capacity_factor.map(|factor| {
+        let overflow = match overflow {
+            Overflow::Drop => "drop",
+            Overflow::Reroute => "reroute",
+        };
+        let after = if capacity_warmup > 0 { format!(" from step {capacity_warmup}") } else { String::new() };
+        format!("capacity {factor}{after} ({overflow})")
+    });
+    let active = format!("{} of {} experts active", moe.active, moe.experts);
+    let routers = [Some(trained.to_string()), Some(active), noise, kind, capacity];
+    let RouterLosses { switch, importance, load, load_std, z, pooled } = losses;
+    let terms = [
+        ("switch", switch),
+        ("importance", importance),
+        ("load", load),
+        ("load_std", load_std),
+        ("z", z),
+        ("bias_update", bias_update),
+    ];
+    let terms = terms.iter().filter(|(_, value)| *value > 0.0).map(|(name, value)| format!("{name} {value}"));
+    let mut terms: Vec<String> = terms.collect();
+    if pooled && plan.mixture.has_losses() {
+        terms.push("pooled over layers".to_string());
+    }
+    let mut lines = wrapped("routers:", routers.into_iter().flatten());
+    if !terms.is_empty() {
+        lines.extend(wrapped("balance:", terms));
+    }
+    lines
+}
+
+/// A list after `head` in lines of at most 80 columns.
+fn wrapped(head: &str, parts: impl IntoIterator<Item = String>) -> Vec<String> {
+    let (mut lines, mut line) = (Vec::new(), head.to_string());
+    let mut comma = "";
+    for part in parts {
+        line += comma;
+        comma = ",";
+        // And a comma.
+        if line.len() + part.len() + 2 > 80 {
+            lines.push(std::mem::replace(&mut line, " ".to_string()));
+        }
+        line += &format!(" {part}");
+    }
+    lines.push(line);
+    lines
 }
 
 fn teacher(teacher: &PreparedTeacher) -> String {

@@ -35,6 +35,8 @@ pub struct Memory {
     pub checkpoint: RecomputeChoice,
     /// The most tokens that are computed at once.
     pub piece_tokens: usize,
+    /// Whether the largest batch is computed in several pieces.
+    pub several_pieces: bool,
     /// Bytes at the peak with nothing recomputed and as many tokens at once as are of use.
     pub unconstrained_bytes: u64,
 }
@@ -76,6 +78,7 @@ impl Memory {
                 Recompute::Block => RecomputeChoice::Block,
             },
             piece_tokens: way.piece_tokens,
+            several_pieces: needs.largest_batch() > way.piece_tokens,
             unconstrained_bytes: measured.first().map_or(0, total),
         }
     }

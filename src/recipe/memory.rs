@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::plan::Plan;
 use super::prepared::{Prepared, Trainee};
 use crate::data::Row;
+use crate::model::config::MoeConfig;
 use crate::model::footprint::{Computed, Held, Piece, TrainedParts};
 use crate::model::{DecoderConfig, Recompute};
 
@@ -154,7 +155,8 @@ impl Needs {
                     Some(((placement.linear.layer?, placement.linear.projection), placement.rank))
                 });
                 let dropout = adapter.config.dropout > 0.0;
-                (TrainedParts::LowRank { ranks: ranks.collect(), dropout }, adapter.from.is_some())
+                let routers = adapter.routers;
+                (TrainedParts::LowRank { ranks: ranks.collect(), dropout, routers }, adapter.from.is_some())
             }
         };
         let trainable = prepared.trainable().trainable;
@@ -278,7 +280,7 @@ impl Needs {
                     self.config.tensors().into_iter().map(|(_, shape)| shape.iter().product::<usize>());
                 sizes.max().unwrap_or(0) as u64
             }
-            TrainedParts::LowRank { ranks, .. } => {
+            TrainedParts::LowRank { ranks, routers, .. } => {
                 let width = self
                     .config
                     .linears()
@@ -286,7 +288,9 @@ impl Needs {
                     .map(|l| l.in_features.max(l.out_features))
                     .max()
                     .unwrap_or(0);
-                (ranks.values().max().unwrap_or(&0) * width) as u64
+                let of_router = |(_, moe): (usize, &MoeConfig)| moe.experts * self.config.hidden_size;
+                let router = self.config.sparse_layers().map(of_router).filter(|_| *routers).max();
+                (ranks.values().max().unwrap_or(&0) * width).max(router.unwrap_or(0)) as u64
             }
         }
     }

@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 use super::{Recipe, bounds};
 use crate::error::{Error, Result};
 use crate::model::RouterLosses;
-use crate::model::config::{DecoderConfig, Overflow, RouterNoise, RoutingKind, RoutingVariant};
+use crate::model::config::{
+    DecoderConfig, MoeConfig, Overflow, RouterNoise, RoutingKind, RoutingVariant, Scoring,
+};
 
 /// What of the routers is trained.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,8 +118,9 @@ impl MixturePlan {
         .find_map(|(key, set)| set.then_some(key))
     }
 
-    /// Changes the routing of `model` as the plan says; refuses what a dense model has no place for. `seed` is the run's.
-    pub(super) fn apply(&self, model: &mut DecoderConfig, name: &str, seed: u64) -> Result<()> {
+    /// Changes the routing of `model` as the plan says; refuses what a dense model has no place for, and routers that nothing
+    /// would reach. `seed` is the run's, and with `full` all weights are trained.
+    pub(super) fn apply(&self, model: &mut DecoderConfig, name: &str, seed: u64, full: bool) -> Result<()> {
         if model.sparse_layers().next().is_none() {
             return match self.key() {
                 None => Ok(()),
@@ -135,7 +138,31 @@ impl MixturePlan {
         }
         let Self { active, noise, capacity_factor, capacity_warmup, overflow, kind, .. } = *self;
         let variant = RoutingVariant { noise, capacity_factor, capacity_warmup, overflow, kind, seed };
-        model.reroute(active, variant)
+        model.reroute(active, variant)?;
+        self.refuse_constant_weights(model, name, full)
+    }
+
+    /// The weight of an expert that is the only one, divided by their sum, is 1 whatever the router says.
+    fn refuse_constant_weights(&self, model: &DecoderConfig, name: &str, full: bool) -> Result<()> {
+        let trains_routers = full || self.router != RouterTraining::Frozen;
+        let is_constant =
+            |moe: &MoeConfig| moe.active == 1 && (moe.renormalise || moe.scoring == Scoring::SoftmaxOfActive);
+        let any = model.sparse_layers().any(|(_, moe)| is_constant(moe));
+        if !any || !trains_routers || self.has_losses() {
+            return Ok(());
+        }
+        let frozen = if full { "" } else { ", or leave `train.router` \"frozen\"" };
+        Err(Error::request(format!(
+            "routers would get no gradient: one expert of a token is active, and its weight in `{name}` is always 1, \
+             as the weights of the chosen sum to one"
+        ))
+        .with_hint(format!("train with `losses.switch`, or with two active experts or more{frozen}")))
+    }
+
+    /// Whether any loss on routers counts.
+    pub(super) fn has_losses(&self) -> bool {
+        let RouterLosses { switch, importance, load, load_std, z, pooled: _ } = self.losses;
+        [switch, importance, load, load_std, z].iter().any(|coefficient| *coefficient > 0.0)
     }
 }
 

@@ -32,6 +32,7 @@ mod artifact;
 mod bounds;
 mod check;
 mod choice;
+mod continued;
 mod conversion;
 mod describe;
 mod distill;

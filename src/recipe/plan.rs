@@ -77,11 +77,16 @@ pub struct Said {
     pub targets: bool,
     /// `adapter.rslora`
     pub rslora: bool,
+    /// `adapter.experts`
+    pub experts: bool,
+    /// `adapter.shared_experts`
+    pub shared_experts: bool,
 }
 
 impl Said {
     /// Everything.
-    pub const ALL: Self = Self { rank: true, alpha: true, targets: true, rslora: true };
+    pub const ALL: Self =
+        Self { rank: true, alpha: true, targets: true, rslora: true, experts: true, shared_experts: true };
 }
 
 /// The data of a run.
@@ -226,6 +231,8 @@ impl AdapterPlan {
                 alpha: recipe.alpha.is_some(),
                 targets: recipe.targets.is_some(),
                 rslora: recipe.rslora.is_some(),
+                experts: recipe.experts.is_some(),
+                shared_experts: recipe.shared_experts.is_some(),
             },
         };
         Self { config, from: recipe.from.clone(), said, experts, shared_experts }
@@ -325,6 +332,8 @@ impl From<&AdapterPlan> for AdapterRecipe {
     fn from(plan: &AdapterPlan) -> Self {
         let LoraConfig { rank, dropout, targets, init, rslora, seed, dropout_seed, .. } = &plan.config;
         let said = plan.said;
+        // A fresh adapter is on all experts unless its recipe says otherwise, and dense models have none.
+        let writes = |said: bool, is_default: bool| said && !(plan.from.is_none() && is_default);
         Self {
             method: Some(Method::Lora),
             rank: said.rank.then_some(*rank),
@@ -336,8 +345,9 @@ impl From<&AdapterPlan> for AdapterRecipe {
             seed: Some(*seed),
             dropout_seed: Some(*dropout_seed),
             from: plan.from.clone(),
-            experts: (plan.experts != ExpertChoice::All(true)).then(|| plan.experts.clone()),
-            shared_experts: (!plan.shared_experts).then_some(false),
+            experts: writes(said.experts, plan.experts == ExpertChoice::All(true))
+                .then(|| plan.experts.clone()),
+            shared_experts: writes(said.shared_experts, plan.shared_experts).then_some(plan.shared_experts),
         }
     }
 }

@@ -1,16 +1,15 @@
 //! A plan against the files it names: everything that can be known before a weight is read.
 
-use std::collections::BTreeSet;
-
 use candle_core::DType;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::continued::continued;
 use super::distill::PreparedTeacher;
 use super::loaded::read_adapter;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
-use crate::adapter::{LoraConfig, Placements, Targets, hf, resolve};
+use crate::adapter::{LoraConfig, Placements, hf, resolve};
 use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
@@ -71,7 +70,7 @@ impl Prepared {
     pub fn of(plan: &Plan) -> Result<Self> {
         let mut base = Pretrained::open(&plan.model.source)?;
         let name = base.name().to_string();
-        plan.mixture.apply(base.config_mut(), &name, plan.seed)?;
+        plan.mixture.apply(base.config_mut(), &name, plan.seed, plan.trained == Trained::Full)?;
         base.check()?;
         let trained = Trainee::of(plan, &base)?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
@@ -178,16 +177,15 @@ impl Trainee {
             Some(path) => Some(read_adapter(path)?.for_model(base.config())?),
             None => None,
         };
-        let config = match &from {
-            Some(adapter) => continued(written, adapter)?,
-            None => written.config.clone(),
-        };
         refuse_dense(written, base)?;
-        let config = match plan.mixture.router {
-            RouterTraining::Lora => {
-                LoraConfig { targets: config.targets.with_routers(base.config()), ..config }
-            }
-            RouterTraining::Frozen | RouterTraining::Full => config,
+        refuse_unknown_experts(written, base)?;
+        let mut asked = written.config.clone();
+        if plan.mixture.router == RouterTraining::Lora {
+            asked.targets = asked.targets.with_routers(base.config());
+        }
+        let config = match &from {
+            Some(adapter) => continued(written, asked, plan.mixture.router, adapter, base.config())?,
+            None => asked,
         };
         if config.rank == 0 {
             return Err(Error::request("`adapter.rank` is 0, so nothing would be trained")
@@ -212,6 +210,18 @@ fn refuse_dense(written: &AdapterPlan, base: &Pretrained) -> Result<()> {
     };
     Err(Error::request(format!("`{key}` is for mixtures of experts, and `{}` is dense", base.name()))
         .with_hint("leave it out"))
+}
+
+/// A number that no expert has would leave out all experts it stands for, without a word.
+fn refuse_unknown_experts(written: &AdapterPlan, base: &Pretrained) -> Result<()> {
+    let ExpertChoice::Some(numbers) = &written.experts else { return Ok(()) };
+    let experts = base.config().sparse_layers().map(|(_, moe)| moe.experts).max().unwrap_or(0);
+    let Some(unknown) = numbers.iter().find(|number| **number >= experts) else { return Ok(()) };
+    Err(Error::request(format!(
+        "`adapter.experts` has {unknown}, and `{}` has {experts} experts",
+        base.name()
+    ))
+    .with_hint(format!("experts are numbered from 0 to {}", experts.saturating_sub(1))))
 }
 
 /// A trained model is written with a tensor per expert, which families with a layout of their own do not read.
@@ -239,41 +249,6 @@ fn refuse_quantized(base: &Pretrained) -> Result<()> {
     .with_hint(
         "train an adapter, with a table `[adapter]` instead of `train.full`; or give the model in f32, bf16 or f16",
     ))
-}
-
-/// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe. What the recipe
-/// says otherwise must not differ from it.
-fn continued(written: &AdapterPlan, adapter: &hf::Adapter) -> Result<LoraConfig> {
-    let AdapterPlan { config: asked, said, .. } = written;
-    let own = &adapter.config;
-    let mut differing = Vec::new();
-    if said.rank && asked.rank != own.rank {
-        differing.push(format!("`adapter.rank` is {}, and its rank is {}", asked.rank, own.rank));
-    }
-    if said.alpha && asked.alpha() != own.alpha() {
-        differing.push(format!("`adapter.alpha` is {}, and its alpha is {}", asked.alpha(), own.alpha()));
-    }
-    if said.rslora && asked.rslora != own.rslora {
-        differing.push(format!("`adapter.rslora` is {}, and its own is {}", asked.rslora, own.rslora));
-    }
-    if said.targets && !same_targets(&asked.targets, &own.targets) {
-        differing.push("`adapter.targets` are not its targets".to_string());
-    }
-    if differing.is_empty() {
-        return Ok(LoraConfig { dropout: asked.dropout, dropout_seed: asked.dropout_seed, ..own.clone() });
-    }
-    Err(Error::request(format!("the adapter in `adapter.from` is another one: {}", differing.join("; ")))
-        .with_hint("leave these keys out: it keeps its own"))
-}
-
-/// The same, in whatever order names are.
-fn same_targets(one: &Targets, other: &Targets) -> bool {
-    match (one, other) {
-        (Targets::Names(one), Targets::Names(other)) => {
-            BTreeSet::from_iter(one) == BTreeSet::from_iter(other)
-        }
-        _ => one == other,
-    }
 }
 
 /// What templates that write the date are told in training, so that a run depends on its recipe and not on the day:

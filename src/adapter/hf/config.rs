@@ -270,7 +270,7 @@ pub(super) fn to_json(
     let alphas: Map<String, Value> =
         alphas.map(|(pattern, alpha)| (pattern.to_string(), number(*alpha))).collect();
     let (mut ranks, mut alphas) = (ranks, alphas);
-    experts::join_patterns(config, parameters, &mut ranks, &mut alphas);
+    experts::join_patterns(config, placements, parameters, &mut ranks, &mut alphas);
     // PEFT refuses dropout beside parameters, at inference too, where it has no effect.
     let dropout = if experts::are_adapted(placements) { 0.0 } else { config.dropout };
     let gaussian = config.init == Init::Gaussian && !config.lora_bias;

@@ -6,13 +6,12 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value, json};
 
 use super::super::config::LoraConfig;
-use super::super::target::{Placement, Placements};
-use crate::model::config::{InPeft, Projection, Site};
+use super::super::target::{Placement, Placements, is_named};
+use crate::model::config::{Bundle, InPeft, Projection, Site};
 
-const GATE_UP: &str = "mlp.experts.gate_up_proj";
-const DOWN: &str = "mlp.experts.down_proj";
 /// PEFT joins the terms of gate and up, so that their ranks and alphas add up.
 const JOINED: &str = r".*\.gate_up_proj";
+const JOINED_DOWN: &str = r".*\.experts\.down_proj";
 
 /// Whether any expert has an adapter.
 pub(super) fn are_adapted(placements: &Placements) -> bool {
@@ -21,7 +20,7 @@ pub(super) fn are_adapted(placements: &Placements) -> bool {
 
 /// Values of `target_parameters`, none for most models.
 pub(super) fn target_parameters(placements: &Placements) -> BTreeSet<String> {
-    match placements.in_peft {
+    match placements.names.map(|names| names.in_peft) {
         Some(InPeft::Translated) => placements
             .placements
             .iter()
@@ -33,8 +32,9 @@ pub(super) fn target_parameters(placements: &Placements) -> BTreeSet<String> {
                 placements.placements.iter().any(|p| is_expert(p) && p.linear.projection == projection)
             };
             let both = has(Projection::Gate) && has(Projection::Up);
-            let names = [(GATE_UP, both), (DOWN, has(Projection::Down))];
-            names.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name.to_string()).collect()
+            let bundles = [(Bundle::GateUp, both), (Bundle::Down, has(Projection::Down))];
+            let there = bundles.into_iter().filter(|(_, is_there)| *is_there);
+            there.filter_map(|(bundle, _)| parameter_of(placements, bundle)).collect()
         }
         Some(InPeft::Unknown) | None => BTreeSet::new(),
     }
@@ -43,14 +43,40 @@ pub(super) fn target_parameters(placements: &Placements) -> BTreeSet<String> {
 /// Adds to the patterns of rank and alpha what `target_parameters` calls for.
 pub(super) fn join_patterns(
     config: &LoraConfig,
+    placements: &Placements,
     parameters: &BTreeSet<String>,
     ranks: &mut Map<String, Value>,
     alphas: &mut Map<String, Value>,
 ) {
-    if parameters.contains(GATE_UP) {
-        ranks.insert(JOINED.to_string(), json!(2 * config.rank));
-        alphas.insert(JOINED.to_string(), super::config::number(2.0 * config.alpha()));
+    // Of all experts one rank is written, that of the first: PEFT has no other in one parameter.
+    let first = |projection| {
+        let of_expert = |p: &&Placement| is_expert(p) && p.linear.projection == projection;
+        placements.placements.iter().find(of_expert).map(|p| (p.rank, p.alpha))
+    };
+    let targets = |bundle| parameter_of(placements, bundle).is_some_and(|name| parameters.contains(&name));
+    let mut insert = |pattern: &str, rank: usize, alpha: f64| {
+        ranks.insert(pattern.to_string(), json!(rank));
+        alphas.insert(pattern.to_string(), super::config::number(alpha));
+    };
+    if let (Some((gate, alpha)), Some((up, _))) = (first(Projection::Gate), first(Projection::Up))
+        && targets(Bundle::GateUp)
+    {
+        let rank = gate + up;
+        // The scale stays what it is for each.
+        let share = rank as f64 / gate as f64;
+        insert(JOINED, rank, alpha * if config.rslora { share.sqrt() } else { share });
     }
+    if let Some(down) = first(Projection::Down)
+        && targets(Bundle::Down)
+        && down != (config.rank, config.alpha())
+    {
+        insert(JOINED_DOWN, down.0, down.1);
+    }
+}
+
+/// The parameter that transformers 5 holds the projections of all experts in, below the layer's path.
+fn parameter_of(placements: &Placements, bundle: Bundle) -> Option<String> {
+    placements.names?.in_transformers(bundle).map(str::to_string)
 }
 
 /// Whether a value of `target_parameters` can be that of experts, or of a module whose tensors say it all.
@@ -71,7 +97,7 @@ pub(super) fn router_modules(routers: &[&str]) -> Value {
 
 /// Whether a module is a router by its name.
 pub(super) fn is_router_module(module: &str) -> bool {
-    [".gate", ".router.layer", ".router"].iter().any(|end| module.ends_with(end))
+    ["gate", "router.layer", "router"].iter().any(|name| is_named(module, name))
 }
 
 fn is_expert(placement: &Placement) -> bool {

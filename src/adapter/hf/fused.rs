@@ -10,11 +10,14 @@
 //! `B [in, experts * rank]`, the other way round. Shapes tell which it is, and where a layer has as many outputs as inputs the
 //! version that the configuration names.
 //!
+//! Where the halves of `B` are zero for halves of the ranks, gate and up get these back as their own: see [`super::halves`].
+//!
 //! Others pack: `experts.gate_proj.lora_A [experts, rank, in]` and `lora_B [experts, out, rank]`.
 
 use candle_core::Tensor;
 
-use super::Adapter;
+use super::halves::Pair;
+use super::{Adapter, WRITER};
 use crate::adapter::config::Targets;
 use crate::adapter::lora::tensor_names;
 use crate::adapter::patterns::Patterns;
@@ -66,10 +69,20 @@ struct Place<'a> {
     hidden: usize,
 }
 
+impl Place<'_> {
+    /// Gate and up of each expert, where the projections are these.
+    fn pairs(self, projections: &[usize]) -> Vec<Pair> {
+        let paths = |expert| [0, 1].map(|projection| self.moe.expert_path(self.layer, expert, projection));
+        if projections == [0, 1] { (0..self.moe.experts).map(paths).collect() } else { Vec::new() }
+    }
+}
+
 impl Adapter {
     /// The adapter with a pair of tensors for each expert of `model`, and routers by their names there, whatever its file has.
     pub fn for_model(mut self, model: &DecoderConfig) -> Result<Self> {
         let (mut found, mut joined) = (Vec::new(), Vec::new());
+        // With an A in common: of experts, and of the shared one.
+        let mut pairs: [Vec<Pair>; 2] = Default::default();
         for (layer, moe) in model.sparse_layers() {
             let theirs =
                 moe.names.router_in_transformers().map(|name| format!("model.layers.{layer}.{name}"));
@@ -84,6 +97,7 @@ impl Adapter {
                     let alpha = alpha_at(&self.config, &format!("{path}.{}", kind.parameter()))?;
                     let rank = self.take_apart(place, kind, &module).at(&self.source)?;
                     self.note(&mut found, layer, kind.projections(), rank, alpha)?;
+                    pairs[0].extend(place.pairs(kind.projections()));
                 }
                 let names =
                     moe.names.projections.iter().zip([&[0][..], &[1], &[2]]).map(|(name, p)| (*name, p));
@@ -93,6 +107,7 @@ impl Adapter {
                         let alpha = alpha_at(&self.config, &module)?;
                         let rank = self.unpack(place, projections, &module).at(&self.source)?;
                         self.note(&mut found, layer, projections, rank, alpha)?;
+                        pairs[0].extend(place.pairs(projections));
                     }
                 }
             }
@@ -118,12 +133,26 @@ impl Adapter {
                 let alpha = alpha_at(&self.config, &module)?;
                 let shared: Vec<usize> = projections.iter().map(|projection| projection + 3).collect();
                 self.note(&mut found, layer, &shared, rank, alpha)?;
+                if projections.len() == 2 {
+                    pairs[1].push([0, 1].map(|projection| moe.shared_path(layer, projection)));
+                }
                 joined.push(module);
             }
         }
         let Some((_, moe)) = model.sparse_layers().next().filter(|_| !found.is_empty()) else {
             return Ok(self);
         };
+        for (pairs, first) in pairs.iter().zip([0, 3]) {
+            let rank = found.iter().find(|found| found.projection == first).map_or(0, |found| found.rank);
+            if self.halve(pairs, rank)? {
+                let both = found.iter_mut().filter(|found| (first..first + 2).contains(&found.projection));
+                both.for_each(|found| {
+                    // The scale stays.
+                    found.alpha /= if self.config.rslora { 2f64.sqrt() } else { 2.0 };
+                    found.rank /= 2;
+                });
+            }
+        }
         self.target(moe, &found, &joined)?;
         Ok(self)
     }
@@ -236,6 +265,7 @@ impl Adapter {
         });
         match version {
             Some(version) => Ok(version < (0, 19, 1)),
+            None if self.metadata.contains_key(WRITER) => Ok(false),
             None => Err(Error::invalid(format!(
                 "`{}` has as many outputs as inputs, and no `peft_version` says which of them A goes with",
                 kind.parameter()

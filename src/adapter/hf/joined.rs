@@ -13,7 +13,7 @@ use crate::adapter::lora::tensor_names;
 use crate::adapter::patterns::Patterns;
 use crate::adapter::target::{Placement, Placements};
 use crate::error::{Context, Error, Result};
-use crate::model::config::{InPeft, Projection, Site};
+use crate::model::config::{Bundle, InPeft, Projection, Site};
 
 /// An adapter as PEFT has it.
 pub(super) struct Joined {
@@ -34,9 +34,10 @@ pub(super) fn join(
     placements: &Placements,
     tensors: &BTreeMap<String, Tensor>,
 ) -> Result<Option<Joined>> {
-    if placements.in_peft != Some(InPeft::Unknown) || config.lora_bias {
+    let Some(names) = placements.names.filter(|names| names.in_peft == InPeft::Unknown && !config.lora_bias)
+    else {
         return Ok(None);
-    }
+    };
     let is_joined = |p: &&Placement| matches!(p.linear.site, Site::Expert(_)) || is_shared(p);
     let (members, others): (Vec<_>, Vec<_>) = placements.placements.iter().partition(is_joined);
     // Of each kind of projection there is one rank, and of gate and up, which become one product, one scale.
@@ -55,20 +56,21 @@ pub(super) fn join(
     }
     let mut groups: BTreeMap<String, Members<'_>> = BTreeMap::new();
     for member in &members {
-        let (expert, path) = match member.linear.site {
-            Site::Expert(expert) => {
-                (expert, member.linear.path.split(".experts.").next().unwrap_or_default())
-            }
-            _ => (0, member.linear.path.rsplit_once('.').map_or("", |(path, _)| path)),
+        let expert = match member.linear.site {
+            Site::Expert(expert) => expert,
+            _ => 0,
         };
         let down = member.linear.projection == Projection::Down;
-        let name = match (is_shared(member), down) {
-            (true, true) => "output_linear",
-            (true, false) => "input_linear",
-            (false, true) => "experts.down_proj",
-            (false, false) => "experts.gate_up_proj",
+        let bundle = match (is_shared(member), down) {
+            (true, true) => Bundle::SharedDown,
+            (true, false) => Bundle::SharedGateUp,
+            (false, true) => Bundle::Down,
+            (false, false) => Bundle::GateUp,
         };
-        groups.entry(format!("{path}.{name}")).or_default().push((expert, member));
+        let (Some(layer), Some(name)) = (member.linear.layer, names.in_transformers(bundle)) else {
+            return Ok(None);
+        };
+        groups.entry(format!("model.layers.{layer}.{name}")).or_default().push((expert, member));
     }
 
     let mut joined: BTreeMap<String, Tensor> = tensors
@@ -122,7 +124,7 @@ pub(super) fn join(
         ..config.clone()
     };
     let placements =
-        Placements { placements: Vec::new(), without: Vec::new(), in_peft: None, ..placements.clone() };
+        Placements { placements: Vec::new(), without: Vec::new(), names: None, ..placements.clone() };
     Ok(Some(Joined { config, placements, parameters, tensors: joined }))
 }
 

@@ -9,6 +9,7 @@ mod config;
 mod experts;
 mod fields;
 mod fused;
+mod halves;
 mod joined;
 mod tensors;
 
@@ -31,6 +32,9 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// The model card's file.
 pub const CARD_FILE: &str = "README.md";
+
+/// Metadata of the tensors' file of an adapter that this program has written: its version.
+pub const WRITER: &str = "peft_rs_version";
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";

@@ -189,6 +189,13 @@ impl MoeNames {
     pub fn router_in_transformers(&self) -> Option<&'static str> {
         self.packed.iter().find(|(_, bundle)| *bundle == Bundle::Router).map(|(name, _)| *name)
     }
+
+    /// The module or parameter that holds `bundle` in transformers 5, which comes last of several, below the layer's path.
+    #[must_use]
+    pub fn in_transformers(&self, bundle: Bundle) -> Option<&'static str> {
+        let (name, _) = self.packed.iter().rev().find(|(_, other)| *other == bundle)?;
+        Some(name.trim_end_matches(".weight"))
+    }
 }
 
 impl MoeConfig {

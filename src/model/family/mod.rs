@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::model::config::DecoderConfig;
 use fields::{Fields, unsupported};
 pub use mixture::{Layout, MixtureFormat, MixtureShape};
+pub(super) use sparse::ACTIVE;
 
 /// The values of `model_type` that there is a reader for.
 pub const SUPPORTED: [&str; 11] = [

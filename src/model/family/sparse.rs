@@ -7,6 +7,9 @@ use crate::model::config::{
     Scoring,
 };
 
+/// How many experts a token goes to, in every family.
+pub(in crate::model) const ACTIVE: &str = "num_experts_per_tok";
+
 /// Names of Qwen's kind, which most families have taken over.
 pub(super) const NAMES: MoeNames = MoeNames {
     router: "mlp.gate",
@@ -35,10 +38,10 @@ impl Fields<'_> {
             Some(experts) if !self.has(keys.experts.0) => experts,
             _ => count(keys.experts)?,
         };
-        let active = count(("num_experts_per_tok", keys.active))?;
+        let active = count((ACTIVE, keys.active))?;
         if active > experts {
             return Err(Error::invalid(format!(
-                "`num_experts_per_tok` must be at most the {experts} experts there are, found {active}"
+                "`{ACTIVE}` must be at most the {experts} experts there are, found {active}"
             )));
         }
         Ok(MoeConfig {

@@ -8,6 +8,8 @@ pub mod join;
 pub mod spread;
 mod stack;
 
+pub use stack::is_stacked;
+
 use candle_core::Tensor;
 use rayon::prelude::*;
 

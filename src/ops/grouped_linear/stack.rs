@@ -13,6 +13,12 @@ use crate::ops::{Gradients, LowRank, Op, groups, matmul_f32, scaled_matmul_f32};
 /// So many experts for each one that a token goes to are worth it.
 const MOST: usize = 8;
 
+/// Whether the low-rank terms of so many experts, alike and without dropout, become one, where a token goes to `active`.
+#[must_use]
+pub fn is_stacked(experts: usize, active: usize) -> bool {
+    experts <= MOST * active
+}
+
 /// Pairs of one rank and scale, below one another.
 pub(super) struct Stack<'l> {
     pairs: Vec<&'l LowRank>,
@@ -39,7 +45,7 @@ impl<'l> Stack<'l> {
             let on_cpu = pair.a.tensor().device().is_cpu();
             on_cpu && pair.rank() == rank && pair.scale == first.scale && !pair.dropout.drops(pass)
         };
-        if groups.len() > MOST * groups.active() || !pairs.iter().all(alike) {
+        if !is_stacked(groups.len(), groups.active()) || !pairs.iter().all(alike) {
             return None;
         }
         starts.iter_mut().flatten().flatten().for_each(|start| *start *= rank);
