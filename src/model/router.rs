@@ -61,8 +61,10 @@ pub struct RoutingGradient {
 pub(super) struct Saved {
     logits: linear::Saved,
     /// Of learned noise what gives its deviation, and the slope of that.
-    noise: Option<(linear::Saved, Tensor)>,
+    noise: Option<SavedNoise>,
 }
+
+type SavedNoise = (linear::Saved, Tensor);
 
 impl Saved {
     /// Drops the input, which [`Saved::set_input`] gives again.
@@ -167,7 +169,7 @@ impl Router {
     }
 
     /// The noise of a pass, in training, and what its backward needs where it is learned.
-    fn noise(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Option<Noise>, Option<(linear::Saved, Tensor)>)> {
+    fn noise(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Option<Noise>, Option<SavedNoise>)> {
         let Rule { experts, variant, unit, .. } = self.rule;
         let is_noisy = match variant.noise {
             RouterNoise::None => false,
