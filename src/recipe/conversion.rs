@@ -57,7 +57,7 @@ impl Prepared {
         let mut lines =
             vec![format!("model {}: {} layers of {network}", base.name(), base.config().layers.len())];
         let (mut format, mut width, mut warnings) = (None, neurons, Vec::new());
-        if matches!(method, Method::Split | Method::Prune) {
+        if method.cuts() {
             let shape = SplitShape::of(&plan.settings, base.config())?;
             width = shape.width;
             lines.push(format!(

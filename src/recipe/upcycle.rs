@@ -145,7 +145,7 @@ impl UpcycleRecipe {
             let message = "`upcycle.keep_dense.every` is 0".to_string();
             return Some(("upcycle.keep_dense", error(message, "1 converts every layer, 2 each second one")));
         }
-        let cuts = matches!(method, Method::Split | Method::Prune);
+        let cuts = method.cuts();
         if cuts && shared >= experts {
             let message = format!("`upcycle.shared` is {shared}, and there are {experts} slices in all");
             return Some(("upcycle.shared", error(message, "leave slices for the router to choose from")));
@@ -233,8 +233,7 @@ impl UpcycleRecipe {
     fn idle_key(&self, method: Method) -> Option<&'static str> {
         let UpcycleTable { shared, partition, refit, drop_ratio, groups, baselines, keep_dense, .. } =
             &self.upcycle;
-        let cuts = matches!(method, Method::Split | Method::Prune);
-        let draws = matches!(method, Method::Drop | Method::Expand);
+        let (cuts, draws) = (method.cuts(), method.draws());
         [
             ("upcycle.shared", !cuts && shared.is_some_and(|shared| shared > 0)),
             ("upcycle.partition", !cuts && partition.is_some()),
@@ -259,7 +258,7 @@ impl UpcyclePlan {
     pub fn of(recipe: &UpcycleRecipe, name: &str) -> Self {
         let table = &recipe.upcycle;
         let method = table.method.unwrap_or_default();
-        let cuts = matches!(method, Method::Split | Method::Prune);
+        let cuts = method.cuts();
         let defaults = match method {
             _ if cuts => (16, 4, 4),
             Method::Expand => (1, 0, 1),
@@ -304,7 +303,7 @@ impl UpcyclePlan {
     pub fn to_toml(&self) -> Result<String> {
         let Settings { method, experts, shared, active, partition, router, refit, .. } = self.settings;
         let Settings { keep_dense, drop_ratio, groups, format, verify, baselines, seed, .. } = self.settings;
-        let cuts = matches!(method, Method::Split | Method::Prune);
+        let cuts = method.cuts();
         let format = match format {
             None => FormatChoice::Auto,
             Some(MixtureFormat::Glm4Moe) => FormatChoice::Glm4Moe,
@@ -327,7 +326,7 @@ impl UpcyclePlan {
                 router: Some(router),
                 refit: cuts.then_some(refit),
                 keep_dense: (method != Method::Expand).then_some(keep_dense),
-                drop_ratio: matches!(method, Method::Drop | Method::Expand).then_some(drop_ratio),
+                drop_ratio: method.draws().then_some(drop_ratio),
                 groups: (method == Method::VirtualGroups).then_some(groups),
                 sources: Some(self.sources.clone()),
                 prompts: Some(self.prompts.clone()),

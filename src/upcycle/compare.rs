@@ -12,7 +12,7 @@ use super::statistics::{Observed, Scores, observe};
 use super::windows::{Text, Windows};
 use crate::error::Result;
 use crate::model::{Decoder, FeedForward, Stream};
-use crate::ops::{cross_entropy, matmul_f32};
+use crate::ops::{cross_entropy, matmul_f32, rows};
 
 /// Losses on the same text, of which nothing was learned.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -184,7 +184,7 @@ fn window_sums(model: &Decoder, streams: &[Stream], windows: &[Windows]) -> Resu
     let mut sums = Vec::new();
     for (stream, windows) in streams.iter().zip(windows) {
         let (rows, targets) = windows.targets();
-        let hidden = model.end_stream(stream)?.index_select(&Tensor::new(rows, model.device())?, 0)?;
+        let hidden = rows::gather(&model.end_stream(stream)?, &rows)?;
         let nll = cross_entropy::evaluate(&hidden, model.head(), &targets)?;
         let mut rest = nll.as_slice();
         for span in windows.offsets.windows(2) {

@@ -23,7 +23,7 @@ use super::{Event, Job, Watch, verify};
 use crate::data::{generator, shuffle};
 use crate::error::{Error, Result};
 use crate::model::family::{self, MixtureFormat, MixtureShape};
-use crate::model::{Decoder, Pretrained, Stream};
+use crate::model::{Decoder, Stream};
 use crate::ops::{Documents, Pass};
 
 /// The deviation of a router that begins at random.
@@ -264,29 +264,19 @@ impl Layer {
 
 /// That the mixture is the dense model at one, two and four copies a token.
 fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) -> Result<Vec<Guarantee>> {
-    let written = Pretrained::open(&folder.to_string_lossy())?;
-    written.check()?;
-    let windows = match job.calibration.held_out.windows.first() {
-        Some(_) => job.calibration.held_out.windows.clone(),
-        None => vec![verify::any_tokens(job.base.config().vocab_size)],
-    };
-    let expected = verify::Expected::of(&Decoder::open(job.base, DType::F32, &Device::Cpu)?, &windows)?;
+    let written = verify::reopened(folder)?;
+    let dense = Decoder::open(job.base, DType::F32, &Device::Cpu)?;
+    let expected = verify::Expected::of(&dense, &job.calibration.held_out)?;
     let experts = written.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts / groups);
-    let stored = job.base.compute_dtype();
     let mut guarantees = Vec::new();
     for active in [1, 2, 4].into_iter().filter(|active| *active <= experts) {
         let mut config = written.config().clone();
         config.reroute(Some(active * groups), Default::default())?;
-        let mixture =
-            Decoder::load(&config, &Device::Cpu, |name| written.weight(name, DType::F32, &Device::Cpu))?;
-        let difference = expected.compare(&mixture)?;
+        let difference = expected.compare(&verify::open(&written, &config)?)?;
         let what = format!("with {active} active it is the dense model");
         let promised = match settings.method {
-            Method::Copy => job.base.fits(stored),
-            // Down projections times another number round narrow weights once more.
-            Method::VirtualGroups => {
-                job.base.fits(stored) && (groups.is_power_of_two() || stored == DType::F32)
-            }
+            // Down projections of groups are multiplied with their number.
+            Method::Copy | Method::VirtualGroups => verify::is_exact(job.base, groups as f64),
             _ => false,
         };
         guarantees.push(difference.guarantee(what, promised, difference.is_rounding()));

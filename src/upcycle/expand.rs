@@ -21,7 +21,7 @@ use super::export::{Layer, write_config};
 use super::report::Report;
 use super::settings::{RouterKind, Settings};
 use super::solve::{matrix, values};
-use super::verify::{Expected, any_tokens, open};
+use super::verify::{Expected, open, reopened};
 use super::{Event, Job, Watch};
 use crate::data::generator;
 use crate::error::{Context, Error, Result};
@@ -77,14 +77,9 @@ pub(super) fn expand(
     report.seconds = begun.elapsed().as_secs_f64();
     if settings.verify {
         watch(Event::Note("reading back and measuring".to_string()))?;
-        refuse_changed(base, folder)?;
-        let written = Pretrained::open(&folder.to_string_lossy())?;
-        written.check()?;
-        let windows = match job.calibration.held_out.windows.as_slice() {
-            [] => vec![any_tokens(config.vocab_size)],
-            windows => windows.to_vec(),
-        };
-        let expected = Expected::of(&open(base, base.config())?, &windows)?;
+        let written = reopened(folder)?;
+        refuse_changed(base, &written)?;
+        let expected = Expected::of(&open(base, base.config())?, &job.calibration.held_out)?;
         let difference = expected.compare(&open(&written, written.config())?)?;
         let what = "before training it is the mixture it was made from".to_string();
         report.guarantees = vec![difference.guarantee(what, moe.selection_bias, difference.is_rounding())];
@@ -242,8 +237,7 @@ fn write_router(
 }
 
 /// An error if a tensor that was there is not the same to the byte; of routers the rows that were there.
-fn refuse_changed(base: &Pretrained, folder: &Path) -> Result<()> {
-    let written = Pretrained::open(&folder.to_string_lossy())?;
+fn refuse_changed(base: &Pretrained, written: &Pretrained) -> Result<()> {
     let (before, after) = (base.checkpoint(), written.checkpoint());
     for name in before.tensors().keys() {
         let (old, new) = (before.bytes(name)?, after.bytes(name)?);

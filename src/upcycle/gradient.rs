@@ -12,12 +12,12 @@ use super::settings::SplitShape;
 use super::solve::matrix;
 use super::split::{network, plain_values};
 use super::statistics::neurons;
-use super::windows::Windows;
+use super::windows::{Windows, first_batches};
 use super::{Event, Watch};
 use crate::data::generator;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
-use crate::ops::{Gradients, Pass, Trainables, cross_entropy, matmul, matmul_f32};
+use crate::ops::{Gradients, Pass, Trainables, cross_entropy, matmul, matmul_f32, rows};
 
 /// Tokens that gradients are taken of.
 const TOKENS: usize = 8192;
@@ -41,24 +41,18 @@ impl Importance {
         seed: u64,
         watch: &mut Watch<'_>,
     ) -> Result<Self> {
-        let mut tokens = 0;
-        let taken = text.iter().take_while(|batch| {
-            tokens += batch.tokens.len();
-            tokens <= TOKENS
-        });
-        let text = &text[..taken.count().max(1).min(text.len())];
+        let text = first_batches(text, TOKENS);
         let clusters = clusters(model, text, shape.routed, seed)?;
         watch(Event::Note(format!("gradients of the loss, text in {} clusters", shape.routed)))?;
         let mut layers: Vec<Option<Tensor>> = vec![None; shape.dense.len()];
         for (batch, of_tokens) in text.iter().zip(&clusters) {
             watch(Event::Note(format!("gradients of {} tokens", batch.tokens.len())))?;
             let (rows, targets) = batch.targets();
-            let rows = Tensor::new(rows, model.device())?;
             let d_hidden = |hidden: &Tensor| -> Result<Tensor> {
                 let mut none = Gradients::of(&Trainables::new());
-                let predicting = hidden.index_select(&rows, 0)?;
+                let predicting = rows::gather(hidden, &rows)?;
                 let (_, saved) = cross_entropy::forward(&predicting, model.head(), &targets, 1.0, &mut none)?;
-                Ok(hidden.zeros_like()?.index_add(&rows, &cross_entropy::backward(saved), 0)?)
+                rows::scatter(&cross_entropy::backward(saved), &rows, batch.tokens.len())
             };
             let documents = batch.documents();
             model.walk_back(&batch.tokens, &documents, d_hidden, &mut |layer, x, dy| {

@@ -141,7 +141,10 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
         export::write_pruned(base, &cut, settings.refit, stored, folder)?;
         if settings.verify {
             watch(Event::Note("reading back and measuring".to_string()))?;
-            report.guarantees = verify::pruned(folder, job.calibration, &report, job.dtype)?;
+            let measured = report.comparisons.first();
+            let measured = measured.and_then(|c| c.pruned_refit.as_ref().or(c.pruned.as_ref()));
+            let guarantee = verify::read_back(folder, job.calibration, job.dtype, measured)?;
+            report.guarantees.push(guarantee);
         }
         return Ok(Report { seconds, ..report });
     };
@@ -163,7 +166,9 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
     drop(cut);
     if settings.verify {
         watch(Event::Note("reading back and measuring".to_string()))?;
-        report.guarantees.push(verify::measured(folder, job.calibration, &report, job.dtype)?);
+        let measured = report.comparisons.first().map(|held_out| &held_out.mixture);
+        let guarantee = verify::read_back(folder, job.calibration, job.dtype, measured)?;
+        report.guarantees.push(guarantee);
     }
     Ok(Report { seconds, ..report })
 }

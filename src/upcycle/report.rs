@@ -44,6 +44,22 @@ pub struct Refitted {
     pub changes: BTreeMap<usize, f64>,
 }
 
+impl Refitted {
+    fn line(&self) -> String {
+        let Self { tensors, untouched, compared, changes } = self;
+        if *tensors == 0 {
+            return "no fit of down projections left less error, so none was changed".to_string();
+        }
+        let percent = 100.0 * changes.values().sum::<f64>() / changes.len().max(1) as f64;
+        let others = if *compared { "compared and the same to the byte" } else { "not compared" };
+        format!(
+            "then down projections were fitted to few experts being on: {tensors} tensors written again, changed by \
+             {percent:.1}% in the mean of layers, {untouched} others {others}; with all experts on it is no longer the dense \
+             model (`refit = \"none\"` keeps that)"
+        )
+    }
+}
+
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
@@ -92,62 +108,22 @@ pub struct Report {
 }
 
 impl Report {
-    /// Of a split, before it is verified.
-    pub(super) fn new(
-        base: &Pretrained,
-        settings: &Settings,
-        shape: &SplitShape,
-        format: Option<MixtureFormat>,
-        (calibration_tokens, held_out_tokens): (usize, usize),
-        split: &Split,
-    ) -> Self {
-        let is_split = settings.method == Method::Split;
+    /// Nothing but what is converted and how.
+    fn begun(base: &Pretrained, settings: &Settings) -> Self {
         Self {
             tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
             base: base.name().to_string(),
             method: settings.method,
-            format,
-            experts: shape.shared + shape.routed,
-            shared: shape.shared,
-            active: shape.active,
-            expert_width: shape.width,
-            active_share: shape.active_width() as f64 / shape.neurons as f64,
-            copied: BTreeMap::new(),
-            dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
-            partition: is_split.then_some(settings.partition),
-            router: is_split.then_some(settings.router),
-            refit: settings.refit,
-            calibration_tokens,
-            held_out_tokens,
-            seconds: 0.0,
-            guarantees: Vec::new(),
-            refitted: None,
-            comparisons: split.comparisons.clone(),
-            layers: split.reports.clone(),
-        }
-    }
-
-    /// Of copies, before it is verified.
-    pub(super) fn of_copies(
-        base: &Pretrained,
-        settings: &Settings,
-        shape: &MixtureShape,
-        format: MixtureFormat,
-    ) -> Self {
-        Self {
-            tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
-            base: base.name().to_string(),
-            method: settings.method,
-            format: Some(format),
-            experts: shape.experts,
+            format: None,
+            experts: 0,
             shared: 0,
-            active: shape.active,
-            expert_width: shape.width,
-            active_share: settings.active as f64,
+            active: 0,
+            expert_width: 0,
+            active_share: 0.0,
             copied: BTreeMap::new(),
-            dense_layers: (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect(),
+            dense_layers: Vec::new(),
             partition: None,
-            router: Some(settings.router),
+            router: None,
             refit: Refit::None,
             calibration_tokens: 0,
             held_out_tokens: 0,
@@ -159,6 +135,54 @@ impl Report {
         }
     }
 
+    /// Of a split, before it is verified.
+    pub(super) fn new(
+        base: &Pretrained,
+        settings: &Settings,
+        shape: &SplitShape,
+        format: Option<MixtureFormat>,
+        (calibration_tokens, held_out_tokens): (usize, usize),
+        split: &Split,
+    ) -> Self {
+        let is_split = settings.method == Method::Split;
+        Self {
+            format,
+            experts: shape.shared + shape.routed,
+            shared: shape.shared,
+            active: shape.active,
+            expert_width: shape.width,
+            active_share: shape.active_width() as f64 / shape.neurons as f64,
+            dense_layers: numbers_of(&shape.dense),
+            partition: is_split.then_some(settings.partition),
+            router: is_split.then_some(settings.router),
+            refit: settings.refit,
+            calibration_tokens,
+            held_out_tokens,
+            comparisons: split.comparisons.clone(),
+            layers: split.reports.clone(),
+            ..Self::begun(base, settings)
+        }
+    }
+
+    /// Of copies, before it is verified.
+    pub(super) fn of_copies(
+        base: &Pretrained,
+        settings: &Settings,
+        shape: &MixtureShape,
+        format: MixtureFormat,
+    ) -> Self {
+        Self {
+            format: Some(format),
+            experts: shape.experts,
+            active: shape.active,
+            expert_width: shape.width,
+            active_share: settings.active as f64,
+            dense_layers: numbers_of(&shape.dense),
+            router: Some(settings.router),
+            ..Self::begun(base, settings)
+        }
+    }
+
     /// Of a mixture with experts more, before it is verified.
     pub(super) fn of_expansion(
         base: &Pretrained,
@@ -167,30 +191,19 @@ impl Report {
         (calibration_tokens, held_out_tokens): (usize, usize),
         copied: BTreeMap<usize, Vec<usize>>,
     ) -> Self {
-        let sparse = |layer: &usize| copied.contains_key(layer);
-        let shared = moe.shared.map_or(0, |shared| shared.width / moe.width);
+        let experts = moe.experts + settings.experts;
+        let is_dense = |layer: &usize| !copied.contains_key(layer);
         Self {
-            tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
-            base: base.name().to_string(),
-            method: settings.method,
-            format: None,
-            experts: moe.experts + settings.experts,
-            shared,
+            experts,
+            shared: moe.shared.map_or(0, |shared| shared.width / moe.width),
             active: moe.active,
             expert_width: moe.width,
-            active_share: moe.active as f64 / (moe.experts + settings.experts) as f64,
-            dense_layers: (0..base.config().layers.len()).filter(|layer| !sparse(layer)).collect(),
+            active_share: moe.active as f64 / experts as f64,
+            dense_layers: (0..base.config().layers.len()).filter(is_dense).collect(),
             copied,
-            partition: None,
-            router: None,
-            refit: Refit::None,
             calibration_tokens,
             held_out_tokens,
-            seconds: 0.0,
-            guarantees: Vec::new(),
-            refitted: None,
-            comparisons: Vec::new(),
-            layers: Vec::new(),
+            ..Self::begun(base, settings)
         }
     }
 
@@ -300,21 +313,7 @@ impl Report {
                 guarantee.what, guarantee.nll_difference
             ));
         }
-        if let Some(Refitted { tensors, untouched, compared, changes }) = &self.refitted {
-            let mean = changes.values().sum::<f64>() / changes.len().max(1) as f64;
-            let others = match compared {
-                true => "compared and the same to the byte",
-                false => "not compared",
-            };
-            lines.push(if *tensors == 0 {
-                "no fit of down projections left less error, so none was changed".to_string()
-            } else { format!(
-                "then down projections were fitted to few experts being on: {tensors} tensors written again, changed by \
-                 {:.1}% in the mean of layers, {untouched} others {others}; with all experts on it is no longer the dense \
-                 model (`refit = \"none\"` keeps that)",
-                100.0 * mean
-            )});
-        }
+        lines.extend(self.refitted.as_ref().map(Refitted::line));
         for comparison in &self.comparisons {
             if comparison.file.is_some() {
                 lines.push(format!("{} tokens {}:", comparison.tokens, place(comparison)));
@@ -328,6 +327,11 @@ impl Report {
         }
         lines
     }
+}
+
+/// The layers that are.
+fn numbers_of(dense: &[bool]) -> Vec<usize> {
+    (0..dense.len()).filter(|layer| dense[*layer]).collect()
 }
 
 fn place(comparison: &Comparison) -> String {

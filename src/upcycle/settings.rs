@@ -28,6 +28,20 @@ pub enum Method {
     Mix,
 }
 
+impl Method {
+    /// Whether it cuts the neurons of a network apart.
+    #[must_use]
+    pub fn cuts(self) -> bool {
+        matches!(self, Self::Split | Self::Prune)
+    }
+
+    /// Whether it can draw neurons anew.
+    #[must_use]
+    pub fn draws(self) -> bool {
+        matches!(self, Self::Drop | Self::Expand)
+    }
+}
+
 /// How neurons are shared out among experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -258,14 +272,8 @@ pub fn choose_format(
         false => [Glm4Moe, Qwen2Moe, Qwen3Moe, GraniteMoeShared, Mixtral],
     };
     if let Some(format) = asked {
-        return match format.obstacle(config, shape) {
-            None => Ok(format),
-            Some(obstacle) => Err(Error::request(format!(
-                "a mixture of this model cannot be stored as `{}`: {obstacle}",
-                format.name()
-            ))
-            .with_hint("`upcycle.format = \"auto\"` takes a family that can hold it")),
-        };
+        format.refuse_unfit(config, shape)?;
+        return Ok(format);
     }
     let fits = order.into_iter().find(|format| format.obstacle(config, shape).is_none());
     fits.ok_or_else(|| {

@@ -12,7 +12,7 @@ use super::settings::{Method, Partition, Refit, Settings, SplitShape};
 use super::slices::{Slices, masked, routed};
 use super::solve::values;
 use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
-use super::windows::{Calibration, Windows};
+use super::windows::{Calibration, Windows, first_batches};
 use super::{Comparison, Event, Watch};
 use crate::error::{Context, Error, Result};
 use crate::model::{Decoder, FeedForward, Stream};
@@ -50,7 +50,8 @@ pub(super) fn split(
     (with_bias, stored): (bool, DType),
     watch: &mut Watch<'_>,
 ) -> Result<Split> {
-    let sample = sample_batches(&calibration.fitted, shape.neurons);
+    let most = SAMPLE.min(SAMPLE_BYTES / (4 * shape.neurons.max(1)));
+    let sample = first_batches(&calibration.fitted, most).len();
     let judged_from = sample - (sample / JUDGED).max(usize::from(sample > 1));
     let begin = |windows: &[Windows]| -> Result<Vec<Stream>> {
         windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents())).collect()
@@ -112,7 +113,6 @@ pub(super) fn split(
         }
         let scores = moments.finish(&columns);
         let (fitted, judged) = observed.split_at(judged_from.min(observed.len()));
-        let judged = if judged.is_empty() { fitted } else { judged };
         let cut = Cut {
             network,
             down: &down,
@@ -158,17 +158,6 @@ pub(super) fn split(
     Ok(split)
 }
 
-/// How many batches have their neurons kept.
-fn sample_batches(batches: &[Windows], neurons: usize) -> usize {
-    let most = SAMPLE.min(SAMPLE_BYTES / (4 * neurons.max(1)));
-    let mut tokens = 0;
-    let within = batches.iter().take_while(|batch| {
-        tokens += batch.tokens.len();
-        tokens <= most
-    });
-    within.count().max(1)
-}
-
 pub(super) fn network(model: &Decoder, layer: usize) -> Result<&FeedForward> {
     model
         .feed_forward(layer)
@@ -192,6 +181,7 @@ struct Cut<'a> {
     scores: &'a Scores,
     importance: Option<&'a Importance>,
     fitted: &'a [Observed],
+    /// What is not fitted to; of a single batch nothing is left.
     judged: &'a [Observed],
     with_bias: bool,
 }
@@ -208,7 +198,7 @@ impl Cut<'_> {
         let rest = routed(shape, &shared);
         let evidence = |batches, most| Evidence::of(batches, self.scores, self.columns, &rest, most);
         let fitted = evidence(self.fitted, EVIDENCE)?;
-        let chosen_by = evidence(self.judged, EVIDENCE)?;
+        let chosen_by = evidence(if self.judged.is_empty() { self.fitted } else { self.judged }, EVIDENCE)?;
         let gates = self.gates(&rest)?;
         let importance = match self.importance {
             Some(importance) => importance.of_neurons(layer, &rest)?,
@@ -258,9 +248,7 @@ impl Cut<'_> {
         kept.iter().for_each(|neuron| mask[*neuron] = 1.0);
         let free: Vec<usize> = kept.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
         let mut fit = Fit::new(&free)?;
-        // Of a single batch nothing is left to judge by, and as for the mixture nothing is changed.
-        let judged = if std::ptr::eq(self.fitted, self.judged) { &[][..] } else { self.judged };
-        for (batches, judged) in [(self.fitted, false), (judged, true)] {
+        for (batches, judged) in [(self.fitted, false), (self.judged, true)] {
             for seen in batches {
                 let mask: Vec<f32> = mask.repeat(seen.norms.len());
                 let (active, rest) = masked(&seen.h, &mask)?;

@@ -8,9 +8,9 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::paired::Loss;
-use super::report::{Guarantee, Report};
+use super::report::Guarantee;
 use super::settings::{Refit, SplitShape};
-use super::windows::{Calibration, Windows};
+use super::windows::{Calibration, Text, Windows};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::eval::evaluate;
@@ -40,9 +40,12 @@ pub(super) fn batches(windows: &[Windows]) -> Vec<Batch> {
     windows.iter().map(batch).collect()
 }
 
-/// The first windows, as many as logits are compared of.
-fn first_windows(windows: &[Windows]) -> Windows {
-    let first = &windows[0];
+/// The first windows, as many as logits are compared of; where there is no text, any tokens of so many there are.
+fn first_windows(text: &Text, vocab: usize) -> Windows {
+    let Some(first) = text.windows.first() else {
+        let tokens = (0..64u64).map(|n| (n * n * 7919 + 13 * n) % vocab as u64).map(|id| id as u32).collect();
+        return Windows { tokens, offsets: vec![0, 64] };
+    };
     let end = first.offsets.iter().rposition(|offset| *offset <= COMPARED).unwrap_or(1).max(1);
     Windows { tokens: first.tokens[..first.offsets[end]].to_vec(), offsets: first.offsets[..=end].to_vec() }
 }
@@ -65,9 +68,9 @@ pub(super) struct Difference {
 }
 
 impl Expected {
-    /// On the first windows.
-    pub(super) fn of(model: &Decoder, windows: &[Windows]) -> Result<Self> {
-        let windows = first_windows(windows);
+    /// On the first windows of `text`.
+    pub(super) fn of(model: &Decoder, text: &Text) -> Result<Self> {
+        let windows = first_windows(text, model.config().vocab_size);
         let logits = logits(model, &windows)?;
         let nll = evaluate(model, &batches(std::slice::from_ref(&windows)))?.nll();
         Ok(Self { windows, logits, nll })
@@ -107,12 +110,6 @@ impl Difference {
     }
 }
 
-/// Tokens to compare models on where there is no text.
-pub(super) fn any_tokens(vocab: usize) -> Windows {
-    let tokens = (0..64u64).map(|n| (n * n * 7919 + 13 * n) % vocab as u64).map(|id| id as u32).collect();
-    Windows { tokens, offsets: vec![0, 64] }
-}
-
 /// A configuration with all experts on, each with its full weight.
 fn all_on(config: &DecoderConfig, layout: &Layout) -> DecoderConfig {
     let mut config = config.clone();
@@ -125,6 +122,19 @@ fn all_on(config: &DecoderConfig, layout: &Layout) -> DecoderConfig {
         moe.active = moe.experts;
     }
     config
+}
+
+/// What was written, with all that its configuration names.
+pub(super) fn reopened(folder: &Path) -> Result<Pretrained> {
+    let written = Pretrained::open(&folder.to_string_lossy())?;
+    written.check()?;
+    Ok(written)
+}
+
+/// Whether weights of `base`, times `scale`, are written without rounding: one that is no power of two rounds narrow ones.
+pub(super) fn is_exact(base: &Pretrained, scale: f64) -> bool {
+    let stored = base.compute_dtype();
+    base.fits(stored) && (stored == DType::F32 || scale.log2().fract() == 0.0)
 }
 
 /// Opens written weights in f32 under `config`.
@@ -141,13 +151,9 @@ pub(super) fn split(
     refit: Refit,
     calibration: &Calibration,
 ) -> Result<Vec<Guarantee>> {
-    let written = Pretrained::open(&folder.to_string_lossy())?;
-    written.check()?;
-    let expected =
-        Expected::of(&Decoder::open(base, DType::F32, &Device::Cpu)?, &calibration.held_out.windows)?;
-    // Scales that are no powers of two round narrow weights once more.
-    let stored = base.compute_dtype();
-    let is_exact = base.fits(stored) && (stored == DType::F32 || layout.routed_scale.log2().fract() == 0.0);
+    let written = reopened(folder)?;
+    let expected = Expected::of(&Decoder::open(base, DType::F32, &Device::Cpu)?, &calibration.held_out)?;
+    let is_exact = is_exact(base, layout.routed_scale);
     let mut mixture = open(&written, &all_on(written.config(), layout))?;
     let stored = expected.compare(&mixture)?;
     let hidden = written.config().hidden_size;
@@ -166,27 +172,16 @@ pub(super) fn split(
     ])
 }
 
-/// The promise that the written mixture does what was measured on the way, in `dtype`.
-pub(super) fn measured(
+/// The promise that the files compute what was `measured` in `dtype` while they were made; activations that were rounded then
+/// promise nothing.
+pub(super) fn read_back(
     folder: &Path,
-    calibration: &Calibration,
-    report: &Report,
-    dtype: DType,
-) -> Result<Guarantee> {
-    let written = Pretrained::open(&folder.to_string_lossy())?;
-    written.check()?;
-    read_back(&written, calibration, dtype, report.comparisons.first().map(|held_out| &held_out.mixture))
-}
-
-/// The promise that the files compute what was measured while they were made; activations that were rounded then promise
-/// nothing.
-fn read_back(
-    written: &Pretrained,
     calibration: &Calibration,
     dtype: DType,
     measured: Option<&Loss>,
 ) -> Result<Guarantee> {
-    let model = open(written, written.config())?;
+    let written = reopened(folder)?;
+    let model = open(&written, written.config())?;
     let nll = evaluate(&model, &batches(&calibration.held_out.windows))?.nll();
     let loss = measured.map_or(0.0, |measured| nll - measured.nll);
     Ok(Guarantee {
@@ -197,17 +192,4 @@ fn read_back(
         nll_difference: loss,
         largest_logit: None,
     })
-}
-
-/// The promise of a pruned model.
-pub(super) fn pruned(
-    folder: &Path,
-    calibration: &Calibration,
-    report: &Report,
-    dtype: DType,
-) -> Result<Vec<Guarantee>> {
-    let written = Pretrained::open(&folder.to_string_lossy())?;
-    written.check()?;
-    let measured = report.comparisons.first().and_then(|c| c.pruned_refit.as_ref().or(c.pruned.as_ref()));
-    Ok(vec![read_back(&written, calibration, dtype, measured)?])
 }

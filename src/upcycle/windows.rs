@@ -65,28 +65,23 @@ pub struct Calibration {
 const FEW: usize = 16;
 
 impl Calibration {
-    /// Takes `tokens` tokens and, of other documents, or where there are few of other parts of them, `held_out` more. `sources` are documents and their weight: a
-    /// source of weight 2 gives twice as much of its text as one of weight 1.
+    /// Takes `tokens` tokens and `held_out` more of other documents, or where there are few, of the ends of each. `sources`
+    /// are documents and their weight: a source of weight 2 gives twice as much of its text as one of weight 1.
     pub fn of(sources: &[(Vec<Row>, f64)], tokens: usize, held_out: usize, seed: u64) -> Result<Self> {
-        let mut documents = mixed(sources, seed);
-        if documents.len() < FEW {
-            // Then the end of each is held out.
-            let cut = |row: &Vec<u32>| {
-                let end = (row.len() * held_out / (tokens + held_out)).max(2).min(row.len() / 2);
-                let (own, end) = row.split_at(row.len() - end);
-                (end.to_vec(), own.to_vec())
-            };
-            let (mut ends, own): (Vec<_>, Vec<_>) = documents.iter().map(cut).unzip();
-            let held_out = windows(&mut ends.drain(..), held_out);
-            return Self::of_windows(held_out, windows(&mut own.into_iter(), tokens), seed);
-        }
-        let mut documents = documents.drain(..);
-        let held_out = windows(&mut documents, held_out);
-        let fitted = windows(&mut documents, tokens);
-        Self::of_windows(held_out, fitted, seed)
-    }
-
-    fn of_windows(held_out: Vec<Vec<u32>>, mut fitted: Vec<Vec<u32>>, seed: u64) -> Result<Self> {
+        let documents = mixed(sources, seed);
+        let cut = |mut row: Vec<u32>| {
+            let end = (row.len() * held_out / (tokens + held_out)).max(2).min(row.len() / 2);
+            let end = row.split_off(row.len() - end);
+            (end, row)
+        };
+        let (held_out, mut fitted) = if documents.len() < FEW {
+            let (ends, own): (Vec<_>, Vec<_>) = documents.into_iter().map(cut).unzip();
+            (windows(&mut ends.into_iter(), held_out), windows(&mut own.into_iter(), tokens))
+        } else {
+            let mut documents = documents.into_iter();
+            let held_out = windows(&mut documents, held_out);
+            (held_out, windows(&mut documents, tokens))
+        };
         // Windows of one document lie apart, for parts of the text stand for all of it.
         shuffle(&mut fitted, &mut generator("upcycle/windows", &[seed]));
         if fitted.is_empty() || held_out.is_empty() {
@@ -158,6 +153,16 @@ fn windows(documents: &mut impl Iterator<Item = Vec<u32>>, most: usize) -> Vec<V
     // Where there is little text, all of it is taken.
     rest.iter().for_each(|window| take(window, &mut taken));
     windows
+}
+
+/// The first batches that have at most `most` tokens together; one at least, where there is one.
+pub(super) fn first_batches(batches: &[Windows], most: usize) -> &[Windows] {
+    let mut tokens = 0;
+    let within = batches.iter().take_while(|batch| {
+        tokens += batch.tokens.len();
+        tokens <= most
+    });
+    &batches[..within.count().max(1).min(batches.len())]
 }
 
 fn batches(windows: &[Vec<u32>]) -> Vec<Windows> {

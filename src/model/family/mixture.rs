@@ -51,15 +51,9 @@ pub struct Layout {
     pub routed_scale: f64,
     /// The same of the shared expert.
     pub shared_scale: f64,
-    /// Whether experts have their full weight at any number of active ones, without a change of the weights.
-    pub elastic: bool,
 }
 
 impl MixtureFormat {
-    /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Glm4Moe, Self::GraniteMoeShared, Self::Qwen2Moe, Self::Mixtral, Self::Qwen3Moe];
-
     /// Its `model_type`.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -135,16 +129,18 @@ impl MixtureFormat {
         }
     }
 
+    /// An error where there is an obstacle.
+    pub fn refuse_unfit(self, config: &DecoderConfig, shape: &MixtureShape) -> Result<()> {
+        let Some(obstacle) = self.obstacle(config, shape) else { return Ok(()) };
+        let name = self.name();
+        Err(Error::request(format!("a mixture of this model cannot be stored as `{name}`: {obstacle}"))
+            .with_hint("`upcycle.format = \"auto\"` takes a family that can hold it"))
+    }
+
     /// The configuration of a mixture with the sizes `shape`, made of the model `dense` (its `config.json`) that is
     /// `config`.
     pub fn layout(self, dense: &Value, config: &DecoderConfig, shape: &MixtureShape) -> Result<Layout> {
-        if let Some(obstacle) = self.obstacle(config, shape) {
-            let name = self.name();
-            return Err(Error::request(format!(
-                "a mixture of this model cannot be stored as `{name}`: {obstacle}"
-            ))
-            .with_hint("`upcycle.format = \"auto\"` takes a family that can hold it"));
-        }
+        self.refuse_unfit(config, shape)?;
         let FeedForwardConfig::Dense { width, .. } = config.layers[0].feed_forward else {
             return Err(Error::request("the model is a mixture of experts already"));
         };
@@ -153,8 +149,7 @@ impl MixtureFormat {
         let mut set = |key: &str, value: Value| drop(map.insert(key.to_string(), value));
         set("num_experts_per_tok", json!(active));
         let dense_layers: Vec<usize> = (0..shape.dense.len()).filter(|layer| shape.dense[*layer]).collect();
-        let mut layout =
-            Layout { config: Value::Null, routed_scale: 1.0, shared_scale: 1.0, elastic: averaged };
+        let mut layout = Layout { config: Value::Null, routed_scale: 1.0, shared_scale: 1.0 };
         if !averaged && self != Self::Glm4Moe {
             layout.routed_scale = active as f64;
         }
@@ -174,7 +169,6 @@ impl MixtureFormat {
                 set("partial_rotary_factor", json!(1.0));
                 set("attention_bias", json!(config.layers[0].attention.qkv_bias));
                 set("use_qk_norm", json!(config.layers[0].attention.qk_norm.is_some()));
-                layout.elastic = true;
             }
             Self::Mixtral => {
                 set("intermediate_size", json!(shape.width));
@@ -203,7 +197,7 @@ impl MixtureFormat {
                 set("norm_topk_prob", json!(renormalise));
                 if !renormalise {
                     // Even scores are one part in as many as there are experts, whatever number is active.
-                    (layout.routed_scale, layout.elastic) = (experts as f64, true);
+                    layout.routed_scale = experts as f64;
                 }
                 if self == Self::Qwen2Moe {
                     set("shared_expert_intermediate_size", json!(shared * shape.width));
