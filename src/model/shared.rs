@@ -36,7 +36,7 @@ impl Decoder {
         Ok(decoder)
     }
 
-    /// The weights outside of feed-forward networks; with those of experts no dense model has a name in common.
+    /// All weights and biases; with those of experts no dense model has a name in common.
     fn by_name(&self) -> BTreeMap<&str, Weight> {
         let parameters = self.blocks.iter().flat_map(plain).chain([&self.norm.weight]);
         let parameters = parameters.map(|parameter| (parameter.name(), Weight::Dense(parameter.clone())));

@@ -58,7 +58,7 @@ fn own_number(plan: &Plan, prepared: &Prepared) -> Option<String> {
 /// What a loss on routers is depends on what is computed at once.
 fn own_pieces(plan: &Plan, memory: &Memory) -> Option<String> {
     let mixture = &plan.mixture;
-    let by_piece = match (mixture.capacity_factor.is_some(), mixture.has_losses()) {
+    let by_piece = match (mixture.capacity_factor.is_some(), mixture.losses.are_on()) {
         (false, false) => return None,
         (true, false) => "the capacity of experts is",
         (false, true) => "losses on routers are",
@@ -150,7 +150,7 @@ fn mixture(plan: &Plan, prepared: &Prepared) -> Vec<String> {
     ];
     let terms = terms.iter().filter(|(_, value)| *value > 0.0).map(|(name, value)| format!("{name} {value}"));
     let mut terms: Vec<String> = terms.collect();
-    if pooled && plan.mixture.has_losses() {
+    if pooled && plan.mixture.losses.are_on() {
         terms.push("pooled over layers".to_string());
     }
     let mut lines = wrapped("routers:", routers.into_iter().flatten());

@@ -148,7 +148,7 @@ impl MixturePlan {
         let is_constant =
             |moe: &MoeConfig| moe.active == 1 && (moe.renormalise || moe.scoring == Scoring::SoftmaxOfActive);
         let any = model.sparse_layers().any(|(_, moe)| is_constant(moe));
-        if !any || !trains_routers || self.has_losses() {
+        if !any || !trains_routers || self.losses.are_on() {
             return Ok(());
         }
         let frozen = if full { "" } else { ", or leave `train.router` \"frozen\"" };
@@ -157,12 +157,6 @@ impl MixturePlan {
              as the weights of the chosen sum to one"
         ))
         .with_hint(format!("train with `losses.switch`, or with two active experts or more{frozen}")))
-    }
-
-    /// Whether any loss on routers counts.
-    pub(super) fn has_losses(&self) -> bool {
-        let RouterLosses { switch, importance, load, load_std, z, pooled: _ } = self.losses;
-        [switch, importance, load, load_std, z].iter().any(|coefficient| *coefficient > 0.0)
     }
 }
 

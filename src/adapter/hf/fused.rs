@@ -127,7 +127,7 @@ impl Adapter {
                 let (rank, share) = (a.dim(0)?, b.dim(0)? / projections.len());
                 for (i, projection) in projections.iter().enumerate() {
                     let names = tensor_names(&moe.shared_path(layer, *projection));
-                    self.tensors.insert(names.a, a.copy()?);
+                    self.tensors.insert(names.a, a.clone());
                     self.tensors.insert(names.b, b.narrow(0, i * share, share)?.contiguous()?);
                 }
                 let alpha = alpha_at(&self.config, &module)?;
@@ -310,8 +310,8 @@ impl Adapter {
         let share = b.dim(0)? / projections.len();
         for (i, projection) in projections.iter().enumerate() {
             let names = tensor_names(&place.moe.expert_path(place.layer, expert, *projection));
-            self.tensors.insert(names.a, a.contiguous()?.copy()?);
-            self.tensors.insert(names.b, b.narrow(0, i * share, share)?.contiguous()?.copy()?);
+            self.tensors.insert(names.a, a.contiguous()?);
+            self.tensors.insert(names.b, b.narrow(0, i * share, share)?.contiguous()?);
         }
         Ok(())
     }

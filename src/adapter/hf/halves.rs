@@ -37,7 +37,8 @@ impl Adapter {
             for (path, own) in pair.iter().zip([0, half]) {
                 let names = tensor_names(path);
                 for (name, side) in [(names.a, 0), (names.b, 1)] {
-                    let part = self.tensor(&name)?.narrow(side, own, half)?.contiguous()?.copy()?;
+                    // A copy, so that the other half is not kept in memory.
+                    let part = self.tensor(&name)?.narrow(side, own, half)?.force_contiguous()?;
                     self.tensors.insert(name, part);
                 }
             }
