@@ -7,7 +7,7 @@ use peft::generate::{Ended, Limits, Sampling, Session};
 use peft::model::{Decoder, Pretrained};
 use peft::ops::Documents;
 
-use crate::fixture::{Fixture, MODELS, relative};
+use crate::fixture::{ALL, Fixture, relative};
 
 /// The most probable tokens after `prompt`, each from a forward over everything before it.
 pub(crate) fn without_cache(model: &Decoder, prompt: &[u32], count: usize) -> Vec<u32> {
@@ -39,7 +39,7 @@ pub(crate) fn generated(session: &mut Session<'_>, prompt: &[u32], count: usize)
 /// Of the models two see a window of 4 and 6 tokens, which the cache outgrows, and two have biases.
 #[test]
 fn greedy_tokens_are_those_of_a_forward_over_everything() {
-    for name in MODELS {
+    for name in ALL {
         let model = Fixture::open(name).model();
         let vocab = model.config().vocab_size as u32;
         let prompt: Vec<u32> = (0..9).map(|i| (7 * i + 3) % vocab).collect();

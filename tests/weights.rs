@@ -372,10 +372,10 @@ fn a_path_that_is_not_there_is_told_in_both_readings() {
     let mut settings = HubSettings::from_variables(|_| None);
     settings.cache = cache.path().to_path_buf();
     settings.offline = true;
-    let error = Checkpoint::open_with("models/absent", &settings).unwrap_err();
+    let error = Checkpoint::open_with("nobody/absent", &settings).unwrap_err();
     assert_eq!(
         shown(&error, cache.path()),
-        "`models/absent` is neither a folder nor a .gguf file, nor could it be fetched from the Hub: `models/absent` \
+        "`nobody/absent` is neither a folder nor a .gguf file, nor could it be fetched from the Hub: `nobody/absent` \
          at `main` is not in the cache, and HF_HUB_OFFLINE is set\nhint: unset HF_HUB_OFFLINE to fetch it, or give a \
          local folder"
     );

@@ -215,4 +215,23 @@ mod tests {
         let calibration = Calibration::of(&[(rows(&[3000], 0), 1.0)], 2000, 500, 1).unwrap();
         assert_eq!(calibration.num_tokens(), (2000, 500));
     }
+
+    #[test]
+    fn of_few_documents_the_end_of_each_is_held_out() {
+        let mut documents = rows(&[800; 3], 0);
+        for (n, row) in documents.iter_mut().enumerate() {
+            row.tokens = (1000 * n as u32..).take(800).collect();
+        }
+        let calibration = Calibration::of(&[(documents, 1.0)], 1500, 300, 1).unwrap();
+        let span = |batches: &[Windows], document: u32| {
+            let tokens = batches.iter().flat_map(|batch| &batch.tokens);
+            let own: Vec<u32> = tokens.filter(|id| **id / 1000 == document).map(|id| id % 1000).collect();
+            (own.iter().min().copied().unwrap(), own.iter().max().copied().unwrap())
+        };
+        for document in 0..3 {
+            let (fitted, held_out) =
+                (span(&calibration.fitted, document), span(&calibration.held_out.windows, document));
+            assert!(fitted.1 < held_out.0, "{document}: {fitted:?} and {held_out:?}");
+        }
+    }
 }
