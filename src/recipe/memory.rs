@@ -223,6 +223,8 @@ impl Needs {
         };
         let (piece, several) = self.largest_piece(way.piece_tokens);
         let everything = self.trained == TrainedParts::Everything;
+        let is_sparse = self.config.sparse_layers().next().is_some();
+        let of_experts = if everything || !is_sparse { 0 } else { gaps_of_small(16 * self.trainable) };
         let idle = Components {
             weights: self.weights,
             teacher: self.teacher.as_ref().map_or(0, |(_, _, weights)| *weights),
@@ -234,12 +236,12 @@ impl Needs {
             loss: 0,
             buffers: 0,
             packing: self.config.packing_bytes(self.threads),
-            gaps: 0,
+            gaps: of_experts,
             process: self.process,
         };
         let Held { activations, layer, loss, gradients } = self.config.held(piece, &how, several);
-        let training =
-            Components { activations, layer, loss, gradients, gaps: gaps(activations + layer), ..idle };
+        let gaps = idle.gaps + gaps(activations + layer);
+        let training = Components { activations, layer, loss, gradients, gaps, ..idle };
         let gradients = 4 * self.trainable;
         let largest = self.largest_trained();
         let evaluating = self.config.held_by_evaluation(self.evaluation, &how);
@@ -301,7 +303,12 @@ fn gaps(bytes: u64) -> u64 {
     bytes / 50
 }
 
+/// The same of the many small tensors of experts' adapters, their gradients and moments: measured.
+fn gaps_of_small(bytes: u64) -> u64 {
+    bytes / 4
+}
+
 /// The program and its libraries, and a tokenizer with that many words: measured.
 fn process_bytes(vocab: usize) -> u64 {
-    (36 << 20) + 450 * vocab as u64
+    (40 << 20) + 450 * vocab as u64
 }
