@@ -355,21 +355,18 @@ impl Walk<'_> {
 
     /// The inner states of all experts' adapters for all tokens, in f32 and rounded, as they are while a layer is computed.
     fn stacked(&self, layer: usize) -> u64 {
-        let rank = |projection| self.rank(layer, projection).unwrap_or(0);
-        let ranks = (rank(Projection::Gate) + rank(Projection::Up)).max(rank(Projection::Down));
         let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
-        if self.drops() || !is_stacked(moe.experts, moe.active) {
-            0
-        } else {
-            2 * self.wide(moe.experts * ranks)
-        }
+        let stacked = |rank: &usize| !self.drops() && is_stacked(moe.experts, moe.active, *rank);
+        let rank = |projection| self.rank(layer, projection).filter(stacked).unwrap_or(0);
+        let ranks = (rank(Projection::Gate) + rank(Projection::Up)).max(rank(Projection::Down));
+        2 * self.wide(moe.experts * ranks)
     }
 
     /// Whether the terms of all experts' gates and up projections are one over all tokens.
     fn stacks(&self, layer: usize) -> bool {
         let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return false };
-        let has_terms = [Projection::Gate, Projection::Up].iter().any(|p| self.rank(layer, *p).is_some());
-        has_terms && !self.drops() && is_stacked(moe.experts, moe.active)
+        let mut ranks = [Projection::Gate, Projection::Up].into_iter().filter_map(|p| self.rank(layer, p));
+        !self.drops() && ranks.next().is_some_and(|rank| is_stacked(moe.experts, moe.active, rank))
     }
 
     fn head_dim(&self) -> usize {

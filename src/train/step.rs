@@ -77,28 +77,31 @@ pub fn objective_gradients(
     recompute: Recompute,
     objective: &Objective<'_>,
 ) -> Result<StepGradients> {
-    let learned = batches.iter().filter(|batch| batch.num_supervised() > 0);
-    let tokens: usize = learned.map(|batch| batch.tokens.len()).sum();
-    let (mut router, mut tally) = (Terms::default(), Tally::default());
-    let supervised: usize = batches.iter().map(Batch::num_supervised).sum();
-    let scale = 1.0 / supervised.max(1) as f64;
-    let mut gradients = Gradients::of(trainables);
-    let mut sums = Sums::default();
-    for batch in batches {
-        let share = batch.tokens.len() as f64 / tokens.max(1) as f64;
-        let piece = Piece { batch, scale, share, dropout_step, recompute, objective };
-        let (of_piece, terms) = piece.accumulate(model, &mut gradients, &mut tally)?;
-        sums.add(&of_piece);
-        router.total += share * terms.total;
-        for (name, value) in terms.values {
-            *router.values.entry(name).or_default() += share * value;
+    // On a thread of the pool, where nothing has to be handed over to it: a step is thousands of small products.
+    rayon::scope(|_| {
+        let learned = batches.iter().filter(|batch| batch.num_supervised() > 0);
+        let tokens: usize = learned.map(|batch| batch.tokens.len()).sum();
+        let (mut router, mut tally) = (Terms::default(), Tally::default());
+        let supervised: usize = batches.iter().map(Batch::num_supervised).sum();
+        let scale = 1.0 / supervised.max(1) as f64;
+        let mut gradients = Gradients::of(trainables);
+        let mut sums = Sums::default();
+        for batch in batches {
+            let share = batch.tokens.len() as f64 / tokens.max(1) as f64;
+            let piece = Piece { batch, scale, share, dropout_step, recompute, objective };
+            let (of_piece, terms) = piece.accumulate(model, &mut gradients, &mut tally)?;
+            sums.add(&of_piece);
+            router.total += share * terms.total;
+            for (name, value) in terms.values {
+                *router.values.entry(name).or_default() += share * value;
+            }
         }
-    }
-    let norm = gradients.norm()?;
-    let terms = objective.teacher.map(|teacher| teacher.terms);
-    let kl = terms.filter(|terms| terms.kl > 0.0).map(|_| sums.kl * scale);
-    let hidden = terms.filter(|terms| terms.hidden > 0.0).map(|_| sums.hidden * scale);
-    Ok(StepGradients { loss: sums.nll * scale, norm, gradients, kl, hidden, router, tally })
+        let norm = gradients.norm()?;
+        let terms = objective.teacher.map(|teacher| teacher.terms);
+        let kl = terms.filter(|terms| terms.kl > 0.0).map(|_| sums.kl * scale);
+        let hidden = terms.filter(|terms| terms.hidden > 0.0).map(|_| sums.hidden * scale);
+        Ok(StepGradients { loss: sums.nll * scale, norm, gradients, kl, hidden, router, tally })
+    })
 }
 
 /// Losses summed over supervised tokens.

@@ -158,7 +158,7 @@ fn best(terms: &[(Factor<'_>, Factor<'_>)]) -> Path {
     #[cfg(target_arch = "x86_64")]
     if Path::best() == Path::Amx && terms.iter().all(|(a, b)| a.is_f32() && b.is_f32()) {
         let depth: usize = terms.iter().map(|(a, _)| a.columns()).sum();
-        if terms.iter().any(|(a, b)| a.rows() < 64 || b.columns() < 64) || depth < 32 {
+        if terms.iter().any(|(a, b)| a.rows() < 16 || b.columns() < 16) || depth < 32 {
             return Path::Avx512;
         }
     }

@@ -8,10 +8,10 @@
 //! of depth `p` and `p + 16`, since then two vectors of f32 become one of pairs without crossing lanes.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
-    _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_range_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32, _mm512_store_si512, _mm512_sub_ps,
-    _mm512_ternarylogic_epi32,
+    __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512,
+    _mm512_castsi512_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_range_ps, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32, _mm512_store_si512,
+    _mm512_sub_ps, _mm512_ternarylogic_epi32,
 };
 use std::ops::Range;
 
@@ -49,7 +49,10 @@ pub(super) unsafe fn right(
                 for at in (0..depth.len()).step_by(STEP) {
                     let mut parts = [[_mm512_setzero_si512(); 16]; PARTS];
                     for line in 0..height {
-                        let three = thirds(pair_along(&values[line * stride..], at, depth.len()));
+                        let row = &values[line * stride..];
+                        fetch(row, STRIP * stride + at);
+                        fetch(row, STRIP * stride + at + STRIP);
+                        let three = thirds(pair_along(row, at, depth.len()));
                         for (part, vector) in parts.iter_mut().zip(three) {
                             part[line] = vector;
                         }
@@ -76,6 +79,8 @@ pub(super) unsafe fn right(
                 for pair in 0..STEP / 2 {
                     for column in (0..columns.len()).step_by(STRIP) {
                         let two = pair_across(values, stride, (pair, height), (column, columns.len()));
+                        fetch(values, (pair + STEP) * stride + column);
+                        fetch(values, (pair + STEP + STRIP) * stride + column);
                         let to = blocks.strip((group - lines.start + column) / STRIP, PARTS);
                         for (number, vector) in thirds(two).into_iter().enumerate() {
                             // SAFETY: as above.
@@ -108,10 +113,15 @@ pub(super) unsafe fn left(
     let out = out.as_mut_ptr();
     if side.along {
         side.wide_pieces(lines, depth.clone(), &mut scratch.wide, |rows, values, stride| {
-            for line in 0..rows.len() {
-                for at in (0..depth.len()).step_by(STEP) {
-                    let three = thirds(pair_along(&values[line * stride..], at, depth.len()));
-                    for (number, vector) in three.into_iter().enumerate() {
+            // Step by step, so that what is written lies end to end.
+            for at in (0..depth.len()).step_by(STEP) {
+                let whole = at + STEP <= depth.len();
+                for line in 0..rows.len() {
+                    let row = &values[line * stride..];
+                    fetch(row, 2 * STRIP * stride + at);
+                    fetch(row, 2 * STRIP * stride + at + STRIP);
+                    let two = if whole { whole_pair(row, at) } else { pair_along(row, at, depth.len()) };
+                    for (number, vector) in thirds(two).into_iter().enumerate() {
                         // SAFETY: within `out` by the assertion.
                         unsafe {
                             let to = out.add(at / STEP * STEP_SIZE + number * 2 * TILE + line * STEP);
@@ -145,11 +155,27 @@ pub(super) unsafe fn left(
     });
 }
 
+/// Asks for a line of the cache that is read soon; it need not be there.
+#[inline]
+fn fetch(values: &[f32], at: usize) {
+    // SAFETY: a hint, that never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().wrapping_add(at).cast()) }
+}
+
 /// Values `at..at + 16` and the 16 behind them, zeros from `end` on.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn pair_along(row: &[f32], at: usize, end: usize) -> [__m512; 2] {
     [load(row, at, end), load(row, at + STRIP, end)]
+}
+
+/// Values `at..at + 32`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn whole_pair(row: &[f32], at: usize) -> [__m512; 2] {
+    let values = &row[at..at + 2 * STRIP];
+    // SAFETY: 32 values.
+    unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(STRIP))] }
 }
 
 /// 16 values from `column` on of rows `pair` and `pair + 16`; zeros where no row is or no column.
