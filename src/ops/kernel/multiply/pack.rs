@@ -6,10 +6,10 @@
 //! zeros to a multiple of 32, lines to the next strip.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_loadu_si512, _mm512_maskz_loadu_epi16, _mm512_permutex2var_epi64, _mm512_set_epi64,
-    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_store_si512, _mm512_storeu_si512,
-    _mm512_unpackhi_epi16, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi16,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_loadu_si512, _mm512_maskz_loadu_epi16,
+    _mm512_permutex2var_epi64, _mm512_set_epi64, _mm512_setzero_si512, _mm512_shuffle_i32x4,
+    _mm512_store_si512, _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 use std::ops::Range;
 
@@ -75,6 +75,9 @@ pub(super) unsafe fn right(
                 let (height, first) = (STRIP.min(rows.end - start), (start - rows.start) * row_stride);
                 let to = blocks.strip((start - lines.start) / STRIP, 1);
                 for at in (0..count).step_by(STEP) {
+                    for line in 0..height {
+                        fetch(values, first + (2 * STRIP + line) * row_stride + at);
+                    }
                     let mut vectors = load_rows(&values[first + at..], row_stride, height, count - at);
                     transpose(&mut vectors);
                     // SAFETY: within a block, and the assertions hold all blocks inside `out`.
@@ -100,6 +103,8 @@ pub(super) unsafe fn right(
             for row in (0..height.next_multiple_of(2)).step_by(2) {
                 let deep = rows.start - depth.start + row;
                 for at in (0..width).step_by(STEP) {
+                    fetch(values, (row + 2 * STRIP) * row_stride + at);
+                    fetch(values, (row + 2 * STRIP + 1) * row_stride + at);
                     let low = load(&values[row * row_stride + at..], width - at);
                     let high = if row + 1 < height {
                         load(&values[(row + 1) * row_stride + at..], width - at)
@@ -191,6 +196,13 @@ pub(super) unsafe fn left(
             }
         }
     });
+}
+
+/// Asks for the line of the cache of a value that is read soon; it need not be there.
+#[inline]
+pub(super) fn fetch<T>(values: &[T], at: usize) {
+    // SAFETY: a hint, that never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().wrapping_add(at).cast()) }
 }
 
 /// The first `count` values (at most 32), zeros behind them.

@@ -8,17 +8,17 @@
 //! of depth `p` and `p + 16`, since then two vectors of f32 become one of pairs without crossing lanes.
 
 use std::arch::x86_64::{
-    __m512, __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512,
-    _mm512_castsi512_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_range_ps, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32, _mm512_store_si512,
-    _mm512_sub_ps, _mm512_ternarylogic_epi32,
+    __m512, __m512i, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi512_ps,
+    _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_range_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi32, _mm512_store_si512, _mm512_sub_ps,
+    _mm512_ternarylogic_epi32,
 };
 use std::ops::Range;
 
 use half::bf16;
 
 use super::factor::{Scratch, Side};
-use super::pack::{Blocks, STEP, STRIP, store, transpose};
+use super::pack::{Blocks, STEP, STRIP, fetch, store, transpose};
 
 /// Parts of a value.
 pub(super) const PARTS: usize = 3;
@@ -153,13 +153,6 @@ pub(super) unsafe fn left(
             }
         }
     });
-}
-
-/// Asks for a line of the cache that is read soon; it need not be there.
-#[inline]
-fn fetch(values: &[f32], at: usize) {
-    // SAFETY: a hint, that never faults.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().wrapping_add(at).cast()) }
 }
 
 /// Values `at..at + 16` and the 16 behind them, zeros from `end` on.
