@@ -40,6 +40,15 @@ impl Evaluation {
 
 /// The loss of `model` over all labelled tokens of `batches`, without dropout.
 pub fn evaluate(model: &Decoder, batches: &[Batch]) -> Result<Evaluation> {
+    // On a thread of the pool, as a step of training.
+    let sum = rayon::scope(|_| sums(model, batches))?;
+    if sum.tokens == 0 {
+        return Err(Error::invalid("no token of the evaluation data carries a label"));
+    }
+    Ok(sum)
+}
+
+fn sums(model: &Decoder, batches: &[Batch]) -> Result<Evaluation> {
     let mut sum = Evaluation::default();
     for batch in batches {
         let (rows, targets) = batch.targets();
@@ -53,9 +62,6 @@ pub fn evaluate(model: &Decoder, batches: &[Batch]) -> Result<Evaluation> {
         let nll = cross_entropy::evaluate(&hidden.index_select(&rows, 0)?, model.head(), &targets)?;
         sum.nll_sum += nll.iter().map(|nll| f64::from(*nll)).sum::<f64>();
         sum.tokens += targets.len() as u64;
-    }
-    if sum.tokens == 0 {
-        return Err(Error::invalid("no token of the evaluation data carries a label"));
     }
     Ok(sum)
 }

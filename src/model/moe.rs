@@ -98,10 +98,11 @@ impl Moe {
             let (y, experts) = self.experts.forward(x, &routing.weights, &groups, pass)?;
             Ok((y, routing, router, groups, experts))
         };
-        // Of a single token each product is too small for all threads.
-        let (shared, routed) = match x.dim(0)? {
-            1 => rayon::join(of_shared, of_routed),
-            _ => (of_shared(), of_routed()),
+        // Side by side: of few tokens each product is too small for all threads, of many a thread that is done with its part
+        // of one has the other.
+        let (shared, routed) = match self.shared {
+            Some(_) => rayon::join(of_shared, of_routed),
+            None => (Ok(None), of_routed()),
         };
         let ((mut y, routing, router, groups, experts), shared) = (routed?, shared?);
         let shared = match shared {

@@ -57,20 +57,28 @@ impl Gradients {
         Ok(())
     }
 
-    /// Gradients of those of `parameters` that are wanted, of which none has arrived yet: what one of several tasks adds to.
+    /// Takes out what has arrived of those of `parameters` that are wanted, for one of several tasks to add to;
+    /// [`Gradients::put_back`] ends that.
     #[must_use]
-    pub fn part<'p>(&self, parameters: impl IntoIterator<Item = &'p Parameter>) -> Self {
-        let names = parameters.into_iter().filter_map(|p| self.sums.get_key_value(p.name()));
-        Self { sums: names.map(|(name, _)| (Arc::clone(name), None)).collect() }
+    pub fn take<'p>(&mut self, parameters: impl IntoIterator<Item = &'p Parameter>) -> Self {
+        let mut sums = BTreeMap::new();
+        for parameter in parameters {
+            if let Some((name, _)) = self.sums.get_key_value(parameter.name()) {
+                let name = Arc::clone(name);
+                let sum = self.sums.get_mut(&name).and_then(Option::take);
+                sums.insert(name, sum);
+            }
+        }
+        Self { sums }
     }
 
-    /// Adds what has arrived in a part.
-    pub fn absorb(&mut self, part: Self) -> Result<()> {
+    /// Puts back what was taken out, and what was added to it.
+    pub fn put_back(&mut self, part: Self) -> Result<()> {
         for (name, gradient) in part.sums {
             let (Some(gradient), Some(sum)) = (gradient, self.sums.get_mut(&name)) else { continue };
             *sum = Some(match sum.take() {
                 None => gradient,
-                Some(earlier) => add(&earlier, &gradient).in_tensor(&name)?,
+                Some(other) => add(&other, &gradient).in_tensor(&name)?,
             });
         }
         Ok(())

@@ -10,6 +10,8 @@ mod stack;
 
 pub use stack::is_stacked;
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::Tensor;
 use rayon::prelude::*;
 
@@ -80,21 +82,19 @@ fn with_gradients<R: Send>(
     gradients: &mut Gradients,
     f: impl Fn(usize, &mut Gradients) -> Result<R> + Sync,
 ) -> Result<Vec<Option<R>>> {
-    let wanted: &Gradients = gradients;
     let of_expert = |expert: usize| kinds.iter().flat_map(move |layers| layers[expert].parameters());
-    let parts: Vec<Option<(R, Gradients)>> = of_each(groups, |expert| {
-        let mut part = wanted.part(of_expert(expert));
-        Ok((f(expert, &mut part)?, part))
+    let parts: Vec<Mutex<Gradients>> =
+        (0..groups.len()).map(|expert| Mutex::new(gradients.take(of_expert(expert)))).collect();
+    let results = of_each(groups, |expert| {
+        // Nobody else asks for this one.
+        let mut part = parts[expert].lock().unwrap_or_else(PoisonError::into_inner);
+        f(expert, &mut part)
     })?;
-    let mut results = Vec::with_capacity(parts.len());
-    for (expert, part) in parts.into_iter().enumerate() {
-        let Some((result, part)) = part else {
+    for (expert, (part, result)) in parts.into_iter().zip(&results).enumerate() {
+        gradients.put_back(part.into_inner().unwrap_or_else(PoisonError::into_inner))?;
+        if result.is_none() {
             of_expert(expert).try_for_each(|parameter| gradients.add_nothing(parameter))?;
-            results.push(None);
-            continue;
-        };
-        gradients.absorb(part)?;
-        results.push(Some(result));
+        }
     }
     Ok(results)
 }
