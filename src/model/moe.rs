@@ -128,21 +128,32 @@ impl Moe {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let Saved { routing, router, groups, experts, shared } = saved;
-        let mut dx = None;
-        if let (Some(shared), Some(saved)) = (&self.shared, shared) {
-            dx = shared.backward(saved, pass, dy, wants_dx, gradients)?;
-        }
         let wants_router = wants_dx || self.router.is_trained(gradients);
         let routed = (routing.weights.as_slice(), &groups);
-        let (d_routed, d_weights) =
-            self.experts.backward(experts, routed, pass, dy, (wants_dx, wants_router), gradients)?;
+        let through = |gradients: &mut Gradients| {
+            self.experts.backward(experts, routed, pass, dy, (wants_dx, wants_router), gradients)
+        };
+        // Side by side, as in the forward.
+        let (d_shared, (d_routed, d_weights)) = match (&self.shared, shared) {
+            (Some(shared), Some(saved)) => {
+                let parameters = shared.linears().flat_map(Linear::parameters);
+                let mut of_shared = gradients.take(parameters);
+                let (dx, routed) = rayon::join(
+                    || shared.backward(saved, pass, dy, wants_dx, &mut of_shared),
+                    || through(gradients),
+                );
+                gradients.put_back(of_shared)?;
+                (dx?, routed?)
+            }
+            _ => (None, through(gradients)?),
+        };
         if let Some(d_weights) = d_weights {
             let through = (d_weights.as_slice(), of_losses);
             let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
-            dx = sum(d_routed, dx, dy.dtype())?;
+            let dx = sum(d_routed, d_shared, dy.dtype())?;
             return sum(dx, d_router, dy.dtype());
         }
-        sum(d_routed, dx, dy.dtype())
+        sum(d_routed, d_shared, dy.dtype())
     }
 
     /// Whether a gradient of `wanted` is computed from its input.
@@ -159,7 +170,7 @@ impl Moe {
     /// Its linear layers, in the order of the configuration.
     pub(super) fn linears(&self) -> Vec<&Linear> {
         let experts = self.experts.linears();
-        let shared = self.shared.iter().flat_map(|s| s.network.linears().into_iter().chain(&s.gate));
+        let shared = self.shared.iter().flat_map(Shared::linears);
         std::iter::once(&self.router.linear).chain(experts).chain(shared).collect()
     }
 
@@ -247,6 +258,10 @@ impl Experts {
 }
 
 impl Shared {
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.network.linears().into_iter().chain(&self.gate)
+    }
+
     fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, SavedShared)> {
         let (y, network) = self.network.forward(x, pass)?;
         let Some(gate) = &self.gate else { return Ok((y, SavedShared { network, gate: None })) };
