@@ -19,6 +19,7 @@ use mimalloc::MiMalloc;
 use peft::Result;
 use peft::adapter::{LoraConfig, Targets, attach, init, resolve};
 use peft::data::Batch;
+use peft::model::config::{FeedForwardConfig, LinearConfig, Site};
 use peft::model::{Decoder, DecoderConfig, Pretrained, Recompute};
 use peft::ops::{Documents, KeepBuffers, Op, matmul};
 use peft::train::{AdamW, AdamWConfig, peak_rss_bytes, step_gradients};
@@ -137,22 +138,31 @@ fn main() -> Result<()> {
 }
 
 /// What a step computes for each token: every weight forward and for the gradient of its input, adapters, and attention,
-/// where a token sees half of its document.
+/// where a token sees half of its document. Of experts those that a token goes to.
 fn flops_per_token(config: &DecoderConfig, arguments: &Arguments) -> f64 {
     let mut multiplications = 0.0;
     for linear in config.linears() {
         let (n, k) = (linear.out_features as f64, linear.in_features as f64);
-        multiplications += 2.0 * n * k;
         let in_attention = linear.path.contains("self_attn");
-        if linear.layer.is_some() && (arguments.targets == "all" || !in_attention) {
-            multiplications += 3.0 * arguments.rank as f64 * (n + k);
-        }
+        let is_adapted = linear.layer.is_some_and(|_| linear.site != Site::Router)
+            && (arguments.targets == "all" || !in_attention);
+        let rank = if is_adapted { arguments.rank as f64 } else { 0.0 };
+        multiplications += share(config, &linear) * (2.0 * n * k + 3.0 * rank * (n + k));
     }
     for layer in &config.layers {
         // Two products forward and four backward.
         multiplications += 6.0 * layer.attention.q_width() as f64 * arguments.length as f64 / 2.0;
     }
     2.0 * multiplications
+}
+
+/// Of the tokens those that go through a layer, at even load.
+fn share(config: &DecoderConfig, linear: &LinearConfig) -> f64 {
+    let layer = linear.layer.map(|layer| &config.layers[layer].feed_forward);
+    match (linear.site, layer) {
+        (Site::Expert(_), Some(FeedForwardConfig::Sparse(moe))) => moe.active as f64 / moe.experts as f64,
+        _ => 1.0,
+    }
 }
 
 /// GFLOP/s over all layers' products, forward and for the gradient of the input, each shape at its best of five.
