@@ -167,13 +167,15 @@ fn share(config: &DecoderConfig, linear: &LinearConfig) -> f64 {
 
 /// GFLOP/s over all layers' products, forward and for the gradient of the input, each shape at its best of five.
 fn product_rate(config: &DecoderConfig, dtype: DType, tokens: usize) -> Result<f64> {
-    let mut shapes: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+    // Shapes and rows, and how often they come.
+    let mut shapes: BTreeMap<(usize, usize, usize), usize> = BTreeMap::new();
     for linear in config.linears() {
-        *shapes.entry((linear.out_features, linear.in_features)).or_default() += 1;
+        let rows = (tokens as f64 * share(config, &linear)).round() as usize;
+        *shapes.entry((linear.out_features, linear.in_features, rows)).or_default() += 1;
     }
     let random = |shape: (usize, usize)| Tensor::rand(-1f32, 1.0, shape, &Device::Cpu)?.to_dtype(dtype);
     let (mut work, mut seconds) = (0.0, 0.0);
-    for ((n, k), count) in shapes {
+    for ((n, k, tokens), count) in shapes {
         let (x, dy, w) = (random((tokens, k))?, random((tokens, n))?, random((n, k))?);
         for (left, right) in [(&x, w.t()?), (&dy, w.clone())] {
             let mut best = f64::INFINITY;

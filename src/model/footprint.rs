@@ -355,18 +355,27 @@ impl Walk<'_> {
 
     /// The inner states of all experts' adapters for all tokens, in f32 and rounded, as they are while a layer is computed.
     fn stacked(&self, layer: usize) -> u64 {
+        let ranks = |projections: &[Projection]| {
+            let rank = self.stacked_rank(layer, projections).unwrap_or(0);
+            rank * projections.iter().filter(|p| self.rank(layer, **p).is_some()).count()
+        };
+        let ranks = ranks(&[Projection::Gate, Projection::Up]).max(ranks(&[Projection::Down]));
         let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
-        let stacked = |rank: &usize| !self.drops() && is_stacked(moe.experts, moe.active, *rank);
-        let rank = |projection| self.rank(layer, projection).filter(stacked).unwrap_or(0);
-        let ranks = (rank(Projection::Gate) + rank(Projection::Up)).max(rank(Projection::Down));
         2 * self.wide(moe.experts * ranks)
+    }
+
+    /// The rank of these projections, which meet the same tokens, where the terms of all experts are one over all tokens.
+    fn stacked_rank(&self, layer: usize, projections: &[Projection]) -> Option<usize> {
+        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return None };
+        let mut ranks = projections.iter().filter_map(|projection| self.rank(layer, *projection));
+        let first = ranks.next()?;
+        let is_stacked = !self.drops() && is_stacked(moe.experts, moe.active, first);
+        (is_stacked && ranks.all(|rank| rank == first)).then_some(first)
     }
 
     /// Whether the terms of all experts' gates and up projections are one over all tokens.
     fn stacks(&self, layer: usize) -> bool {
-        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return false };
-        let mut ranks = [Projection::Gate, Projection::Up].into_iter().filter_map(|p| self.rank(layer, p));
-        !self.drops() && ranks.next().is_some_and(|rank| is_stacked(moe.experts, moe.active, rank))
+        self.stacked_rank(layer, &[Projection::Gate, Projection::Up]).is_some()
     }
 
     fn head_dim(&self) -> usize {

@@ -91,7 +91,6 @@ impl Saved {
 impl Moe {
     /// `[tokens, hidden] -> [tokens, hidden]`, what the router decided, and what the backward needs.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Routing, Saved)> {
-        let of_shared = || self.shared.as_ref().map(|shared| shared.forward(x, pass)).transpose();
         let of_routed = || -> Result<_> {
             let (routing, router) = self.router.forward(x, pass)?;
             let groups = routing.groups();
@@ -100,8 +99,8 @@ impl Moe {
         };
         // Side by side: of few tokens each product is too small for all threads, of many a thread that is done with its part
         // of one has the other.
-        let (shared, routed) = match self.shared {
-            Some(_) => rayon::join(of_shared, of_routed),
+        let (shared, routed) = match &self.shared {
+            Some(shared) => rayon::join(|| shared.forward(x, pass).map(Some), of_routed),
             None => (Ok(None), of_routed()),
         };
         let ((mut y, routing, router, groups, experts), shared) = (routed?, shared?);
@@ -130,7 +129,7 @@ impl Moe {
         let Saved { routing, router, groups, experts, shared } = saved;
         let wants_router = wants_dx || self.router.is_trained(gradients);
         let routed = (routing.weights.as_slice(), &groups);
-        let through = |gradients: &mut Gradients| {
+        let through_experts = |gradients: &mut Gradients| {
             self.experts.backward(experts, routed, pass, dy, (wants_dx, wants_router), gradients)
         };
         // Side by side, as in the forward.
@@ -140,18 +139,17 @@ impl Moe {
                 let mut of_shared = gradients.take(parameters);
                 let (dx, routed) = rayon::join(
                     || shared.backward(saved, pass, dy, wants_dx, &mut of_shared),
-                    || through(gradients),
+                    || through_experts(gradients),
                 );
                 gradients.put_back(of_shared)?;
                 (dx?, routed?)
             }
-            _ => (None, through(gradients)?),
+            _ => (None, through_experts(gradients)?),
         };
         if let Some(d_weights) = d_weights {
             let through = (d_weights.as_slice(), of_losses);
             let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
-            let dx = sum(d_routed, d_shared, dy.dtype())?;
-            return sum(dx, d_router, dy.dtype());
+            return sum(sum(d_routed, d_shared, dy.dtype())?, d_router, dy.dtype());
         }
         sum(d_routed, d_shared, dy.dtype())
     }

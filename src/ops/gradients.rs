@@ -57,17 +57,19 @@ impl Gradients {
         Ok(())
     }
 
-    /// Takes out what has arrived of those of `parameters` that are wanted, for one of several tasks to add to;
-    /// [`Gradients::put_back`] ends that.
+    /// Takes out what has arrived of those of `parameters` that are wanted, for one of several tasks to add to. They stay
+    /// wanted on both sides, and [`Gradients::put_back`] brings the sums together: a part that is not put back is lost.
     #[must_use]
     pub fn take<'p>(&mut self, parameters: impl IntoIterator<Item = &'p Parameter>) -> Self {
         let mut sums = BTreeMap::new();
         for parameter in parameters {
-            if let Some((name, _)) = self.sums.get_key_value(parameter.name()) {
-                let name = Arc::clone(name);
-                let sum = self.sums.get_mut(&name).and_then(Option::take);
-                sums.insert(name, sum);
+            let Some((name, _)) = self.sums.get_key_value(parameter.name()) else { continue };
+            if sums.contains_key(name) {
+                continue;
             }
+            let name = Arc::clone(name);
+            let sum = self.sums.get_mut(&name).and_then(Option::take);
+            sums.insert(name, sum);
         }
         Self { sums }
     }
@@ -125,5 +127,33 @@ vectorized! {
             sum += f64::from(*value) * f64::from(*value);
         }
         sum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_comes_back_with_what_was_added() -> Result<()> {
+        let cpu = Device::Cpu;
+        let var = |values: [f32; 2]| Ok::<_, crate::error::Error>(Var::new(&values, &cpu)?);
+        let trainables: Trainables = [("a".into(), var([0.0; 2])?), ("b".into(), var([0.0; 2])?)].into();
+        let parameter = |name: &str| Parameter::new(name, trainables[name].as_tensor());
+        let (a, b) = (parameter("a"), parameter("b"));
+        let mut all = Gradients::of(&trainables);
+        all.add(&a, &Tensor::new(&[1f32, 2.0], &cpu)?)?;
+        // One that is named twice, and then by another task too.
+        let mut one = all.take([&a, &b, &a]);
+        let mut other = all.take([&a]);
+        assert!(all.wants(&a) && other.wants(&a));
+        one.add(&a, &Tensor::new(&[10f32, 10.0], &cpu)?)?;
+        other.add(&a, &Tensor::new(&[100f32, 100.0], &cpu)?)?;
+        all.put_back(one)?;
+        all.put_back(other)?;
+        let sum: Vec<f32> = all.of_name("a").map(Tensor::to_vec1).transpose()?.unwrap_or_default();
+        assert_eq!(sum, [111.0, 112.0]);
+        assert!(all.of_name("b").is_none());
+        Ok(())
     }
 }

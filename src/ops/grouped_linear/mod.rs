@@ -75,7 +75,7 @@ fn of_each<R: Send>(groups: &Groups, f: impl Fn(usize) -> Result<R> + Sync) -> R
         .collect()
 }
 
-/// The same, where `f` adds gradients of the expert's layers; those of an expert without rows are zero.
+/// The same, where `f` adds gradients of the expert's layers; an expert without rows adds nothing to them.
 fn with_gradients<R: Send>(
     groups: &Groups,
     kinds: &[&[Layer<'_>]],
