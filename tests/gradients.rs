@@ -503,7 +503,7 @@ fn rows_of_experts_are_those_of_their_tokens() {
     );
     // Gathering and summing are each other's transposes.
     let dy = random(&[13, 5], 2);
-    assert!((dot(&y, &dy) - dot(&x, &groups::sum(&dy, &groups, None).unwrap())).abs() < 1e-4);
+    assert!((dot(&y, &dy) - dot(&x, &groups::sum(&dy, &groups, &[]).unwrap())).abs() < 1e-4);
 }
 
 #[test]
@@ -512,7 +512,7 @@ fn weighed_sums_of_experts_agree() {
     let (x, dy) = (random(&[13, 33], 3), random(&[7, 33], 4));
     let weights = random(&[14], 5);
     let list: Vec<f32> = weights.to_vec1().unwrap();
-    let y = groups::combine(&x, &list, &groups).unwrap();
+    let y = groups::combine(&x, &list, &groups, &[]).unwrap();
     assert_close("y", &y, &groups::reference(&x, &weights, &groups).unwrap(), 1e-5);
     let expected = differentiate(&[&x, &weights], &dy, |v| groups::reference(&v[0], &v[1], &groups)).unwrap();
     let of_tokens = groups::gather_all(&dy, &groups).unwrap();
@@ -521,10 +521,14 @@ fn weighed_sums_of_experts_agree() {
     let d_weights = groups.of_choices(&groups::row_products(&x, &of_tokens).unwrap());
     assert_eq!(d_weights[8], 0.0);
     assert_close("d_weights", &Tensor::new(d_weights, &CPU).unwrap(), &expected[1], 1e-5);
-    // On top of what is there already.
-    let base = random(&[7, 33], 6);
-    let sum = groups::sum(&x, &groups, Some(&base)).unwrap();
-    assert_close("sum", &sum, &(groups::sum(&x, &groups, None).unwrap() + base).unwrap(), 1e-5);
+    // On top of what is there already, rounded once, in either type.
+    let others = [random(&[7, 33], 6), random(&[7, 33], 7)];
+    let sum = groups::sum(&x, &groups, &[&others[0], &others[1]]).unwrap();
+    let expected = ((groups::sum(&x, &groups, &[]).unwrap() + &others[0]).unwrap() + &others[1]).unwrap();
+    assert_close("sum", &sum, &expected, 1e-5);
+    let narrow = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
+    let mixed = groups::sum(&narrow(&x), &groups, &[&narrow(&others[0]), &others[1]]).unwrap();
+    assert_close("mixed", &mixed.to_dtype(DType::F32).unwrap(), &sum, 1e-2);
 }
 
 /// Four experts' layers, with their trainables: by chance or, `uneven`, with another scale in each.
@@ -611,7 +615,8 @@ fn experts_that_take_tokens_agree() {
         let mut expected_dx = x.zeros_like().unwrap();
         let mut gradients = Gradients::of(&all.iter().flat_map(|e| e.trainables.clone()).collect());
         let kinds = [(layers[0].as_slice(), &dys[0]), (layers[1].as_slice(), &dys[1])];
-        let dx = spread::backward(&saved, &kinds, &groups, &pass, true, &mut gradients).unwrap().unwrap();
+        let back = spread::backward(&saved, &kinds, &groups, &pass, true, &mut gradients).unwrap().unwrap();
+        let dx = back.sum(&groups, &[]).unwrap();
         for (kind, experts) in all.iter().enumerate() {
             let values = experts.values();
             let mut inputs = vec![&x];
@@ -642,7 +647,8 @@ fn experts_that_give_tokens_agree() {
     for uneven in [false, true] {
         let experts = Experts::new(0, (17, 11), uneven, Dropout::NONE);
         let (layers, values) = (experts.layers(), experts.values());
-        let (y, saved) = join::forward(&x, &layers, &list, &groups, &pass).unwrap();
+        let (of_rows, saved) = join::forward(&x, &layers, &groups, &pass).unwrap();
+        let y = groups::combine(&of_rows, &list, &groups, &[]).unwrap();
         let mut inputs = vec![&x, &weights];
         inputs.extend(&values);
         let reference =
@@ -675,11 +681,15 @@ fn experts_with_dropout_have_their_slopes() {
     let forward = |x: &Tensor| spread::forward(x, &[&layers], &groups, &pass).unwrap();
     let mut gradients = Gradients::of(&experts.trainables);
     let kinds = [(layers.as_slice(), &dy)];
-    let dx = spread::backward(&forward(&x).1, &kinds, &groups, &pass, true, &mut gradients).unwrap().unwrap();
+    let back = spread::backward(&forward(&x).1, &kinds, &groups, &pass, true, &mut gradients);
+    let dx = back.unwrap().unwrap().sum(&groups, &[]).unwrap();
     assert_slope("dx of tokens", &x, &dx, &dy, |x| forward(x).0.remove(0));
 
     let (x, dy, weights) = (random(&[13, 17], 20), random(&[7, 11], 21), vec![0.5; 14]);
-    let forward = |x: &Tensor| join::forward(x, &layers, &weights, &groups, &pass).unwrap();
+    let forward = |x: &Tensor| {
+        let (of_rows, saved) = join::forward(x, &layers, &groups, &pass).unwrap();
+        (groups::combine(&of_rows, &weights, &groups, &[]).unwrap(), saved)
+    };
     let routed = (weights.as_slice(), &groups);
     let towards = join::backward(&forward(&x).1, &layers, routed, &pass, &dy, true, &mut gradients).unwrap();
     let dx = groups::scale_rows(towards.d_rows.as_ref().unwrap(), &groups.weights_of_rows(&weights)).unwrap();

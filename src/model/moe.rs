@@ -10,7 +10,7 @@ use super::linear::Linear;
 use super::router::{self, Router, Routing, RoutingGradient};
 use crate::error::{Error, Result};
 use crate::ops::grouped_linear::{join, spread};
-use crate::ops::{Activation, Gradients, Groups, Pass, add, cast, glu, linear};
+use crate::ops::{Activation, Gradients, Groups, Pass, add, cast, glu, groups, linear};
 
 /// A router and its experts.
 #[derive(Debug, Clone)]
@@ -76,7 +76,7 @@ impl Saved {
             return Ok(());
         }
         let x = input()?;
-        self.router.set_input(&cast(&x, DType::F32)?);
+        self.router.set_input(&x);
         self.experts.gate_and_up.set_input(&x);
         if let Some(shared) = &mut self.shared {
             if let Some((gate, _, _)) = &mut shared.gate {
@@ -94,8 +94,8 @@ impl Moe {
         let of_routed = || -> Result<_> {
             let (routing, router) = self.router.forward(x, pass)?;
             let groups = routing.groups();
-            let (y, experts) = self.experts.forward(x, &routing.weights, &groups, pass)?;
-            Ok((y, routing, router, groups, experts))
+            let (of_rows, experts) = self.experts.forward(x, &groups, pass)?;
+            Ok((of_rows, routing, router, groups, experts))
         };
         // Side by side: of few tokens each product is too small for all threads, of many a thread that is done with its part
         // of one has the other.
@@ -103,14 +103,10 @@ impl Moe {
             Some(shared) => rayon::join(|| shared.forward(x, pass).map(Some), of_routed),
             None => (Ok(None), of_routed()),
         };
-        let ((mut y, routing, router, groups, experts), shared) = (routed?, shared?);
-        let shared = match shared {
-            Some((term, saved)) => {
-                y = add(&y, &term)?;
-                Some(saved)
-            }
-            None => None,
-        };
+        let ((of_rows, routing, router, groups, experts), shared) = (routed?, shared?);
+        let (term, shared) = shared.unzip();
+        let others: Vec<&Tensor> = term.iter().collect();
+        let y = groups::combine(&of_rows, &routing.weights, &groups, &others)?;
         let saved = Saved { routing: routing.clone(), router, groups, experts, shared };
         Ok((y, routing, saved))
     }
@@ -146,12 +142,20 @@ impl Moe {
             }
             _ => (None, through_experts(gradients)?),
         };
-        if let Some(d_weights) = d_weights {
-            let through = (d_weights.as_slice(), of_losses);
-            let d_router = self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?;
-            return sum(sum(d_routed, d_shared, dy.dtype())?, d_router, dy.dtype());
+        let d_router = match d_weights {
+            Some(d_weights) => {
+                let through = (d_weights.as_slice(), of_losses);
+                self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?
+            }
+            None => None,
+        };
+        match d_routed {
+            Some(back) => {
+                let others: Vec<&Tensor> = d_shared.iter().chain(&d_router).collect();
+                back.sum(&groups, &others).map(Some)
+            }
+            None => sum(d_shared, d_router, dy.dtype()),
         }
-        sum(d_routed, d_shared, dy.dtype())
     }
 
     /// Whether a gradient of `wanted` is computed from its input.
@@ -198,24 +202,18 @@ impl Experts {
         gate.iter().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down])
     }
 
-    /// The weighed sum of what they give, `[tokens, hidden]`.
-    fn forward(
-        &self,
-        x: &Tensor,
-        weights: &[f32],
-        groups: &Groups,
-        pass: &Pass<'_>,
-    ) -> Result<(Tensor, SavedExperts)> {
+    /// What they give to each of their rows, `[rows, hidden]`.
+    fn forward(&self, x: &Tensor, groups: &Groups, pass: &Pass<'_>) -> Result<(Tensor, SavedExperts)> {
         let (gate, up, down) = (layers(&self.gate), layers(&self.up), layers(&self.down));
         let (both, gate_and_up) = spread::forward(x, &[&gate, &up], groups, pass)?;
         let [gates, ups] =
             <[Tensor; 2]>::try_from(both).map_err(|_| Error::invalid("as many results as layers"))?; // [rows, width] each
         let (product, unit) = glu::forward(gates, ups, self.activation)?; // [rows, width]
-        let (y, down) = join::forward(&product, &down, weights, groups, pass)?;
-        Ok((y, SavedExperts { gate_and_up, unit, down }))
+        let (of_rows, down) = join::forward(&product, &down, groups, pass)?;
+        Ok((of_rows, SavedExperts { gate_and_up, unit, down }))
     }
 
-    /// `dx [tokens, hidden]` and the gradients of the weights `[tokens * active]`, where wanted.
+    /// The gradient of the input and those of the weights `[tokens * active]`, where wanted.
     fn backward(
         &self,
         saved: SavedExperts,
@@ -224,7 +222,7 @@ impl Experts {
         dy: &Tensor,
         (wants_dx, wants_weights): (bool, bool),
         gradients: &mut Gradients,
-    ) -> Result<(Option<Tensor>, Option<Vec<f32>>)> {
+    ) -> Result<(Option<spread::Back>, Option<Vec<f32>>)> {
         let SavedExperts { gate_and_up, unit, down } = saved;
         let (gates, ups, downs) = (layers(&self.gate), layers(&self.up), layers(&self.down));
         let trained =

@@ -8,8 +8,8 @@ use candle_core::{DType, Tensor};
 use super::config::{Overflow, RouterNoise, Scoring};
 use super::linear::Linear;
 use super::rule::Rule;
-use crate::error::Result;
-use crate::ops::{Gradients, Groups, Parameter, Pass, cast, dropout, linear};
+use crate::error::{Error, Result};
+use crate::ops::{Gradients, Groups, Parameter, Pass, Weight, cast, dropout, linear, scores};
 
 /// What a router decided: facts for losses and reports.
 #[derive(Debug, Clone)]
@@ -73,7 +73,7 @@ impl Saved {
         self.noise.iter_mut().for_each(|(saved, _)| saved.drop_input());
     }
 
-    /// Gives the input again, in f32.
+    /// Gives the input again.
     pub(super) fn set_input(&mut self, x: &Tensor) {
         self.logits.set_input(x);
         self.noise.iter_mut().for_each(|(saved, _)| saved.set_input(x));
@@ -127,13 +127,12 @@ impl Router {
 
     /// What it decides for `x [tokens, hidden]`, and what the backward needs.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Routing, Saved)> {
-        let x = cast(x, DType::F32)?;
-        let (mut logits, of_logits) = self.linear.forward(&x, pass)?; // [tokens, experts]
+        let (mut logits, of_logits) = self.logits(x, pass)?; // [tokens, experts]
         if self.unit != 1.0 {
             logits = (logits * self.unit)?;
         }
         let Rule { active, experts, scoring, renormalise, variant, unit, .. } = self.rule;
-        let (noise, of_noise) = self.noise(&x, pass)?;
+        let (noise, of_noise) = self.noise(x, pass)?;
         if let Some(noise) = &noise {
             logits = (logits + (&noise.drawn * &noise.deviation)?)?;
         }
@@ -168,6 +167,16 @@ impl Router {
         Ok((routing, Saved { logits: of_logits, noise: of_noise }))
     }
 
+    /// `W x` in f32, and what its backward needs.
+    fn logits(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, linear::Saved)> {
+        match (&self.linear.weight, &self.linear.bias, &self.linear.low_rank) {
+            (Weight::Dense(weight), None, None) => {
+                Ok((scores(x, weight.tensor())?, linear::Saved::of_input(x)))
+            }
+            _ => self.linear.forward(&cast(x, DType::F32)?, pass),
+        }
+    }
+
     /// The noise of a pass, in training, and what its backward needs where it is learned.
     fn noise(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Option<Noise>, Option<SavedNoise>)> {
         let Rule { experts, variant, unit, .. } = self.rule;
@@ -186,7 +195,7 @@ impl Router {
             let deviation = Tensor::full((unit / experts as f64) as f32, shape, x.device())?;
             return Ok((Some(Noise { drawn, deviation }), None));
         };
-        let (z, saved) = linear.forward(x, pass)?;
+        let (z, saved) = linear.forward(&cast(x, DType::F32)?, pass)?;
         let powers = (z.abs()?.neg()?.exp()? + 1.0)?;
         let deviation = ((z.relu()? + powers.log()?)? * unit)?; // softplus
         let slope = ((z.neg()?.exp()? + 1.0)?.recip()? * unit)?;
@@ -201,6 +210,17 @@ impl Router {
     /// Whether any of its values is trained.
     pub(super) fn is_trained(&self, gradients: &Gradients) -> bool {
         std::iter::once(&self.linear).chain(&self.noise).any(|linear| linear.is_trained(gradients))
+    }
+
+    /// With the input in f32, where a gradient is computed from it.
+    fn in_f32(&self, saved: &linear::Saved, wanted: &Gradients) -> Result<linear::Saved> {
+        let mut saved = saved.clone();
+        if self.needs_input(wanted) {
+            let x = saved
+                .input_or(|| Err(Error::invalid("the input of a router was not kept for its gradient")))?;
+            saved.set_input(&cast(&x, DType::F32)?);
+        }
+        Ok(saved)
     }
 
     /// `dx` in f32 when `wants_dx`, from the gradient of the weights and, where a loss has one, of the logits.
@@ -221,7 +241,8 @@ impl Router {
                 if let Some(d) = of_losses.and_then(|gradient| gradient.deviation.as_ref()) {
                     d_deviation = (d_deviation + d)?;
                 }
-                linear.backward(saved, pass, &(d_deviation * slope)?, wants_dx, gradients)?
+                let saved = self.in_f32(saved, gradients)?;
+                linear.backward(&saved, pass, &(d_deviation * slope)?, wants_dx, gradients)?
             }
             _ => None,
         };
@@ -231,7 +252,8 @@ impl Router {
         if self.unit != 1.0 {
             dz = (dz * self.unit)?;
         }
-        let dx = self.linear.backward(&saved.logits, pass, &dz, wants_dx, gradients)?;
+        let dx =
+            self.linear.backward(&self.in_f32(&saved.logits, gradients)?, pass, &dz, wants_dx, gradients)?;
         Ok(match (dx, through_noise) {
             (Some(dx), Some(through_noise)) => Some((dx + through_noise)?),
             (dx, _) => dx,

@@ -65,10 +65,19 @@ impl Rule {
     /// The weights of the chosen, `[tokens * active]`.
     #[must_use]
     pub fn weights(&self, logits: &[f32], chosen: &[u32]) -> Vec<f32> {
-        self.by_token(logits, self.active, |token, weights| {
-            let mut scores = vec![0.0; self.experts];
-            self.scores(self.row(logits, token), &mut scores);
-            self.weigh(&scores, &chosen[token * self.active..][..self.active], weights);
+        self.by_token(logits, self.active, |token, weights: &mut [f32]| {
+            let score = self.score(self.row(logits, token));
+            let chosen = &chosen[token * self.active..][..self.active];
+            weights.iter_mut().zip(chosen).for_each(|(weight, expert)| *weight = score(*expert));
+            let sum = if self.scoring == Scoring::SoftmaxOfActive {
+                softmax(weights);
+                1.0
+            } else if self.renormalise {
+                sum_of(weights.iter().copied())
+            } else {
+                1.0
+            };
+            weights.iter_mut().for_each(|weight| *weight = *weight / sum * self.scale);
         })
     }
 
@@ -98,22 +107,25 @@ impl Rule {
         scores.copy_from_slice(row);
         match self.scoring {
             Scoring::Softmax => softmax(scores),
-            Scoring::Sigmoid => scores.iter_mut().for_each(|z| *z = 1.0 / (1.0 + (-*z).exp())),
+            Scoring::Sigmoid => scores.iter_mut().for_each(|z| *z = sigmoid(*z)),
             Scoring::SoftmaxOfActive => {}
         }
     }
 
-    fn weigh(&self, scores: &[f32], chosen: &[u32], weights: &mut [f32]) {
-        weights.iter_mut().zip(chosen).for_each(|(weight, expert)| *weight = scores[*expert as usize]);
-        let sum = if self.scoring == Scoring::SoftmaxOfActive {
-            softmax(weights);
-            1.0
-        } else if self.renormalise {
-            sum_of(weights)
-        } else {
-            1.0
+    /// The score of one expert, to the bit what [`Rule::scores`] has for it.
+    fn score(&self, row: &[f32]) -> impl Fn(u32) -> f32 {
+        let (most, sum) = match self.scoring {
+            Scoring::Softmax => most_and_sum(row),
+            Scoring::Sigmoid | Scoring::SoftmaxOfActive => (0.0, 1.0),
         };
-        weights.iter_mut().for_each(|weight| *weight = *weight / sum * self.scale);
+        move |expert| {
+            let z = row[expert as usize];
+            match self.scoring {
+                Scoring::Softmax => (z - most).exp() / sum,
+                Scoring::Sigmoid => sigmoid(z),
+                Scoring::SoftmaxOfActive => z,
+            }
+        }
     }
 
     /// The gradient of the logits, `[tokens * experts]`, from that of the weights.
@@ -141,11 +153,13 @@ impl Rule {
                     with_unscaled().for_each(|(expert, v, g)| dz[expert] += v * g);
                 }
                 (Scoring::Sigmoid, renormalised) => {
-                    let mut scores = vec![0.0; self.experts];
-                    self.scores(self.row(logits, token), &mut scores);
-                    let taken: Vec<f32> = chosen.iter().map(|expert| scores[*expert as usize]).collect();
-                    let (mean, sum) = if renormalised { (mean, sum_of(&taken)) } else { (0.0, 1.0) };
-                    for ((expert, _, g), s) in with_unscaled().zip(taken) {
+                    let score = self.score(self.row(logits, token));
+                    let (mean, sum) = match renormalised {
+                        true => (mean, sum_of(chosen.iter().map(|expert| score(*expert)))),
+                        false => (0.0, 1.0),
+                    };
+                    for (expert, _, g) in with_unscaled() {
+                        let s = score(expert as u32);
                         dz[expert] = s * (1.0 - s) * (g - mean) / sum;
                     }
                 }
@@ -155,21 +169,27 @@ impl Rule {
 }
 
 /// The sum of sigmoids that others are divided by. The small number is transformers', for sigmoids that all vanish.
-fn sum_of(scores: &[f32]) -> f32 {
-    scores.iter().sum::<f32>() + 1e-20
+fn sum_of(scores: impl Iterator<Item = f32>) -> f32 {
+    scores.sum::<f32>() + 1e-20
+}
+
+fn sigmoid(z: f32) -> f32 {
+    1.0 / (1.0 + (-z).exp())
 }
 
 /// The largest of `values`, as many as there is room for, the largest first; of equal ones the first.
 fn largest(values: &[f32], chosen: &mut [u32]) {
-    for place in 0..chosen.len() {
-        let (before, rest) = chosen.split_at_mut(place);
-        let mut best: Option<usize> = None;
-        for (index, value) in values.iter().enumerate() {
-            if best.is_none_or(|best| *value > values[best]) && !before.contains(&(index as u32)) {
-                best = Some(index);
-            }
+    let mut count = 0;
+    for (index, value) in values.iter().enumerate() {
+        let mut place = count;
+        while place > 0 && *value > values[chosen[place - 1] as usize] {
+            place -= 1;
         }
-        rest[0] = best.unwrap_or(0) as u32;
+        if place < chosen.len() {
+            count = chosen.len().min(count + 1);
+            chosen.copy_within(place..count - 1, place + 1);
+            chosen[place] = index as u32;
+        }
     }
 }
 
@@ -178,6 +198,12 @@ fn softmax(values: &mut [f32]) {
     values.iter_mut().for_each(|value| *value = (*value - most).exp());
     let sum: f32 = values.iter().sum();
     values.iter_mut().for_each(|value| *value /= sum);
+}
+
+/// The largest value, and the sum of `e^(value - largest)`.
+fn most_and_sum(values: &[f32]) -> (f32, f32) {
+    let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    (most, values.iter().map(|value| (value - most).exp()).sum())
 }
 
 #[cfg(test)]
@@ -198,5 +224,7 @@ mod tests {
         let mut chosen = [0; 3];
         largest(&[0.5, 0.7, 0.5, 0.7], &mut chosen);
         assert_eq!(chosen, [1, 3, 0]);
+        largest(&[0.1, 0.2, 0.9, 0.3, 0.8], &mut chosen);
+        assert_eq!(chosen, [2, 4, 3]);
     }
 }

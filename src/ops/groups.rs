@@ -1,15 +1,18 @@
 //! Tokens grouped by the expert they go to: one row for each token and expert, those of an expert side by side.
 //!
 //! `x` is `[tokens, d]`, grouped rows are `[rows, d]`. [`gather_all`] and [`sum`] are each other's backward; [`combine`] is
-//! `y[t] = sum over the rows r of t of weight[r] x[r]`.
+//! `y[t] = sum over the rows r of t of weight[r] x[r]`. What else is added to the tokens is added in the same pass.
 
 use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
 use super::Op;
-use super::kernel::{Element, Values, dispatch, for_rows, to_tensor, vectorized, written};
+use super::kernel::{Element, Values, ask_for, dispatch, for_rows, to_tensor, vectorized, written};
 use crate::error::Result;
+
+/// Rows that are asked for before it is their turn.
+const AHEAD: usize = 2;
 
 /// Which rows are whose.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,26 +142,24 @@ pub fn gather_all(x: &Tensor, groups: &Groups) -> Result<Tensor> {
     gather(x, groups, 0..groups.num_rows())
 }
 
-/// `y[t] = base[t] + sum over the rows r of t of x[r]`, `[tokens, d]`, with `base` in f32; added in f32 and rounded once.
-pub fn sum(x: &Tensor, groups: &Groups, base: Option<&Tensor>) -> Result<Tensor> {
-    let _time = Op::Experts.begin();
-    let ones = vec![1.0; groups.rows.len()];
-    if !x.device().is_cpu() {
-        let y = reference(&x.to_dtype(DType::F32)?, &Tensor::new(ones, x.device())?, groups)?;
-        return Ok(base.map_or(Ok(y.clone()), |base| &y + base)?.to_dtype(x.dtype())?);
-    }
-    let x = x.contiguous()?;
-    dispatch!(x.dtype(), combined(&x, &ones, groups, base))
+/// `y[t] = sum of others[t] + sum over the rows r of t of x[r]`, `[tokens, d]`; see [`combine`].
+pub fn sum(x: &Tensor, groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
+    combine(x, &vec![1.0; groups.rows.len()], groups, others)
 }
 
-/// `[tokens, d]`; `weights [tokens * active]` are those of the choices. Added in f32 and rounded once.
-pub fn combine(x: &Tensor, weights: &[f32], groups: &Groups) -> Result<Tensor> {
+/// `y[t] = sum of others[t] + sum over the rows r of t of weight[r] x[r]`, `[tokens, d]` in the type of `x`, that of `others`
+/// `[tokens, d]` or f32; `weights [tokens * active]` are those of the choices. Added in f32 and rounded once.
+pub fn combine(x: &Tensor, weights: &[f32], groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
     let _time = Op::Experts.begin();
     if !x.device().is_cpu() {
-        return reference(x, &Tensor::new(weights, x.device())?, groups);
+        let mut y = reference(&x.to_dtype(DType::F32)?, &Tensor::new(weights, x.device())?, groups)?;
+        for other in others {
+            y = (y + other.to_dtype(DType::F32)?)?;
+        }
+        return Ok(y.to_dtype(x.dtype())?);
     }
     let x = x.contiguous()?;
-    dispatch!(x.dtype(), combined(&x, weights, groups, None))
+    dispatch!(x.dtype(), combined(&x, weights, groups, others))
 }
 
 /// `<x[r], y[r]>` of each row, summed in f32: two tensors `[rows, d]`.
@@ -272,10 +273,34 @@ vectorized! {
     }
 }
 
+/// What is added to a row: its values times a factor.
+#[derive(Clone, Copy)]
+enum Addend<'a, T> {
+    Own(&'a [T], f32),
+    Wide(&'a [f32]),
+}
+
 vectorized! {
-    fn add_row<T: Element>(y: &mut [f32], x: &[T], factor: f32) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y += x.widen() * factor;
+    fn sum_row<T: Element>(y: &mut [T], addends: &[Addend<'_, T>]) {
+        /// Columns whose sums stay in registers.
+        const COLUMNS: usize = 64;
+
+        for (chunk, y) in y.chunks_mut(COLUMNS).enumerate() {
+            let columns = chunk * COLUMNS..chunk * COLUMNS + y.len();
+            let mut sums = [0f32; COLUMNS];
+            for addend in addends {
+                match addend {
+                    Addend::Own(x, factor) => {
+                        for (sum, x) in sums.iter_mut().zip(&x[columns.clone()]) {
+                            *sum += x.widen() * factor;
+                        }
+                    }
+                    Addend::Wide(x) => sums.iter_mut().zip(&x[columns.clone()]).for_each(|(sum, x)| *sum += x),
+                }
+            }
+            for (y, sum) in y.iter_mut().zip(sums) {
+                *y = T::narrow(sum);
+            }
         }
     }
 }
@@ -290,7 +315,13 @@ fn gathered<T: Element>(x: &Tensor, tokens: &[u32]) -> Result<Tensor> {
     let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
     let values: &[T] = &values;
     let y = written(tokens.len() * d, |y| {
-        for_rows(y, d, |row, y| y.copy_from_slice(&values[tokens[row] as usize * d..][..d]));
+        let of_token = |token: u32| &values[token as usize * d..][..d];
+        for_rows(y, d, |row, y| {
+            if let Some(token) = tokens.get(row + AHEAD) {
+                ask_for(of_token(*token), d);
+            }
+            y.copy_from_slice(of_token(tokens[row]));
+        });
     });
     to_tensor(y, &[tokens.len(), d])
 }
@@ -304,30 +335,31 @@ fn scaled<T: Element>(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
     to_tensor(y, x.dims())
 }
 
-fn combined<T: Element>(
-    x: &Tensor,
-    weights: &[f32],
-    groups: &Groups,
-    base: Option<&Tensor>,
-) -> Result<Tensor> {
+fn combined<T: Element>(x: &Tensor, weights: &[f32], groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
     let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
     let values: &[T] = &values;
-    let base = base.map(Values::<f32>::of).transpose()?;
+    let others: Vec<Tensor> = others.iter().map(|other| other.contiguous()).collect::<Result<_, _>>()?;
+    let (own, wide): (Vec<&Tensor>, Vec<&Tensor>) =
+        others.iter().partition(|other| other.dtype() == x.dtype());
+    let own: Vec<Values<'_, T>> = own.into_iter().map(Values::of).collect::<Result<_>>()?;
+    let wide: Vec<Values<'_, f32>> = wide.into_iter().map(Values::of).collect::<Result<_>>()?;
     let active = groups.active();
     let y = written(groups.num_tokens * d, |y| {
         for_rows(y, d, |token, y| {
-            let mut sum = match &base {
-                Some(base) => base[token * d..][..d].to_vec(),
-                None => vec![0f32; d],
-            };
+            if token + AHEAD < groups.num_tokens {
+                let rows = groups.rows_of(token + AHEAD).iter().filter(|row| **row != Groups::NO_ROW);
+                rows.for_each(|row| ask_for(&values[*row as usize * d..], d));
+            }
+            let of_token = token * d..(token + 1) * d;
+            let mut addends = Vec::with_capacity(active + others.len());
+            addends.extend(own.iter().map(|own| Addend::Own(&own[of_token.clone()], 1.0)));
+            addends.extend(wide.iter().map(|wide| Addend::Wide(&wide[of_token.clone()])));
             for (row, weight) in groups.rows_of(token).iter().zip(&weights[token * active..][..active]) {
                 if *row != Groups::NO_ROW {
-                    add_row(&mut sum, &values[*row as usize * d..][..d], *weight);
+                    addends.push(Addend::Own(&values[*row as usize * d..][..d], *weight));
                 }
             }
-            for (y, sum) in y.iter_mut().zip(sum) {
-                *y = T::narrow(sum);
-            }
+            sum_row(y, &addends);
         });
     });
     to_tensor(y, &[groups.num_tokens, d])

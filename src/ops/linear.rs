@@ -55,6 +55,12 @@ pub struct Saved {
 }
 
 impl Saved {
+    /// Of a layer without a low-rank term that took `x [tokens, in]`.
+    #[must_use]
+    pub fn of_input(x: &Tensor) -> Self {
+        Self { x: Some(x.clone()), inner: None }
+    }
+
     /// Drops the input, which [`Saved::set_input`] gives again where a gradient needs it.
     pub fn drop_input(&mut self) {
         self.x = None;

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::Heads;
 use crate::error::Result;
-use crate::ops::kernel::{Element, Values, exp, largest, sum, to_tensor, vectorized, written};
+use crate::ops::kernel::{Element, Values, ask_for, exp, largest, sum, to_tensor, vectorized, written};
 
 /// Keys of a chunk.
 const CHUNK: usize = 64;
@@ -115,21 +115,6 @@ fn score<T: Element>(scores: &mut [f32], q: &[f32], k: &[T], v: &[T], heads: &He
                 *score = heads.scale as f32 * sum;
             }
         }
-    }
-}
-
-/// Asks for the first `count` values, which are read soon. Where a processor has no such hint it does nothing.
-#[inline(always)]
-fn ask_for<T: Element>(values: &[T], count: usize) {
-    for line in values[..count.min(values.len())].chunks(64 / size_of::<T>()) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every machine of this architecture has the hint, which changes nothing but the time.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = line;
     }
 }
 

@@ -1,4 +1,5 @@
-//! Layers of experts that give tokens: `y[t] = sum over the rows r of t of weight[r] layer[expert of r](x[r])`.
+//! Layers of experts that give tokens: `y[t] = sum over the rows r of t of weight[r] layer[expert of r](x[r])`, of which
+//! the sum is left to [`groups::combine`].
 //!
 //! As a layer is linear, the gradient of a weight needs nothing of its result: `dweight[r] = <x[r], d[r]>`, with `d[r]` the
 //! gradient of `x[r]` but for the weight, and `<bias, dy[t]>` where there is one.
@@ -28,11 +29,10 @@ pub struct Towards {
     d_inners: Inners,
 }
 
-/// `y [tokens, out]` for `x [rows, in]` and `weights [tokens * active]`, and what the backward needs.
+/// `layer[expert of r](x[r])` of each row, `[rows, out]`, for `x [rows, in]`, and what the backward needs.
 pub fn forward(
     x: &Tensor,
     layers: &[Layer<'_>],
-    weights: &[f32],
     groups: &Groups,
     pass: &Pass<'_>,
 ) -> Result<(Tensor, Saved)> {
@@ -41,8 +41,8 @@ pub fn forward(
         linear::inners(&rows(x, groups, expert)?, &[layers[expert]], &pass)
     })?;
     let inners: Inners = inners.into_iter().map(Option::unwrap_or_default).collect();
-    let of_rows = outputs(Rows::Together(x), &[layers], &inners, groups)?; // [rows, out]
-    Ok((groups::combine(&of_rows[0], weights, groups)?, Saved { inners }))
+    let mut of_rows = outputs(Rows::Together(x), &[layers], &inners, groups)?;
+    Ok((of_rows.remove(0), Saved { inners }))
 }
 
 /// The gradient of the input, when `wants_dx`, and what [`Towards`] has for those that take the input. Those of `B` and of

@@ -10,8 +10,6 @@ mod stack;
 
 pub use stack::is_stacked;
 
-use std::sync::{Mutex, PoisonError};
-
 use candle_core::Tensor;
 use rayon::prelude::*;
 
@@ -83,18 +81,23 @@ fn with_gradients<R: Send>(
     f: impl Fn(usize, &mut Gradients) -> Result<R> + Sync,
 ) -> Result<Vec<Option<R>>> {
     let of_expert = |expert: usize| kinds.iter().flat_map(move |layers| layers[expert].parameters());
-    let parts: Vec<Mutex<Gradients>> =
-        (0..groups.len()).map(|expert| Mutex::new(gradients.take(of_expert(expert)))).collect();
-    let results = of_each(groups, |expert| {
-        // Nobody else asks for this one.
-        let mut part = parts[expert].lock().unwrap_or_else(PoisonError::into_inner);
-        f(expert, &mut part)
-    })?;
-    for (expert, (part, result)) in parts.into_iter().zip(&results).enumerate() {
-        gradients.put_back(part.into_inner().unwrap_or_else(PoisonError::into_inner))?;
+    let parts: Vec<Gradients> = (0..groups.len()).map(|expert| gradients.take(of_expert(expert))).collect();
+    let of_part = |(expert, mut part): (usize, Gradients)| -> Result<(Option<R>, Gradients)> {
+        let result = match groups.range(expert).is_empty() {
+            true => None,
+            false => Some(f(expert, &mut part)?),
+        };
+        Ok((result, part))
+    };
+    let done: Vec<(Option<R>, Gradients)> =
+        parts.into_par_iter().enumerate().with_max_len(1).map(of_part).collect::<Result<_>>()?;
+    let mut results = Vec::with_capacity(done.len());
+    for (expert, (result, part)) in done.into_iter().enumerate() {
+        gradients.put_back(part)?;
         if result.is_none() {
             of_expert(expert).try_for_each(|parameter| gradients.add_nothing(parameter))?;
         }
+        results.push(result);
     }
     Ok(results)
 }

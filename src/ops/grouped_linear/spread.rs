@@ -37,6 +37,23 @@ impl Saved {
     }
 }
 
+/// The gradient of the input, not summed yet: `dx[t] = through[t] + sum over the rows r of t of of_rows[r]`.
+#[derive(Debug)]
+pub struct Back {
+    /// `[rows, in]`
+    of_rows: Tensor,
+    /// `[tokens, in]`, what comes through low-rank terms that are one for all experts.
+    through: Option<Tensor>,
+}
+
+impl Back {
+    /// `dx [tokens, in]` and the sum of `others`, `[tokens, in]` each; added in f32 and rounded once.
+    pub fn sum(&self, groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
+        let all: Vec<&Tensor> = self.through.iter().chain(others.iter().copied()).collect();
+        groups::sum(&self.of_rows, groups, &all)
+    }
+}
+
 /// `y [rows, out]` of each kind of layer for `x [tokens, in]`, and what the backward needs.
 pub fn forward(
     x: &Tensor,
@@ -44,9 +61,15 @@ pub fn forward(
     groups: &Groups,
     pass: &Pass<'_>,
 ) -> Result<(Vec<Tensor>, Saved)> {
+    let has_low_rank = kinds.iter().any(|layers| layers.iter().any(|layer| layer.low_rank.is_some()));
     let (inners, ys) = match Stack::of(kinds, groups, pass) {
         Some(stack) => {
             let inners = stack.inners(x, groups)?;
+            let ys = outputs(Rows::OfTokens(x), kinds, &inners, groups)?;
+            (inners, ys)
+        }
+        None if !has_low_rank => {
+            let inners = vec![vec![None; kinds.len()]; groups.len()];
             let ys = outputs(Rows::OfTokens(x), kinds, &inners, groups)?;
             (inners, ys)
         }
@@ -65,7 +88,7 @@ pub fn forward(
     Ok((ys, Saved { x: Some(x.clone()), inners }))
 }
 
-/// The sum of the `dx [tokens, in]` of all kinds, when `wants_dx`, from `dy [rows, out]` of each. Gradients go to `gradients`
+/// The gradient of the input, of all kinds together, when `wants_dx`, from `dy [rows, out]` of each. Gradients go to `gradients`
 /// where wanted; those of an expert without rows are zero.
 pub fn backward(
     saved: &Saved,
@@ -74,7 +97,7 @@ pub fn backward(
     pass: &Pass<'_>,
     wants_dx: bool,
     gradients: &mut Gradients,
-) -> Result<Option<Tensor>> {
+) -> Result<Option<Back>> {
     let layers: Vec<&[Layer<'_>]> = kinds.iter().map(|(layers, _)| *layers).collect();
     let stack = Stack::of(&layers, groups, pass);
     let takes_rows = |layer: &Layer<'_>| match &stack {
@@ -110,8 +133,8 @@ pub fn backward(
     let d_inners: Inners = d_inners.into_iter().map(Option::unwrap_or_default).collect();
     let towards: Vec<_> = kinds.iter().map(|(layers, dy)| (*layers, Rows::Together(dy))).collect();
     let Some(stack) = stack else {
-        let rows = || input_rows(&towards, Some(&d_inners), groups, pass);
-        return if wants_dx { groups::sum(&rows()?, groups, None).map(Some) } else { Ok(None) };
+        let of_rows = || input_rows(&towards, Some(&d_inners), groups, pass);
+        return if wants_dx { Ok(Some(Back { of_rows: of_rows()?, through: None })) } else { Ok(None) };
     };
     let dtype = kinds[0].1.dtype();
     let du = stack.of_tokens(&d_inners, groups, None, dtype)?;
@@ -122,6 +145,6 @@ pub fn backward(
     if !wants_dx {
         return Ok(None);
     }
-    let through = stack.dx(&du)?;
-    groups::sum(&input_rows(&towards, None, groups, pass)?, groups, Some(&through)).map(Some)
+    let through = Some(stack.dx(&du)?);
+    Ok(Some(Back { of_rows: input_rows(&towards, None, groups, pass)?, through }))
 }

@@ -10,7 +10,7 @@ use candle_core::{DType, Tensor};
 
 use super::{Groups, Inners, Layer, Pass, rows};
 use crate::error::Result;
-use crate::ops::{Gradients, LowRank, Op, groups, matmul_f32, scaled_matmul_f32};
+use crate::ops::{Gradients, LowRank, Op, groups, matmul, matmul_f32, scaled_matmul_f32};
 
 /// So many experts for each one that a token goes to are worth it.
 const MOST_FOR_EACH: usize = 8;
@@ -137,9 +137,9 @@ impl<'l> Stack<'l> {
         Ok(())
     }
 
-    /// `du A`, `[tokens, in]` in f32.
+    /// `du A`, `[tokens, in]` in the type of `du`.
     pub(super) fn dx(&self, du: &Tensor) -> Result<Tensor> {
         let _time = Op::LowRank.begin();
-        matmul_f32(du, &self.a()?)
+        matmul(du, &self.a()?)
     }
 }

@@ -11,7 +11,7 @@ pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
 pub(super) use multiply::{Crew, Factor, Fill, Out, multiply, multiply_with};
 pub(super) use product::{Matrix, product};
 pub(super) use quantized::{Kind, PART, Row};
-pub(super) use rows::{Disjoint, chunked_sum, for_row_pairs, for_row_triples, for_rows, written};
+pub(super) use rows::{Disjoint, ask_for, chunked_sum, for_row_pairs, for_row_triples, for_rows, written};
 #[cfg(test)]
 pub(super) use vectorized::with_each_vectors;
 pub(super) use vectorized::{Vectors, exp, largest, sum, sum_of_pairs, sum_of_triples, vectorized};

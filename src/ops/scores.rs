@@ -1,0 +1,78 @@
+//! What a router scores its experts with: a product of few outputs, in f32 whatever its input is.
+
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+
+use super::Op;
+use super::kernel::{Element, Values, dispatch, sum_of_pairs, to_tensor, vectorized, written};
+use crate::error::Result;
+
+/// Rows of a task: wide enough that they stay in the L2 cache while experts go by.
+const ROWS: usize = 32;
+
+/// `x W^T`, `[tokens, experts]` in f32, for `x [tokens, d]` of any type and `weight [experts, d]`; nothing is rounded
+/// before it is summed.
+pub fn scores(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let _time = Op::Experts.begin();
+    let weight = weight.to_dtype(DType::F32)?.contiguous()?;
+    if !x.device().is_cpu() {
+        return Ok(x.to_dtype(DType::F32)?.matmul(&weight.t()?)?);
+    }
+    let x = x.contiguous()?;
+    dispatch!(x.dtype(), scored(&x, &weight))
+}
+
+fn scored<T: Element>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (experts, d) = weight.dims2()?;
+    let tokens = x.dim(0)?;
+    let (values, weight) = (Values::<T>::of(x)?, Values::<f32>::of(weight)?);
+    let (values, weight): (&[T], &[f32]) = (&values, &weight);
+    let scores = written(tokens * experts, |scores| {
+        scores.par_chunks_mut(ROWS * experts.max(1)).zip(values.par_chunks(ROWS * d.max(1))).for_each(
+            |(scores, x)| {
+                let mut wide = vec![0f32; x.len()];
+                widen(&mut wide, x);
+                for (expert, weight) in weight.chunks_exact(d.max(1)).enumerate() {
+                    for (scores, x) in scores.chunks_exact_mut(experts).zip(wide.chunks_exact(d.max(1))) {
+                        scores[expert] = dot(x, weight);
+                    }
+                }
+            },
+        );
+    });
+    to_tensor(scores, &[tokens, experts])
+}
+
+vectorized! {
+    fn widen<T: Element>(wide: &mut [f32], x: &[T]) {
+        for (wide, x) in wide.iter_mut().zip(x) {
+            *wide = x.widen();
+        }
+    }
+}
+
+vectorized! {
+    fn dot(x: &[f32], y: &[f32]) -> f32 {
+        sum_of_pairs(x, y, |x, y| x * y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn scores_are_a_product_in_f32() {
+        let weight = Tensor::rand(-1f32, 1.0, (5, 133), &Device::Cpu).unwrap();
+        for dtype in [DType::F32, DType::BF16] {
+            let x = Tensor::rand(-1f32, 1.0, (70, 133), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let wide = x.to_dtype(DType::F64).unwrap();
+            let expected = wide.matmul(&weight.to_dtype(DType::F64).unwrap().t().unwrap()).unwrap();
+            let found = scores(&x, &weight).unwrap().to_dtype(DType::F64).unwrap();
+            let most = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(most.to_scalar::<f64>().unwrap() < 1e-5);
+        }
+    }
+}
