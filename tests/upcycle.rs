@@ -97,7 +97,9 @@ fn all_experts_on_is_the_dense_model() {
 #[test]
 fn every_neuron_is_in_one_slice_to_the_bit() {
     let place = place();
-    for partition in ["sequential", "random", "kmeans", "coactivation", "gradient", "alternating"] {
+    for partition in
+        ["sequential", "random", "kmeans", "coactivation", "gradient", "gradient-sharing", "alternating"]
+    {
         let set = format!("upcycle.partition={partition}");
         place.run(&["upcycle", "upcycle.toml", "--set", &set, "--output", partition]);
         let rows = |folder: &str, is_part: &dyn Fn(&str) -> bool| {

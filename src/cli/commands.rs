@@ -13,7 +13,7 @@ use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upc
 use crate::error::{Context, Error, Result, nearest};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
-use crate::recipe::{self, Document, Segment, UpcyclePlan, Work};
+use crate::recipe::{self, Document, Segment, UpcyclePlan, Work, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
@@ -118,9 +118,18 @@ pub(super) fn upcycle(arguments: &Upcycle, terminal: &mut Terminal) -> Result<()
     let interrupted = interrupt::listen(terminal, promise)?;
     interrupt::begin();
     let mut say = |event: Event| {
-        match event {
-            Event::Note(text) => terminal.say(format_args!("{text}")),
-            Event::Layer { done, layers } => counter.at(done as u64, layers as u64),
+        if terminal.tells_json() {
+            terminal.tell(&event)?;
+        } else {
+            match event {
+                Event::Note { text } => terminal.say(format_args!("{text}")),
+                Event::Layer { done, layers } => counter.at(done as u64, layers as u64),
+                Event::End { path, seconds } => {
+                    let (path, took) = (path.display(), figures::duration(seconds));
+                    terminal.say(format_args!("wrote {path} in {took}"));
+                    terminal.say(format_args!("the whole account is in {path}/{REPORT_TEXT}"));
+                }
+            }
         }
         match interrupted.load(Ordering::SeqCst) {
             false => Ok(()),
@@ -131,8 +140,6 @@ pub(super) fn upcycle(arguments: &Upcycle, terminal: &mut Terminal) -> Result<()
         }
     };
     recipe::upcycle(&plan, &mut say, &mut |warning| terminal.warn(warning))?;
-    let output = plan.output.display();
-    terminal.say(format_args!("the whole account is in {output}/{REPORT_TEXT}"));
     Ok(())
 }
 

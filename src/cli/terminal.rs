@@ -66,6 +66,17 @@ impl Terminal {
         self.write(format_args!("{text}\n"))
     }
 
+    /// Whether what happens is told as lines of JSON.
+    pub(super) fn tells_json(&self) -> bool {
+        self.log == Log::Json
+    }
+
+    /// Tells on stderr what happened, as a line of JSON.
+    pub(super) fn tell(&self, event: &impl serde::Serialize) -> Result<()> {
+        message(format_args!("{}", serde_json::to_string(event)?));
+        Ok(())
+    }
+
     /// Says a fact on stderr, unless only errors and warnings are wanted.
     pub(super) fn say(&self, text: Arguments<'_>) {
         note(self.log, text);

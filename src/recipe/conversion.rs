@@ -176,7 +176,7 @@ pub fn upcycle(
     let begun = Instant::now();
     let Prepared { base, sources, prompts, calibration, check } = Prepared::of(plan)?;
     for line in check.lines {
-        say(Event::Note(line))?;
+        say(Event::note(line))?;
     }
     check.warnings.iter().for_each(|warning| warn(warning));
     let dtype = match plan.model.dtype {
@@ -195,10 +195,9 @@ pub fn upcycle(
     };
     let report = upcycle::upcycle(&job, &plan.settings, say)?;
     for line in report.lines() {
-        say(Event::Note(line))?;
+        say(Event::note(line))?;
     }
-    let seconds = begun.elapsed().as_secs_f64();
-    say(Event::Note(format!("wrote {} in {}", plan.output.display(), figures::duration(seconds))))?;
+    say(Event::End { path: plan.output.clone(), seconds: begun.elapsed().as_secs_f64() })?;
     Ok(report)
 }
 

@@ -89,7 +89,7 @@ pub(super) fn copy(
     let mut report = Report::of_copies(base, settings, &shape, format);
     report.seconds = begun.elapsed().as_secs_f64();
     if settings.verify {
-        watch(Event::Note("reading back and measuring".to_string()))?;
+        watch(Event::note("reading back and measuring"))?;
         report.guarantees = guarantees(job, settings, folder, groups)?;
     }
     Ok(report)

@@ -47,7 +47,7 @@ pub(super) fn expand(
     let json = grown(base.config_json(), moe.experts, settings.experts)?;
     let config = family::read(&json)?;
     let copied = most_used(job, moe.experts, settings.experts)?;
-    watch(Event::Note("writing".to_string()))?;
+    watch(Event::note("writing"))?;
     let mut writer = announce(base, &config, folder)?;
     for name in base.checkpoint().tensors().keys() {
         if !is_of_router(base.config(), name) {
@@ -76,7 +76,7 @@ pub(super) fn expand(
     let mut report = Report::of_expansion(base, settings, &moe, job.calibration.num_tokens(), copied);
     report.seconds = begun.elapsed().as_secs_f64();
     if settings.verify {
-        watch(Event::Note("reading back and measuring".to_string()))?;
+        watch(Event::note("reading back and measuring"))?;
         let written = reopened(folder)?;
         refuse_changed(base, &written)?;
         let expected = Expected::of(&open(base, base.config())?, &job.calibration.held_out)?;

@@ -3,7 +3,9 @@
 //!
 //! `dL/dh = dL/dy D` with `y` the output of the network and `D` its down projection. Kinds of text are balanced clusters of
 //! short pieces, by the mean of their embeddings; there are as many as experts, and the neurons that matter most to a
-//! kind make up its expert.
+//! kind make up its expert. What is shared may be chosen likewise: the neurons that matter to most kinds.
+
+use std::cmp::Ordering;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -43,10 +45,10 @@ impl Importance {
     ) -> Result<Self> {
         let text = first_batches(text, TOKENS);
         let clusters = clusters(model, text, shape.routed, seed)?;
-        watch(Event::Note(format!("gradients of the loss, text in {} clusters", shape.routed)))?;
+        watch(Event::note(format!("gradients of the loss, text in {} clusters", shape.routed)))?;
         let mut layers: Vec<Option<Tensor>> = vec![None; shape.dense.len()];
         for (batch, of_tokens) in text.iter().zip(&clusters) {
-            watch(Event::Note(format!("gradients of {} tokens", batch.tokens.len())))?;
+            watch(Event::note(format!("gradients of {} tokens", batch.tokens.len())))?;
             let (rows, targets) = batch.targets();
             let d_hidden = |hidden: &Tensor| -> Result<Tensor> {
                 let mut none = Gradients::of(&Trainables::new());
@@ -75,6 +77,23 @@ impl Importance {
         Ok(Self { layers })
     }
 
+    /// The neurons of a layer by how many kinds of text have them among their `most` most important ones, and then by what
+    /// they matter to all together; nothing where none was taken.
+    pub(super) fn most_shared(&self, layer: usize, most: usize) -> Result<Option<Vec<usize>>> {
+        let Some(all) = &self.layers[layer] else { return Ok(None) };
+        let of_kinds: Vec<Vec<f32>> = all.to_vec2()?;
+        let mut counts = vec![0usize; all.dim(1)?];
+        for of_kind in &of_kinds {
+            let ranked = ranked_by(counts.len(), |one, other| of_kind[other].total_cmp(&of_kind[one]));
+            ranked.iter().take(most).for_each(|neuron| counts[*neuron] += 1);
+        }
+        let sums: Vec<f32> = all.sum(0)?.to_vec1()?;
+        let by_count = |one: usize, other: usize| {
+            counts[other].cmp(&counts[one]).then(sums[other].total_cmp(&sums[one]))
+        };
+        Ok(Some(ranked_by(counts.len(), by_count)))
+    }
+
     /// Of some neurons of a layer, `[neurons, clusters]`; nothing for numbers that are no neuron.
     pub(super) fn of_neurons(&self, layer: usize, neurons: &[usize]) -> Result<Option<Tensor>> {
         let Some(all) = &self.layers[layer] else { return Ok(None) };
@@ -83,6 +102,13 @@ impl Importance {
         let padded = all.t()?.contiguous()?.pad_with_zeros(0, 0, 1)?;
         Ok(Some(padded.index_select(&Tensor::new(index, &Device::Cpu)?, 0)?))
     }
+}
+
+/// The numbers below `count` in an order; of equal ones the smaller comes first.
+fn ranked_by(count: usize, order: impl Fn(usize, usize) -> Ordering) -> Vec<usize> {
+    let mut ranked: Vec<usize> = (0..count).collect();
+    ranked.sort_by(|one, other| order(*one, *other).then(one.cmp(other)));
+    ranked
 }
 
 /// For each batch `[clusters, tokens]` with a one where a token is of a cluster. All clusters have as many pieces; of the pieces

@@ -32,9 +32,10 @@ mod statistics;
 mod verify;
 mod windows;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use serde::Serialize;
 
 pub use compare::{Comparison, LayerReport};
 pub use paired::{Difference, Loss};
@@ -53,11 +54,15 @@ pub const REPORT_FILE: &str = "upcycle.json";
 /// The same to be read.
 pub const REPORT_TEXT: &str = "upcycle.md";
 
-/// What happens on the way.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What happens on the way. As JSON, `event` is its name.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// A fact, a line of text.
-    Note(String),
+    Note {
+        /// The line.
+        text: String,
+    },
     /// A layer is done.
     Layer {
         /// So many are.
@@ -65,6 +70,19 @@ pub enum Event {
         /// Of so many.
         layers: usize,
     },
+    /// The new model has its name.
+    End {
+        /// Its folder.
+        path: PathBuf,
+        /// Since the beginning.
+        seconds: f64,
+    },
+}
+
+impl Event {
+    pub(crate) fn note(text: impl Into<String>) -> Self {
+        Self::Note { text: text.into() }
+    }
 }
 
 /// Called on every event; an error from there ends the conversion, and nothing of it stays.
@@ -133,14 +151,14 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
         slices.iter().try_for_each(|slices| split::refuse_infinite(slices, layer))?;
     }
     drop(model);
-    watch(Event::Note("writing".to_string()))?;
+    watch(Event::note("writing"))?;
     base.write_companions(folder)?;
     let mut report = Report::new(base, settings, &shape, target, job.calibration.num_tokens(), &cut);
     let mut seconds = begun.elapsed().as_secs_f64();
     let Some(format) = target else {
         export::write_pruned(base, &cut, settings.refit, stored, folder)?;
         if settings.verify {
-            watch(Event::Note("reading back and measuring".to_string()))?;
+            watch(Event::note("reading back and measuring"))?;
             let measured = report.comparisons.first();
             let measured = measured.and_then(|c| c.pruned_refit.as_ref().or(c.pruned.as_ref()));
             let guarantee = verify::read_back(folder, job.calibration, job.dtype, measured)?;
@@ -153,19 +171,19 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
     export::write_split(base, &layout, format, &shape, &cut, stored, folder)?;
     seconds += writing.elapsed().as_secs_f64();
     if settings.verify {
-        watch(Event::Note("reading back: is it the dense model with all experts on?".to_string()))?;
+        watch(Event::note("reading back: is it the dense model with all experts on?"))?;
         report.guarantees = verify::split(base, folder, &shape, &layout, settings.refit, job.calibration)?;
         report.refuse_broken()?;
     }
     if settings.refit != Refit::None {
-        watch(Event::Note("writing the fitted down projections".to_string()))?;
+        watch(Event::note("writing the fitted down projections"))?;
         let rewriting = std::time::Instant::now();
         report.refitted = Some(export::rewrite_down(base, &layout, &cut, (stored, settings.verify), folder)?);
         seconds += rewriting.elapsed().as_secs_f64();
     }
     drop(cut);
     if settings.verify {
-        watch(Event::Note("reading back and measuring".to_string()))?;
+        watch(Event::note("reading back and measuring"))?;
         let measured = report.comparisons.first().map(|held_out| &held_out.mixture);
         let guarantee = verify::read_back(folder, job.calibration, job.dtype, measured)?;
         report.guarantees.push(guarantee);

@@ -46,7 +46,7 @@ pub(super) fn partition(kind: Partition, grounds: &Grounds<'_>) -> Result<Vec<us
         Partition::Kmeans => kmeans(grounds, 20),
         Partition::Coactivation => coactivation(grounds),
         Partition::Alternating => alternating(grounds),
-        Partition::Gradient => match grounds.importance {
+        Partition::Gradient | Partition::GradientSharing => match grounds.importance {
             Some(importance) => Ok(balanced(&values(importance)?, grounds.experts)),
             None => Err(Error::invalid("no gradients were taken of this layer")),
         },
@@ -132,7 +132,7 @@ fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
         let scores = match round < BY_ORACLE {
             true => energies,
             false => {
-                let router = regression.fit(&energies)?;
+                let router = regression.fit(&root_shares(&energies)?)?;
                 keep_better(&mut best, captured(grounds, &router, &experts_of)?, &experts_of);
                 router.apply(&fitted.x)?
             }
@@ -143,8 +143,16 @@ fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
         experts_of = balanced(&values(&gains)?, experts);
     }
     let energies = matmul(&fitted.energy, &membership(&experts_of, experts)?)?;
-    keep_better(&mut best, captured(grounds, &regression.fit(&energies)?, &experts_of)?, &experts_of);
+    let router = regression.fit(&root_shares(&energies)?)?;
+    keep_better(&mut best, captured(grounds, &router, &experts_of)?, &experts_of);
     Ok(best.map_or(experts_of, |(_, experts_of)| experts_of))
+}
+
+/// What a linear router is fitted to: the root of the share that each expert has in a token's energy, `[tokens, experts]`.
+/// Energies themselves have tails that least squares would follow, and a few tokens would decide for all.
+pub(super) fn root_shares(energies: &Tensor) -> Result<Tensor> {
+    let total = (energies.sum_keepdim(1)? + 1e-20)?;
+    Ok(energies.broadcast_div(&total)?.sqrt()?)
 }
 
 fn keep_better(best: &mut Option<(f64, Vec<usize>)>, captured: f64, experts_of: &[usize]) {

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use rand_distr::{Distribution, StandardNormal};
 
-use super::partition::{membership, selection};
+use super::partition::{membership, root_shares, selection};
 use super::settings::RouterKind;
 use super::slices::top;
 use super::solve::{Linear, Regression, matrix, values};
@@ -46,7 +46,9 @@ pub(super) fn router(kind: RouterKind, sight: &Sight<'_>) -> Result<Linear> {
         }
         RouterKind::GateMean => Linear { weight: values(&matmul(&belongs.t()?, sight.gates)?)?, ..zero() },
         RouterKind::HiddenKmeans => centres(sight, &energies()?)?,
-        RouterKind::Ridge => Regression::new(&evidence.x, sight.with_bias)?.fit(&energies()?)?,
+        RouterKind::Ridge => {
+            Regression::new(&evidence.x, sight.with_bias)?.fit(&root_shares(&energies()?)?)?
+        }
         RouterKind::Logistic => logistic(sight, &energies()?)?,
     };
     if sight.with_bias && !matches!(kind, RouterKind::Zero | RouterKind::Prompts) {

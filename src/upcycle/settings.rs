@@ -56,9 +56,19 @@ pub enum Partition {
     Coactivation,
     /// Neurons that the loss leans on in the same kind of text together.
     Gradient,
+    /// The same, and shared are those that the loss leans on in most kinds of text.
+    GradientSharing,
     /// Neurons that matter to the tokens that a linear router would send to them, in turns with the router.
     #[default]
     Alternating,
+}
+
+impl Partition {
+    /// Whether it goes by gradients of the loss.
+    #[must_use]
+    pub fn takes_gradients(self) -> bool {
+        matches!(self, Self::Gradient | Self::GradientSharing)
+    }
 }
 
 /// How the router comes to be.
@@ -73,7 +83,7 @@ pub enum RouterKind {
     GateMean,
     /// The centre of the inputs that matter to each expert.
     HiddenKmeans,
-    /// Least squares on the energy of each expert's output, in closed form.
+    /// Least squares on the root of each expert's share in the energy of the output, in closed form.
     #[default]
     Ridge,
     /// From there on, by gradient descent towards the shares of energy.

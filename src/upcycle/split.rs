@@ -18,12 +18,10 @@ use crate::error::{Context, Error, Result};
 use crate::model::{Decoder, FeedForward, Stream};
 use crate::ops::{Weight, matmul_f32};
 
-/// Tokens whose neurons are kept in memory, and which the down projections are fitted to.
-const SAMPLE: usize = 32_768;
+/// Tokens whose neurons are kept in memory: neurons are shared out by them, routers and down projections fitted to them.
+const SAMPLE: usize = 65_536;
 /// The memory that their neurons may take.
 const SAMPLE_BYTES: usize = 1 << 30;
-/// Tokens that neurons are shared out and routers fitted by.
-const EVIDENCE: usize = 24_576;
 /// Of the sample one in so many is left for choices.
 const JUDGED: usize = 8;
 
@@ -66,9 +64,9 @@ pub(super) fn split(
     let begin_rivals = |text| Rivals::new(model, text, baselines, settings.refit != Refit::None);
     let texts = std::iter::once(&calibration.held_out).chain(&calibration.further);
     let mut rivals: Vec<Rivals<'_>> = texts.map(begin_rivals).collect::<Result<_>>()?;
-    let importance = match settings.partition {
-        Partition::Gradient => Some(Importance::of(model, shape, &calibration.fitted, settings.seed, watch)?),
-        _ => None,
+    let importance = match settings.partition.takes_gradients() {
+        true => Some(Importance::of(model, shape, &calibration.fitted, settings.seed, watch)?),
+        false => None,
     };
     let count = model.config().layers.len();
     let mut split = Split {
@@ -189,16 +187,17 @@ struct Cut<'a> {
 impl Cut<'_> {
     /// Shared neurons, experts and router, and the power of two that the router is stored with.
     fn slices(&self, layer: usize, shape: &SplitShape, settings: &Settings) -> Result<(Slices, i32)> {
-        let mut shared = self.scores.ranked();
+        let mut shared = self.by_right_to_be_shared(layer, shape, settings)?;
         shared.truncate(shape.shared_width().min(shape.neurons));
         // Of a network that slices do not divide, zeros may be needed here already.
         let missing = shape.shared_width() - shared.len();
         shared.extend((shape.neurons..).take(missing));
         shared.sort_unstable();
         let rest = routed(shape, &shared);
-        let evidence = |batches, most| Evidence::of(batches, self.scores, self.columns, &rest, most);
-        let fitted = evidence(self.fitted, EVIDENCE)?;
-        let chosen_by = evidence(if self.judged.is_empty() { self.fitted } else { self.judged }, EVIDENCE)?;
+        let evened = settings.partition == Partition::Alternating;
+        let evidence = |batches| Evidence::of(batches, self.scores, self.columns, &rest, evened);
+        let fitted = evidence(self.fitted)?;
+        let chosen_by = evidence(if self.judged.is_empty() { self.fitted } else { self.judged })?;
         let gates = self.gates(&rest)?;
         let importance = match self.importance {
             Some(importance) => importance.of_neurons(layer, &rest)?,
@@ -231,6 +230,25 @@ impl Cut<'_> {
         let mut members = vec![Vec::new(); experts];
         rest.iter().zip(&experts_of).for_each(|(neuron, expert)| members[*expert].push(*neuron));
         Ok((Slices { shared, experts: members, router, down: self.down.clone(), active }, power))
+    }
+
+    /// The neurons in the order in which they are shared.
+    fn by_right_to_be_shared(
+        &self,
+        layer: usize,
+        shape: &SplitShape,
+        settings: &Settings,
+    ) -> Result<Vec<usize>> {
+        let most_shared = match (settings.partition, self.importance) {
+            (Partition::GradientSharing, Some(importance)) => {
+                importance.most_shared(layer, shape.active_width())?
+            }
+            _ => None,
+        };
+        let Some(mut ranked) = most_shared else { return Ok(self.scores.ranked()) };
+        // Massive neurons are always on, whatever else is.
+        ranked.sort_by_key(|neuron| !self.scores.guarded[*neuron]);
+        Ok(ranked)
     }
 
     /// The gate rows of some neurons, `[neurons, hidden]`; zeros where there is no such neuron.

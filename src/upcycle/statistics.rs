@@ -170,25 +170,31 @@ pub(super) struct Evidence {
 }
 
 impl Evidence {
-    /// Of the first `most` plain tokens of the batches, for the neurons `chosen`.
+    /// Of the plain tokens of the batches, for the neurons `chosen`. `evened`: each token's energies are divided by the root
+    /// of their sum, so that a token of large outputs counts more than others, but not by the square of them: behind the
+    /// next norm it is one token among others.
     pub(super) fn of(
         batches: &[Observed],
         scores: &Scores,
         columns: &[f32],
         chosen: &[usize],
-        most: usize,
+        evened: bool,
     ) -> Result<Self> {
-        let (mut inputs, mut energies, mut taken) = (Vec::new(), Vec::new(), 0);
+        let (mut inputs, mut energies) = (Vec::new(), Vec::new());
         for observed in batches {
-            let mut tokens = scores.plain_tokens(observed);
-            tokens.truncate(most - taken);
+            let tokens = scores.plain_tokens(observed);
             if tokens.is_empty() {
                 continue;
             }
-            taken += tokens.len();
             let index = Tensor::new(tokens.as_slice(), observed.x.device())?;
             inputs.push(observed.x.index_select(&index, 0)?.to_dtype(DType::F32)?);
             energies.extend(energies_of(&observed.h, &tokens, columns, chosen)?);
+        }
+        if evened {
+            energies.par_chunks_mut(chosen.len()).for_each(|energies| {
+                let root = energies.iter().sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+                energies.iter_mut().for_each(|energy| *energy /= root);
+            });
         }
         let x = if inputs.is_empty() {
             Tensor::zeros((0, 1), DType::F32, &candle_core::Device::Cpu)?
