@@ -437,6 +437,28 @@ fn a_pruned_model_is_smaller_and_of_the_same_family() {
         serde_json::from_str(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
     assert_eq!((&config["model_type"], &config["intermediate_size"]), (&"llama".into(), &256.into()));
     Pretrained::open(folder.to_str().unwrap()).unwrap().check().unwrap();
+    // No mixture is made on the way.
+    let report = report(&place, "mixture");
+    let comparison = &report["comparisons"][0];
+    assert!(comparison["pruned"]["nll"].as_f64() > comparison["dense"]["nll"].as_f64());
+    assert!(comparison["pruned_refit"]["nll"].is_f64());
+    assert!(comparison["mixture"].is_null() && comparison["oracle"].is_null());
+    assert_eq!(report["layers"].as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn progress_is_told_as_json_on_request() {
+    let place = place();
+    let (_, stderr) = place.run(&["upcycle", "upcycle.toml", "--log", "json"]);
+    let events: Vec<Value> = stderr.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let layers: Vec<u64> = events.iter().filter_map(|event| event["done"].as_u64()).collect();
+    assert_eq!(layers, (1..=layers.len() as u64).collect::<Vec<_>>());
+    assert!(
+        events[0]["event"] == "note"
+            && layers.last() == events.iter().find_map(|e| e["layers"].as_u64()).as_ref()
+    );
+    let end = &events[events.len() - 1];
+    assert!(end["event"] == "end" && end["path"] == "mixture" && end["seconds"].is_f64(), "{end}");
 }
 
 #[test]

@@ -236,9 +236,9 @@ impl UpcycleRecipe {
         let (cuts, draws) = (method.cuts(), method.draws());
         [
             ("upcycle.shared", !cuts && shared.is_some_and(|shared| shared > 0)),
-            ("upcycle.partition", !cuts && partition.is_some()),
+            ("upcycle.partition", method != Method::Split && partition.is_some()),
             ("upcycle.refit", !cuts && refit.is_some_and(|refit| refit != Refit::None)),
-            ("upcycle.baselines", !cuts && baselines.is_some()),
+            ("upcycle.baselines", method != Method::Split && baselines.is_some()),
             ("upcycle.drop_ratio", !draws && drop_ratio.is_some()),
             ("upcycle.groups", method != Method::VirtualGroups && groups.is_some_and(|groups| groups > 1)),
             ("upcycle.keep_dense", method == Method::Expand && keep_dense.is_some()),
@@ -322,7 +322,7 @@ impl UpcyclePlan {
                 experts: Some(experts),
                 shared: cuts.then_some(shared),
                 active: (method != Method::Expand).then_some(active),
-                partition: cuts.then_some(partition),
+                partition: (method == Method::Split).then_some(partition),
                 router: Some(router),
                 refit: cuts.then_some(refit),
                 keep_dense: (method != Method::Expand).then_some(keep_dense),
@@ -332,7 +332,7 @@ impl UpcyclePlan {
                 prompts: Some(self.prompts.clone()),
                 format: Some(format),
                 verify: Some(verify),
-                baselines: cuts.then_some(baselines),
+                baselines: (method == Method::Split).then_some(baselines),
             },
             calibration: (!self.data.is_empty()).then(|| CalibrationTable {
                 data: self.data.iter().map(SourceRecipe::from).collect(),

@@ -29,8 +29,8 @@ pub struct Comparison {
     pub pruned: Option<Loss>,
     /// The same, its down projections fitted once more.
     pub pruned_refit: Option<Loss>,
-    /// The mixture.
-    pub mixture: Loss,
+    /// The mixture, where one is made.
+    pub mixture: Option<Loss>,
     /// The mixture, each token sent to the experts whose slices have most energy on it.
     pub oracle: Option<Loss>,
     /// Mixture less static pruning.
@@ -60,29 +60,39 @@ pub struct LayerReport {
     pub refit_left: Option<f64>,
 }
 
+/// Who is compared with the dense model.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Compared {
+    /// A mixture.
+    pub(super) mixture: bool,
+    /// Static pruning, and of a mixture one with a router that knows.
+    pub(super) pruned: bool,
+    /// Whether static pruning has fitted down projections too.
+    pub(super) refit: bool,
+}
+
 /// The streams that are compared.
 pub(super) struct Rivals<'a> {
     text: &'a Text,
     dense: Vec<Stream>,
-    mixture: Vec<Stream>,
+    mixture: Option<Vec<Stream>>,
     pruned: Option<Vec<Stream>>,
     pruned_refit: Option<Vec<Stream>>,
     oracle: Option<Vec<Stream>>,
 }
 
 impl<'a> Rivals<'a> {
-    /// Before the first layer. `baselines`: whether there are others than the dense model; `refit`: whether static pruning
-    /// has fitted down projections too.
-    pub(super) fn new(model: &Decoder, text: &'a Text, baselines: bool, refit: bool) -> Result<Self> {
+    /// Before the first layer: the dense model, and who else is `compared`.
+    pub(super) fn new(model: &Decoder, text: &'a Text, compared: Compared) -> Result<Self> {
         let streams = text.windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents()));
         let dense: Vec<Stream> = streams.collect::<Result<_>>()?;
         let of = || dense.clone();
         Ok(Self {
             text,
-            mixture: of(),
-            pruned: baselines.then(of),
-            pruned_refit: (baselines && refit).then(of),
-            oracle: baselines.then(of),
+            mixture: compared.mixture.then(of),
+            pruned: compared.pruned.then(of),
+            pruned_refit: (compared.pruned && compared.refit).then(of),
+            oracle: (compared.pruned && compared.mixture).then(of),
             dense,
         })
     }
@@ -95,8 +105,9 @@ impl<'a> Rivals<'a> {
         network: &FeedForward,
         down: &Tensor,
     ) -> Result<()> {
-        let rivals = [&mut self.pruned, &mut self.pruned_refit, &mut self.oracle].into_iter().flatten();
-        for streams in [&mut self.dense, &mut self.mixture].into_iter().chain(rivals) {
+        let Self { dense, mixture, pruned, pruned_refit, oracle, .. } = self;
+        let rivals = [mixture, pruned, pruned_refit, oracle].into_iter().flatten();
+        for streams in std::iter::once(dense).chain(rivals) {
             for (stream, windows) in streams.iter_mut().zip(&self.text.windows) {
                 let seen = observe(model, layer, network, down, stream, windows)?;
                 model.add_to_stream(layer, stream, &seen.y)?;
@@ -105,21 +116,23 @@ impl<'a> Rivals<'a> {
         Ok(())
     }
 
-    /// A layer that was converted; gives what it does to the dense model's stream.
+    /// A layer that was converted; gives what its slices do to the dense model's stream.
     pub(super) fn pass(
         &mut self,
         model: &Decoder,
         layer: usize,
         network: &FeedForward,
         (down, columns, scores): (&Tensor, &[f32], &Scores),
-        slices: &Slices,
+        slices: Option<&Slices>,
         (kept, pruned): (&[usize], &Tensor),
-    ) -> Result<LayerReport> {
+    ) -> Result<Option<LayerReport>> {
         let neurons = columns.len();
-        let mut tally = Tally::new(layer, slices);
+        let mut tally = slices.map(|slices| Tally::new(layer, slices));
         for (stream, windows) in self.dense.iter_mut().zip(&self.text.windows) {
             let seen = observe(model, layer, network, down, stream, windows)?;
-            tally.add(&seen, slices, columns, scores)?;
+            if let (Some(tally), Some(slices)) = (&mut tally, slices) {
+                tally.add(&seen, slices, columns, scores)?;
+            }
             model.add_to_stream(layer, stream, &seen.y)?;
         }
         let through = |streams: &mut [Stream],
@@ -133,7 +146,10 @@ impl<'a> Rivals<'a> {
             }
             Ok(())
         };
-        through(&mut self.mixture, &slices.down, &|seen| Ok(slices.mask(&slices.choose(&seen.x)?, neurons)))?;
+        if let (Some(streams), Some(slices)) = (&mut self.mixture, slices) {
+            let mask = |seen: &Observed| Ok(slices.mask(&slices.choose(&seen.x)?, neurons));
+            through(streams, &slices.down, &mask)?;
+        }
         let mut fixed = vec![0f32; neurons];
         kept.iter().for_each(|neuron| fixed[*neuron] = 1.0);
         let fixed = |seen: &Observed| Ok(fixed.repeat(seen.norms.len()));
@@ -142,13 +158,13 @@ impl<'a> Rivals<'a> {
                 through(streams, down_of, &fixed)?;
             }
         }
-        if let Some(streams) = &mut self.oracle {
+        if let (Some(streams), Some(slices)) = (&mut self.oracle, slices) {
             through(streams, &slices.down, &|seen| {
                 let energies = values(&slices.energies(&seen.h, columns)?)?;
                 Ok(slices.mask(&top(&energies, slices.experts.len(), slices.active), neurons))
             })?;
         }
-        Ok(tally.finish())
+        Ok(tally.map(Tally::finish))
     }
 
     /// The loss of each.
@@ -160,16 +176,19 @@ impl<'a> Rivals<'a> {
         let of = |streams: &Vec<Stream>| -> Result<Loss> {
             Ok(Loss::of(window_sums(model, streams, windows)?, &dense, &tokens))
         };
-        let mixture = of(&self.mixture)?;
+        let mixture = self.mixture.as_ref().map(of).transpose()?;
         let pruned = self.pruned.as_ref().map(of).transpose()?;
         let pruned_refit = self.pruned_refit.as_ref().map(of).transpose()?;
-        let less = |rival: &Loss| Difference::of(&mixture.window_sums, &rival.window_sums, &tokens);
+        let less = |rival: &Option<Loss>| {
+            let (mixture, rival) = (mixture.as_ref()?, rival.as_ref()?);
+            Some(Difference::of(&mixture.window_sums, &rival.window_sums, &tokens))
+        };
         Ok(Comparison {
             file: self.text.file.clone(),
             tokens: tokens.iter().sum(),
             dense: of(&self.dense)?,
-            mixture_less_pruned: pruned.as_ref().map(less),
-            mixture_less_pruned_refit: pruned_refit.as_ref().map(less),
+            mixture_less_pruned: less(&pruned),
+            mixture_less_pruned_refit: less(&pruned_refit),
             pruned,
             pruned_refit,
             oracle: self.oracle.as_ref().map(of).transpose()?,

@@ -184,7 +184,7 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
     drop(cut);
     if settings.verify {
         watch(Event::note("reading back and measuring"))?;
-        let measured = report.comparisons.first().map(|held_out| &held_out.mixture);
+        let measured = report.comparisons.first().and_then(|held_out| held_out.mixture.as_ref());
         let guarantee = verify::read_back(folder, job.calibration, job.dtype, measured)?;
         report.guarantees.push(guarantee);
     }

@@ -10,7 +10,7 @@ use super::solve::{Linear, Regression, matrix, values};
 use super::statistics::Evidence;
 use crate::data::{generator, shuffle};
 use crate::error::{Error, Result};
-use crate::ops::{matmul, matmul_f32};
+use crate::ops::{matmul, scores};
 
 /// What neurons are shared out by.
 pub(super) struct Grounds<'a> {
@@ -58,6 +58,11 @@ pub(super) fn membership(experts_of: &[usize], experts: usize) -> Result<Tensor>
     let mut ones = vec![0f32; experts_of.len() * experts];
     experts_of.iter().enumerate().for_each(|(neuron, expert)| ones[neuron * experts + expert] = 1.0);
     matrix(ones, experts)
+}
+
+/// The energy of each expert's neurons, `[tokens, experts]`, from `energy [tokens, neurons]`.
+pub(super) fn energies_of(energy: &Tensor, experts_of: &[usize], experts: usize) -> Result<Tensor> {
+    scores(energy, &membership(experts_of, experts)?.t()?)
 }
 
 /// Balanced spherical k-means on gate rows.
@@ -128,7 +133,7 @@ fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
     let regression = Regression::new(&fitted.x, grounds.with_bias)?;
     let mut best: Option<(f64, Vec<usize>)> = None;
     for round in 0..BY_ORACLE + BY_ROUTER {
-        let energies = matmul(&fitted.energy, &membership(&experts_of, experts)?)?; // [tokens, experts]
+        let energies = energies_of(&fitted.energy, &experts_of, experts)?;
         let scores = match round < BY_ORACLE {
             true => energies,
             false => {
@@ -139,10 +144,10 @@ fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
         };
         let chosen = top(&values(&scores)?, experts, active);
         let taken = selection(&chosen, experts, active)?; // [tokens, experts]
-        let gains = matmul(&fitted.energy.t()?, &taken)?; // [neurons, experts]
-        experts_of = balanced(&values(&gains)?, experts);
+        let gains = matmul(&taken.t()?, &fitted.energy)?; // [experts, neurons]
+        experts_of = balanced(&values(&gains.t()?.contiguous()?)?, experts);
     }
-    let energies = matmul(&fitted.energy, &membership(&experts_of, experts)?)?;
+    let energies = energies_of(&fitted.energy, &experts_of, experts)?;
     let router = regression.fit(&root_shares(&energies)?)?;
     keep_better(&mut best, captured(grounds, &router, &experts_of)?, &experts_of);
     Ok(best.map_or(experts_of, |(_, experts_of)| experts_of))
@@ -176,7 +181,7 @@ fn captured(grounds: &Grounds<'_>, router: &Linear, experts_of: &[usize]) -> Res
     if chosen_by.energy.dim(0)? == 0 {
         return Ok(0.0);
     }
-    let energies = matmul_f32(&chosen_by.energy, &membership(experts_of, experts)?)?;
+    let energies = energies_of(&chosen_by.energy, experts_of, experts)?;
     let chosen = top(&values(&router.apply(&chosen_by.x)?)?, experts, active);
     let taken = (energies * selection(&chosen, experts, active)?)?;
     Ok(taken.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?)

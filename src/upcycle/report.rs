@@ -346,7 +346,7 @@ fn rows(comparison: &Comparison) -> Vec<(&'static str, &Loss)> {
     let mut rows = vec![("dense", dense)];
     rows.extend(pruned.iter().map(|loss| ("static pruning, as many neurons", loss)));
     rows.extend(pruned_refit.iter().map(|loss| ("static pruning, refitted", loss)));
-    rows.push(("mixture of experts", mixture));
+    rows.extend(mixture.iter().map(|loss| ("mixture of experts", loss)));
     rows.extend(oracle.iter().map(|loss| ("mixture, oracle router", loss)));
     rows
 }

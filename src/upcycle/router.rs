@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use rand_distr::{Distribution, StandardNormal};
 
-use super::partition::{membership, root_shares, selection};
+use super::partition::{energies_of, membership, root_shares, selection};
 use super::settings::RouterKind;
 use super::slices::top;
 use super::solve::{Linear, Regression, matrix, values};
@@ -32,8 +32,8 @@ pub(super) fn router(kind: RouterKind, sight: &Sight<'_>) -> Result<Linear> {
     let Sight { evidence, experts, .. } = *sight;
     let hidden = sight.gates.dim(1)?;
     let zero = || Linear { weight: vec![0.0; experts * hidden], bias: vec![0.0; experts] };
-    let belongs = membership(sight.experts_of, experts)?;
-    let energies = || matmul(&evidence.energy, &belongs);
+    let energies = || energies_of(&evidence.energy, sight.experts_of, experts);
+    let of_gates = || matmul(&membership(sight.experts_of, experts)?.t()?, sight.gates);
     if evidence.energy.dim(0)? == 0 {
         return Ok(zero());
     }
@@ -44,7 +44,7 @@ pub(super) fn router(kind: RouterKind, sight: &Sight<'_>) -> Result<Linear> {
             let normal = (0..experts * hidden).map(|_| StandardNormal.sample(&mut chance)).collect();
             Linear { weight: normal, ..zero() }
         }
-        RouterKind::GateMean => Linear { weight: values(&matmul(&belongs.t()?, sight.gates)?)?, ..zero() },
+        RouterKind::GateMean => Linear { weight: values(&of_gates()?)?, ..zero() },
         RouterKind::HiddenKmeans => centres(sight, &energies()?)?,
         RouterKind::Ridge => {
             Regression::new(&evidence.x, sight.with_bias)?.fit(&root_shares(&energies()?)?)?

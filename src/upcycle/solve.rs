@@ -5,7 +5,7 @@ use faer::linalg::solvers::{Llt, Solve};
 use faer::{Mat, Side};
 
 use crate::error::{Error, Result};
-use crate::ops::{matmul, matmul_f32};
+use crate::ops::{matmul, scores};
 
 /// What a router's ridge adds to the diagonal, as a share of its mean.
 const ROUTER_RIDGE: f64 = 1e-3;
@@ -56,9 +56,9 @@ impl Linear {
     /// `[tokens, inputs] -> [tokens, outputs]`
     pub(super) fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let inputs = self.weight.len() / self.bias.len();
-        let weight = matrix(self.weight.clone(), inputs)?.t()?;
+        let weight = matrix(self.weight.clone(), inputs)?;
         let bias = Tensor::new(self.bias.as_slice(), &Device::Cpu)?;
-        Ok(matmul_f32(&x.to_dtype(DType::F32)?, &weight)?.broadcast_add(&bias)?)
+        Ok(scores(x, &weight)?.broadcast_add(&bias)?)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::compare::{LayerReport, Rivals};
+use super::compare::{Compared, LayerReport, Rivals};
 use super::gradient::Importance;
 use super::partition::{Grounds, partition};
 use super::refit::Fit;
@@ -18,16 +18,37 @@ use crate::error::{Context, Error, Result};
 use crate::model::{Decoder, FeedForward, Stream};
 use crate::ops::{Weight, matmul_f32};
 
-/// Tokens whose neurons are kept in memory: neurons are shared out by them, routers and down projections fitted to them.
+/// Tokens whose neurons are kept in memory: neurons are shared out by them, and routers fitted to them.
 const SAMPLE: usize = 65_536;
+/// Of these the tokens that down projections are fitted to.
+const REFIT_SAMPLE: usize = 32_768;
 /// The memory that their neurons may take.
 const SAMPLE_BYTES: usize = 1 << 30;
 /// Of the sample one in so many is left for choices.
 const JUDGED: usize = 8;
 
+/// The first batches of the text, of which the last ones are left for choices.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    batches: usize,
+    judged_from: usize,
+}
+
+impl Sample {
+    fn of(batches: &[Windows]) -> Self {
+        let batches = batches.len();
+        Self { batches, judged_from: batches - (batches / JUDGED).max(usize::from(batches > 1)) }
+    }
+
+    /// What is fitted to, and what choices are made by.
+    fn split(self, observed: &[Observed]) -> (&[Observed], &[Observed]) {
+        observed[..self.batches.min(observed.len())].split_at(self.judged_from.min(observed.len()))
+    }
+}
+
 /// A model, cut.
 pub(super) struct Split {
-    /// For each layer; `None`: it stays dense.
+    /// For each layer; `None`: it stays dense, or is pruned.
     pub(super) layers: Vec<Option<Slices>>,
     /// The power of two of each stored router.
     pub(super) exponents: Vec<i32>,
@@ -49,22 +70,21 @@ pub(super) fn split(
     watch: &mut Watch<'_>,
 ) -> Result<Split> {
     let most = SAMPLE.min(SAMPLE_BYTES / (4 * shape.neurons.max(1)));
-    let sample = first_batches(&calibration.fitted, most).len();
-    let judged_from = sample - (sample / JUDGED).max(usize::from(sample > 1));
+    let sample = Sample::of(first_batches(&calibration.fitted, most));
+    let refit_sample = Sample::of(first_batches(&calibration.fitted, REFIT_SAMPLE.min(most)));
     let begin = |windows: &[Windows]| -> Result<Vec<Stream>> {
         windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents())).collect()
     };
     let mut dense = begin(&calibration.fitted)?;
-    let mut mixture = match settings.refit {
-        Refit::None => Vec::new(),
-        Refit::Local | Refit::Stream => dense[..sample].to_vec(),
-    };
+    let refit = settings.refit != Refit::None;
+    let is_mixture = settings.method == Method::Split;
+    let mut mixture = if is_mixture && refit { dense[..refit_sample.batches].to_vec() } else { Vec::new() };
     // A pruned model is what is asked for, or what the mixture has to be better than.
-    let baselines = settings.baselines || settings.method == Method::Prune;
-    let begin_rivals = |text| Rivals::new(model, text, baselines, settings.refit != Refit::None);
+    let compared = Compared { mixture: is_mixture, pruned: settings.baselines || !is_mixture, refit };
+    let begin_rivals = |text| Rivals::new(model, text, compared);
     let texts = std::iter::once(&calibration.held_out).chain(&calibration.further);
     let mut rivals: Vec<Rivals<'_>> = texts.map(begin_rivals).collect::<Result<_>>()?;
-    let importance = match settings.partition.takes_gradients() {
+    let importance = match is_mixture && settings.partition.takes_gradients() {
         true => Some(Importance::of(model, shape, &calibration.fitted, settings.seed, watch)?),
         false => None,
     };
@@ -90,7 +110,7 @@ pub(super) fn split(
             model.add_to_stream(layer, stream, &seen.y)?;
             if !is_dense {
                 moments.add(&seen)?;
-                if index < sample {
+                if index < sample.batches {
                     observed.push(seen);
                 }
             }
@@ -110,7 +130,7 @@ pub(super) fn split(
             continue;
         }
         let scores = moments.finish(&columns);
-        let (fitted, judged) = observed.split_at(judged_from.min(observed.len()));
+        let (fitted, judged) = sample.split(&observed);
         let cut = Cut {
             network,
             down: &down,
@@ -121,35 +141,46 @@ pub(super) fn split(
             judged,
             with_bias,
         };
-        let (mut slices, power) = cut.slices(layer, shape, settings)?;
+        let made = if is_mixture { Some(cut.slices(layer, shape, settings)?) } else { None };
+        let (mut slices, power) = made.unzip();
         let kept = scores.ranked()[..shape.active_width()].to_vec();
-        let pruned = match settings.refit {
-            Refit::Local | Refit::Stream if baselines => cut.refit_pruned(&kept)?,
-            _ => down.clone(),
+        let pruned = if refit && compared.pruned {
+            cut.refit_pruned(&kept, refit_sample.split(&observed))?
+        } else {
+            down.clone()
         };
         drop(observed);
 
         let mut left = None;
-        if settings.refit != Refit::None {
+        if let Some(slices) = slices.as_mut().filter(|_| refit) {
             let goal = (settings.refit == Refit::Stream).then_some(dense.as_slice());
-            let walk =
-                Walk { model, layer, network, down: &down, scores: &scores, goal, judged_from, stored };
-            left = walk.refit(&mut slices, &mut mixture, &calibration.fitted)?;
+            let walk = Walk {
+                model,
+                layer,
+                network,
+                down: &down,
+                scores: &scores,
+                goal,
+                sample: refit_sample,
+                stored,
+            };
+            left = walk.refit(slices, &mut mixture, &calibration.fitted)?;
         }
         let mut reports = Vec::new();
         for rivals in &mut rivals {
             let sight = (&down, columns.as_slice(), &scores);
-            reports.push(rivals.pass(model, layer, network, sight, &slices, (&kept, &pruned))?);
+            let kept = (kept.as_slice(), &pruned);
+            reports.push(rivals.pass(model, layer, network, sight, slices.as_ref(), kept)?);
         }
         // Layers are reported on the held-out text, which comes first.
-        split.reports.extend(reports.into_iter().next().map(|report| LayerReport {
+        split.reports.extend(reports.into_iter().next().flatten().map(|report| LayerReport {
             refit_left: left,
             guarded: scores.guarded.iter().filter(|guarded| **guarded).count().min(shape.shared_width()),
             ..report
         }));
-        split.layers.push(Some(slices));
+        split.layers.push(slices);
         split.kept.push(Some((kept, pruned)));
-        split.exponents.push(power);
+        split.exponents.push(power.unwrap_or(0));
         watch(Event::Layer { done: layer + 1, layers: count })?;
     }
     split.comparisons = rivals.into_iter().map(|rivals| rivals.finish(model)).collect::<Result<_>>()?;
@@ -260,13 +291,13 @@ impl Cut<'_> {
         Ok(padded.index_select(&Tensor::new(rows, gate.device())?, 0)?)
     }
 
-    /// The down projection of static pruning, fitted on the dense model's stream.
-    fn refit_pruned(&self, kept: &[usize]) -> Result<Tensor> {
+    /// The down projection of static pruning, fitted on the dense model's stream: to the first batches, judged by the others.
+    fn refit_pruned(&self, kept: &[usize], (fitted, judged): (&[Observed], &[Observed])) -> Result<Tensor> {
         let mut mask = vec![0f32; self.columns.len()];
         kept.iter().for_each(|neuron| mask[*neuron] = 1.0);
         let free: Vec<usize> = kept.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
         let mut fit = Fit::new(&free)?;
-        for (batches, judged) in [(self.fitted, false), (self.judged, true)] {
+        for (batches, judged) in [(fitted, false), (judged, true)] {
             for seen in batches {
                 let mask: Vec<f32> = mask.repeat(seen.norms.len());
                 let (active, rest) = masked(&seen.h, &mask)?;
@@ -287,7 +318,7 @@ struct Walk<'a> {
     scores: &'a Scores,
     /// The dense streams behind this layer, where they are what is fitted to.
     goal: Option<&'a [Stream]>,
-    judged_from: usize,
+    sample: Sample,
     stored: DType,
 }
 
@@ -312,7 +343,7 @@ impl Walk<'_> {
                     ((residual / multiplier)? - given)?
                 }
             };
-            fit.add(&active, &missing, &self.scores.weights(&seen.norms), index >= self.judged_from)?;
+            fit.add(&active, &missing, &self.scores.weights(&seen.norms), index >= self.sample.judged_from)?;
             actives.push(active);
         }
         let fitted = fit

@@ -180,9 +180,10 @@ impl Evidence {
         chosen: &[usize],
         evened: bool,
     ) -> Result<Self> {
-        let (mut inputs, mut energies) = (Vec::new(), Vec::new());
-        for observed in batches {
-            let tokens = scores.plain_tokens(observed);
+        let plain: Vec<Vec<u32>> = batches.iter().map(|observed| scores.plain_tokens(observed)).collect();
+        let count: usize = plain.iter().map(Vec::len).sum();
+        let (mut inputs, mut energies) = (Vec::new(), Vec::with_capacity(count * chosen.len()));
+        for (observed, tokens) in batches.iter().zip(plain) {
             if tokens.is_empty() {
                 continue;
             }
