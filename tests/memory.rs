@@ -150,8 +150,15 @@ fn the_components_are_a_table() {
     ");
 }
 
+/// An adapter on all projections.
+const ON_ALL: &str = "adapter = { rank = 8, targets = \"all-linear\" }\n";
+
 /// A recipe with batches of 1024 tokens, all learned.
 fn large_place(model: &str, train: &str) -> Place {
+    large_place_with(model, train, if train.contains("full = true") { "" } else { ON_ALL })
+}
+
+fn large_place_with(model: &str, train: &str, adapter: &str) -> Place {
     let place = Place::new();
     let stories: String = (0..96)
         .map(|n| {
@@ -165,8 +172,6 @@ fn large_place(model: &str, train: &str) -> Place {
          data = {{ train = [{{ path = \"stories.jsonl\" }}], eval_share = 0.1, max_length = 512, train_on = \"all\" }}\n\
          train = {{ steps = 2, batch_size = 4, {train} }}\n"
     );
-    let adapter =
-        if train.contains("full = true") { "" } else { "adapter = { rank = 8, targets = \"all-linear\" }\n" };
     fs::write(place.path("recipe.toml"), recipe + adapter).unwrap();
     place
 }
@@ -178,9 +183,18 @@ fn peft(place: &Place, arguments: &[&str]) -> (i32, String, String) {
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
 
-/// A model of 14 million parameters in `model`, which is more than what a process takes by itself: dense, or with as many in
-/// `experts` experts of which a quarter is active.
-fn larger_model(place: &Place, experts: Option<usize>) {
+/// The feed-forward networks of a model.
+#[derive(Debug, Clone, Copy)]
+enum Networks {
+    Dense,
+    /// So many experts, a quarter of them active.
+    Experts(usize),
+    /// Half of the neurons in one that every token goes to, through a gate, the others in so many experts.
+    Shared(usize),
+}
+
+/// A model of 14 million parameters in `model`, which is more than what a process takes by itself.
+fn larger_model(place: &Place, networks: Networks) {
     let path = place.path("model/config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     for (key, value) in [
@@ -193,11 +207,21 @@ fn larger_model(place: &Place, experts: Option<usize>) {
     ] {
         config[key] = json!(value);
     }
-    if let Some(experts) = experts {
-        config["model_type"] = json!("mixtral");
-        config["intermediate_size"] = json!(1536 / experts);
-        config["num_local_experts"] = json!(experts);
-        config["num_experts_per_tok"] = json!(experts / 4);
+    match networks {
+        Networks::Dense => {}
+        Networks::Experts(experts) => {
+            config["model_type"] = json!("mixtral");
+            config["intermediate_size"] = json!(1536 / experts);
+            config["num_local_experts"] = json!(experts);
+            config["num_experts_per_tok"] = json!(experts / 4);
+        }
+        Networks::Shared(experts) => {
+            config["model_type"] = json!("qwen2_moe");
+            config["shared_expert_intermediate_size"] = json!(768);
+            config["moe_intermediate_size"] = json!(768 / experts);
+            config["num_experts"] = json!(experts);
+            config["num_experts_per_tok"] = json!(experts / 4);
+        }
     }
     fs::write(&path, config.to_string()).unwrap();
     let tensors: HashMap<String, Tensor> = family::read(&config)
@@ -211,20 +235,28 @@ fn larger_model(place: &Place, experts: Option<usize>) {
 
 #[test]
 fn a_run_takes_what_was_predicted() {
+    const ON_ATTENTION: &str = "adapters on attention alone";
+    let on_attention = "adapter = { rank = 8, targets = [\"q_proj\", \"v_proj\"] }\n";
     let mut lines = Vec::new();
-    for (dtype, train, experts) in [
-        ("f32", "checkpoint = \"none\"", None),
-        ("f32", "checkpoint = \"block\"", None),
-        ("bf16", "checkpoint = \"none\"", None),
-        ("f32", "full = true", None),
-        ("f32", "checkpoint = \"none\"", Some(8)),
-        ("bf16", "checkpoint = \"none\"", Some(32)),
-        ("f32", "checkpoint = \"block\"", Some(16)),
-        ("f32", "checkpoint = \"none\", router = \"full\"", Some(8)),
-        ("f32", "full = true", Some(8)),
+    for (dtype, train, networks) in [
+        ("f32", "checkpoint = \"none\"", Networks::Dense),
+        ("f32", "checkpoint = \"block\"", Networks::Dense),
+        ("bf16", "checkpoint = \"none\"", Networks::Dense),
+        ("f32", "full = true", Networks::Dense),
+        ("f32", "checkpoint = \"none\"", Networks::Experts(8)),
+        ("bf16", "checkpoint = \"none\"", Networks::Experts(32)),
+        ("f32", "checkpoint = \"block\"", Networks::Experts(16)),
+        ("f32", "checkpoint = \"none\", router = \"full\"", Networks::Experts(8)),
+        ("f32", "full = true", Networks::Experts(8)),
+        ("f32", ON_ATTENTION, Networks::Experts(8)),
+        ("f32", "checkpoint = \"none\"", Networks::Shared(8)),
+        ("bf16", "checkpoint = \"block\"", Networks::Shared(8)),
     ] {
-        let place = large_place(dtype, train);
-        larger_model(&place, experts);
+        let place = match train {
+            ON_ATTENTION => large_place_with(dtype, "checkpoint = \"none\"", on_attention),
+            _ => large_place(dtype, train),
+        };
+        larger_model(&place, networks);
         let (exit, report, said) = peft(&place, &["check", "recipe.toml", "--json"]);
         assert_eq!(exit, 0, "{said}");
         let report: Value = serde_json::from_str(&report).unwrap();
@@ -235,7 +267,7 @@ fn a_run_takes_what_was_predicted() {
         let lines_of_run = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         let shown = lines_of_run.filter_map(|line| line["peak_rss_bytes"].as_u64()).max().unwrap();
         let share = predicted as f64 / shown as f64;
-        let what = format!("{dtype}, {train}, {experts:?} experts");
+        let what = format!("{dtype}, {train}, {networks:?}");
         lines.push((share, format!("{what}: {} of {} MiB", predicted / MIB, shown / MIB)));
     }
     assert!(lines.iter().all(|(share, _)| (0.9..1.1).contains(share)), "{lines:#?}");
@@ -265,7 +297,7 @@ fn routers_reach_down_to_the_first_sparse_layer() {
 fn a_run_with_a_teacher_takes_what_was_predicted() {
     let place = large_place("f32", "checkpoint = \"none\"");
     fs::create_dir(place.path("teacher")).unwrap();
-    larger_model(&place, None);
+    larger_model(&place, Networks::Dense);
     for name in place.names_in("model") {
         fs::copy(place.path("model").join(&name), place.path("teacher").join(&name)).unwrap();
     }
@@ -278,7 +310,7 @@ fn a_run_with_a_teacher_takes_what_was_predicted() {
     };
     let teacher = ["--set", "distill.teacher=teacher"];
     assert_eq!(peak(&teacher).1, None, "the same weights are in memory once");
-    larger_model(&place, None);
+    larger_model(&place, Networks::Dense);
     let (predicted, of_teacher) = peak(&teacher);
     assert!(of_teacher.unwrap().abs_diff(weights) < MIB, "{of_teacher:?} of {weights}");
     let (exit, _, said) =

@@ -371,6 +371,14 @@ fn contradictions_of_an_upcycling_recipe_are_refused() {
     test.toml:5: `upcycle.partition` does nothing with `upcycle.method = "copy"`
     hint: leave it out
     "#);
+    for key in ["partition = \"kmeans\"", "router = \"logistic\"", "baselines = false"] {
+        let said = upcycle_refusal(&format!("upcycle = {{ method = \"prune\", {key} }}"));
+        let name = key.split(' ').next().unwrap_or_default();
+        assert!(
+            said.contains(&format!("`upcycle.{name}` does nothing with `upcycle.method = \"prune\"`")),
+            "{said}"
+        );
+    }
     let blank = "upcycle = { method = \"copy\", router = \"prompts\", prompts = [[\"a duck\"], []] }";
     insta::assert_snapshot!(upcycle_refusal(blank), @"
     test.toml:5: `upcycle.prompts[1]` has nothing to go by: it is empty, or a prompt of it

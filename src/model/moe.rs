@@ -10,7 +10,7 @@ use super::linear::Linear;
 use super::router::{self, Router, Routing, RoutingGradient};
 use crate::error::{Error, Result};
 use crate::ops::grouped_linear::{join, spread};
-use crate::ops::{Activation, Gradients, Groups, Pass, add, cast, glu, groups, linear};
+use crate::ops::{Activation, Gradients, Groups, Pass, add, glu, groups, linear};
 
 /// A router and its experts.
 #[derive(Debug, Clone)]
@@ -154,7 +154,7 @@ impl Moe {
                 let others: Vec<&Tensor> = d_shared.iter().chain(&d_router).collect();
                 back.sum(&groups, &others).map(Some)
             }
-            None => sum(d_shared, d_router, dy.dtype()),
+            None => Ok(None),
         }
     }
 
@@ -286,7 +286,7 @@ impl Shared {
         let through_gate = gate.backward(&saved_gate, pass, &d_logit, wants_dx, gradients)?;
         let d_network = wide.broadcast_mul(&s)?.to_dtype(dy.dtype())?;
         let through_network = self.network.backward(network, pass, &d_network, wants_dx, gradients)?;
-        sum(through_gate, through_network, dy.dtype())
+        sum(through_gate, through_network)
     }
 }
 
@@ -298,11 +298,9 @@ fn layers(linears: &[Linear]) -> Vec<linear::Layer<'_>> {
     linears.iter().map(Linear::layer).collect()
 }
 
-fn sum(x: Option<Tensor>, y: Option<Tensor>, dtype: DType) -> Result<Option<Tensor>> {
+fn sum(x: Option<Tensor>, y: Option<Tensor>) -> Result<Option<Tensor>> {
     Ok(match (x, y) {
-        (Some(x), Some(y)) if x.dtype() == dtype => Some(add(&x, &y)?),
-        (Some(x), Some(y)) => Some(add(&cast(&y, dtype)?, &x)?),
-        (Some(one), None) | (None, Some(one)) => Some(cast(&one, dtype)?),
-        (None, None) => None,
+        (Some(x), Some(y)) => Some(add(&x, &y)?),
+        (one, other) => one.or(other),
     })
 }

@@ -200,7 +200,7 @@ fn softmax(values: &mut [f32]) {
     values.iter_mut().for_each(|value| *value /= sum);
 }
 
-/// The largest value, and the sum of `e^(value - largest)`.
+/// What [`softmax`] takes off and divides by.
 fn most_and_sum(values: &[f32]) -> (f32, f32) {
     let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     (most, values.iter().map(|value| (value - most).exp()).sum())
@@ -218,6 +218,49 @@ impl Rule {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_are_those_of_a_stable_sort() {
+        let mut state = 7u32;
+        for experts in 1..20usize {
+            let row: Vec<f32> = (0..experts)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 29) as f32
+                })
+                .collect();
+            let mut sorted: Vec<u32> = (0..experts as u32).collect();
+            sorted.sort_by(|x, y| row[*y as usize].total_cmp(&row[*x as usize]));
+            for active in 1..=experts {
+                let mut chosen = vec![0; active];
+                largest(&row, &mut chosen);
+                assert_eq!(chosen, sorted[..active], "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_score_by_itself_is_the_score_among_all_to_the_bit() {
+        let row = [0.3f32, -2.0, 7.5, 7.5, -0.1, 1e-3, 12.0];
+        for scoring in [Scoring::Softmax, Scoring::Sigmoid, Scoring::SoftmaxOfActive] {
+            let rule = Rule {
+                experts: row.len(),
+                active: 2,
+                scoring,
+                renormalise: false,
+                scale: 1.0,
+                variant: RoutingVariant::default(),
+                unit: 1.0,
+            };
+            let mut all = [0.0; 7];
+            rule.scores(&row, &mut all);
+            let score = rule.score(&row);
+            assert!(
+                (0..7).all(|expert| score(expert as u32).to_bits() == all[expert].to_bits()),
+                "{scoring:?}"
+            );
+        }
+    }
 
     #[test]
     fn of_equal_scores_the_first_are_chosen() {

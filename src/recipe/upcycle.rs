@@ -231,12 +231,14 @@ impl UpcycleRecipe {
 impl UpcycleRecipe {
     /// A key that the method has no use for, and that asks for something.
     fn idle_key(&self, method: Method) -> Option<&'static str> {
-        let UpcycleTable { shared, partition, refit, drop_ratio, groups, baselines, keep_dense, .. } =
-            &self.upcycle;
+        let UpcycleTable {
+            shared, partition, router, refit, drop_ratio, groups, baselines, keep_dense, ..
+        } = &self.upcycle;
         let (cuts, draws) = (method.cuts(), method.draws());
         [
             ("upcycle.shared", !cuts && shared.is_some_and(|shared| shared > 0)),
             ("upcycle.partition", method != Method::Split && partition.is_some()),
+            ("upcycle.router", method == Method::Prune && router.is_some()),
             ("upcycle.refit", !cuts && refit.is_some_and(|refit| refit != Refit::None)),
             ("upcycle.baselines", method != Method::Split && baselines.is_some()),
             ("upcycle.drop_ratio", !draws && drop_ratio.is_some()),
@@ -323,7 +325,7 @@ impl UpcyclePlan {
                 shared: cuts.then_some(shared),
                 active: (method != Method::Expand).then_some(active),
                 partition: (method == Method::Split).then_some(partition),
-                router: Some(router),
+                router: (method != Method::Prune).then_some(router),
                 refit: cuts.then_some(refit),
                 keep_dense: (method != Method::Expand).then_some(keep_dense),
                 drop_ratio: method.draws().then_some(drop_ratio),

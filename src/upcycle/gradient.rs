@@ -146,3 +146,18 @@ fn clusters(model: &Decoder, text: &[Windows], count: usize, seed: u64) -> Resul
     }
     ones.into_iter().zip(text).map(|(ones, batch)| matrix(ones, batch.tokens.len())).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_are_neurons_that_matter_to_most_kinds() {
+        // The lists of two: {1, 0}, {1, 2}, {2, 3}; neuron 4 matters much to one kind alone, and less than others there.
+        let kinds = [[3f32, 9., 1., 0., 2.], [1., 4., 8., 0., 3.], [0., 1., 5., 7., 4.]];
+        let importance = Importance { layers: vec![None, Some(Tensor::new(&kinds, &Device::Cpu).unwrap())] };
+        assert_eq!(importance.most_shared(0, 2).unwrap(), None);
+        // 1 and 2 are in two lists, of 14 each, so in their order; 0 and 3 in one, of 4 and 7.
+        assert_eq!(importance.most_shared(1, 2).unwrap(), Some(vec![1, 2, 3, 0, 4]));
+    }
+}

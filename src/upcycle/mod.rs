@@ -56,7 +56,7 @@ pub const REPORT_TEXT: &str = "upcycle.md";
 
 /// What happens on the way. As JSON, `event` is its name.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
+#[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
     /// A fact, a line of text.
     Note {
@@ -70,7 +70,7 @@ pub enum Event {
         /// Of so many.
         layers: usize,
     },
-    /// The new model has its name.
+    /// The new model has its name; told by [`crate::recipe::upcycle`], when all is said.
     End {
         /// Its folder.
         path: PathBuf,
@@ -130,6 +130,8 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
         (serde_json::to_string_pretty(&report)? + "\n").as_bytes(),
     )?;
     write_atomic(staged.path().join(REPORT_TEXT), report.text().as_bytes())?;
+    // From here on there is no way back.
+    watch(Event::note("the account is written"))?;
     staged.commit().at(job.output)?;
     Ok(report)
 }
@@ -144,7 +146,7 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
         Method::Prune => None,
         _ => Some(choose_format(settings.format, base.config(), &shape.mixture())?),
     };
-    let with_bias = target.is_none_or(|format| format.has_selection_bias());
+    let with_bias = target.is_some_and(|format| format.has_selection_bias());
     let model = Decoder::open(base, job.dtype, &Device::Cpu)?;
     let cut = split::split(&model, &shape, settings, job.calibration, (with_bias, stored), watch)?;
     for (layer, slices) in cut.layers.iter().enumerate() {

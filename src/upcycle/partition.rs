@@ -61,7 +61,7 @@ pub(super) fn membership(experts_of: &[usize], experts: usize) -> Result<Tensor>
 }
 
 /// The energy of each expert's neurons, `[tokens, experts]`, from `energy [tokens, neurons]`.
-pub(super) fn energies_of(energy: &Tensor, experts_of: &[usize], experts: usize) -> Result<Tensor> {
+pub(super) fn energies_of_experts(energy: &Tensor, experts_of: &[usize], experts: usize) -> Result<Tensor> {
     scores(energy, &membership(experts_of, experts)?.t()?)
 }
 
@@ -133,11 +133,11 @@ fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
     let regression = Regression::new(&fitted.x, grounds.with_bias)?;
     let mut best: Option<(f64, Vec<usize>)> = None;
     for round in 0..BY_ORACLE + BY_ROUTER {
-        let energies = energies_of(&fitted.energy, &experts_of, experts)?;
+        let energies = energies_of_experts(&fitted.energy, &experts_of, experts)?;
         let scores = match round < BY_ORACLE {
             true => energies,
             false => {
-                let router = regression.fit(&root_shares(&energies)?)?;
+                let router = regression.fit(&shares(&energies)?.sqrt()?)?;
                 keep_better(&mut best, captured(grounds, &router, &experts_of)?, &experts_of);
                 router.apply(&fitted.x)?
             }
@@ -147,17 +147,17 @@ fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
         let gains = matmul(&taken.t()?, &fitted.energy)?; // [experts, neurons]
         experts_of = balanced(&values(&gains.t()?.contiguous()?)?, experts);
     }
-    let energies = energies_of(&fitted.energy, &experts_of, experts)?;
-    let router = regression.fit(&root_shares(&energies)?)?;
+    let energies = energies_of_experts(&fitted.energy, &experts_of, experts)?;
+    let router = regression.fit(&shares(&energies)?.sqrt()?)?;
     keep_better(&mut best, captured(grounds, &router, &experts_of)?, &experts_of);
     Ok(best.map_or(experts_of, |(_, experts_of)| experts_of))
 }
 
-/// What a linear router is fitted to: the root of the share that each expert has in a token's energy, `[tokens, experts]`.
-/// Energies themselves have tails that least squares would follow, and a few tokens would decide for all.
-pub(super) fn root_shares(energies: &Tensor) -> Result<Tensor> {
+/// The share that each expert has in a token's energy, `[tokens, experts]`. Linear routers are fitted to its root: energies
+/// themselves have tails that least squares would follow, and a few tokens would decide for all.
+pub(super) fn shares(energies: &Tensor) -> Result<Tensor> {
     let total = (energies.sum_keepdim(1)? + 1e-20)?;
-    Ok(energies.broadcast_div(&total)?.sqrt()?)
+    Ok(energies.broadcast_div(&total)?)
 }
 
 fn keep_better(best: &mut Option<(f64, Vec<usize>)>, captured: f64, experts_of: &[usize]) {
@@ -181,8 +181,22 @@ fn captured(grounds: &Grounds<'_>, router: &Linear, experts_of: &[usize]) -> Res
     if chosen_by.energy.dim(0)? == 0 {
         return Ok(0.0);
     }
-    let energies = energies_of(&chosen_by.energy, experts_of, experts)?;
+    let energies = energies_of_experts(&chosen_by.energy, experts_of, experts)?;
     let chosen = top(&values(&router.apply(&chosen_by.x)?)?, experts, active);
     let taken = (energies * selection(&chosen, experts, active)?)?;
     Ok(taken.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn shares_do_not_depend_on_how_much_a_token_has() {
+        let energies = Tensor::new(&[[1f32, 3.0], [100.0, 300.0], [0.0, 0.0]], &Device::Cpu).unwrap();
+        let found = shares(&energies).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(found, [[0.25, 0.75], [0.25, 0.75], [0.0, 0.0]]);
+    }
 }

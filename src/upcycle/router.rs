@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use rand_distr::{Distribution, StandardNormal};
 
-use super::partition::{energies_of, membership, root_shares, selection};
+use super::partition::{energies_of_experts, membership, selection, shares};
 use super::settings::RouterKind;
 use super::slices::top;
 use super::solve::{Linear, Regression, matrix, values};
@@ -32,7 +32,7 @@ pub(super) fn router(kind: RouterKind, sight: &Sight<'_>) -> Result<Linear> {
     let Sight { evidence, experts, .. } = *sight;
     let hidden = sight.gates.dim(1)?;
     let zero = || Linear { weight: vec![0.0; experts * hidden], bias: vec![0.0; experts] };
-    let energies = || energies_of(&evidence.energy, sight.experts_of, experts);
+    let energies = || energies_of_experts(&evidence.energy, sight.experts_of, experts);
     let of_gates = || matmul(&membership(sight.experts_of, experts)?.t()?, sight.gates);
     if evidence.energy.dim(0)? == 0 {
         return Ok(zero());
@@ -47,7 +47,7 @@ pub(super) fn router(kind: RouterKind, sight: &Sight<'_>) -> Result<Linear> {
         RouterKind::GateMean => Linear { weight: values(&of_gates()?)?, ..zero() },
         RouterKind::HiddenKmeans => centres(sight, &energies()?)?,
         RouterKind::Ridge => {
-            Regression::new(&evidence.x, sight.with_bias)?.fit(&root_shares(&energies()?)?)?
+            Regression::new(&evidence.x, sight.with_bias)?.fit(&shares(&energies()?)?.sqrt()?)?
         }
         RouterKind::Logistic => logistic(sight, &energies()?)?,
     };
@@ -78,8 +78,7 @@ fn logistic(sight: &Sight<'_>, energies: &Tensor) -> Result<Linear> {
     const RATE: f64 = 2e-3;
 
     let x = &sight.evidence.x;
-    let total = (energies.sum_keepdim(1)? + 1e-20)?;
-    let shares = energies.broadcast_div(&total)?;
+    let shares = shares(energies)?;
     let start = Regression::new(x, sight.with_bias)?.fit(&(energies + 1e-6 * mean(energies)?)?.log()?)?;
     let hidden = x.dim(1)?;
     let (mut weight, mut bias) = (matrix(start.weight, hidden)?, Tensor::new(start.bias, &Device::Cpu)?);

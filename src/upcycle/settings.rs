@@ -86,7 +86,7 @@ pub enum RouterKind {
     /// Least squares on the root of each expert's share in the energy of the output, in closed form.
     #[default]
     Ridge,
-    /// From there on, by gradient descent towards the shares of energy.
+    /// From least squares on the logarithm of energies on, by gradient descent towards their shares.
     Logistic,
     /// The mean hidden state of given prompts.
     Prompts,

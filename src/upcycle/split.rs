@@ -1,6 +1,8 @@
 //! A dense model cut into slices, layer by layer: one walk in which the text goes through the dense model, through the
 //! mixture as far as it is made, and, held out, through everything that is compared with it.
 
+use std::ops::Range;
+
 use candle_core::{DType, Tensor};
 
 use super::compare::{Compared, LayerReport, Rivals};
@@ -22,27 +24,42 @@ use crate::ops::{Weight, matmul_f32};
 const SAMPLE: usize = 65_536;
 /// Of these the tokens that down projections are fitted to.
 const REFIT_SAMPLE: usize = 32_768;
-/// The memory that their neurons may take.
+/// The memory that these neurons may take; their energies take as much again while a layer is cut.
 const SAMPLE_BYTES: usize = 1 << 30;
 /// Of the sample one in so many is left for choices.
 const JUDGED: usize = 8;
 
-/// The first batches of the text, of which the last ones are left for choices.
-#[derive(Debug, Clone, Copy)]
+/// Batches of the text that things are fitted to, and others that choices are made by.
+#[derive(Debug, Clone)]
 struct Sample {
-    batches: usize,
-    judged_from: usize,
+    fitted: Range<usize>,
+    judged: Range<usize>,
 }
 
 impl Sample {
-    fn of(batches: &[Windows]) -> Self {
-        let batches = batches.len();
-        Self { batches, judged_from: batches - (batches / JUDGED).max(usize::from(batches > 1)) }
+    /// The first batches, of which the last ones are left for choices.
+    fn of(text: &[Windows], most: usize) -> Self {
+        let batches = first_batches(text, most).len();
+        let judged_from = batches - (batches / JUDGED).max(usize::from(batches > 1));
+        Self { fitted: 0..judged_from, judged: judged_from..batches }
     }
 
-    /// What is fitted to, and what choices are made by.
-    fn split(self, observed: &[Observed]) -> (&[Observed], &[Observed]) {
-        observed[..self.batches.min(observed.len())].split_at(self.judged_from.min(observed.len()))
+    /// The first batches of either.
+    fn part(&self, text: &[Windows], most: usize) -> Self {
+        let first = |range: &Range<usize>, most| {
+            range.start..range.start + first_batches(&text[range.clone()], most).len()
+        };
+        Self { fitted: first(&self.fitted, most - most / JUDGED), judged: first(&self.judged, most / JUDGED) }
+    }
+
+    /// All of it.
+    fn batches(&self) -> impl Iterator<Item = usize> + use<> {
+        self.fitted.clone().chain(self.judged.clone())
+    }
+
+    /// What is fitted to and what choices are made by; nothing of a layer of which nothing is kept.
+    fn of_observed<'o>(&self, observed: &'o [Observed]) -> (&'o [Observed], &'o [Observed]) {
+        (&observed[self.fitted.clone()], &observed[self.judged.clone()])
     }
 }
 
@@ -70,15 +87,18 @@ pub(super) fn split(
     watch: &mut Watch<'_>,
 ) -> Result<Split> {
     let most = SAMPLE.min(SAMPLE_BYTES / (4 * shape.neurons.max(1)));
-    let sample = Sample::of(first_batches(&calibration.fitted, most));
-    let refit_sample = Sample::of(first_batches(&calibration.fitted, REFIT_SAMPLE.min(most)));
+    let sample = Sample::of(&calibration.fitted, most);
+    let refit_sample = sample.part(&calibration.fitted, REFIT_SAMPLE);
     let begin = |windows: &[Windows]| -> Result<Vec<Stream>> {
         windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents())).collect()
     };
     let mut dense = begin(&calibration.fitted)?;
     let refit = settings.refit != Refit::None;
     let is_mixture = settings.method == Method::Split;
-    let mut mixture = if is_mixture && refit { dense[..refit_sample.batches].to_vec() } else { Vec::new() };
+    let mut mixture: Vec<Stream> = match is_mixture && refit {
+        true => refit_sample.batches().map(|batch| dense[batch].clone()).collect(),
+        false => Vec::new(),
+    };
     // A pruned model is what is asked for, or what the mixture has to be better than.
     let compared = Compared { mixture: is_mixture, pruned: settings.baselines || !is_mixture, refit };
     let begin_rivals = |text| Rivals::new(model, text, compared);
@@ -110,13 +130,14 @@ pub(super) fn split(
             model.add_to_stream(layer, stream, &seen.y)?;
             if !is_dense {
                 moments.add(&seen)?;
-                if index < sample.batches {
+                if index < sample.judged.end {
                     observed.push(seen);
                 }
             }
         }
         if is_dense {
-            for (stream, windows) in mixture.iter_mut().zip(&calibration.fitted) {
+            for (stream, batch) in mixture.iter_mut().zip(refit_sample.batches()) {
+                let windows = &calibration.fitted[batch];
                 let seen = observe(model, layer, network, &down, stream, windows)?;
                 model.add_to_stream(layer, stream, &seen.y)?;
             }
@@ -130,7 +151,7 @@ pub(super) fn split(
             continue;
         }
         let scores = moments.finish(&columns);
-        let (fitted, judged) = sample.split(&observed);
+        let (fitted, judged) = sample.of_observed(&observed);
         let cut = Cut {
             network,
             down: &down,
@@ -145,7 +166,7 @@ pub(super) fn split(
         let (mut slices, power) = made.unzip();
         let kept = scores.ranked()[..shape.active_width()].to_vec();
         let pruned = if refit && compared.pruned {
-            cut.refit_pruned(&kept, refit_sample.split(&observed))?
+            cut.refit_pruned(&kept, refit_sample.of_observed(&observed))?
         } else {
             down.clone()
         };
@@ -161,7 +182,7 @@ pub(super) fn split(
                 down: &down,
                 scores: &scores,
                 goal,
-                sample: refit_sample,
+                sample: &refit_sample,
                 stored,
             };
             left = walk.refit(slices, &mut mixture, &calibration.fitted)?;
@@ -318,32 +339,37 @@ struct Walk<'a> {
     scores: &'a Scores,
     /// The dense streams behind this layer, where they are what is fitted to.
     goal: Option<&'a [Stream]>,
-    sample: Sample,
+    sample: &'a Sample,
     stored: DType,
 }
 
 impl Walk<'_> {
-    /// Fits the down projection of `slices` on the stream of the mixture, and takes that behind the layer. Gives the share
-    /// of the judged error that is left.
-    fn refit(&self, slices: &mut Slices, streams: &mut [Stream], batches: &[Windows]) -> Result<Option<f64>> {
+    /// Fits the down projection of `slices` on the streams of the mixture, one for each batch of the sample, and takes them
+    /// behind the layer. Gives the share of the judged error that is left.
+    fn refit(&self, slices: &mut Slices, streams: &mut [Stream], text: &[Windows]) -> Result<Option<f64>> {
         let neurons = self.scores.energy.len();
         let free: Vec<usize> = (0..neurons).filter(|neuron| !self.scores.guarded[*neuron]).collect();
         let mut fit = Fit::new(&free)?;
         let mut actives = Vec::new();
-        for (index, (stream, windows)) in streams.iter_mut().zip(batches).enumerate() {
-            let seen = observe(self.model, self.layer, self.network, self.down, stream, windows)?;
+        for (stream, batch) in streams.iter_mut().zip(self.sample.batches()) {
+            let seen = observe(self.model, self.layer, self.network, self.down, stream, &text[batch])?;
             let mask = slices.mask(&slices.choose(&seen.x)?, neurons);
             let (active, rest) = masked(&seen.h, &mask)?;
             let missing = match self.goal {
                 None => matmul_f32(&rest, &self.down.t()?)?,
                 Some(goal) => {
                     let given = matmul_f32(&active, &self.down.t()?)?;
-                    let residual = (goal[index].residual() - stream.residual())?.to_dtype(DType::F32)?;
+                    let residual = (goal[batch].residual() - stream.residual())?.to_dtype(DType::F32)?;
                     let multiplier = self.model.config().multipliers.residual;
                     ((residual / multiplier)? - given)?
                 }
             };
-            fit.add(&active, &missing, &self.scores.weights(&seen.norms), index >= self.sample.judged_from)?;
+            fit.add(
+                &active,
+                &missing,
+                &self.scores.weights(&seen.norms),
+                self.sample.judged.contains(&batch),
+            )?;
             actives.push(active);
         }
         let fitted = fit

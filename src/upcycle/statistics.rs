@@ -218,3 +218,35 @@ pub(super) fn energies_of(h: &Tensor, tokens: &[u32], columns: &[f32], chosen: &
     });
     Ok(energies)
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn observed(h: &[[f32; 3]]) -> Observed {
+        let h = Tensor::from_slice(h.as_flattened(), (h.len(), 3), &Device::Cpu).unwrap();
+        let tokens = h.dim(0).unwrap();
+        Observed { x: h.clone(), y: h.clone(), h, norms: vec![1.0; tokens], first: vec![false; tokens] }
+    }
+
+    #[test]
+    fn evened_energies_count_by_the_root_of_their_sum() {
+        let scores = Scores { energy: vec![1.0; 3], guarded: vec![false; 3], median: 1.0 };
+        let batches = [observed(&[[3.0, 4.0, 0.0], [0.0; 3]]), observed(&[[30.0, 40.0, 0.0]])];
+        // A neuron that is none has no energy.
+        let of = |evened| Evidence::of(&batches, &scores, &[1.0; 3], &[0, 1, 7], evened).unwrap();
+        let rows = |evidence: Evidence| evidence.energy.to_vec2::<f32>().unwrap();
+        assert_eq!(rows(of(false)), [[9.0, 16.0, 0.0], [0.0; 3], [900.0, 1600.0, 0.0]]);
+        let root = |sum: f32, value: f32| value / sum.sqrt();
+        assert_eq!(
+            rows(of(true)),
+            [[root(25., 9.), root(25., 16.), 0.0], [0.0; 3], [root(2500., 900.), root(2500., 1600.), 0.0]]
+        );
+        let mut massive = observed(&[[1.0; 3]]);
+        massive.norms = vec![100.0];
+        let none = Evidence::of(&[massive], &scores, &[1.0; 3], &[0, 1], true).unwrap();
+        assert_eq!(none.energy.dim(0).unwrap(), 0);
+    }
+}

@@ -1,6 +1,7 @@
 //! Linear layers side by side, each of which takes some of the rows: `y[r] = layer[expert of r](x[r])`.
 //!
-//! [`spread`] takes tokens to the rows of their experts, [`join`] takes rows back to tokens, weighed. Rows are grouped by
+//! [`spread`] takes tokens to the rows of their experts, [`join`] is the layer behind which rows go back to tokens: what it gives is
+//! weighed and summed by [`groups::combine`]. Rows are grouped by
 //! [`Groups`]; each layer is that of [`linear`], with its low-rank term and dropout. The cost follows the rows. Experts are
 //! computed side by side, products within them on the threads that are left.
 

@@ -47,7 +47,8 @@ pub struct Back {
 }
 
 impl Back {
-    /// `dx [tokens, in]` and the sum of `others`, `[tokens, in]` each; added in f32 and rounded once.
+    /// `dx [tokens, in]` and the sum of `others`, `[tokens, in]` each, added in f32. In bf16 each of them was rounded before, as
+    /// a token's rows were: half as much to write and read again.
     pub fn sum(&self, groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
         let all: Vec<&Tensor> = self.through.iter().chain(others.iter().copied()).collect();
         groups::sum(&self.of_rows, groups, &all)
@@ -62,14 +63,12 @@ pub fn forward(
     pass: &Pass<'_>,
 ) -> Result<(Vec<Tensor>, Saved)> {
     let has_low_rank = kinds.iter().any(|layers| layers.iter().any(|layer| layer.low_rank.is_some()));
-    let (inners, ys) = match Stack::of(kinds, groups, pass) {
-        Some(stack) => {
-            let inners = stack.inners(x, groups)?;
-            let ys = outputs(Rows::OfTokens(x), kinds, &inners, groups)?;
-            (inners, ys)
-        }
-        None if !has_low_rank => {
-            let inners = vec![vec![None; kinds.len()]; groups.len()];
+    let over_tokens = match Stack::of(kinds, groups, pass) {
+        Some(stack) => Some(stack.inners(x, groups)?),
+        None => (!has_low_rank).then(|| vec![vec![None; kinds.len()]; groups.len()]),
+    };
+    let (inners, ys) = match over_tokens {
+        Some(inners) => {
             let ys = outputs(Rows::OfTokens(x), kinds, &inners, groups)?;
             (inners, ys)
         }

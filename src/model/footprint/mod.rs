@@ -1,15 +1,16 @@
 //! What training holds in memory, from the configuration alone: the forward and the backward of [`super::Decoder`] gone
 //! through with sizes in place of tensors, buffer by buffer, to the moment at which most is held.
 
+mod sparse;
+
 use std::collections::BTreeMap;
 
 use candle_core::DType;
 
-use super::config::{DecoderConfig, FeedForwardConfig, LayerConfig, Projection, Widths};
+use super::config::{DecoderConfig, LayerConfig, Projection, Widths};
 use super::decoder::Recompute;
 use super::ledger::Ledger;
 use crate::ops::cross_entropy::chunk_rows;
-use crate::ops::grouped_linear::is_stacked;
 
 /// What is trained, as far as memory is concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -222,8 +223,7 @@ impl Walk<'_> {
         let hidden = self.config.hidden_size;
         let LayerConfig { attention, feed_forward } = &self.config.layers[index];
         let Widths { width, rows, .. } = feed_forward.widths();
-        // What experts give, before it is put together; what goes to them is gathered unless their terms are stacked.
-        let routed = self.values(rows * hidden) * if self.stacks(index) { 1 } else { 2 };
+        let routed = self.rows_of_experts(index, rows);
         let (q, kv, heads) = (attention.q_width(), attention.kv_width(), attention.num_heads);
         let values = |width: usize| self.values(width);
         let inner = |projections: &[Projection]| -> u64 {
@@ -234,7 +234,8 @@ impl Walk<'_> {
         // q, k, v and what attention gives, q and k before their norms, the logsumexp; the middle of the residual stream.
         let head_norms = if attention.qk_norm.is_some() { values(q + kv) } else { 0 };
         let of_attention = values(q + 2 * kv + q) + head_norms + self.wide(heads);
-        let of_feed_forward = values(2 * width) + self.routing(index);
+        let gate = self.gate_of_shared(index);
+        let of_feed_forward = values(2 * width) + self.routing(index) + gate.kept;
         let inner_of_attention = inner(&[Projection::Q, Projection::K, Projection::V, Projection::O]);
         let inner_of_feed_forward = inner(&[Projection::Gate, Projection::Up, Projection::Down]);
         let kept =
@@ -249,7 +250,8 @@ impl Walk<'_> {
         let forward = forward_of_attention
             .max(in_feed_forward + values(hidden).max(dropped(width)) + values(hidden))
             + routed
-            + self.stacked(index);
+            + self.stacked(index)
+            + gate.forward;
 
         // `down`: the product again, and its gradient; then the gradients of gate and up.
         let through = if self.drops() { self.wide(width) + self.wide(width) } else { 0 };
@@ -263,7 +265,7 @@ impl Walk<'_> {
         let parts = 2 * self.wide(q) + self.attention_scratch(index, true);
         let in_attention = (values(hidden) + values(q) + parts + values(q + kv))
             .max(values(hidden) + values(q + 2 * kv) + 2 * values(hidden) + through);
-        let in_network = down.max(unit).max(towards) + routed + self.stacked(index);
+        let in_network = down.max(unit).max(towards) + routed + self.stacked(index) + gate.backward;
         let backward = in_network.max(in_attention.saturating_sub(freed));
         BlockBytes { kept, forward, saved, backward }
     }
@@ -345,37 +347,6 @@ impl Walk<'_> {
             _ => 1,
         };
         self.wide(times * self.rank(layer, projection).unwrap_or(0))
-    }
-
-    /// What a router leaves for the backward: logits, and of each choice expert, weight and row.
-    fn routing(&self, layer: usize) -> u64 {
-        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
-        self.wide(moe.experts + 4 * moe.active)
-    }
-
-    /// The inner states of all experts' adapters for all tokens, in f32 and rounded, as they are while a layer is computed.
-    fn stacked(&self, layer: usize) -> u64 {
-        let ranks = |projections: &[Projection]| {
-            let rank = self.stacked_rank(layer, projections).unwrap_or(0);
-            rank * projections.iter().filter(|p| self.rank(layer, **p).is_some()).count()
-        };
-        let ranks = ranks(&[Projection::Gate, Projection::Up]).max(ranks(&[Projection::Down]));
-        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return 0 };
-        2 * self.wide(moe.experts * ranks)
-    }
-
-    /// The rank of these projections, which meet the same tokens, where the terms of all experts are one over all tokens.
-    fn stacked_rank(&self, layer: usize, projections: &[Projection]) -> Option<usize> {
-        let FeedForwardConfig::Sparse(moe) = &self.config.layers[layer].feed_forward else { return None };
-        let mut ranks = projections.iter().filter_map(|projection| self.rank(layer, *projection));
-        let first = ranks.next()?;
-        let is_stacked = !self.drops() && is_stacked(moe.experts, moe.active, first);
-        (is_stacked && ranks.all(|rank| rank == first)).then_some(first)
-    }
-
-    /// Whether the terms of all experts' gates and up projections are one over all tokens.
-    fn stacks(&self, layer: usize) -> bool {
-        self.stacked_rank(layer, &[Projection::Gate, Projection::Up]).is_some()
     }
 
     fn head_dim(&self) -> usize {
