@@ -95,6 +95,28 @@ fn logits_in_bf16_stay_near_those_in_f32() {
     }
 }
 
+/// A router's input is kept as it is computed, and its gradients are taken in f32 all the same. A token near a tie may go to
+/// another expert in bf16.
+#[test]
+fn gradients_of_routers_in_bf16_stay_near_those_in_f32() {
+    for name in SPARSE {
+        let fixture = Fixture::open(name);
+        let gradients = |dtype, recompute| {
+            let mut model = Decoder::open(&fixture.pretrained(), dtype, &Device::Cpu).unwrap();
+            let trainables = model.make_routers_trainable().unwrap();
+            let step = step_gradients(&model, &trainables, &[fixture.batch()], None, recompute).unwrap();
+            let all = trainables.keys().map(|name| step.gradients.of_name(name).unwrap());
+            all.flat_map(values).map(f64::from).collect::<Vec<_>>()
+        };
+        let expected = gradients(DType::F32, Recompute::None);
+        let found = gradients(DType::BF16, Recompute::None);
+        assert_eq!(found, gradients(DType::BF16, Recompute::Block), "{name}");
+        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+        let cosine = dot(&found, &expected) / (dot(&found, &found) * dot(&expected, &expected)).sqrt();
+        assert!(cosine > 0.9, "{name}: {cosine}");
+    }
+}
+
 const BALANCED: RouterLosses =
     RouterLosses { switch: 0.1, importance: 0.0, load: 0.0, load_std: 0.0, z: 0.0, pooled: true };
 
