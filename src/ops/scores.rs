@@ -1,4 +1,4 @@
-//! What a router scores its experts with: a product of few outputs, in f32 whatever its input is.
+//! A product of few outputs, in f32 whatever its input is: what a router scores its experts with.
 
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -19,26 +19,41 @@ pub fn scores(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         return Ok(x.to_dtype(DType::F32)?.matmul(&weight.t()?)?);
     }
     let x = x.contiguous()?;
-    dispatch!(x.dtype(), scored(&x, &weight))
+    match x.dtype() {
+        DType::F32 => scored::<f32>(&x, &weight, |x, of_rows| of_rows(x)),
+        _ => dispatch!(x.dtype(), scored_widened(&x, &weight)),
+    }
 }
 
-fn scored<T: Element>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+fn scored_widened<T: Element>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    scored::<T>(x, weight, |x, of_rows| {
+        let mut wide = vec![0f32; x.len()];
+        widen(&mut wide, x);
+        of_rows(&wide);
+    })
+}
+
+/// `in_f32` gives a task's rows in f32 to what it is called with.
+fn scored<T: Element>(
+    x: &Tensor,
+    weight: &Tensor,
+    in_f32: impl Fn(&[T], &mut dyn FnMut(&[f32])) + Sync,
+) -> Result<Tensor> {
     let (experts, d) = weight.dims2()?;
     let tokens = x.dim(0)?;
     let (values, weight) = (Values::<T>::of(x)?, Values::<f32>::of(weight)?);
     let (values, weight): (&[T], &[f32]) = (&values, &weight);
+    let (width, count) = (d.max(1), experts.max(1));
     let scores = written(tokens * experts, |scores| {
-        scores.par_chunks_mut(ROWS * experts.max(1)).zip(values.par_chunks(ROWS * d.max(1))).for_each(
-            |(scores, x)| {
-                let mut wide = vec![0f32; x.len()];
-                widen(&mut wide, x);
-                for (expert, weight) in weight.chunks_exact(d.max(1)).enumerate() {
-                    for (scores, x) in scores.chunks_exact_mut(experts).zip(wide.chunks_exact(d.max(1))) {
+        scores.par_chunks_mut(ROWS * count).zip(values.par_chunks(ROWS * width)).for_each(|(scores, x)| {
+            in_f32(x, &mut |x| {
+                for (expert, weight) in weight.chunks_exact(width).enumerate() {
+                    for (scores, x) in scores.chunks_exact_mut(count).zip(x.chunks_exact(width)) {
                         scores[expert] = dot(x, weight);
                     }
                 }
-            },
-        );
+            });
+        });
     });
     to_tensor(scores, &[tokens, experts])
 }
