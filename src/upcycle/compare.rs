@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use serde::Serialize;
 
 use super::paired::{Difference, Loss};
-use super::slices::{Slices, masked, top};
+use super::slices::{Slices, fixed_mask, masked, top};
 use super::solve::values;
 use super::statistics::{Observed, Scores, observe};
 use super::windows::{Text, Windows};
@@ -150,9 +150,7 @@ impl<'a> Rivals<'a> {
             let mask = |seen: &Observed| Ok(slices.mask(&slices.choose(&seen.x)?, neurons));
             through(streams, &slices.down, &mask)?;
         }
-        let mut fixed = vec![0f32; neurons];
-        kept.iter().for_each(|neuron| fixed[*neuron] = 1.0);
-        let fixed = |seen: &Observed| Ok(fixed.repeat(seen.norms.len()));
+        let fixed = |seen: &Observed| fixed_mask(kept, &seen.h);
         for (streams, down_of) in [(&mut self.pruned, down), (&mut self.pruned_refit, pruned)] {
             if let Some(streams) = streams {
                 through(streams, down_of, &fixed)?;

@@ -76,6 +76,14 @@ pub(super) fn top(scores: &[f32], experts: usize, active: usize) -> Vec<u32> {
     chosen
 }
 
+/// For `h [tokens, neurons]` a one for each neuron that is `kept`, the same on all tokens.
+pub(super) fn fixed_mask(kept: &[usize], h: &Tensor) -> Result<Vec<f32>> {
+    let (tokens, neurons) = h.dims2()?;
+    let mut mask = vec![0f32; neurons];
+    kept.iter().for_each(|neuron| mask[*neuron] = 1.0);
+    Ok(mask.repeat(tokens))
+}
+
 /// `h` with what is not active set to zero, and the rest of it.
 pub(super) fn masked(h: &Tensor, mask: &[f32]) -> Result<(Tensor, Tensor)> {
     let mask = Tensor::from_slice(mask, h.dims(), &Device::Cpu)?;

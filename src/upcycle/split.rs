@@ -8,10 +8,10 @@ use candle_core::{DType, Tensor};
 use super::compare::{Compared, LayerReport, Rivals};
 use super::gradient::Importance;
 use super::partition::{Grounds, partition};
-use super::refit::Fit;
+use super::refit::{Fit, Fitted};
 use super::router::{Sight, exponent, router};
 use super::settings::{Method, Partition, Refit, Settings, SplitShape};
-use super::slices::{Slices, masked, routed};
+use super::slices::{Slices, fixed_mask, masked, routed};
 use super::solve::values;
 use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
 use super::windows::{Calibration, Windows, first_batches};
@@ -95,12 +95,12 @@ pub(super) fn split(
     let mut dense = begin(&calibration.fitted)?;
     let refit = settings.refit != Refit::None;
     let is_mixture = settings.method == Method::Split;
-    let mut mixture: Vec<Stream> = match is_mixture && refit {
-        true => refit_sample.batches().map(|batch| dense[batch].clone()).collect(),
-        false => Vec::new(),
-    };
     // A pruned model is what is asked for, or what the mixture has to be better than.
     let compared = Compared { mixture: is_mixture, pruned: settings.baselines || !is_mixture, refit };
+    let refitted = |there: bool| -> Vec<Stream> {
+        refit_sample.batches().filter(|_| there && refit).map(|batch| dense[batch].clone()).collect()
+    };
+    let (mut mixture, mut pruned_streams) = (refitted(compared.mixture), refitted(compared.pruned));
     let begin_rivals = |text| Rivals::new(model, text, compared);
     let texts = std::iter::once(&calibration.held_out).chain(&calibration.further);
     let mut rivals: Vec<Rivals<'_>> = texts.map(begin_rivals).collect::<Result<_>>()?;
@@ -136,10 +136,12 @@ pub(super) fn split(
             }
         }
         if is_dense {
-            for (stream, batch) in mixture.iter_mut().zip(refit_sample.batches()) {
-                let windows = &calibration.fitted[batch];
-                let seen = observe(model, layer, network, &down, stream, windows)?;
-                model.add_to_stream(layer, stream, &seen.y)?;
+            for streams in [&mut mixture, &mut pruned_streams] {
+                for (stream, batch) in streams.iter_mut().zip(refit_sample.batches()) {
+                    let windows = &calibration.fitted[batch];
+                    let seen = observe(model, layer, network, &down, stream, windows)?;
+                    model.add_to_stream(layer, stream, &seen.y)?;
+                }
             }
             for rivals in &mut rivals {
                 rivals.pass_dense(model, layer, network, &down)?;
@@ -165,28 +167,23 @@ pub(super) fn split(
         let made = if is_mixture { Some(cut.slices(layer, shape, settings)?) } else { None };
         let (mut slices, power) = made.unzip();
         let kept = scores.ranked()[..shape.active_width()].to_vec();
-        let pruned = if refit && compared.pruned {
-            cut.refit_pruned(&kept, refit_sample.of_observed(&observed))?
-        } else {
-            down.clone()
-        };
         drop(observed);
 
+        let goal = (settings.refit == Refit::Stream).then_some(dense.as_slice());
+        let text = calibration.fitted.as_slice();
+        let sample = &refit_sample;
+        let walk = Walk { model, layer, network, down: &down, scores: &scores, goal, text, sample, stored };
         let mut left = None;
         if let Some(slices) = slices.as_mut().filter(|_| refit) {
-            let goal = (settings.refit == Refit::Stream).then_some(dense.as_slice());
-            let walk = Walk {
-                model,
-                layer,
-                network,
-                down: &down,
-                scores: &scores,
-                goal,
-                sample: &refit_sample,
-                stored,
-            };
-            left = walk.refit(slices, &mut mixture, &calibration.fitted)?;
+            let all: Vec<usize> = (0..columns.len()).collect();
+            let mask = |seen: &Observed| Ok(slices.mask(&slices.choose(&seen.x)?, columns.len()));
+            let fitted = walk.refit(&mask, &all, &mut mixture)?;
+            (slices.down, left) = (fitted.down, fitted.left);
         }
+        let pruned = match refit && compared.pruned {
+            true => walk.refit(&|seen| fixed_mask(&kept, &seen.h), &kept, &mut pruned_streams)?.down,
+            false => down.clone(),
+        };
         let mut reports = Vec::new();
         for rivals in &mut rivals {
             let sight = (&down, columns.as_slice(), &scores);
@@ -311,26 +308,9 @@ impl Cut<'_> {
         let rows: Vec<u32> = neurons.iter().map(|neuron| (*neuron).min(last) as u32).collect();
         Ok(padded.index_select(&Tensor::new(rows, gate.device())?, 0)?)
     }
-
-    /// The down projection of static pruning, fitted on the dense model's stream: to the first batches, judged by the others.
-    fn refit_pruned(&self, kept: &[usize], (fitted, judged): (&[Observed], &[Observed])) -> Result<Tensor> {
-        let mut mask = vec![0f32; self.columns.len()];
-        kept.iter().for_each(|neuron| mask[*neuron] = 1.0);
-        let free: Vec<usize> = kept.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
-        let mut fit = Fit::new(&free)?;
-        for (batches, judged) in [(fitted, false), (judged, true)] {
-            for seen in batches {
-                let mask: Vec<f32> = mask.repeat(seen.norms.len());
-                let (active, rest) = masked(&seen.h, &mask)?;
-                let missing = matmul_f32(&rest, &self.down.t()?)?;
-                fit.add(&active, &missing, &self.scores.weights(&seen.norms), judged)?;
-            }
-        }
-        Ok(fit.finish(self.down)?.down)
-    }
 }
 
-/// The stream of the mixture at one layer.
+/// The streams of the mixture, or of the pruned model, at one layer.
 struct Walk<'a> {
     model: &'a Decoder,
     layer: usize,
@@ -339,22 +319,27 @@ struct Walk<'a> {
     scores: &'a Scores,
     /// The dense streams behind this layer, where they are what is fitted to.
     goal: Option<&'a [Stream]>,
+    text: &'a [Windows],
     sample: &'a Sample,
     stored: DType,
 }
 
 impl Walk<'_> {
-    /// Fits the down projection of `slices` on the streams of the mixture, one for each batch of the sample, and takes them
-    /// behind the layer. Gives the share of the judged error that is left.
-    fn refit(&self, slices: &mut Slices, streams: &mut [Stream], text: &[Windows]) -> Result<Option<f64>> {
-        let neurons = self.scores.energy.len();
-        let free: Vec<usize> = (0..neurons).filter(|neuron| !self.scores.guarded[*neuron]).collect();
+    /// Fits the columns of `active` neurons, but for guarded ones, on streams of one for each batch of the sample, and takes these
+    /// behind the layer. `mask` says which neurons are on for which tokens.
+    fn refit(
+        &self,
+        mask: &dyn Fn(&Observed) -> Result<Vec<f32>>,
+        active: &[usize],
+        streams: &mut [Stream],
+    ) -> Result<Fitted> {
+        let free: Vec<usize> =
+            active.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
         let mut fit = Fit::new(&free)?;
         let mut actives = Vec::new();
         for (stream, batch) in streams.iter_mut().zip(self.sample.batches()) {
-            let seen = observe(self.model, self.layer, self.network, self.down, stream, &text[batch])?;
-            let mask = slices.mask(&slices.choose(&seen.x)?, neurons);
-            let (active, rest) = masked(&seen.h, &mask)?;
+            let seen = observe(self.model, self.layer, self.network, self.down, stream, &self.text[batch])?;
+            let (active, rest) = masked(&seen.h, &mask(&seen)?)?;
             let missing = match self.goal {
                 None => matmul_f32(&rest, &self.down.t()?)?,
                 Some(goal) => {
@@ -372,16 +357,16 @@ impl Walk<'_> {
             )?;
             actives.push(active);
         }
-        let fitted = fit
+        let Fitted { down, left } = fit
             .finish(self.down)
             .map_err(|error| error.with_hint("`upcycle.refit = \"none\"` goes without"))?;
         // What is written is what the layers above are fitted to.
-        slices.down = fitted.down.to_dtype(self.stored)?.to_dtype(DType::F32)?;
+        let down = down.to_dtype(self.stored)?.to_dtype(DType::F32)?;
         for (stream, active) in streams.iter_mut().zip(actives) {
-            let y = matmul_f32(&active, &slices.down.t()?)?;
+            let y = matmul_f32(&active, &down.t()?)?;
             self.model.add_to_stream(self.layer, stream, &y)?;
         }
-        Ok(fitted.left)
+        Ok(Fitted { down, left })
     }
 }
 
