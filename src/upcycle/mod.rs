@@ -131,7 +131,7 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
     )?;
     write_atomic(staged.path().join(REPORT_TEXT), report.text().as_bytes())?;
     // From here on there is no way back.
-    watch(Event::note("the account is written"))?;
+    watch(Event::note("writing the account"))?;
     staged.commit().at(job.output)?;
     Ok(report)
 }
