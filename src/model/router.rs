@@ -343,6 +343,37 @@ mod tests {
         assert_eq!(kept, [true, true, true, true, true, true, true, false]);
     }
 
+    /// The input is kept in bf16; what is computed from it must not be rounded with it.
+    #[test]
+    fn gradients_do_not_depend_on_the_type_in_which_the_input_is_kept() {
+        let cpu = candle_core::Device::Cpu;
+        let config: crate::model::DecoderConfig = crate::model::family::read(&serde_json::json!({
+            "model_type": "mixtral", "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8, "num_local_experts": 5,
+            "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 8
+        }))
+        .unwrap();
+        let (_, moe) = config.sparse_layers().next().unwrap();
+        let weight =
+            candle_core::Var::from_tensor(&Tensor::rand(-1f32, 1.0, (5, 32), &cpu).unwrap()).unwrap();
+        let parameter = Parameter::new("w", weight.as_tensor());
+        let linear =
+            Linear { path: "w".into(), weight: Weight::Dense(parameter.clone()), bias: None, low_rank: None };
+        let router = Router { layer: 0, linear, bias: None, rule: Rule::of(moe), noise: None, unit: 1.0 };
+        let documents = crate::ops::Documents::new(vec![0, 40], vec![1]);
+        let pass = Pass::training(&documents, None);
+        let x = Tensor::rand(-1f32, 1.0, (40, 32), &cpu).unwrap().to_dtype(DType::BF16).unwrap();
+        let d_weights: Vec<f32> = (0..80).map(|n| (n as f32).sin()).collect();
+        let gradient = |dtype| -> Vec<f32> {
+            let mut gradients = Gradients::of(&[("w".into(), weight.clone())].into());
+            let (routing, saved) = router.forward(&x.to_dtype(dtype).unwrap(), &pass).unwrap();
+            let through = (d_weights.as_slice(), None);
+            router.backward((&routing, &saved), &pass, through, true, &mut gradients).unwrap();
+            gradients.of_name("w").unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        };
+        assert_eq!(gradient(DType::BF16), gradient(DType::F32));
+    }
+
     #[test]
     fn noise_is_normal() {
         let documents = crate::ops::Documents::new(vec![0, 4000], vec![1]);

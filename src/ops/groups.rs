@@ -306,7 +306,7 @@ vectorized! {
 }
 
 vectorized! {
-    fn dot<T: Element>(x: &[T], y: &[T]) -> f32 {
+    pub(super) fn dot<T: Element>(x: &[T], y: &[T]) -> f32 {
         super::kernel::sum_of_pairs(x, y, |x, y| x * y)
     }
 }

@@ -4,7 +4,9 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::Op;
-use super::kernel::{Element, Values, dispatch, sum_of_pairs, to_tensor, vectorized, written};
+use super::groups::dot;
+use super::kernel::{Element, Values, dispatch, to_tensor, written};
+use super::sum::cast_row;
 use crate::error::Result;
 
 /// Rows of a task: wide enough that they stay in the L2 cache while experts go by.
@@ -28,7 +30,7 @@ pub fn scores(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 fn scored_widened<T: Element>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     scored::<T>(x, weight, |x, of_rows| {
         let mut wide = vec![0f32; x.len()];
-        widen(&mut wide, x);
+        cast_row(&mut wide, x);
         of_rows(&wide);
     })
 }
@@ -56,20 +58,6 @@ fn scored<T: Element>(
         });
     });
     to_tensor(scores, &[tokens, experts])
-}
-
-vectorized! {
-    fn widen<T: Element>(wide: &mut [f32], x: &[T]) {
-        for (wide, x) in wide.iter_mut().zip(x) {
-            *wide = x.widen();
-        }
-    }
-}
-
-vectorized! {
-    fn dot(x: &[f32], y: &[f32]) -> f32 {
-        sum_of_pairs(x, y, |x, y| x * y)
-    }
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ fn cast_typed<U: Element, T: Element>(x: &Tensor) -> Result<Tensor> {
 }
 
 vectorized! {
-    fn cast_row<T: Element, U: Element>(cast: &mut [U], x: &[T]) {
+    pub(super) fn cast_row<T: Element, U: Element>(cast: &mut [U], x: &[T]) {
         for (cast, x) in cast.iter_mut().zip(x) {
             *cast = U::narrow(x.widen());
         }

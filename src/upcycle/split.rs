@@ -57,7 +57,7 @@ impl Sample {
         self.fitted.clone().chain(self.judged.clone())
     }
 
-    /// What is fitted to and what choices are made by; nothing of a layer of which nothing is kept.
+    /// What is fitted to and what choices are made by, of all that was kept of a layer.
     fn of_observed<'o>(&self, observed: &'o [Observed]) -> (&'o [Observed], &'o [Observed]) {
         (&observed[self.fitted.clone()], &observed[self.judged.clone()])
     }
