@@ -56,9 +56,12 @@ impl Block {
         let (normalised, input_norm) = self.input_norm.forward(x)?;
         let (mixed, attention) = self.attention.forward(&normalised, angles, pass, cache)?;
         let (x, normalised, post_norm) = self.post_norm.forward_of_sum(x, &self.scaled(mixed)?)?;
-        let (y, routing, feed_forward) = self.feed_forward.forward(&normalised, pass)?;
+        let own_sum = self.residual == 1.0;
+        let (y, routing, feed_forward) =
+            self.feed_forward.forward(&normalised, own_sum.then_some(&x), pass)?;
+        let y = if own_sum { y } else { add(&x, &self.scaled(y)?)? };
         let saved = Saved { input_norm, attention, post_norm, feed_forward };
-        Ok((add(&x, &self.scaled(y)?)?, routing, saved))
+        Ok((y, routing, saved))
     }
 
     /// The input of the feed-forward network in a forward pass.

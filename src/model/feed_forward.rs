@@ -67,6 +67,19 @@ impl FeedForward {
         wants_dx: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
+        let backs = self.own_gradients(saved, pass, dy, wants_dx, gradients)?;
+        if wants_dx { linear::dx(&backs, &[], dy.dtype(), pass).map(Some) } else { Ok(None) }
+    }
+
+    /// The gradients of what it holds, and what [`linear::dx`] takes, when `wants_dx`.
+    pub(super) fn own_gradients(
+        &self,
+        saved: Saved,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<linear::Back<'_>>> {
         let wants_product = wants_dx || self.gate.is_trained(gradients) || self.up.is_trained(gradients);
         let Saved { gate, up, unit, down } = saved;
         let (d_product, d_inner) =
@@ -75,14 +88,14 @@ impl FeedForward {
         let Some(d_product) = d_product else {
             let product = glu::value(&unit, self.activation)?;
             self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
-            return Ok(None);
+            return Ok(Vec::new());
         };
         let (product, d_gate, d_up) = glu::backward(&unit, self.activation, &d_product, None)?;
         drop((unit, d_product));
         self.down.input_gradients(&product, d_inner.as_ref(), dy, pass, gradients)?;
         drop(product);
         let towards = [(&self.gate, &gate, &d_gate), (&self.up, &up, &d_up)];
-        Linear::backward_of_all(&towards, pass, wants_dx, gradients)
+        Linear::own_gradients(&towards, pass, wants_dx, gradients)
     }
 
     /// Whether a gradient of `wanted` is computed from its input.

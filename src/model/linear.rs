@@ -63,6 +63,17 @@ impl Linear {
         linear::backward_of_all(&layers, pass, wants_dx, gradients)
     }
 
+    /// Of [`Linear::backward_of_all`] the gradients of what the layers hold, and what [`linear::dx`] takes.
+    pub(super) fn own_gradients<'l>(
+        layers: &[(&'l Self, &linear::Saved, &Tensor)],
+        pass: &Pass<'_>,
+        wants_dx: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<linear::Back<'l>>> {
+        let layers: Vec<_> = layers.iter().map(|(layer, saved, dy)| (layer.layer(), *saved, *dy)).collect();
+        linear::own_gradients(&layers, pass, wants_dx, gradients)
+    }
+
     /// As [`Linear::backward`] for a layer whose input was dropped: `dx`, and what [`Linear::input_gradients`] takes.
     pub(super) fn backward_without_input(
         &self,

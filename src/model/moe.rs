@@ -10,7 +10,7 @@ use super::linear::Linear;
 use super::router::{self, Router, Routing, RoutingGradient};
 use crate::error::{Error, Result};
 use crate::ops::grouped_linear::{join, spread};
-use crate::ops::{Activation, Gradients, Groups, Pass, add, glu, groups, linear};
+use crate::ops::{Activation, Gradients, Groups, Pass, glu, groups, linear};
 
 /// A router and its experts.
 #[derive(Debug, Clone)]
@@ -89,8 +89,13 @@ impl Saved {
 }
 
 impl Moe {
-    /// `[tokens, hidden] -> [tokens, hidden]`, what the router decided, and what the backward needs.
-    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Routing, Saved)> {
+    /// `[tokens, hidden] -> [tokens, hidden]` with `residual` added, what the router decided, and what the backward needs.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Routing, Saved)> {
         let of_routed = || -> Result<_> {
             let (routing, router) = self.router.forward(x, pass)?;
             let groups = routing.groups();
@@ -105,7 +110,7 @@ impl Moe {
         };
         let ((of_rows, routing, router, groups, experts), shared) = (routed?, shared?);
         let (term, shared) = shared.unzip();
-        let others: Vec<&Tensor> = term.iter().collect();
+        let others: Vec<&Tensor> = residual.into_iter().chain(&term).collect();
         let y = groups::combine(&of_rows, &routing.weights, &groups, &others)?;
         let saved = Saved { routing: routing.clone(), router, groups, experts, shared };
         Ok((y, routing, saved))
@@ -129,33 +134,31 @@ impl Moe {
             self.experts.backward(experts, routed, pass, dy, (wants_dx, wants_router), gradients)
         };
         // Side by side, as in the forward.
-        let (d_shared, (d_routed, d_weights)) = match (&self.shared, shared) {
+        let (mut backs, (d_routed, d_weights)) = match (&self.shared, shared) {
             (Some(shared), Some(saved)) => {
                 let parameters = shared.linears().flat_map(Linear::parameters);
                 let mut of_shared = gradients.take(parameters);
-                let (dx, routed) = rayon::join(
-                    || shared.backward(saved, pass, dy, wants_dx, &mut of_shared),
+                let (backs, routed) = rayon::join(
+                    || shared.own_gradients(saved, pass, dy, wants_dx, &mut of_shared),
                     || through_experts(gradients),
                 );
                 gradients.put_back(of_shared)?;
-                (dx?, routed?)
+                (backs?, routed?)
             }
-            _ => (None, through_experts(gradients)?),
+            _ => (Vec::new(), through_experts(gradients)?),
         };
-        let d_router = match d_weights {
-            Some(d_weights) => {
-                let through = (d_weights.as_slice(), of_losses);
-                self.router.backward((&routing, &router), pass, through, wants_dx, gradients)?
-            }
-            None => None,
-        };
-        match d_routed {
-            Some(back) => {
-                let others: Vec<&Tensor> = d_shared.iter().chain(&d_router).collect();
-                back.sum(&groups, &others).map(Some)
-            }
-            None => Ok(None),
+        if let Some(d_weights) = d_weights {
+            let through = (d_weights.as_slice(), of_losses);
+            let decided = (&routing, &router);
+            backs.extend(self.router.own_gradients(decided, pass, through, wants_dx, gradients)?);
         }
+        let Some(spread::Back { of_rows, through }) = d_routed else { return Ok(None) };
+        if backs.is_empty() && through.is_none() {
+            return groups::sum(&of_rows, &groups, &[]).map(Some);
+        }
+        // Tokens meet the shared expert, the router and what is one for all experts: one product for all of them.
+        let of_tokens = linear::dx(&backs, through.as_slice(), dy.dtype(), pass)?;
+        groups::sum(&of_rows, &groups, &[&of_tokens]).map(Some)
     }
 
     /// Whether a gradient of `wanted` is computed from its input.
@@ -266,27 +269,30 @@ impl Shared {
         Ok((gated, SavedShared { network, gate: Some((saved, logit, y)) }))
     }
 
+    /// The gradients of what it holds, and what [`linear::dx`] takes, when `wants_dx`.
+    ///
     /// With `s = sigmoid(gate)`: `d_network = s dy` and `d_gate = s (1 - s) <network, dy>`.
-    fn backward(
+    fn own_gradients(
         &self,
         saved: SavedShared,
         pass: &Pass<'_>,
         dy: &Tensor,
         wants_dx: bool,
         gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Vec<linear::Back<'_>>> {
         let SavedShared { network, gate: saved_gate } = saved;
         let (Some(gate), Some((saved_gate, logit, y))) = (&self.gate, saved_gate) else {
-            return self.network.backward(network, pass, dy, wants_dx, gradients);
+            return self.network.own_gradients(network, pass, dy, wants_dx, gradients);
         };
         let wide = dy.to_dtype(DType::F32)?;
         let s = sigmoid(&logit)?;
         let product = (y.to_dtype(DType::F32)? * &wide)?.sum_keepdim(1)?;
         let d_logit = ((&s - s.sqr()?)? * product)?.to_dtype(dy.dtype())?;
-        let through_gate = gate.backward(&saved_gate, pass, &d_logit, wants_dx, gradients)?;
         let d_network = wide.broadcast_mul(&s)?.to_dtype(dy.dtype())?;
-        let through_network = self.network.backward(network, pass, &d_network, wants_dx, gradients)?;
-        sum(through_gate, through_network)
+        drop(wide);
+        let mut backs = self.network.own_gradients(network, pass, &d_network, wants_dx, gradients)?;
+        backs.extend(Linear::own_gradients(&[(gate, &saved_gate, &d_logit)], pass, wants_dx, gradients)?);
+        Ok(backs)
     }
 }
 
@@ -296,11 +302,4 @@ fn sigmoid(logit: &Tensor) -> Result<Tensor> {
 
 fn layers(linears: &[Linear]) -> Vec<linear::Layer<'_>> {
     linears.iter().map(Linear::layer).collect()
-}
-
-fn sum(x: Option<Tensor>, y: Option<Tensor>) -> Result<Option<Tensor>> {
-    Ok(match (x, y) {
-        (Some(x), Some(y)) => Some(add(&x, &y)?),
-        (one, other) => one.or(other),
-    })
 }

@@ -7,7 +7,7 @@ use super::linear::Linear;
 use super::moe::{self, Moe};
 use super::router::{Routing, RoutingGradient};
 use crate::error::Result;
-use crate::ops::{Gradients, Pass};
+use crate::ops::{Gradients, Pass, add};
 
 #[derive(Debug, Clone)]
 pub(super) enum Network {
@@ -39,14 +39,21 @@ impl Saved {
 }
 
 impl Network {
-    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<(Tensor, Option<Routing>, Saved)> {
+    /// `[tokens, hidden] -> [tokens, hidden]`, with `residual` added.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Option<Routing>, Saved)> {
         match self {
             Self::Dense(network) => {
                 let (y, saved) = network.forward(x, pass)?;
+                let y = if let Some(residual) = residual { add(residual, &y)? } else { y };
                 Ok((y, None, Saved::Dense(saved)))
             }
             Self::Sparse(network) => {
-                let (y, routing, saved) = network.forward(x, pass)?;
+                let (y, routing, saved) = network.forward(x, residual, pass)?;
                 Ok((y, Some(routing), Saved::Sparse(Box::new(saved))))
             }
         }

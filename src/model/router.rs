@@ -223,28 +223,30 @@ impl Router {
         Ok(saved)
     }
 
-    /// `dx` in f32 when `wants_dx`, from the gradient of the weights and, where a loss has one, of the logits.
-    pub(super) fn backward(
+    /// The gradients of what it holds, and what [`linear::dx`] takes, when `wants_dx`: from the gradient of the weights and, where
+    /// a loss has one, of the logits.
+    pub(super) fn own_gradients(
         &self,
         (routing, saved): (&Routing, &Saved),
         pass: &Pass<'_>,
         (d_weights, of_losses): (&[f32], Option<&RoutingGradient>),
         wants_dx: bool,
         gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Vec<linear::Back<'_>>> {
         let rows: Vec<f32> = routing.logits.flatten_all()?.to_vec1()?;
         let through = self.rule.backward(&rows, &routing.chosen, &routing.weights, d_weights);
         let mut dz = Tensor::from_vec(through, routing.logits.dims(), routing.logits.device())?;
-        let through_noise = match (&self.noise, &saved.noise, &routing.noise) {
+        let mut backs = match (&self.noise, &saved.noise, &routing.noise) {
             (Some(linear), Some((saved, slope)), Some(noise)) => {
                 let mut d_deviation = (&dz * &noise.drawn)?;
                 if let Some(d) = of_losses.and_then(|gradient| gradient.deviation.as_ref()) {
                     d_deviation = (d_deviation + d)?;
                 }
                 let saved = self.in_f32(saved, gradients)?;
-                linear.backward(&saved, pass, &(d_deviation * slope)?, wants_dx, gradients)?
+                let towards = [(linear, &saved, &(d_deviation * slope)?)];
+                Linear::own_gradients(&towards, pass, wants_dx, gradients)?
             }
-            _ => None,
+            _ => Vec::new(),
         };
         if let Some(of_losses) = of_losses {
             dz = (dz + &of_losses.logits)?;
@@ -252,12 +254,9 @@ impl Router {
         if self.unit != 1.0 {
             dz = (dz * self.unit)?;
         }
-        let dx =
-            self.linear.backward(&self.in_f32(&saved.logits, gradients)?, pass, &dz, wants_dx, gradients)?;
-        Ok(match (dx, through_noise) {
-            (Some(dx), Some(through_noise)) => Some((dx + through_noise)?),
-            (dx, _) => dx,
-        })
+        let towards = [(&self.linear, &self.in_f32(&saved.logits, gradients)?, &dz)];
+        backs.extend(Linear::own_gradients(&towards, pass, wants_dx, gradients)?);
+        Ok(backs)
     }
 }
 
@@ -368,7 +367,7 @@ mod tests {
             let mut gradients = Gradients::of(&[("w".into(), weight.clone())].into());
             let (routing, saved) = router.forward(&x.to_dtype(dtype).unwrap(), &pass).unwrap();
             let through = (d_weights.as_slice(), None);
-            router.backward((&routing, &saved), &pass, through, true, &mut gradients).unwrap();
+            router.own_gradients((&routing, &saved), &pass, through, true, &mut gradients).unwrap();
             gradients.of_name("w").unwrap().flatten_all().unwrap().to_vec1().unwrap()
         };
         assert_eq!(gradient(DType::BF16), gradient(DType::F32));

@@ -147,8 +147,8 @@ pub fn sum(x: &Tensor, groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
     combine(x, &vec![1.0; groups.rows.len()], groups, others)
 }
 
-/// `y[t] = sum of others[t] + sum over the rows r of t of weight[r] x[r]`, `[tokens, d]` in the type of `x`, that of `others`
-/// `[tokens, d]` or f32; `weights [tokens * active]` are those of the choices. Added in f32 and rounded once.
+/// `y[t] = sum of others[t] + sum over the rows r of t of weight[r] x[r]`, `[tokens, d]` in the type of `x` and of
+/// `others`, `[tokens, d]` each; `weights [tokens * active]` are those of the choices. Added in f32 and rounded once.
 pub fn combine(x: &Tensor, weights: &[f32], groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
     let _time = Op::Experts.begin();
     if !x.device().is_cpu() {
@@ -273,29 +273,33 @@ vectorized! {
     }
 }
 
-/// What is added to a row: its values times a factor.
-#[derive(Clone, Copy)]
-enum Addend<'a, T> {
-    Own(&'a [T], f32),
-    Wide(&'a [f32]),
+/// What belongs to a token: the rows of its choices and their weights, and where its own row begins.
+struct OfToken<'a> {
+    rows: &'a [u32],
+    weights: &'a [f32],
+    start: usize,
 }
 
 vectorized! {
-    fn sum_row<T: Element>(y: &mut [T], addends: &[Addend<'_, T>]) {
+    fn sum_row<T: Element>(y: &mut [T], x: &[T], token: &OfToken<'_>, others: &[&[T]]) {
         /// Columns whose sums stay in registers.
         const COLUMNS: usize = 64;
 
+        let d = y.len();
         for (chunk, y) in y.chunks_mut(COLUMNS).enumerate() {
-            let columns = chunk * COLUMNS..chunk * COLUMNS + y.len();
+            let (column, width) = (chunk * COLUMNS, y.len());
             let mut sums = [0f32; COLUMNS];
-            for addend in addends {
-                match addend {
-                    Addend::Own(x, factor) => {
-                        for (sum, x) in sums.iter_mut().zip(&x[columns.clone()]) {
-                            *sum += x.widen() * factor;
-                        }
-                    }
-                    Addend::Wide(x) => sums.iter_mut().zip(&x[columns.clone()]).for_each(|(sum, x)| *sum += x),
+            for other in others {
+                for (sum, x) in sums.iter_mut().zip(&other[token.start + column..][..width]) {
+                    *sum += x.widen();
+                }
+            }
+            for (row, weight) in token.rows.iter().zip(token.weights) {
+                if *row == Groups::NO_ROW {
+                    continue;
+                }
+                for (sum, x) in sums.iter_mut().zip(&x[*row as usize * d + column..][..width]) {
+                    *sum += x.widen() * weight;
                 }
             }
             for (y, sum) in y.iter_mut().zip(sums) {
@@ -339,10 +343,8 @@ fn combined<T: Element>(x: &Tensor, weights: &[f32], groups: &Groups, others: &[
     let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
     let values: &[T] = &values;
     let others: Vec<Tensor> = others.iter().map(|other| other.contiguous()).collect::<Result<_, _>>()?;
-    let (own, wide): (Vec<&Tensor>, Vec<&Tensor>) =
-        others.iter().partition(|other| other.dtype() == x.dtype());
-    let own: Vec<Values<'_, T>> = own.into_iter().map(Values::of).collect::<Result<_>>()?;
-    let wide: Vec<Values<'_, f32>> = wide.into_iter().map(Values::of).collect::<Result<_>>()?;
+    let others: Vec<Values<'_, T>> = others.iter().map(Values::of).collect::<Result<_>>()?;
+    let others: Vec<&[T]> = others.iter().map(|other| &**other).collect();
     let active = groups.active();
     let y = written(groups.num_tokens * d, |y| {
         for_rows(y, d, |token, y| {
@@ -350,16 +352,8 @@ fn combined<T: Element>(x: &Tensor, weights: &[f32], groups: &Groups, others: &[
                 let rows = groups.rows_of(token + AHEAD).iter().filter(|row| **row != Groups::NO_ROW);
                 rows.for_each(|row| ask_for(&values[*row as usize * d..], d));
             }
-            let of_token = token * d..(token + 1) * d;
-            let mut addends = Vec::with_capacity(active + others.len());
-            addends.extend(own.iter().map(|own| Addend::Own(&own[of_token.clone()], 1.0)));
-            addends.extend(wide.iter().map(|wide| Addend::Wide(&wide[of_token.clone()])));
-            for (row, weight) in groups.rows_of(token).iter().zip(&weights[token * active..][..active]) {
-                if *row != Groups::NO_ROW {
-                    addends.push(Addend::Own(&values[*row as usize * d..][..d], *weight));
-                }
-            }
-            sum_row(y, &addends);
+            let (rows, weights) = (groups.rows_of(token), &weights[token * active..][..active]);
+            sum_row(y, values, &OfToken { rows, weights, start: token * d }, &others);
         });
     });
     to_tensor(y, &[groups.num_tokens, d])

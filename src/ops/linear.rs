@@ -140,6 +140,16 @@ pub(super) fn inners(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Resul
     layers.iter().map(part).collect()
 }
 
+/// What a layer adds to the gradient of its input: `dy W + dropout(du A)`.
+#[derive(Debug)]
+pub struct Back<'l> {
+    pub(super) layer: Layer<'l>,
+    /// `[tokens, out]`
+    pub(super) dy: Tensor,
+    /// `du [tokens, rank]` of the low-rank term, if it is added here.
+    pub(super) d_inner: Option<Tensor>,
+}
+
 /// The sum of the `dx` of layers that have one input, when `wants_dx`: `(layer, saved, dy)` of each. The gradients of
 /// weights, biases, `A` and `B` go to `gradients` where wanted.
 ///
@@ -151,11 +161,27 @@ pub fn backward_of_all(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
+    let Some((_, _, dy)) = layers.first() else { return Err(Error::invalid("a backward of no layers")) };
+    let backs = own_gradients(layers, pass, wants_dx, gradients)?;
+    if wants_dx { dx(&backs, &[], dy.dtype(), pass).map(Some) } else { Ok(None) }
+}
+
+/// Of [`backward_of_all`] the gradients of what the layers hold, and what [`dx`] takes.
+pub fn own_gradients<'l>(
+    layers: &[(Layer<'l>, &Saved, &Tensor)],
+    pass: &Pass<'_>,
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<Vec<Back<'l>>> {
     let x = layers.first().and_then(|(_, saved, _)| saved.x.as_ref());
     let all: Vec<_> = layers.iter().map(|(layer, saved, dy)| (*layer, saved.inner.as_ref(), *dy)).collect();
     let d_inners = gradients_of_all(x, &all, pass, wants_dx, gradients)?;
-    let towards: Vec<_> = layers.iter().map(|(layer, _, dy)| (*layer, (*dy).clone())).collect();
-    if wants_dx { dx(&towards, &d_inners, pass).map(Some) } else { Ok(None) }
+    let back = |((layer, _, dy), d_inner): (&(Layer<'l>, &Saved, &Tensor), Option<Tensor>)| Back {
+        layer: *layer,
+        dy: (*dy).clone(),
+        d_inner,
+    };
+    Ok(layers.iter().zip(d_inners).map(back).collect())
 }
 
 /// The gradients of layers that have one input, where wanted, and `du` of each: from `(layer, u, dy)` of each, and the input
@@ -207,10 +233,10 @@ pub fn backward_without_input(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-    let d_inners = [output_gradients(saved.inner.as_ref(), layer, dy, wants_dx, gradients)?];
-    let dx = if wants_dx { Some(dx(&[(*layer, dy.clone())], &d_inners, pass)?) } else { None };
-    let [d_inner] = d_inners;
-    Ok((dx, d_inner))
+    let d_inner = output_gradients(saved.inner.as_ref(), layer, dy, wants_dx, gradients)?;
+    let back = Back { layer: *layer, dy: dy.clone(), d_inner };
+    let dx = if wants_dx { Some(dx(std::slice::from_ref(&back), &[], dy.dtype(), pass)?) } else { None };
+    Ok((dx, back.d_inner))
 }
 
 /// Those that take the layer's input: `dW` and `dA`, where wanted.
@@ -280,16 +306,12 @@ pub(super) fn output_gradients(
     Ok(Some(narrow(low_rank.scale, dy, low_rank.b.tensor())?)) // [tokens, rank]
 }
 
-/// Whose products are summed to `dy W + du A` over the layers, where nothing is dropped on the way to `A` and `du` is given.
-pub(super) fn dx_terms<'l>(
-    layers: &[(Layer<'l>, Tensor)],
-    d_inners: &[Option<Tensor>],
-    pass: &Pass<'_>,
-) -> Terms<'l> {
-    let mut terms = Vec::with_capacity(2 * layers.len());
-    for (index, (layer, dy)) in layers.iter().enumerate() {
+/// Whose products are summed to `dy W + du A`, but for terms with dropout on the way to `A`.
+pub(super) fn dx_terms<'l>(backs: &[Back<'l>], pass: &Pass<'_>) -> Terms<'l> {
+    let mut terms = Vec::with_capacity(2 * backs.len());
+    for Back { layer, dy, d_inner } in backs {
         terms.push((dy.clone(), layer.weight.into()));
-        if let (Some(low_rank), Some(Some(d_inner))) = (layer.low_rank, d_inners.get(index))
+        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
             && !low_rank.dropout.drops(pass)
         {
             terms.push((d_inner.clone(), low_rank.a.tensor().into()));
@@ -298,19 +320,16 @@ pub(super) fn dx_terms<'l>(
     terms
 }
 
-/// `dy W + dropout(du A)`, summed over the layers.
-pub(super) fn dx(
-    layers: &[(Layer<'_>, Tensor)],
-    d_inners: &[Option<Tensor>],
-    pass: &Pass<'_>,
-) -> Result<Tensor> {
-    let Some((_, dy)) = layers.first() else { return Err(Error::invalid("a backward of no layers")) };
-    let terms = dx_terms(layers, d_inners, pass);
-    let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
+/// The gradient of the input of all layers, `[tokens, in]` in `dtype`, with the products of `others` added, `[tokens, k]` and
+/// `[k, in]`: one sum that is rounded once, but for what passes through dropout.
+pub fn dx(backs: &[Back<'_>], others: &[(Tensor, Tensor)], dtype: DType, pass: &Pass<'_>) -> Result<Tensor> {
+    let terms = dx_terms(backs, pass);
+    let others = others.iter().map(|(a, b)| (a, Operand::from(b)));
+    let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).chain(others).collect();
     let time = Op::Linear.begin();
-    let mut dx = sum_of_products(&terms, dy.dtype())?;
+    let mut dx = sum_of_products(&terms, dtype)?;
     drop(time);
-    for ((layer, _), d_inner) in layers.iter().zip(d_inners) {
+    for Back { layer, d_inner, .. } in backs {
         if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
             && low_rank.dropout.drops(pass)
         {

@@ -1,16 +1,20 @@
 //! A product of few outputs, in f32 whatever its input is: what a router scores its experts with.
 
 use candle_core::{DType, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
-use super::Op;
 use super::groups::dot;
 use super::kernel::{Element, Values, dispatch, to_tensor, written};
 use super::sum::cast_row;
+use super::{Op, matmul_f32};
 use crate::error::Result;
 
 /// Rows of a task: wide enough that they stay in the L2 cache while experts go by.
 const ROWS: usize = 32;
+
+/// From so many tokens in bf16 on a product of matrices is worth that the weight is split for it.
+const MANY: usize = 64;
 
 /// `x W^T`, `[tokens, experts]` in f32, for `x [tokens, d]` of any type and `weight [experts, d]`; nothing is rounded
 /// before it is summed.
@@ -23,8 +27,30 @@ pub fn scores(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
     match x.dtype() {
         DType::F32 => scored::<f32>(&x, &weight, |x, of_rows| of_rows(x)),
+        DType::BF16 if x.dim(0)? >= MANY => scored_in_thirds(&x, &weight),
         _ => dispatch!(x.dtype(), scored_widened(&x, &weight)),
     }
+}
+
+/// The weight as the sum of three in bf16, which have all its bits: so the products with `x` in bf16 are exact.
+fn scored_in_thirds(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (experts, d) = weight.dims2()?;
+    let mut rest = Values::<f32>::of(weight)?.to_vec();
+    let mut thirds = Vec::with_capacity(3 * rest.len());
+    for _ in 0..3 {
+        thirds.extend(rest.iter_mut().map(|rest| {
+            let third = bf16::from_f32(*rest);
+            *rest -= third.to_f32();
+            third
+        }));
+    }
+    let thirds = matmul_f32(x, &to_tensor(thirds, &[3 * experts, d])?.t()?)?; // [tokens, 3 * experts]
+    let thirds = Values::<f32>::of(&thirds)?;
+    let mut sums = Vec::with_capacity(x.dim(0)? * experts);
+    for thirds in thirds.chunks_exact(3 * experts.max(1)) {
+        sums.extend((0..experts).map(|e| thirds[e] + (thirds[experts + e] + thirds[2 * experts + e])));
+    }
+    to_tensor(sums, &[x.dim(0)?, experts])
 }
 
 fn scored_widened<T: Element>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -69,8 +95,8 @@ mod tests {
     #[test]
     fn scores_are_a_product_in_f32() {
         let weight = Tensor::rand(-1f32, 1.0, (5, 133), &Device::Cpu).unwrap();
-        for dtype in [DType::F32, DType::BF16] {
-            let x = Tensor::rand(-1f32, 1.0, (70, 133), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        for (tokens, dtype) in [(70, DType::F32), (MANY - 1, DType::BF16), (MANY, DType::BF16)] {
+            let x = Tensor::rand(-1f32, 1.0, (tokens, 133), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
             let wide = x.to_dtype(DType::F64).unwrap();
             let expected = wide.matmul(&weight.to_dtype(DType::F64).unwrap().t().unwrap()).unwrap();
             let found = scores(&x, &weight).unwrap().to_dtype(DType::F64).unwrap();

@@ -121,28 +121,31 @@ fn outputs(x: Rows<'_>, kinds: &[&[Layer<'_>]], inners: &Inners, groups: &Groups
 }
 
 /// The sum over kinds of `dy W + dropout(du A)`, for all rows; `du` may be left out to be added elsewhere.
-fn input_rows(
-    kinds: &[(&[Layer<'_>], Rows<'_>)],
+fn input_rows<'l>(
+    kinds: &[(&[Layer<'l>], Rows<'_>)],
     d_inners: Option<&Inners>,
     groups: &Groups,
     pass: &Pass<'_>,
 ) -> Result<Tensor> {
     let Some((layers, dy)) = kinds.first() else { return Err(Error::invalid("a backward of no layers")) };
     let (width, dy) = (width_of(layers, 1)?, dy.tensor());
-    let d_inner = |expert: usize| d_inners.map_or(&[][..], |all| all[expert].as_slice());
-    let of_expert = |expert: usize| -> Result<Vec<(Layer<'_>, Tensor)>> {
-        kinds.iter().map(|(layers, dy)| Ok((layers[expert], dy.of(groups, expert)?))).collect()
+    let of_expert = |expert: usize| -> Result<Vec<linear::Back<'l>>> {
+        let back = |(kind, (layers, dy)): (usize, &(&[Layer<'l>], Rows<'_>))| {
+            let d_inner = d_inners.and_then(|all| all[expert].get(kind)?.clone());
+            Ok(linear::Back { layer: layers[expert], dy: dy.of(groups, expert)?, d_inner })
+        };
+        kinds.iter().enumerate().map(back).collect()
     };
     let drops = |layer: &Layer<'_>| layer.low_rank.is_some_and(|low_rank| low_rank.dropout.drops(pass));
     if d_inners.is_some() && kinds.iter().any(|(layers, _)| layers.iter().any(drops)) {
         let dxs = of_each(groups, |expert| {
             let pass = pass.of_rows(&groups.tokens()[groups.range(expert)]);
-            linear::dx(&of_expert(expert)?, d_inner(expert), &pass)
+            linear::dx(&of_expert(expert)?, &[], dy.dtype(), &pass)
         })?;
         return joined(dxs, &Tensor::zeros((0, width), dy.dtype(), dy.device())?);
     }
     let mut dxs = side_by_side(dy, groups, &[width], |expert| {
-        Ok(vec![linear::dx_terms(&of_expert(expert)?, d_inner(expert), pass)])
+        Ok(vec![linear::dx_terms(&of_expert(expert)?, pass)])
     })?;
     Ok(dxs.remove(0))
 }

@@ -37,22 +37,13 @@ impl Saved {
     }
 }
 
-/// The gradient of the input, not summed yet: `dx[t] = through[t] + sum over the rows r of t of of_rows[r]`.
+/// The gradient of the input, not summed yet: `dx[t] = (du A)[t] + sum over the rows r of t of of_rows[r]`.
 #[derive(Debug)]
 pub struct Back {
     /// `[rows, in]`
-    of_rows: Tensor,
-    /// `[tokens, in]`, what comes through low-rank terms that are one for all experts.
-    through: Option<Tensor>,
-}
-
-impl Back {
-    /// `dx [tokens, in]` and the sum of `others`, `[tokens, in]` each, added in f32. In bf16 each of them was rounded before, as
-    /// a token's rows were: half as much to write and read again.
-    pub fn sum(&self, groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
-        let all: Vec<&Tensor> = self.through.iter().chain(others.iter().copied()).collect();
-        groups::sum(&self.of_rows, groups, &all)
-    }
+    pub of_rows: Tensor,
+    /// `du [tokens, all ranks]` and `A [all ranks, in]` of low-rank terms that are one for all experts.
+    pub through: Option<(Tensor, Tensor)>,
 }
 
 /// `y [rows, out]` of each kind of layer for `x [tokens, in]`, and what the backward needs.
@@ -144,6 +135,6 @@ pub fn backward(
     if !wants_dx {
         return Ok(None);
     }
-    let through = Some(stack.dx(&du)?);
+    let through = Some((du, stack.a()?));
     Ok(Some(Back { of_rows: input_rows(&towards, None, groups, pass)?, through }))
 }

@@ -10,7 +10,7 @@ use candle_core::{DType, Tensor};
 
 use super::{Groups, Inners, Layer, Pass, rows};
 use crate::error::Result;
-use crate::ops::{Gradients, LowRank, Op, groups, matmul, matmul_f32, scaled_matmul_f32};
+use crate::ops::{Gradients, LowRank, Op, groups, matmul_f32, scaled_matmul_f32};
 
 /// So many experts for each one that a token goes to are worth it.
 const MOST_FOR_EACH: usize = 8;
@@ -59,7 +59,7 @@ impl<'l> Stack<'l> {
     }
 
     /// `[all ranks, in]`
-    fn a(&self) -> Result<Tensor> {
+    pub(super) fn a(&self) -> Result<Tensor> {
         Ok(Tensor::cat(&self.pairs.iter().map(|pair| pair.a.tensor()).collect::<Vec<_>>(), 0)?)
     }
 
@@ -135,11 +135,5 @@ impl<'l> Stack<'l> {
             gradients.add(&pair.b, &all.narrow(1, index * self.rank, self.rank)?.contiguous()?)?;
         }
         Ok(())
-    }
-
-    /// `du A`, `[tokens, in]` in the type of `du`.
-    pub(super) fn dx(&self, du: &Tensor) -> Result<Tensor> {
-        let _time = Op::LowRank.begin();
-        matmul(du, &self.a()?)
     }
 }
