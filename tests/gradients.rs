@@ -3,12 +3,12 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use peft::ops::attention::{self, Heads};
-use peft::ops::grouped_linear::{join, spread};
+use peft::ops::experts::{self, Expert};
 use peft::ops::rotary::{self, Angles};
 use peft::ops::{
     Activation, Documents, Dropout, Gradients, Groups, LowRank, Parameter, Pass, Trainables, Weight, add,
-    add_to_rows, cross_entropy, differentiate, distillation, dropout, embedding, glu, grouped_linear, groups,
-    linear, rms_norm, rows,
+    add_to_rows, cross_entropy, differentiate, distillation, dropout, embedding, glu, groups, linear,
+    rms_norm, rows,
 };
 
 const CPU: Device = Device::Cpu;
@@ -503,7 +503,8 @@ fn rows_of_experts_are_those_of_their_tokens() {
     );
     // Gathering and summing are each other's transposes.
     let dy = random(&[13, 5], 2);
-    assert!((dot(&y, &dy) - dot(&x, &groups::sum(&dy, &groups, &[]).unwrap())).abs() < 1e-4);
+    let summed = groups::sum(std::slice::from_ref(&dy), &groups, &[]).unwrap();
+    assert!((dot(&y, &dy) - dot(&x, &summed)).abs() < 1e-4);
 }
 
 #[test]
@@ -512,7 +513,9 @@ fn weighed_sums_of_experts_agree() {
     let (x, dy) = (random(&[13, 33], 3), random(&[7, 33], 4));
     let weights = random(&[14], 5);
     let list: Vec<f32> = weights.to_vec1().unwrap();
-    let y = groups::combine(&x, &list, &groups, &[]).unwrap();
+    // Rows may lie in several parts.
+    let parts = [x.narrow(0, 0, 5).unwrap(), x.narrow(0, 5, 8).unwrap()];
+    let y = groups::combine(&parts, &list, &groups, &[]).unwrap();
     assert_close("y", &y, &groups::reference(&x, &weights, &groups).unwrap(), 1e-5);
     let expected = differentiate(&[&x, &weights], &dy, |v| groups::reference(&v[0], &v[1], &groups)).unwrap();
     let of_tokens = groups::gather_all(&dy, &groups).unwrap();
@@ -521,23 +524,25 @@ fn weighed_sums_of_experts_agree() {
     let d_weights = groups.of_choices(&groups::row_products(&x, &of_tokens).unwrap());
     assert_eq!(d_weights[8], 0.0);
     assert_close("d_weights", &Tensor::new(d_weights, &CPU).unwrap(), &expected[1], 1e-5);
-    // On top of what is there already, rounded once, in either type.
+    // On top of what is there already, rounded once.
     let others = [random(&[7, 33], 6), random(&[7, 33], 7)];
-    let sum = groups::sum(&x, &groups, &[&others[0], &others[1]]).unwrap();
-    let expected = ((groups::sum(&x, &groups, &[]).unwrap() + &others[0]).unwrap() + &others[1]).unwrap();
+    let sum = groups::sum(&parts, &groups, &[&others[0], &others[1]]).unwrap();
+    let expected = ((groups::sum(&parts, &groups, &[]).unwrap() + &others[0]).unwrap() + &others[1]).unwrap();
     assert_close("sum", &sum, &expected, 1e-5);
     let narrow = |x: &Tensor| x.to_dtype(DType::BF16).unwrap();
-    let mixed = groups::sum(&narrow(&x), &groups, &[&narrow(&others[0]), &others[1]]).unwrap();
-    assert_close("mixed", &mixed.to_dtype(DType::F32).unwrap(), &sum, 1e-2);
+    let rounded = groups::sum(&[narrow(&x)], &groups, &[&narrow(&others[0]), &narrow(&others[1])]).unwrap();
+    assert_close("rounded", &rounded.to_dtype(DType::F32).unwrap(), &sum, 1e-2);
+    let missing = groups::sum(&parts[..1], &groups, &[]).unwrap_err().to_string();
+    assert!(missing.contains("5 rows of 13"), "{missing}");
 }
 
-/// Four experts' layers, with their trainables: by chance or, `uneven`, with another scale in each.
-struct Experts {
+/// One layer of each of four experts, with their trainables: by chance or, `uneven`, with another scale in each.
+struct Kind {
     layers: Vec<(Weight, Parameter, LowRank)>,
     trainables: Trainables,
 }
 
-impl Experts {
+impl Kind {
     fn new(kind: u64, (input, output): (usize, usize), uneven: bool, dropout: Dropout) -> Self {
         let (rank, mut trainables) = (3, Trainables::new());
         let layer = |e: u64| {
@@ -574,19 +579,17 @@ impl Experts {
 
     /// What rows come to, by candle.
     fn reference(&self, x: &Tensor, values: &[Tensor], groups: &Groups) -> Tensor {
-        let scales: Vec<f64> = self.layers.iter().map(|(_, _, l)| l.scale).collect();
-        let plain: Vec<grouped_linear::Plain> = values
-            .chunks(5)
-            .zip(&scales)
-            .map(|(v, scale)| (v[0].clone(), Some((v[2].clone(), v[3].clone(), *scale))))
-            .collect();
-        let y = grouped_linear::reference(x, &plain, groups).unwrap();
-        let biases = values.chunks(5).zip(&scales).enumerate().filter_map(|(expert, (v, scale))| {
+        let of_expert = |(expert, (v, (_, _, l))): (usize, (&[Tensor], &(Weight, Parameter, LowRank)))| {
             let range = groups.range(expert);
-            let bias = (&v[1] + (&v[4] * *scale).unwrap()).unwrap();
-            (!range.is_empty()).then(|| bias.unsqueeze(0).unwrap().repeat((range.len(), 1)).unwrap())
-        });
-        (y + Tensor::cat(&biases.collect::<Vec<_>>(), 0).unwrap()).unwrap()
+            let x = x.narrow(0, range.start, range.len()).unwrap();
+            let low_rank = Some((&v[2], &v[3], l.scale));
+            let y = linear::reference(&x, &v[0], Some(&v[1]), low_rank, None).unwrap();
+            y.broadcast_add(&(&v[4] * l.scale).unwrap()).unwrap()
+        };
+        let all = values.chunks(5).zip(&self.layers).enumerate();
+        let parts: Vec<Tensor> =
+            all.filter(|(expert, _)| !groups.range(*expert).is_empty()).map(of_expert).collect();
+        Tensor::cat(&parts, 0).unwrap()
     }
 
     /// Holds gradients against those of `values`, in their order; an idle expert's are there, and zero.
@@ -600,100 +603,127 @@ impl Experts {
     }
 }
 
-/// Both ways to compute low-rank terms: all at once where experts are alike, one after the other where they are not.
-#[test]
-fn experts_that_take_tokens_agree() {
-    let groups = some_groups();
-    let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
-    let pass = Pass::training(&documents, Some(2));
-    let (x, dys) = (random(&[7, 17], 20), [random(&[13, 11], 21), random(&[13, 11], 22)]);
-    let token = Tensor::new(groups.tokens(), &CPU).unwrap();
-    for uneven in [false, true] {
-        let all = [0, 1].map(|kind| Experts::new(kind, (17, 11), uneven, Dropout::NONE));
-        let layers = all.each_ref().map(Experts::layers);
-        let (ys, saved) = spread::forward(&x, &[&layers[0], &layers[1]], &groups, &pass).unwrap();
-        let mut expected_dx = x.zeros_like().unwrap();
-        let mut gradients = Gradients::of(&all.iter().flat_map(|e| e.trainables.clone()).collect());
-        let kinds = [(layers[0].as_slice(), &dys[0]), (layers[1].as_slice(), &dys[1])];
-        let back = spread::backward(&saved, &kinds, &groups, &pass, true, &mut gradients).unwrap().unwrap();
-        let dx = back.sum(&groups, &[]).unwrap();
-        for (kind, experts) in all.iter().enumerate() {
-            let values = experts.values();
-            let mut inputs = vec![&x];
-            inputs.extend(&values);
-            let reference =
-                |v: &[Tensor]| Ok(experts.reference(&v[0].index_select(&token, 0)?, &v[1..], &groups));
-            assert_close(
-                "y",
-                &ys[kind],
-                &reference(&[vec![x.clone()], values.clone()].concat()).unwrap(),
-                1e-5,
-            );
-            let expected = differentiate(&inputs, &dys[kind], reference).unwrap();
-            expected_dx = (expected_dx + &expected[0]).unwrap();
-            experts.assert_gradients(kind as u64, &gradients, &expected[1..]);
-        }
-        assert_close("dx", &dx, &expected_dx, 1e-4);
+/// Gate, up and down.
+struct Networks([Kind; 3]);
+
+impl Networks {
+    fn new(uneven: bool, dropout: Dropout) -> Self {
+        let (hidden, width) = (17, 11);
+        let kind = |(kind, shape)| Kind::new(kind, shape, uneven, dropout);
+        Self([(0, (hidden, width)), (1, (hidden, width)), (2, (width, hidden))].map(kind))
+    }
+
+    fn experts(&self) -> Vec<Expert<'_>> {
+        let [gates, ups, downs] = self.0.each_ref().map(Kind::layers);
+        let layers = gates.into_iter().zip(ups).zip(downs);
+        layers.map(|((gate, up), down)| Expert { gate, up, down }).collect()
+    }
+
+    fn trainables(&self) -> Trainables {
+        self.0.iter().flat_map(|kind| kind.trainables.clone()).collect()
+    }
+
+    /// Of `x`, weights and what [`Networks::values`] gives.
+    fn reference(&self, v: &[Tensor], groups: &Groups) -> peft::Result<Tensor> {
+        let tokens = Tensor::new(groups.tokens(), &CPU)?;
+        let (of_rows, values) = (v[0].index_select(&tokens, 0)?, &v[2..]);
+        let kind = |kind: usize, x: &Tensor| self.0[kind].reference(x, &values[20 * kind..][..20], groups);
+        let product = glu::reference(&kind(0, &of_rows), &kind(1, &of_rows), Activation::Silu)?;
+        groups::reference(&kind(2, &product), &v[1], groups)
+    }
+
+    fn values(&self) -> Vec<Tensor> {
+        self.0.iter().flat_map(Kind::values).collect()
     }
 }
 
-#[test]
-fn experts_that_give_tokens_agree() {
-    let groups = some_groups();
-    let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
+/// What a forward and a backward through experts give: `y`, `dx` and the gradient of the weights.
+fn through_experts(
+    experts: &[Expert<'_>],
+    (x, weights, dy): (&Tensor, &[f32], &Tensor),
+    groups: &Groups,
+    gradients: &mut Gradients,
+) -> [Tensor; 3] {
+    let documents = Documents::new(vec![0, x.dim(0).unwrap()], vec![5]);
     let pass = Pass::training(&documents, Some(2));
-    let (x, dy, weights) = (random(&[13, 17], 20), random(&[7, 11], 21), random(&[14], 22));
-    let list: Vec<f32> = weights.to_vec1().unwrap();
-    for uneven in [false, true] {
-        let experts = Experts::new(0, (17, 11), uneven, Dropout::NONE);
-        let (layers, values) = (experts.layers(), experts.values());
-        let (of_rows, saved) = join::forward(&x, &layers, &groups, &pass).unwrap();
-        let y = groups::combine(&of_rows, &list, &groups, &[]).unwrap();
-        let mut inputs = vec![&x, &weights];
-        inputs.extend(&values);
-        let reference =
-            |v: &[Tensor]| groups::reference(&experts.reference(&v[0], &v[2..], &groups), &v[1], &groups);
-        let all: Vec<Tensor> = inputs.iter().map(|input| (*input).clone()).collect();
-        assert_close("y", &y, &reference(&all).unwrap(), 1e-5);
-        let expected = differentiate(&inputs, &dy, reference).unwrap();
-        let mut gradients = Gradients::of(&experts.trainables);
-        let routed = (list.as_slice(), &groups);
-        let towards = join::backward(&saved, &layers, routed, &pass, &dy, true, &mut gradients).unwrap();
-        towards.input_gradients(&layers, &x, routed, &pass, &mut gradients).unwrap();
-        let dx =
-            groups::scale_rows(towards.d_rows.as_ref().unwrap(), &groups.weights_of_rows(&list)).unwrap();
+    let (given, saved) = experts::forward(x, experts, Activation::Silu, groups, &pass).unwrap();
+    let networks = (experts, Activation::Silu);
+    let routed = (weights, groups);
+    let back = experts::backward(saved, networks, routed, &pass, dy, (true, true), gradients).unwrap();
+    let of_tokens: Vec<Tensor> = back.of_tokens.iter().map(|(a, b)| a.matmul(b).unwrap()).collect();
+    let of_tokens: Vec<&Tensor> = of_tokens.iter().collect();
+    [
+        groups::combine(&given, weights, groups, &[]).unwrap(),
+        groups::sum(&back.of_rows.unwrap(), groups, &of_tokens).unwrap(),
+        Tensor::new(back.d_weights.unwrap(), &CPU).unwrap(),
+    ]
+}
+
+/// Both ways to compute low-rank terms: all at once where experts are alike, one after the other where they are not. Of few
+/// tokens with all threads for each expert, of many with one.
+#[test]
+fn experts_agree() {
+    let few: Vec<u32> = vec![0, 2, 2, 1, 0, 1, 2, 0, Groups::NO_ROW, 1, 0, 1, 2, 1];
+    for (uneven, repeated) in [(false, 1), (true, 1), (false, 20), (true, 20)] {
+        let groups = Groups::new(&few.repeat(repeated), 2, 4);
+        let tokens = 7 * repeated;
+        let networks = Networks::new(uneven, Dropout::NONE);
+        let (x, dy) = (random(&[tokens, 17], 20), random(&[tokens, 17], 21));
+        let weights = random(&[2 * tokens], 22);
+        let list: Vec<f32> = weights.to_vec1().unwrap();
+        let all = [vec![x.clone(), weights.clone()], networks.values()].concat();
+        let inputs: Vec<&Tensor> = all.iter().collect();
+        let expected = differentiate(&inputs, &dy, |v| networks.reference(v, &groups)).unwrap();
+        let mut gradients = Gradients::of(&networks.trainables());
+        let experts = networks.experts();
+        let [y, dx, d_weights] = through_experts(&experts, (&x, &list, &dy), &groups, &mut gradients);
+        assert_close("y", &y, &networks.reference(&all, &groups).unwrap(), 1e-5);
         assert_close("dx", &dx, &expected[0], 1e-4);
-        let d_weights = Tensor::new(towards.d_weights(&x, &groups).unwrap(), &CPU).unwrap();
         assert_close("d_weights", &d_weights, &expected[1], 1e-4);
-        experts.assert_gradients(0, &gradients, &expected[2..]);
+        for (kind, experts) in networks.0.iter().enumerate() {
+            experts.assert_gradients(kind as u64, &gradients, &expected[2 + 20 * kind..][..20]);
+        }
+    }
+}
+
+/// What is not wanted is not computed, and changes nothing in what is.
+#[test]
+fn gradients_of_experts_do_not_depend_on_what_else_is_wanted() {
+    let groups = some_groups();
+    let documents = Documents::new(vec![0, 7], vec![5]);
+    let pass = Pass::training(&documents, Some(2));
+    for uneven in [false, true] {
+        let networks = Networks::new(uneven, Dropout::NONE);
+        let (x, dy, weights) = (random(&[7, 17], 20), random(&[7, 17], 21), vec![0.5; 14]);
+        let experts = networks.experts();
+        let mut all = Gradients::of(&networks.trainables());
+        through_experts(&experts, (&x, &weights, &dy), &groups, &mut all);
+        for (name, variable) in networks.trainables() {
+            let mut one = Gradients::of(&[(name.clone(), variable)].into());
+            let (_, saved) = experts::forward(&x, &experts, Activation::Silu, &groups, &pass).unwrap();
+            let (networks, routed) = ((experts.as_slice(), Activation::Silu), (weights.as_slice(), &groups));
+            let back =
+                experts::backward(saved, networks, routed, &pass, &dy, (false, false), &mut one).unwrap();
+            assert!(back.of_rows.is_none() && back.of_tokens.is_none() && back.d_weights.is_none());
+            assert_close(&name, one.of_name(&name).unwrap(), all.of_name(&name).unwrap(), 1e-6);
+        }
     }
 }
 
 #[test]
 fn experts_with_dropout_have_their_slopes() {
     let groups = some_groups();
-    let documents = Documents::new(vec![0, 3, 7], vec![5, 6]);
-    let pass = Pass::training(&documents, Some(2));
-    let dropout = Dropout { probability: 0.4, seed: 8, module: 9 };
-    let experts = Experts::new(0, (17, 11), false, dropout);
-    let layers = experts.layers();
-    let (x, dy) = (random(&[7, 17], 20), random(&[13, 11], 21));
-    let forward = |x: &Tensor| spread::forward(x, &[&layers], &groups, &pass).unwrap();
-    let mut gradients = Gradients::of(&experts.trainables);
-    let kinds = [(layers.as_slice(), &dy)];
-    let back = spread::backward(&forward(&x).1, &kinds, &groups, &pass, true, &mut gradients);
-    let dx = back.unwrap().unwrap().sum(&groups, &[]).unwrap();
-    assert_slope("dx of tokens", &x, &dx, &dy, |x| forward(x).0.remove(0));
-
-    let (x, dy, weights) = (random(&[13, 17], 20), random(&[7, 11], 21), vec![0.5; 14]);
-    let forward = |x: &Tensor| {
-        let (of_rows, saved) = join::forward(x, &layers, &groups, &pass).unwrap();
-        (groups::combine(&of_rows, &weights, &groups, &[]).unwrap(), saved)
+    let networks = Networks::new(false, Dropout { probability: 0.4, seed: 8, module: 9 });
+    let experts = networks.experts();
+    let (x, dy, weights) = (random(&[7, 17], 20), random(&[7, 17], 21), random(&[14], 22));
+    let run = |x: &Tensor, weights: &Tensor| {
+        let weights: Vec<f32> = weights.to_vec1().unwrap();
+        let mut gradients = Gradients::of(&networks.trainables());
+        through_experts(&experts, (x, &weights, &dy), &groups, &mut gradients)
     };
-    let routed = (weights.as_slice(), &groups);
-    let towards = join::backward(&forward(&x).1, &layers, routed, &pass, &dy, true, &mut gradients).unwrap();
-    let dx = groups::scale_rows(towards.d_rows.as_ref().unwrap(), &groups.weights_of_rows(&weights)).unwrap();
-    assert_slope("dx of rows", &x, &dx, &dy, |x| forward(x).0);
+    let [_, dx, d_weights] = run(&x, &weights);
+    assert_slope("dx", &x, &dx, &dy, |x| run(x, &weights)[0].clone());
+    assert_slope("d_weights", &weights, &d_weights, &dy, |weights| run(&x, weights)[0].clone());
 }
 
 /// The mask of a row is that of its token, whichever expert it is at.

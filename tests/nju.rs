@@ -154,7 +154,7 @@ impl Sparse {
             .collect();
         match of_each.is_empty() {
             true => x.zeros_like().unwrap(),
-            false => groups::combine(&Tensor::cat(&of_each, 0).unwrap(), &weights, &groups, &[]).unwrap(),
+            false => groups::combine(&of_each, &weights, &groups, &[]).unwrap(),
         }
     }
 }

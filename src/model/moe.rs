@@ -8,9 +8,9 @@ use candle_core::{DType, Tensor};
 use super::feed_forward::{self, FeedForward};
 use super::linear::Linear;
 use super::router::{self, Router, Routing, RoutingGradient};
-use crate::error::{Error, Result};
-use crate::ops::grouped_linear::{join, spread};
-use crate::ops::{Activation, Gradients, Groups, Pass, glu, groups, linear};
+use crate::error::Result;
+use crate::ops::experts::{self, Expert};
+use crate::ops::{Activation, Gradients, Groups, Pass, groups, linear};
 
 /// A router and its experts.
 #[derive(Debug, Clone)]
@@ -46,7 +46,7 @@ pub(super) struct Saved {
     routing: Routing,
     router: router::Saved,
     groups: Groups,
-    experts: SavedExperts,
+    experts: experts::Saved,
     shared: Option<SavedShared>,
 }
 
@@ -61,7 +61,7 @@ impl Saved {
     /// Drops the input, which [`Saved::with_input`] gives again.
     pub(super) fn trim(&mut self) {
         self.router.drop_input();
-        self.experts.gate_and_up.drop_input();
+        self.experts.drop_input();
         if let Some(shared) = &mut self.shared {
             shared.network.trim();
             if let Some((gate, _, _)) = &mut shared.gate {
@@ -72,12 +72,12 @@ impl Saved {
 
     /// Gives the input again, if it was dropped.
     pub(super) fn with_input(&mut self, input: impl FnOnce() -> Result<Tensor>) -> Result<()> {
-        if self.experts.gate_and_up.has_input() {
+        if self.experts.has_input() {
             return Ok(());
         }
         let x = input()?;
         self.router.set_input(&x);
-        self.experts.gate_and_up.set_input(&x);
+        self.experts.set_input(&x);
         if let Some(shared) = &mut self.shared {
             if let Some((gate, _, _)) = &mut shared.gate {
                 gate.set_input(&x);
@@ -99,7 +99,8 @@ impl Moe {
         let of_routed = || -> Result<_> {
             let (routing, router) = self.router.forward(x, pass)?;
             let groups = routing.groups();
-            let (of_rows, experts) = self.experts.forward(x, &groups, pass)?;
+            let (of_rows, experts) =
+                experts::forward(x, &self.experts.layers(), self.experts.activation, &groups, pass)?;
             Ok((of_rows, routing, router, groups, experts))
         };
         // Side by side: of few tokens each product is too small for all threads, of many a thread that is done with its part
@@ -131,10 +132,12 @@ impl Moe {
         let wants_router = wants_dx || self.router.is_trained(gradients);
         let routed = (routing.weights.as_slice(), &groups);
         let through_experts = |gradients: &mut Gradients| {
-            self.experts.backward(experts, routed, pass, dy, (wants_dx, wants_router), gradients)
+            let layers = self.experts.layers();
+            let networks = (layers.as_slice(), self.experts.activation);
+            experts::backward(experts, networks, routed, pass, dy, (wants_dx, wants_router), gradients)
         };
         // Side by side, as in the forward.
-        let (mut backs, (d_routed, d_weights)) = match (&self.shared, shared) {
+        let (mut backs, experts::Backward { of_rows, of_tokens, d_weights }) = match (&self.shared, shared) {
             (Some(shared), Some(saved)) => {
                 let parameters = shared.linears().flat_map(Linear::parameters);
                 let mut of_shared = gradients.take(parameters);
@@ -152,12 +155,12 @@ impl Moe {
             let decided = (&routing, &router);
             backs.extend(self.router.own_gradients(decided, pass, through, wants_dx, gradients)?);
         }
-        let Some(spread::Back { of_rows, through }) = d_routed else { return Ok(None) };
-        if backs.is_empty() && through.is_none() {
+        let Some(of_rows) = of_rows else { return Ok(None) };
+        if backs.is_empty() && of_tokens.is_none() {
             return groups::sum(&of_rows, &groups, &[]).map(Some);
         }
         // Tokens meet the shared expert, the router and what is one for all experts: one product for all of them.
-        let of_tokens = linear::dx(&backs, through.as_slice(), dy.dtype(), pass)?;
+        let of_tokens = linear::dx(&backs, of_tokens.as_slice(), dy.dtype(), pass)?;
         groups::sum(&of_rows, &groups, &[&of_tokens]).map(Some)
     }
 
@@ -191,13 +194,6 @@ impl Moe {
     }
 }
 
-#[derive(Debug)]
-struct SavedExperts {
-    gate_and_up: spread::Saved,
-    unit: glu::Saved,
-    down: join::Saved,
-}
-
 impl Experts {
     /// Of each expert gate, up and down.
     pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
@@ -205,54 +201,11 @@ impl Experts {
         gate.iter().zip(up).zip(down).flat_map(|((gate, up), down)| [gate, up, down])
     }
 
-    /// What they give to each of their rows, `[rows, hidden]`.
-    fn forward(&self, x: &Tensor, groups: &Groups, pass: &Pass<'_>) -> Result<(Tensor, SavedExperts)> {
-        let (gate, up, down) = (layers(&self.gate), layers(&self.up), layers(&self.down));
-        let (both, gate_and_up) = spread::forward(x, &[&gate, &up], groups, pass)?;
-        let [gates, ups] =
-            <[Tensor; 2]>::try_from(both).map_err(|_| Error::invalid("as many results as layers"))?; // [rows, width] each
-        let (product, unit) = glu::forward(gates, ups, self.activation)?; // [rows, width]
-        let (of_rows, down) = join::forward(&product, &down, groups, pass)?;
-        Ok((of_rows, SavedExperts { gate_and_up, unit, down }))
-    }
-
-    /// The gradient of the input and those of the weights `[tokens * active]`, where wanted.
-    fn backward(
-        &self,
-        saved: SavedExperts,
-        (weights, groups): (&[f32], &Groups),
-        pass: &Pass<'_>,
-        dy: &Tensor,
-        (wants_dx, wants_weights): (bool, bool),
-        gradients: &mut Gradients,
-    ) -> Result<(Option<spread::Back>, Option<Vec<f32>>)> {
-        let SavedExperts { gate_and_up, unit, down } = saved;
-        let (gates, ups, downs) = (layers(&self.gate), layers(&self.up), layers(&self.down));
-        let trained =
-            |linears: &[Linear], gradients: &Gradients| linears.iter().any(|l| l.is_trained(gradients));
-        let trains_inside = trained(&self.gate, gradients) || trained(&self.up, gradients);
-        let wants_product = wants_dx || wants_weights || trains_inside;
-        if !wants_product && !trained(&self.down, gradients) {
-            return Ok((None, None));
-        }
-        let routed = (weights, groups);
-        let towards = join::backward(&down, &downs, routed, pass, dy, wants_product, gradients)?;
-        let Some(d_product) = &towards.d_rows else {
-            let product = glu::value(&unit, self.activation)?;
-            towards.input_gradients(&downs, &product, routed, pass, gradients)?;
-            return Ok((None, None));
-        };
-        let of_rows = groups.weights_of_rows(weights);
-        let (product, d_gate, d_up) = glu::backward(&unit, self.activation, d_product, Some(&of_rows))?;
-        drop(unit);
-        let d_weights = if wants_weights { Some(towards.d_weights(&product, groups)?) } else { None };
-        towards.input_gradients(&downs, &product, routed, pass, gradients)?;
-        drop((towards, product));
-        if !wants_dx && !trains_inside {
-            return Ok((None, d_weights));
-        }
-        let kinds: [(&[_], _); 2] = [(&gates, &d_gate), (&ups, &d_up)];
-        Ok((spread::backward(&gate_and_up, &kinds, groups, pass, wants_dx, gradients)?, d_weights))
+    fn layers(&self) -> Vec<Expert<'_>> {
+        let layers = self.gate.iter().zip(&self.up).zip(&self.down);
+        layers
+            .map(|((gate, up), down)| Expert { gate: gate.layer(), up: up.layer(), down: down.layer() })
+            .collect()
     }
 }
 
@@ -298,8 +251,4 @@ impl Shared {
 
 fn sigmoid(logit: &Tensor) -> Result<Tensor> {
     Ok((logit.to_dtype(DType::F32)?.neg()?.exp()? + 1.0)?.recip()?)
-}
-
-fn layers(linears: &[Linear]) -> Vec<linear::Layer<'_>> {
-    linears.iter().map(Linear::layer).collect()
 }

@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 
 use super::Op;
 use super::kernel::{Element, Values, ask_for, dispatch, for_rows, to_tensor, vectorized, written};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Rows that are asked for before it is their turn.
 const AHEAD: usize = 2;
@@ -143,23 +143,25 @@ pub fn gather_all(x: &Tensor, groups: &Groups) -> Result<Tensor> {
 }
 
 /// `y[t] = sum of others[t] + sum over the rows r of t of x[r]`, `[tokens, d]`; see [`combine`].
-pub fn sum(x: &Tensor, groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
+pub fn sum(x: &[Tensor], groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
     combine(x, &vec![1.0; groups.rows.len()], groups, others)
 }
 
-/// `y[t] = sum of others[t] + sum over the rows r of t of weight[r] x[r]`, `[tokens, d]` in the type of `x` and of
-/// `others`, `[tokens, d]` each; `weights [tokens * active]` are those of the choices. Added in f32 and rounded once.
-pub fn combine(x: &Tensor, weights: &[f32], groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
+/// `y[t] = sum of others[t] + sum over the rows r of t of weight[r] x[r]`, `[tokens, d]`, where the rows are those of all parts
+/// of `x` below one another, and `weights [tokens * active]` are those of the choices. All of one type; added in f32 and
+/// rounded once.
+pub fn combine(x: &[Tensor], weights: &[f32], groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
     let _time = Op::Experts.begin();
-    if !x.device().is_cpu() {
-        let mut y = reference(&x.to_dtype(DType::F32)?, &Tensor::new(weights, x.device())?, groups)?;
+    let Some(first) = x.first() else { return Err(Error::invalid("a sum of no rows")) };
+    if !first.device().is_cpu() {
+        let rows = Tensor::cat(x, 0)?.to_dtype(DType::F32)?;
+        let mut y = reference(&rows, &Tensor::new(weights, first.device())?, groups)?;
         for other in others {
             y = (y + other.to_dtype(DType::F32)?)?;
         }
-        return Ok(y.to_dtype(x.dtype())?);
+        return Ok(y.to_dtype(first.dtype())?);
     }
-    let x = x.contiguous()?;
-    dispatch!(x.dtype(), combined(&x, weights, groups, others))
+    dispatch!(first.dtype(), combined(x, weights, groups, others))
 }
 
 /// `<x[r], y[r]>` of each row, summed in f32: two tensors `[rows, d]`.
@@ -281,11 +283,10 @@ struct OfToken<'a> {
 }
 
 vectorized! {
-    fn sum_row<T: Element>(y: &mut [T], x: &[T], token: &OfToken<'_>, others: &[&[T]]) {
+    fn sum_row<T: Element>(y: &mut [T], x: &[&[T]], token: &OfToken<'_>, others: &[&[T]]) {
         /// Columns whose sums stay in registers.
         const COLUMNS: usize = 64;
 
-        let d = y.len();
         for (chunk, y) in y.chunks_mut(COLUMNS).enumerate() {
             let (column, width) = (chunk * COLUMNS, y.len());
             let mut sums = [0f32; COLUMNS];
@@ -298,7 +299,7 @@ vectorized! {
                 if *row == Groups::NO_ROW {
                     continue;
                 }
-                for (sum, x) in sums.iter_mut().zip(&x[*row as usize * d + column..][..width]) {
+                for (sum, x) in sums.iter_mut().zip(&x[*row as usize][column..][..width]) {
                     *sum += x.widen() * weight;
                 }
             }
@@ -339,9 +340,19 @@ fn scaled<T: Element>(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
     to_tensor(y, x.dims())
 }
 
-fn combined<T: Element>(x: &Tensor, weights: &[f32], groups: &Groups, others: &[&Tensor]) -> Result<Tensor> {
-    let (values, d) = (Values::<T>::of(x)?, x.dim(1)?);
-    let values: &[T] = &values;
+fn combined<T: Element>(
+    x: &[Tensor],
+    weights: &[f32],
+    groups: &Groups,
+    others: &[&Tensor],
+) -> Result<Tensor> {
+    let d = x[0].dim(1)?;
+    let parts: Vec<Tensor> = x.iter().map(|part| part.contiguous()).collect::<Result<_, _>>()?;
+    let parts: Vec<Values<'_, T>> = parts.iter().map(Values::of).collect::<Result<_>>()?;
+    let x: Vec<&[T]> = parts.iter().flat_map(|part| part.chunks_exact(d)).collect();
+    if x.len() != groups.num_rows() {
+        return Err(Error::invalid(format!("{} rows of {}", x.len(), groups.num_rows())));
+    }
     let others: Vec<Tensor> = others.iter().map(|other| other.contiguous()).collect::<Result<_, _>>()?;
     let others: Vec<Values<'_, T>> = others.iter().map(Values::of).collect::<Result<_>>()?;
     let others: Vec<&[T]> = others.iter().map(|other| &**other).collect();
@@ -350,10 +361,10 @@ fn combined<T: Element>(x: &Tensor, weights: &[f32], groups: &Groups, others: &[
         for_rows(y, d, |token, y| {
             if token + AHEAD < groups.num_tokens {
                 let rows = groups.rows_of(token + AHEAD).iter().filter(|row| **row != Groups::NO_ROW);
-                rows.for_each(|row| ask_for(&values[*row as usize * d..], d));
+                rows.for_each(|row| ask_for(x[*row as usize], d));
             }
             let (rows, weights) = (groups.rows_of(token), &weights[token * active..][..active]);
-            sum_row(y, values, &OfToken { rows, weights, start: token * d }, &others);
+            sum_row(y, &x, &OfToken { rows, weights, start: token * d }, &others);
         });
     });
     to_tensor(y, &[groups.num_tokens, d])

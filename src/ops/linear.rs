@@ -6,7 +6,6 @@
 
 use candle_core::{DType, Tensor};
 
-use super::matmul::Terms;
 use super::{
     Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul_f32,
     scaled_matmul_f32, sum_of_products,
@@ -87,26 +86,20 @@ pub fn forward(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<(Tensor
 pub fn forward_of_all(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Result<Vec<(Tensor, Saved)>> {
     let inners = inners(x, layers, pass)?;
     let y = |(layer, inner): (&Layer<'_>, Option<Tensor>)| {
-        let time = Op::Linear.begin();
-        let terms = terms(x, layer, inner.as_ref());
-        let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).collect();
-        let y = sum_of_products(&terms, x.dtype())?;
-        drop(time);
-        Ok((add_biases(y, layer)?, Saved { x: Some(x.clone()), inner }))
+        Ok((output(x, layer, inner.as_ref())?, Saved { x: Some(x.clone()), inner }))
     };
     layers.iter().zip(inners).map(y).collect()
 }
 
-/// Whose products are summed to `y` without biases.
-pub(super) fn terms<'l>(x: &Tensor, layer: &Layer<'l>, inner: Option<&Tensor>) -> Terms<'l> {
-    let mut terms = vec![(x.clone(), layer.weight.t())];
+/// `y`, where `u = scale dropout(x) A^T` is given.
+pub(super) fn output(x: &Tensor, layer: &Layer<'_>, inner: Option<&Tensor>) -> Result<Tensor> {
+    let time = Op::Linear.begin();
+    let mut terms = vec![(x, layer.weight.t())];
     if let (Some(low_rank), Some(inner)) = (layer.low_rank, inner) {
-        terms.push((inner.clone(), Operand::from(low_rank.b.tensor()).t()));
+        terms.push((inner, Operand::from(low_rank.b.tensor()).t()));
     }
-    terms
-}
-
-pub(super) fn add_biases(mut y: Tensor, layer: &Layer<'_>) -> Result<Tensor> {
+    let mut y = sum_of_products(&terms, x.dtype())?;
+    drop(time);
     for bias in biases(layer)? {
         y = add_to_rows(&y, &bias)?;
     }
@@ -119,13 +112,17 @@ pub(super) fn biases(layer: &Layer<'_>) -> Result<Vec<Tensor>> {
     layer.bias.map(|bias| Ok(bias.tensor().clone())).into_iter().chain(of_adapter).collect()
 }
 
+/// `u` of one layer, where it has a low-rank term.
+pub(super) fn inner_of(x: &Tensor, layer: &Layer<'_>, pass: &Pass<'_>) -> Result<Option<Tensor>> {
+    layer.low_rank.map(|low_rank| inner(x, low_rank, pass)).transpose()
+}
+
 /// `u = scale dropout(x) A^T` of each layer, `[tokens, rank]` in f32: in one product where the layers have the same rows before it.
 pub(super) fn inners(x: &Tensor, layers: &[Layer<'_>], pass: &Pass<'_>) -> Result<Vec<Option<Tensor>>> {
     let low_ranks: Vec<&LowRank> = layers.iter().filter_map(|layer| layer.low_rank).collect();
     let alike = |l: &&LowRank| l.scale == low_ranks[0].scale && !l.dropout.drops(pass);
     if low_ranks.len() < 2 || !low_ranks.iter().all(alike) {
-        let inner = |layer: &Layer<'_>| layer.low_rank.map(|low_rank| inner(x, low_rank, pass)).transpose();
-        return layers.iter().map(inner).collect();
+        return layers.iter().map(|layer| inner_of(x, layer, pass)).collect();
     }
     let _time = Op::LowRank.begin();
     let a = Tensor::cat(&low_ranks.iter().map(|l| l.a.tensor()).collect::<Vec<_>>(), 0)?; // [all ranks, in]
@@ -193,17 +190,11 @@ pub(super) fn gradients_of_all(
     wants_dx: bool,
     gradients: &mut Gradients,
 ) -> Result<Vec<Option<Tensor>>> {
-    let mut d_inners = Vec::with_capacity(layers.len());
-    for (layer, inner, dy) in layers {
-        d_inners.push(output_gradients(*inner, layer, dy, wants_dx, gradients)?);
-    }
+    let d_inners = output_and_weight_gradients(x, layers, wants_dx, gradients)?;
     if !layers.iter().any(|(layer, _, _)| layer.needs_input(gradients)) {
         return Ok(d_inners);
     }
-    let x = x.ok_or_else(|| Error::invalid("the input of a layer was not kept for its gradient"))?;
-    for (layer, _, dy) in layers {
-        weight_gradient(layer, x, dy, gradients)?;
-    }
+    let x = kept(x)?;
     let low_ranks = layers.iter().filter_map(|(layer, _, _)| layer.low_rank);
     let wanted: Vec<&LowRank> =
         low_ranks.filter(|l| gradients.wants(&l.a) && !l.dropout.drops(pass)).collect();
@@ -222,6 +213,27 @@ pub(super) fn gradients_of_all(
         start += rank;
     }
     Ok(d_inners)
+}
+
+/// Of [`gradients_of_all`] all but those of `A`.
+pub(super) fn output_and_weight_gradients(
+    x: Option<&Tensor>,
+    layers: &[(Layer<'_>, Option<&Tensor>, &Tensor)],
+    wants_dx: bool,
+    gradients: &mut Gradients,
+) -> Result<Vec<Option<Tensor>>> {
+    let mut d_inners = Vec::with_capacity(layers.len());
+    for (layer, inner, dy) in layers {
+        d_inners.push(output_gradients(*inner, layer, dy, wants_dx, gradients)?);
+        if gradients.wanted(layer.weight).is_some() {
+            weight_gradient(layer, kept(x)?, dy, gradients)?;
+        }
+    }
+    Ok(d_inners)
+}
+
+fn kept(x: Option<&Tensor>) -> Result<&Tensor> {
+    x.ok_or_else(|| Error::invalid("the input of a layer was not kept for its gradient"))
 }
 
 /// As [`backward_of_all`] for one layer whose input was dropped: `dx`, and `du` for [`input_gradients`].
@@ -306,26 +318,18 @@ pub(super) fn output_gradients(
     Ok(Some(narrow(low_rank.scale, dy, low_rank.b.tensor())?)) // [tokens, rank]
 }
 
-/// Whose products are summed to `dy W + du A`, but for terms with dropout on the way to `A`.
-pub(super) fn dx_terms<'l>(backs: &[Back<'l>], pass: &Pass<'_>) -> Terms<'l> {
-    let mut terms = Vec::with_capacity(2 * backs.len());
-    for Back { layer, dy, d_inner } in backs {
-        terms.push((dy.clone(), layer.weight.into()));
-        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
-            && !low_rank.dropout.drops(pass)
-        {
-            terms.push((d_inner.clone(), low_rank.a.tensor().into()));
-        }
-    }
-    terms
-}
-
 /// The gradient of the input of all layers, `[tokens, in]` in `dtype`, with the products of `others` added, `[tokens, k]` and
 /// `[k, in]`: one sum that is rounded once, but for what passes through dropout.
 pub fn dx(backs: &[Back<'_>], others: &[(Tensor, Tensor)], dtype: DType, pass: &Pass<'_>) -> Result<Tensor> {
-    let terms = dx_terms(backs, pass);
-    let others = others.iter().map(|(a, b)| (a, Operand::from(b)));
-    let terms: Vec<_> = terms.iter().map(|(a, b)| (a, *b)).chain(others).collect();
+    let mut terms: Vec<(&Tensor, Operand<'_>)> = others.iter().map(|(a, b)| (a, b.into())).collect();
+    for Back { layer, dy, d_inner } in backs {
+        terms.push((dy, layer.weight.into()));
+        if let (Some(low_rank), Some(d_inner)) = (layer.low_rank, d_inner)
+            && !low_rank.dropout.drops(pass)
+        {
+            terms.push((d_inner, low_rank.a.tensor().into()));
+        }
+    }
     let time = Op::Linear.begin();
     let mut dx = sum_of_products(&terms, dtype)?;
     drop(time);

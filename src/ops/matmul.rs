@@ -1,15 +1,10 @@
 //! Matrix products of tensors, on the CPU through `kernel::multiply`, elsewhere through candle. Sums are in f32 and rounded
 //! once. A quantized weight is dequantized piece by piece on the way into the kernels.
 
-use std::ops::Range;
-
 use candle_core::{DType, Tensor};
 use half::bf16;
-use rayon::prelude::*;
 
-use super::kernel::{
-    Crew, Disjoint, Element, Factor, Out, Values, multiply, multiply_with, to_tensor, written,
-};
+use super::kernel::{Element, Factor, Values, multiply, to_tensor, written};
 use super::{Quantized, Weight};
 use crate::error::{Error, Result};
 
@@ -99,62 +94,6 @@ pub fn sum_of_products(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Result
         DType::BF16 if on_cpu => multiplied::<bf16>(1.0, terms),
         _ => composed(terms, dtype),
     }
-}
-
-/// Terms of a sum of products.
-pub(super) type Terms<'t> = Vec<(Tensor, Operand<'t>)>;
-
-/// Several results, each the rows of sums of products one below the other, `[rows, width]` in `dtype`: `f(part)` gives the
-/// terms of a part for each result, `ranges[part]` are its rows. Parts are computed side by side.
-pub(super) fn stacked_sums<'t>(
-    ranges: &[Range<usize>],
-    widths: &[usize],
-    dtype: DType,
-    f: impl Fn(usize) -> Result<Vec<Terms<'t>>> + Sync,
-) -> Result<Vec<Tensor>> {
-    match dtype {
-        DType::F32 => stacked::<f32>(ranges, widths, f),
-        _ => stacked::<bf16>(ranges, widths, f),
-    }
-}
-
-fn stacked<'t, T: Element>(
-    ranges: &[Range<usize>],
-    widths: &[usize],
-    f: impl Fn(usize) -> Result<Vec<Terms<'t>>> + Sync,
-) -> Result<Vec<Tensor>> {
-    let rows = ranges.last().map_or(0, |last| last.end);
-    // With many parts each is one thread's.
-    let crew = if ranges.len() < 2 * rayon::current_num_threads() { Crew::All } else { Crew::Caller };
-    let starts = widths.iter().scan(0, |end, width| {
-        *end += rows * width;
-        Some(*end - rows * width)
-    });
-    let starts: Vec<usize> = starts.collect();
-    let mut result: Result<()> = Ok(());
-    let out = written::<T>(rows * widths.iter().sum::<usize>(), |out| {
-        let all = Disjoint::new(out);
-        result = (0..ranges.len()).into_par_iter().with_max_len(1).try_for_each(|part| {
-            for ((terms, start), width) in f(part)?.iter().zip(&starts).zip(widths) {
-                let terms: Vec<(&Tensor, Operand<'_>)> = terms.iter().map(|(a, b)| (a, *b)).collect();
-                // SAFETY: parts are different rows of a buffer that outlives this closure.
-                let out = unsafe { Out::shared(all, start + ranges[part].start * width, *width) };
-                with_factors(&terms, |pairs| multiply_with(crew, out, 1.0, pairs))?;
-            }
-            Ok(())
-        });
-        if result.is_err() {
-            // What is dropped was written all the same.
-            out.fill(T::zero());
-        }
-    });
-    result?;
-    let len = out.len();
-    let all = to_tensor(out, &[len])?;
-    let of_width = |(start, width): (&usize, &usize)| {
-        Ok(all.narrow(0, *start, rows * width)?.reshape((rows, *width))?)
-    };
-    starts.iter().zip(widths).map(of_width).collect()
 }
 
 /// A few rows times a quantized weight, as in generating token by token, and the other terms added to that.

@@ -4,7 +4,7 @@ use candle_core::DType;
 
 use super::{TrainedParts, Walk};
 use crate::model::config::{FeedForwardConfig, MoeConfig, Projection};
-use crate::ops::grouped_linear::is_stacked;
+use crate::ops::experts::is_stacked;
 
 /// Bytes of the gate in front of a shared expert.
 #[derive(Default)]

@@ -8,10 +8,12 @@ mod rows;
 mod vectorized;
 
 pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
-pub(super) use multiply::{Crew, Factor, Fill, Out, multiply, multiply_with};
+pub(super) use multiply::{Factor, Fill, multiply};
 pub(super) use product::{Matrix, product};
 pub(super) use quantized::{Kind, PART, Row};
-pub(super) use rows::{Disjoint, ask_for, chunked_sum, for_row_pairs, for_row_triples, for_rows, written};
+pub(super) use rows::{
+    Disjoint, alone, ask_for, chunked_sum, for_row_pairs, for_row_triples, for_rows, written,
+};
 #[cfg(test)]
 pub(super) use vectorized::with_each_vectors;
 pub(super) use vectorized::{Vectors, exp, largest, sum, sum_of_pairs, sum_of_triples, vectorized};

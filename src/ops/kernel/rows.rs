@@ -1,6 +1,8 @@
 //! Rows over threads. Chunks have a fixed size and partial sums are added in their order, so results do not depend on
 //! the number of threads.
 
+use std::cell::Cell;
+
 use rayon::prelude::*;
 
 use super::multiply::Target;
@@ -8,12 +10,34 @@ use super::multiply::Target;
 /// Rows per task: enough work to be worth a task, and the unit in which reductions are split.
 const ROWS: usize = 64;
 
+thread_local! {
+    static ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Lets the calling thread compute by itself what `f` would share with others: for a task that is one of many, whose values
+/// then stay in this core's cache.
+pub(crate) fn alone<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            ALONE.set(self.0);
+        }
+    }
+    let _restore = Restore(ALONE.replace(true));
+    f()
+}
+
+/// Whether this thread computes [`alone`].
+pub(crate) fn is_alone() -> bool {
+    ALONE.get()
+}
+
 /// Calls `f(index, row)` for every row of `width` values in `out`, on all threads.
 pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     if width == 0 {
         return;
     }
-    if out.len() <= width * ROWS {
+    if out.len() <= width * ROWS || is_alone() {
         return out.chunks_mut(width).enumerate().for_each(|(i, row)| f(i, row));
     }
     out.par_chunks_mut(width * ROWS).enumerate().for_each(|(chunk, rows)| {
@@ -79,14 +103,18 @@ pub(crate) fn for_row_triples<T: Send>(
         return;
     }
     let chunk = width * ROWS;
-    let triples =
-        first.par_chunks_mut(chunk).zip(second.par_chunks_mut(chunk)).zip(third.par_chunks_mut(chunk));
-    triples.enumerate().for_each(|(chunk, ((first, second), third))| {
+    let of_chunk = |(chunk, ((first, second), third)): (usize, ((&mut [T], &mut [T]), &mut [T]))| {
         let rows = first.chunks_mut(width).zip(second.chunks_mut(width)).zip(third.chunks_mut(width));
         for (i, ((a, b), c)) in rows.enumerate() {
             f(chunk * ROWS + i, [a, b, c]);
         }
-    });
+    };
+    if is_alone() {
+        return of_chunk((0, ((first, second), third)));
+    }
+    let triples =
+        first.par_chunks_mut(chunk).zip(second.par_chunks_mut(chunk)).zip(third.par_chunks_mut(chunk));
+    triples.enumerate().for_each(of_chunk);
 }
 
 /// The sum over rows of what `f(index, sum)` adds into `sum` (`width` values): chunk by chunk, then in order.

@@ -154,7 +154,10 @@ impl Side<'_> {
             let piece = start..rows.end.min(start + PIECE);
             self.wide_pieces(piece, columns.clone(), wide, |rows, values, stride| {
                 narrow.resize(rows.len() * width, bf16::ZERO);
-                for (out, row) in narrow.chunks_exact_mut(width).zip(values.chunks(stride)) {
+                // Rows end to end are one: those of an adapter may be too short for a vector.
+                let (length, stride) =
+                    if stride == width { (narrow.len(), narrow.len()) } else { (width, stride) };
+                for (out, row) in narrow.chunks_exact_mut(length).zip(values.chunks(stride)) {
                     for (out, value) in out.iter_mut().zip(row) {
                         *out = bf16::narrow(*value);
                     }

@@ -64,16 +64,6 @@ pub(crate) fn multiply_here<T: Target>(
     multiply_by(best(terms), Crew::Caller, c, beta, alpha, terms);
 }
 
-/// As [`multiply`], on the threads of `crew`, into a place of its own.
-pub(crate) fn multiply_with<T: Target>(
-    crew: Crew,
-    c: Out<'_, T>,
-    alpha: f32,
-    terms: &[(Factor<'_>, Factor<'_>)],
-) {
-    multiply_by(best(terms), crew, c, 0.0, alpha, terms);
-}
-
 /// As [`multiply`] and [`multiply_here`], on a given path of those that the machine has.
 pub(crate) fn multiply_by<T: Target>(
     path: Path,
@@ -145,7 +135,7 @@ fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
     let (left, right) = &sides[0];
     match (left.in_place(), right.in_place()) {
         (Some(_), Some(_)) => m < n && m <= 64,
-        (None, None) if m.min(n) <= 32 => !left.along && !right.along && m > n,
+        (None, None) if m.min(n) <= 96 => !left.along && !right.along && m > n,
         (None, None) => !left.along && !right.along && m < n,
         (None, Some(_)) => true,
         (Some(_), None) => false,

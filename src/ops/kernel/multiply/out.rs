@@ -5,12 +5,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::rows::Disjoint;
+use super::super::rows::{Disjoint, is_alone};
 
-/// The place of a result inside a buffer: its first value, and how far rows begin from each other.
+/// The place of a result: its first value, and how far rows begin from each other.
 pub(crate) struct Out<'a, T> {
     values: Disjoint<T>,
-    start: usize,
     stride: usize,
     borrowed: PhantomData<&'a mut [T]>,
 }
@@ -18,22 +17,14 @@ pub(crate) struct Out<'a, T> {
 impl<'a, T> Out<'a, T> {
     /// The first row begins at the first of `values`.
     pub(crate) fn rows(values: &'a mut [T], stride: usize) -> Self {
-        Self { values: Disjoint::new(values), start: 0, stride, borrowed: PhantomData }
-    }
-
-    /// The first row begins at value `start` of a buffer that other tasks write to as well.
-    ///
-    /// # Safety
-    /// While the product is computed the buffer is alive, and nobody else uses the values of this result.
-    pub(crate) unsafe fn shared(values: Disjoint<T>, start: usize, stride: usize) -> Self {
-        Self { values, start, stride, borrowed: PhantomData }
+        Self { values: Disjoint::new(values), stride, borrowed: PhantomData }
     }
 
     /// Whether a result of `m` by `n` has room.
     pub(super) fn check(&self, m: usize, n: usize) {
         if m > 0 && n > 0 {
             assert!(m == 1 || n <= self.stride, "rows of {n} values, {} apart", self.stride);
-            self.values.address(self.start + (m - 1) * self.stride + n - 1);
+            self.values.address((m - 1) * self.stride + n - 1);
         }
     }
 
@@ -44,12 +35,12 @@ impl<'a, T> Out<'a, T> {
     #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
     pub(super) unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [T] {
         // SAFETY: whoever made this promised that the values are the result's, the caller that they are in use once.
-        unsafe { self.values.part(self.start + row * self.stride + columns.start, columns.len()) }
+        unsafe { self.values.part(row * self.stride + columns.start, columns.len()) }
     }
 
     /// Where a value lies.
     pub(super) fn address(&self, row: usize, column: usize) -> *mut T {
-        self.values.address(self.start + row * self.stride + column)
+        self.values.address(row * self.stride + column)
     }
 
     /// Distance of two rows.
@@ -70,6 +61,7 @@ pub(crate) enum Crew {
 impl Crew {
     pub(super) fn size(self) -> usize {
         match self {
+            Self::All if is_alone() => 1,
             Self::All => rayon::current_num_threads(),
             Self::Caller => 1,
         }
@@ -78,7 +70,7 @@ impl Crew {
     /// Does tasks `0..count`.
     pub(super) fn share(self, count: usize, task: impl Fn(usize) + Sync + Send) {
         // One task is not worth waking anybody.
-        if self == Self::Caller || count <= 1 {
+        if self.size() == 1 || count <= 1 {
             (0..count).for_each(task);
         } else {
             (0..count).into_par_iter().for_each(task);

@@ -1,0 +1,285 @@
+//! Gated networks side by side, each of which takes some of the tokens:
+//! `y[t] = sum over the rows r of t of weight[r] network[expert of r](x[t])`, where `network(x)` is
+//! `down(activation(gate(x)) * up(x))` and the sum is left to [`groups::combine`].
+//!
+//! Rows are grouped by [`Groups`]; each layer is that of [`linear`], with its low-rank term and dropout. The cost follows the
+//! rows. An expert goes through all its layers at a stretch, so that what it computes stays in the cache of the core that
+//! does: its rows are gathered when it is its turn, and no step waits for another expert.
+
+mod down;
+mod stack;
+
+pub use stack::is_stacked;
+
+use candle_core::Tensor;
+use rayon::prelude::*;
+
+use super::kernel::alone;
+use super::linear::{self, Back, Layer};
+use super::{Activation, Gradients, Groups, Pass, glu, groups};
+use crate::error::{Error, Result};
+use down::Down;
+use stack::Stack;
+
+/// `scale dropout(x) A^T` or its gradient, `[rows, rank]` in f32: of each expert that has rows, of each kind of layer.
+type Inners = Vec<Vec<Option<Tensor>>>;
+
+/// The layers of an expert.
+#[derive(Debug, Clone, Copy)]
+pub struct Expert<'a> {
+    /// `[width, hidden]`
+    pub gate: Layer<'a>,
+    /// `[width, hidden]`
+    pub up: Layer<'a>,
+    /// `[hidden, width]`
+    pub down: Layer<'a>,
+}
+
+impl<'a> Expert<'a> {
+    /// All values that could be trained.
+    fn parameters(self) -> impl Iterator<Item = &'a super::Parameter> {
+        [self.gate, self.up, self.down].into_iter().flat_map(Layer::parameters)
+    }
+}
+
+/// What the backward needs.
+#[derive(Debug)]
+pub struct Saved {
+    /// `[tokens, hidden]`; not needed for `dx`.
+    x: Option<Tensor>,
+    /// Of those that have rows.
+    experts: Vec<Option<SavedExpert>>,
+}
+
+#[derive(Debug, Clone)]
+struct SavedExpert {
+    /// `u` of gate and up.
+    inners: Vec<Option<Tensor>>,
+    unit: glu::Saved,
+    /// `u` of down.
+    down: Option<Tensor>,
+}
+
+impl Saved {
+    /// Drops the input, which [`Saved::set_input`] gives again where a gradient needs it.
+    pub fn drop_input(&mut self) {
+        self.x = None;
+    }
+
+    /// Whether the input was not dropped.
+    #[must_use]
+    pub fn has_input(&self) -> bool {
+        self.x.is_some()
+    }
+
+    /// Gives the input again, `[tokens, hidden]`.
+    pub fn set_input(&mut self, x: &Tensor) {
+        self.x = Some(x.clone());
+    }
+
+    fn x(&self) -> Result<&Tensor> {
+        self.x.as_ref().ok_or_else(|| Error::invalid("the input of experts was not kept for their gradients"))
+    }
+}
+
+/// The gradients that go on from here.
+#[derive(Debug)]
+pub struct Backward {
+    /// That of the input, where wanted: `dx[t] = (a b)[t] + sum over the rows r of t of of_rows[r]`.
+    pub of_rows: Option<Vec<Tensor>>,
+    /// `a [tokens, all ranks]` and `b [all ranks, hidden]` of low-rank terms that are one for all experts.
+    pub of_tokens: Option<(Tensor, Tensor)>,
+    /// Those of the weights, `[tokens * active]`, where wanted; zero for a choice that was dropped.
+    pub d_weights: Option<Vec<f32>>,
+}
+
+/// What the experts give to their rows, below one another, `[rows, hidden]`, for `x [tokens, hidden]`, and what the backward
+/// needs.
+pub fn forward(
+    x: &Tensor,
+    experts: &[Expert<'_>],
+    activation: Activation,
+    groups: &Groups,
+    pass: &Pass<'_>,
+) -> Result<(Vec<Tensor>, Saved)> {
+    let over_tokens = match inside(experts, groups, pass) {
+        Some(stack) => Some(stack.inners(x, groups)?),
+        None => None,
+    };
+    let done = of_each(groups, |number| {
+        let Expert { gate, up, down } = experts[number];
+        let x = groups::gather(x, groups, groups.range(number))?;
+        let pass = pass.of_rows(&groups.tokens()[groups.range(number)]);
+        let inners = match &over_tokens {
+            Some(all) => all[number].clone(),
+            None => linear::inners(&x, &[gate, up], &pass)?,
+        };
+        let (gate, up) =
+            (linear::output(&x, &gate, inners[0].as_ref())?, linear::output(&x, &up, inners[1].as_ref())?);
+        let (product, unit) = glu::forward(gate, up, activation)?; // [rows, width]
+        let of_down = linear::inner_of(&product, &down, &pass)?;
+        let y = linear::output(&product, &down, of_down.as_ref())?; // [rows, hidden]
+        Ok((y, SavedExpert { inners, unit, down: of_down }))
+    })?;
+    let (ys, experts): (Vec<_>, Vec<_>) = done.into_iter().map(Option::unzip).unzip();
+    Ok((below_one_another(ys, x)?, Saved { x: Some(x.clone()), experts }))
+}
+
+/// The gradients of what the experts hold go to `gradients` where wanted, those of an expert without rows are zero; the others
+/// are given, when `wants_dx` and `wants_weights`. `dy` is `[tokens, hidden]`.
+pub fn backward(
+    saved: Saved,
+    (experts, activation): (&[Expert<'_>], Activation),
+    (weights, groups): (&[f32], &Groups),
+    pass: &Pass<'_>,
+    dy: &Tensor,
+    (wants_dx, wants_weights): (bool, bool),
+    gradients: &mut Gradients,
+) -> Result<Backward> {
+    let is_trained = |layer: Layer<'_>| layer.parameters().any(|parameter| gradients.wants(parameter));
+    let trains_inside = experts.iter().any(|expert| is_trained(expert.gate) || is_trained(expert.up));
+    let wants_product = wants_dx || wants_weights || trains_inside;
+    if !wants_product && !experts.iter().any(|expert| is_trained(expert.down)) {
+        return Ok(Backward { of_rows: None, of_tokens: None, d_weights: None });
+    }
+    let weights = groups.weights_of_rows(weights);
+    let down = Down::new(experts, (&weights, groups), pass, (dy, wants_product), &saved.experts, gradients)?;
+    let stack = inside(experts, groups, pass);
+    let x = match experts.iter().any(|e| takes_rows(&[e.gate, e.up], stack.is_some(), gradients)) {
+        true => Some(saved.x()?),
+        false => None,
+    };
+    let done = with_gradients(groups, experts, gradients, |number, gradients| {
+        let Some(own) = saved.experts[number].as_ref() else {
+            return Err(Error::invalid("an expert has rows that it had not in the forward pass"));
+        };
+        let through = down.backward(number, own, activation, gradients)?;
+        let Some((d_gate, d_up)) = through.inside.filter(|_| wants_dx || trains_inside) else {
+            return Ok((None, Vec::new(), through.d_weights));
+        };
+        let Expert { gate, up, .. } = experts[number];
+        let x = x.map(|x| groups::gather(x, groups, groups.range(number))).transpose()?;
+        let layers = [(gate, own.inners[0].as_ref(), &d_gate), (up, own.inners[1].as_ref(), &d_up)];
+        let pass = pass.of_rows(&groups.tokens()[groups.range(number)]);
+        let d_inners = match &stack {
+            None => linear::gradients_of_all(x.as_ref(), &layers, &pass, wants_dx, gradients)?,
+            Some(_) => linear::output_and_weight_gradients(x.as_ref(), &layers, wants_dx, gradients)?,
+        };
+        let dx = match wants_dx {
+            true => {
+                let of = |kind: usize| d_inners[kind].clone().filter(|_| stack.is_none());
+                let backs = [
+                    Back { layer: gate, dy: d_gate, d_inner: of(0) },
+                    Back { layer: up, dy: d_up, d_inner: of(1) },
+                ];
+                Some(linear::dx(&backs, &[], dy.dtype(), &pass)?)
+            }
+            false => None,
+        };
+        Ok((dx, d_inners, through.d_weights))
+    })?;
+    let (mut dxs, mut inners, mut d_weights) =
+        (Vec::new(), Inners::new(), Vec::with_capacity(groups.num_rows()));
+    for done in done {
+        let (dx, d_inners, of_weights) = done.unwrap_or_default();
+        dxs.push(dx);
+        inners.push(d_inners);
+        d_weights.extend(of_weights);
+    }
+    let mut of_tokens = None;
+    if let Some(stack) = stack
+        && (wants_dx || trains_inside)
+    {
+        let du = stack.of_tokens(&inners, groups, None, dy.dtype())?;
+        if let Some(x) = &saved.x {
+            stack.a_gradients(&du, x, gradients)?;
+        }
+        if wants_dx {
+            of_tokens = Some((du, stack.a()?));
+        }
+    }
+    let of_rows = if wants_dx { Some(below_one_another(dxs, dy)?) } else { None };
+    let d_weights = wants_weights.then(|| groups.of_choices(&d_weights));
+    Ok(Backward { of_rows, of_tokens, d_weights })
+}
+
+/// The low-rank terms of gate and up, where all experts' are one.
+fn inside<'l>(experts: &[Expert<'l>], groups: &Groups, pass: &Pass<'_>) -> Option<Stack<'l>> {
+    let kinds: [Vec<Layer<'l>>; 2] =
+        [experts.iter().map(|e| e.gate).collect(), experts.iter().map(|e| e.up).collect()];
+    Stack::of(&[&kinds[0], &kinds[1]], groups, pass)
+}
+
+/// Whether gradients of layers are computed from the rows of their input.
+fn takes_rows(layers: &[Layer<'_>], stacked: bool, gradients: &Gradients) -> bool {
+    let takes = |layer: &Layer<'_>| match stacked {
+        true => gradients.wanted(layer.weight).is_some(),
+        false => layer.needs_input(gradients),
+    };
+    layers.iter().any(takes)
+}
+
+fn rows(x: &Tensor, groups: &Groups, expert: usize) -> Result<Tensor> {
+    let range = groups.range(expert);
+    Ok(x.narrow(0, range.start, range.len())?)
+}
+
+/// Whether each expert is one thread's: there are enough of them, and their rows outweigh their weights, which all threads
+/// read faster than one.
+fn has_many(groups: &Groups) -> bool {
+    /// Rows of an expert, in the mean.
+    const MANY: usize = 16;
+
+    let experts = groups.counts().filter(|rows| *rows > 0).count();
+    experts >= 2 * rayon::current_num_threads() && groups.num_rows() >= MANY * experts
+}
+
+/// `f(expert)` of each expert that has rows, side by side.
+fn of_each<R: Send>(groups: &Groups, f: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<Option<R>>> {
+    let many = has_many(groups);
+    let of_expert = |expert| match groups.range(expert).is_empty() {
+        true => Ok(None),
+        false if many => alone(|| f(expert)).map(Some),
+        false => f(expert).map(Some),
+    };
+    (0..groups.len()).into_par_iter().with_max_len(1).map(of_expert).collect()
+}
+
+/// The same, where `f` adds gradients of the expert's layers; an expert without rows adds nothing to them.
+fn with_gradients<R: Send>(
+    groups: &Groups,
+    experts: &[Expert<'_>],
+    gradients: &mut Gradients,
+    f: impl Fn(usize, &mut Gradients) -> Result<R> + Sync,
+) -> Result<Vec<Option<R>>> {
+    let parts: Vec<Gradients> = experts.iter().map(|expert| gradients.take(expert.parameters())).collect();
+    let many = has_many(groups);
+    let of_part = |(expert, mut part): (usize, Gradients)| -> Result<(Option<R>, Gradients)> {
+        let result = match groups.range(expert).is_empty() {
+            true => None,
+            false if many => Some(alone(|| f(expert, &mut part))?),
+            false => Some(f(expert, &mut part)?),
+        };
+        Ok((result, part))
+    };
+    let done: Vec<(Option<R>, Gradients)> =
+        parts.into_par_iter().enumerate().with_max_len(1).map(of_part).collect::<Result<_>>()?;
+    let mut results = Vec::with_capacity(done.len());
+    for (expert, (result, part)) in experts.iter().zip(done) {
+        gradients.put_back(part)?;
+        if result.is_none() {
+            expert.parameters().try_for_each(|parameter| gradients.add_nothing(parameter))?;
+        }
+        results.push(result);
+    }
+    Ok(results)
+}
+
+/// The rows of all experts; one part without rows where there are none, of the width and type of `like`.
+fn below_one_another(parts: Vec<Option<Tensor>>, like: &Tensor) -> Result<Vec<Tensor>> {
+    let mut parts: Vec<Tensor> = parts.into_iter().flatten().collect();
+    if parts.is_empty() {
+        parts.push(Tensor::zeros((0, like.dim(1)?), like.dtype(), like.device())?);
+    }
+    Ok(parts)
+}
