@@ -579,16 +579,17 @@ impl Kind {
 
     /// What rows come to, by candle.
     fn reference(&self, x: &Tensor, values: &[Tensor], groups: &Groups) -> Tensor {
-        let of_expert = |(expert, (v, (_, _, l))): (usize, (&[Tensor], &(Weight, Parameter, LowRank)))| {
+        let mut parts = Vec::new();
+        for (expert, (v, (_, _, l))) in values.chunks(5).zip(&self.layers).enumerate() {
             let range = groups.range(expert);
+            if range.is_empty() {
+                continue;
+            }
             let x = x.narrow(0, range.start, range.len()).unwrap();
             let low_rank = Some((&v[2], &v[3], l.scale));
             let y = linear::reference(&x, &v[0], Some(&v[1]), low_rank, None).unwrap();
-            y.broadcast_add(&(&v[4] * l.scale).unwrap()).unwrap()
-        };
-        let all = values.chunks(5).zip(&self.layers).enumerate();
-        let parts: Vec<Tensor> =
-            all.filter(|(expert, _)| !groups.range(*expert).is_empty()).map(of_expert).collect();
+            parts.push(y.broadcast_add(&(&v[4] * l.scale).unwrap()).unwrap());
+        }
         Tensor::cat(&parts, 0).unwrap()
     }
 

@@ -300,7 +300,7 @@ vectorized! {
                     continue;
                 }
                 for (sum, x) in sums.iter_mut().zip(&x[*row as usize][column..][..width]) {
-                    *sum += x.widen() * weight;
+                    *sum = x.widen().mul_add(*weight, *sum);
                 }
             }
             for (y, sum) in y.iter_mut().zip(sums) {

@@ -103,18 +103,18 @@ pub(crate) fn for_row_triples<T: Send>(
         return;
     }
     let chunk = width * ROWS;
-    let of_chunk = |(chunk, ((first, second), third)): (usize, ((&mut [T], &mut [T]), &mut [T]))| {
+    let of_chunk = |chunk: usize, [first, second, third]: [&mut [T]; 3]| {
         let rows = first.chunks_mut(width).zip(second.chunks_mut(width)).zip(third.chunks_mut(width));
         for (i, ((a, b), c)) in rows.enumerate() {
             f(chunk * ROWS + i, [a, b, c]);
         }
     };
     if is_alone() {
-        return of_chunk((0, ((first, second), third)));
+        return of_chunk(0, [first, second, third]);
     }
     let triples =
         first.par_chunks_mut(chunk).zip(second.par_chunks_mut(chunk)).zip(third.par_chunks_mut(chunk));
-    triples.enumerate().for_each(of_chunk);
+    triples.enumerate().for_each(|(chunk, ((a, b), c))| of_chunk(chunk, [a, b, c]));
 }
 
 /// The sum over rows of what `f(index, sum)` adds into `sum` (`width` values): chunk by chunk, then in order.
