@@ -4,12 +4,16 @@
 //! down projection is `(A^T w A + l I)^-1 A^T w R`: ridge regression with a pull towards the dense model's weights.
 //! `l` is the one with the least error on tokens that were not fitted to; where none helps, nothing changes.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
+use super::slices::masked;
 use super::solve::{factor, matrix, mean_diagonal, solve, values};
+use super::statistics::{Observed, Scores, observe};
+use super::windows::{Sample, Windows};
 use crate::error::Result;
-use crate::ops::matmul;
+use crate::model::{Decoder, FeedForward, Stream};
+use crate::ops::{matmul, matmul_f32};
 
 /// The candidates for `l`, as shares of the mean of the diagonal.
 const RIDGES: [f64; 5] = [3.0, 1.0, 0.3, 0.1, 0.03];
@@ -115,4 +119,64 @@ fn add_to(sum: &mut Option<Tensor>, term: Tensor) -> Result<()> {
         None => term,
     });
     Ok(())
+}
+
+/// The streams of the mixture, or of the pruned model, at one layer.
+pub(super) struct Walk<'a> {
+    pub(super) model: &'a Decoder,
+    pub(super) layer: usize,
+    pub(super) network: &'a FeedForward,
+    pub(super) down: &'a Tensor,
+    pub(super) scores: &'a Scores,
+    /// The dense streams behind this layer, where they are what is fitted to.
+    pub(super) goal: Option<&'a [Stream]>,
+    pub(super) text: &'a [Windows],
+    pub(super) sample: &'a Sample,
+    pub(super) stored: DType,
+}
+
+impl Walk<'_> {
+    /// Fits the columns of `active` neurons, but for guarded ones, on streams of one for each batch of the sample, and takes these
+    /// behind the layer. `mask` says which neurons are on for which tokens.
+    pub(super) fn refit(
+        &self,
+        mask: &dyn Fn(&Observed) -> Result<Vec<f32>>,
+        active: &[usize],
+        streams: &mut [Stream],
+    ) -> Result<Fitted> {
+        let free: Vec<usize> =
+            active.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
+        let mut fit = Fit::new(&free)?;
+        let mut actives = Vec::new();
+        for (stream, batch) in streams.iter_mut().zip(self.sample.batches()) {
+            let seen = observe(self.model, self.layer, self.network, self.down, stream, &self.text[batch])?;
+            let (active, rest) = masked(&seen.h, &mask(&seen)?)?;
+            let missing = match self.goal {
+                None => matmul_f32(&rest, &self.down.t()?)?,
+                Some(goal) => {
+                    let given = matmul_f32(&active, &self.down.t()?)?;
+                    let residual = (goal[batch].residual() - stream.residual())?.to_dtype(DType::F32)?;
+                    let multiplier = self.model.config().multipliers.residual;
+                    ((residual / multiplier)? - given)?
+                }
+            };
+            fit.add(
+                &active,
+                &missing,
+                &self.scores.weights(&seen.norms),
+                self.sample.judged.contains(&batch),
+            )?;
+            actives.push(active);
+        }
+        let Fitted { down, left } = fit
+            .finish(self.down)
+            .map_err(|error| error.with_hint("`upcycle.refit = \"none\"` goes without"))?;
+        // What is written is what the layers above are fitted to.
+        let down = down.to_dtype(self.stored)?.to_dtype(DType::F32)?;
+        for (stream, active) in streams.iter_mut().zip(actives) {
+            let y = matmul_f32(&active, &down.t()?)?;
+            self.model.add_to_stream(self.layer, stream, &y)?;
+        }
+        Ok(Fitted { down, left })
+    }
 }

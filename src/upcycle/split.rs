@@ -1,24 +1,22 @@
 //! A dense model cut into slices, layer by layer: one walk in which the text goes through the dense model, through the
 //! mixture as far as it is made, and, held out, through everything that is compared with it.
 
-use std::ops::Range;
-
 use candle_core::{DType, Tensor};
 
 use super::compare::{Compared, LayerReport, Rivals};
 use super::gradient::Importance;
 use super::partition::{Grounds, partition};
-use super::refit::{Fit, Fitted};
+use super::refit::Walk;
 use super::router::{Sight, exponent, router};
 use super::settings::{Method, Partition, Refit, Settings, SplitShape};
-use super::slices::{Slices, fixed_mask, masked, routed};
+use super::slices::{Slices, fixed_mask, routed};
 use super::solve::values;
 use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
-use super::windows::{Calibration, Windows, first_batches};
+use super::windows::{Calibration, Sample, Windows};
 use super::{Comparison, Event, Watch};
 use crate::error::{Context, Error, Result};
 use crate::model::{Decoder, FeedForward, Stream};
-use crate::ops::{Weight, matmul_f32};
+use crate::ops::Weight;
 
 /// Tokens whose neurons are kept in memory: neurons are shared out by them, and routers fitted to them.
 const SAMPLE: usize = 65_536;
@@ -26,42 +24,6 @@ const SAMPLE: usize = 65_536;
 const REFIT_SAMPLE: usize = 32_768;
 /// The memory that these neurons may take; their energies take as much again while a layer is cut.
 const SAMPLE_BYTES: usize = 1 << 30;
-/// Of the sample one in so many is left for choices.
-const JUDGED: usize = 8;
-
-/// Batches of the text that things are fitted to, and others that choices are made by.
-#[derive(Debug, Clone)]
-struct Sample {
-    fitted: Range<usize>,
-    judged: Range<usize>,
-}
-
-impl Sample {
-    /// The first batches, of which the last ones are left for choices.
-    fn of(text: &[Windows], most: usize) -> Self {
-        let batches = first_batches(text, most).len();
-        let judged_from = batches - (batches / JUDGED).max(usize::from(batches > 1));
-        Self { fitted: 0..judged_from, judged: judged_from..batches }
-    }
-
-    /// The first batches of either.
-    fn part(&self, text: &[Windows], most: usize) -> Self {
-        let first = |range: &Range<usize>, most| {
-            range.start..range.start + first_batches(&text[range.clone()], most).len()
-        };
-        Self { fitted: first(&self.fitted, most - most / JUDGED), judged: first(&self.judged, most / JUDGED) }
-    }
-
-    /// All of it.
-    fn batches(&self) -> impl Iterator<Item = usize> + use<> {
-        self.fitted.clone().chain(self.judged.clone())
-    }
-
-    /// What is fitted to and what choices are made by, of all that was kept of a layer.
-    fn of_observed<'o>(&self, observed: &'o [Observed]) -> (&'o [Observed], &'o [Observed]) {
-        (&observed[self.fitted.clone()], &observed[self.judged.clone()])
-    }
-}
 
 /// A model, cut.
 pub(super) struct Split {
@@ -153,7 +115,7 @@ pub(super) fn split(
             continue;
         }
         let scores = moments.finish(&columns);
-        let (fitted, judged) = sample.of_observed(&observed);
+        let (fitted, judged) = (&observed[sample.fitted.clone()], &observed[sample.judged.clone()]);
         let cut = Cut {
             network,
             down: &down,
@@ -307,66 +269,6 @@ impl Cut<'_> {
         let last = gate.dim(0)?;
         let rows: Vec<u32> = neurons.iter().map(|neuron| (*neuron).min(last) as u32).collect();
         Ok(padded.index_select(&Tensor::new(rows, gate.device())?, 0)?)
-    }
-}
-
-/// The streams of the mixture, or of the pruned model, at one layer.
-struct Walk<'a> {
-    model: &'a Decoder,
-    layer: usize,
-    network: &'a FeedForward,
-    down: &'a Tensor,
-    scores: &'a Scores,
-    /// The dense streams behind this layer, where they are what is fitted to.
-    goal: Option<&'a [Stream]>,
-    text: &'a [Windows],
-    sample: &'a Sample,
-    stored: DType,
-}
-
-impl Walk<'_> {
-    /// Fits the columns of `active` neurons, but for guarded ones, on streams of one for each batch of the sample, and takes these
-    /// behind the layer. `mask` says which neurons are on for which tokens.
-    fn refit(
-        &self,
-        mask: &dyn Fn(&Observed) -> Result<Vec<f32>>,
-        active: &[usize],
-        streams: &mut [Stream],
-    ) -> Result<Fitted> {
-        let free: Vec<usize> =
-            active.iter().copied().filter(|neuron| !self.scores.guarded[*neuron]).collect();
-        let mut fit = Fit::new(&free)?;
-        let mut actives = Vec::new();
-        for (stream, batch) in streams.iter_mut().zip(self.sample.batches()) {
-            let seen = observe(self.model, self.layer, self.network, self.down, stream, &self.text[batch])?;
-            let (active, rest) = masked(&seen.h, &mask(&seen)?)?;
-            let missing = match self.goal {
-                None => matmul_f32(&rest, &self.down.t()?)?,
-                Some(goal) => {
-                    let given = matmul_f32(&active, &self.down.t()?)?;
-                    let residual = (goal[batch].residual() - stream.residual())?.to_dtype(DType::F32)?;
-                    let multiplier = self.model.config().multipliers.residual;
-                    ((residual / multiplier)? - given)?
-                }
-            };
-            fit.add(
-                &active,
-                &missing,
-                &self.scores.weights(&seen.norms),
-                self.sample.judged.contains(&batch),
-            )?;
-            actives.push(active);
-        }
-        let Fitted { down, left } = fit
-            .finish(self.down)
-            .map_err(|error| error.with_hint("`upcycle.refit = \"none\"` goes without"))?;
-        // What is written is what the layers above are fitted to.
-        let down = down.to_dtype(self.stored)?.to_dtype(DType::F32)?;
-        for (stream, active) in streams.iter_mut().zip(actives) {
-            let y = matmul_f32(&active, &down.t()?)?;
-            self.model.add_to_stream(self.layer, stream, &y)?;
-        }
-        Ok(Fitted { down, left })
     }
 }
 

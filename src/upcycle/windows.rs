@@ -1,5 +1,7 @@
 //! Calibration text: documents cut into windows, those held out apart from those that things are fitted to.
 
+use std::ops::Range;
+
 use crate::data::{Row, generator, shuffle};
 use crate::error::{Error, Result};
 use crate::ops::Documents;
@@ -177,6 +179,38 @@ fn batches(windows: &[Vec<u32>]) -> Vec<Windows> {
         }
     }
     batches
+}
+
+/// Of the sample one in so many is left for choices.
+const JUDGED: usize = 8;
+
+/// Batches of the text that things are fitted to, and others that choices are made by.
+#[derive(Debug, Clone)]
+pub(super) struct Sample {
+    pub(super) fitted: Range<usize>,
+    pub(super) judged: Range<usize>,
+}
+
+impl Sample {
+    /// The first batches, of which the last ones are left for choices.
+    pub(super) fn of(text: &[Windows], most: usize) -> Self {
+        let batches = first_batches(text, most).len();
+        let judged_from = batches - (batches / JUDGED).max(usize::from(batches > 1));
+        Self { fitted: 0..judged_from, judged: judged_from..batches }
+    }
+
+    /// The first batches of either.
+    pub(super) fn part(&self, text: &[Windows], most: usize) -> Self {
+        let first = |range: &Range<usize>, most| {
+            range.start..range.start + first_batches(&text[range.clone()], most).len()
+        };
+        Self { fitted: first(&self.fitted, most - most / JUDGED), judged: first(&self.judged, most / JUDGED) }
+    }
+
+    /// All of it.
+    pub(super) fn batches(&self) -> impl Iterator<Item = usize> + use<> {
+        self.fitted.clone().chain(self.judged.clone())
+    }
 }
 
 #[cfg(test)]

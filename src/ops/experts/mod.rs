@@ -7,6 +7,7 @@
 //! does: its rows are gathered when it is its turn, and no step waits for another expert.
 
 mod down;
+mod inside;
 mod stack;
 
 pub use stack::is_stacked;
@@ -15,10 +16,11 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::kernel::alone;
-use super::linear::{self, Back, Layer};
+use super::linear::{self, Layer};
 use super::{Activation, Gradients, Groups, Pass, glu, groups};
 use crate::error::{Error, Result};
 use down::Down;
+use inside::Inside;
 use stack::Stack;
 
 /// `scale dropout(x) A^T` or its gradient, `[rows, rank]` in f32: of each expert that has rows, of each kind of layer.
@@ -102,7 +104,7 @@ pub fn forward(
     groups: &Groups,
     pass: &Pass<'_>,
 ) -> Result<(Vec<Tensor>, Saved)> {
-    let over_tokens = match inside(experts, groups, pass) {
+    let over_tokens = match stack_inside(experts, groups, pass) {
         Some(stack) => Some(stack.inners(x, groups)?),
         None => None,
     };
@@ -144,79 +146,35 @@ pub fn backward(
     }
     let weights = groups.weights_of_rows(weights);
     let down = Down::new(experts, (&weights, groups), pass, (dy, wants_product), &saved.experts, gradients)?;
-    let stack = inside(experts, groups, pass);
-    let x = match experts.iter().any(|e| takes_rows(&[e.gate, e.up], stack.is_some(), gradients)) {
-        true => Some(saved.x()?),
-        false => None,
-    };
-    let done = with_gradients(groups, experts, gradients, |number, gradients| {
-        let Some(own) = saved.experts[number].as_ref() else {
+    let inside = Inside::new(experts, groups, pass, (dy.dtype(), wants_dx), &saved, gradients)?;
+    let done = with_gradients(groups, experts, gradients, |expert, gradients| {
+        let Some(own) = saved.experts[expert].as_ref() else {
             return Err(Error::invalid("an expert has rows that it had not in the forward pass"));
         };
-        let through = down.backward(number, own, activation, gradients)?;
-        let Some((d_gate, d_up)) = through.inside.filter(|_| wants_dx || trains_inside) else {
-            return Ok((None, Vec::new(), through.d_weights));
-        };
-        let Expert { gate, up, .. } = experts[number];
-        let x = x.map(|x| groups::gather(x, groups, groups.range(number))).transpose()?;
-        let layers = [(gate, own.inners[0].as_ref(), &d_gate), (up, own.inners[1].as_ref(), &d_up)];
-        let pass = pass.of_rows(&groups.tokens()[groups.range(number)]);
-        let d_inners = match &stack {
-            None => linear::gradients_of_all(x.as_ref(), &layers, &pass, wants_dx, gradients)?,
-            Some(_) => linear::output_and_weight_gradients(x.as_ref(), &layers, wants_dx, gradients)?,
-        };
-        let dx = match wants_dx {
-            true => {
-                let of = |kind: usize| d_inners[kind].clone().filter(|_| stack.is_none());
-                let backs = [
-                    Back { layer: gate, dy: d_gate, d_inner: of(0) },
-                    Back { layer: up, dy: d_up, d_inner: of(1) },
-                ];
-                Some(linear::dx(&backs, &[], dy.dtype(), &pass)?)
-            }
-            false => None,
+        let through = down.backward(expert, own, activation, gradients)?;
+        let (dx, d_inners) = match through.inside.filter(|_| wants_dx || trains_inside) {
+            Some(d_inside) => inside.backward(expert, &own.inners, d_inside, gradients)?,
+            None => (None, Vec::new()),
         };
         Ok((dx, d_inners, through.d_weights))
     })?;
-    let (mut dxs, mut inners, mut d_weights) =
-        (Vec::new(), Inners::new(), Vec::with_capacity(groups.num_rows()));
-    for done in done {
-        let (dx, d_inners, of_weights) = done.unwrap_or_default();
+    let (mut dxs, mut d_inners, mut d_weights) = (Vec::new(), Inners::new(), Vec::new());
+    for (dx, of_expert, of_rows) in done.into_iter().map(Option::unwrap_or_default) {
         dxs.push(dx);
-        inners.push(d_inners);
-        d_weights.extend(of_weights);
+        d_inners.push(of_expert);
+        d_weights.extend(of_rows);
     }
-    let mut of_tokens = None;
-    if let Some(stack) = stack
-        && (wants_dx || trains_inside)
-    {
-        let du = stack.of_tokens(&inners, groups, None, dy.dtype())?;
-        if let Some(x) = &saved.x {
-            stack.a_gradients(&du, x, gradients)?;
-        }
-        if wants_dx {
-            of_tokens = Some((du, stack.a()?));
-        }
-    }
+    let of_tokens = if wants_dx || trains_inside { inside.of_tokens(&d_inners, gradients)? } else { None };
     let of_rows = if wants_dx { Some(below_one_another(dxs, dy)?) } else { None };
     let d_weights = wants_weights.then(|| groups.of_choices(&d_weights));
     Ok(Backward { of_rows, of_tokens, d_weights })
 }
 
 /// The low-rank terms of gate and up, where all experts' are one.
-fn inside<'l>(experts: &[Expert<'l>], groups: &Groups, pass: &Pass<'_>) -> Option<Stack<'l>> {
-    let kinds: [Vec<Layer<'l>>; 2] =
-        [experts.iter().map(|e| e.gate).collect(), experts.iter().map(|e| e.up).collect()];
-    Stack::of(&[&kinds[0], &kinds[1]], groups, pass)
-}
-
-/// Whether gradients of layers are computed from the rows of their input.
-fn takes_rows(layers: &[Layer<'_>], stacked: bool, gradients: &Gradients) -> bool {
-    let takes = |layer: &Layer<'_>| match stacked {
-        true => gradients.wanted(layer.weight).is_some(),
-        false => layer.needs_input(gradients),
-    };
-    layers.iter().any(takes)
+fn stack_inside<'l>(experts: &[Expert<'l>], groups: &Groups, pass: &Pass<'_>) -> Option<Stack<'l>> {
+    let gates: Vec<Layer<'l>> = experts.iter().map(|expert| expert.gate).collect();
+    let ups: Vec<Layer<'l>> = experts.iter().map(|expert| expert.up).collect();
+    Stack::of(&[&gates, &ups], groups, pass)
 }
 
 fn rows(x: &Tensor, groups: &Groups, expert: usize) -> Result<Tensor> {

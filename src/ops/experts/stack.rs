@@ -111,12 +111,14 @@ impl<'l> Stack<'l> {
         groups::put_columns(&parts, self.pairs.len() * self.rank, groups, factors, dtype)
     }
 
+    /// Whether any gradient of `A` is wanted.
+    pub(super) fn wants_a(&self, gradients: &Gradients) -> bool {
+        self.pairs.iter().any(|pair| gradients.wants(&pair.a))
+    }
+
     /// `dA = du^T x` of each pair, where wanted: `du [tokens, all ranks]`.
     pub(super) fn a_gradients(&self, du: &Tensor, x: &Tensor, gradients: &mut Gradients) -> Result<()> {
         let _time = Op::LowRank.begin();
-        if !self.pairs.iter().any(|pair| gradients.wants(&pair.a)) {
-            return Ok(());
-        }
         let all = matmul_f32(&du.t()?, x)?; // [all ranks, in]
         for (index, pair) in self.pairs.iter().enumerate() {
             gradients.add(&pair.a, &all.narrow(0, index * self.rank, self.rank)?)?;
