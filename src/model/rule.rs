@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::config::{MoeConfig, RoutingKind, RoutingVariant, Scoring};
 use super::router::CHANCE;
-use crate::ops::{Pass, dropout};
+use crate::ops::{Pass, dropout, largest};
 
 /// How logits become a choice and weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -177,48 +177,6 @@ fn sigmoid(z: f32) -> f32 {
     1.0 / (1.0 + (-z).exp())
 }
 
-/// The largest of `values`, as many as there is room for, the largest first; of equal ones the first.
-fn largest(values: &[f32], chosen: &mut [u32]) {
-    if values.len() <= SIDE_BY_SIDE {
-        return largest_of_few(values, chosen);
-    }
-    let mut count = 0;
-    for (index, value) in values.iter().enumerate() {
-        let mut place = count;
-        while place > 0 && *value > values[chosen[place - 1] as usize] {
-            place -= 1;
-        }
-        if place < chosen.len() {
-            count = chosen.len().min(count + 1);
-            chosen.copy_within(place..count - 1, place + 1);
-            chosen[place] = index as u32;
-        }
-    }
-}
-
-/// Values of which each is compared with each: more comparisons, but 16 at once and without a branch.
-const SIDE_BY_SIDE: usize = 16;
-
-fn largest_of_few(values: &[f32], chosen: &mut [u32]) {
-    // In an order in which a NaN has a place too, and zeros are one.
-    let mut keys = [i32::MIN; SIDE_BY_SIDE];
-    for (key, value) in keys.iter_mut().zip(values) {
-        let bits = (value + 0.0).to_bits() as i32;
-        *key = bits ^ ((bits >> 31) as u32 >> 1) as i32;
-    }
-    let mut before = [0u32; SIDE_BY_SIDE];
-    for (index, key) in keys.iter().enumerate().take(values.len()) {
-        for (other, before) in before.iter_mut().enumerate() {
-            *before += u32::from(*key > keys[other] || (*key == keys[other] && index < other));
-        }
-    }
-    for (index, place) in before.iter().enumerate().take(values.len()) {
-        if let Some(chosen) = chosen.get_mut(*place as usize) {
-            *chosen = index as u32;
-        }
-    }
-}
-
 fn softmax(values: &mut [f32]) {
     let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     values.iter_mut().for_each(|value| *value = (*value - most).exp());
@@ -246,26 +204,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_largest_are_those_of_a_stable_sort() {
-        let mut state = 7u32;
-        for experts in 1..2 * SIDE_BY_SIDE {
-            let row: Vec<f32> = (0..experts)
-                .map(|_| {
-                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    (state >> 29) as f32
-                })
-                .collect();
-            let mut sorted: Vec<u32> = (0..experts as u32).collect();
-            sorted.sort_by(|x, y| row[*y as usize].total_cmp(&row[*x as usize]));
-            for active in 1..=experts {
-                let mut chosen = vec![0; active];
-                largest(&row, &mut chosen);
-                assert_eq!(chosen, sorted[..active], "{row:?}");
-            }
-        }
-    }
-
-    #[test]
     fn a_score_by_itself_is_the_score_among_all_to_the_bit() {
         let row = [0.3f32, -2.0, 7.5, 7.5, -0.1, 1e-3, 12.0];
         for scoring in [Scoring::Softmax, Scoring::Sigmoid, Scoring::SoftmaxOfActive] {
@@ -286,14 +224,5 @@ mod tests {
                 "{scoring:?}"
             );
         }
-    }
-
-    #[test]
-    fn of_equal_scores_the_first_are_chosen() {
-        let mut chosen = [0; 3];
-        largest(&[0.5, 0.7, 0.5, 0.7], &mut chosen);
-        assert_eq!(chosen, [1, 3, 0]);
-        largest(&[0.1, 0.2, 0.9, 0.3, 0.8], &mut chosen);
-        assert_eq!(chosen, [2, 4, 3]);
     }
 }

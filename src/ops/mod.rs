@@ -39,6 +39,6 @@ pub use groups::Groups;
 pub use matmul::{Operand, matmul, matmul_f32, scaled_matmul_f32, sum_of_products};
 pub use quantized::{Quantized, SharedBytes};
 pub use reference::differentiate;
-pub use scores::scores;
+pub use scores::{largest, scores};
 pub use sum::{add, add_to_rows, cast};
 pub use weight::{Dropout, LowRank, Parameter, Weight};

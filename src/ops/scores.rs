@@ -1,11 +1,11 @@
-//! A product of few outputs, in f32 whatever its input is: what a router scores its experts with.
+//! What a router scores its experts with, a product of few outputs in f32 whatever its input is, and the largest of the scores.
 
 use candle_core::{DType, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
 use super::groups::dot;
-use super::kernel::{Element, Values, dispatch, to_tensor, written};
+use super::kernel::{Element, Values, dispatch, to_tensor, vectorized, written};
 use super::sum::cast_row;
 use super::{Op, matmul_f32};
 use crate::error::Result;
@@ -86,6 +86,51 @@ fn scored<T: Element>(
     to_tensor(scores, &[tokens, experts])
 }
 
+/// The indices of the largest of `values`, as many as there is room for, the largest first; of equal ones the first.
+pub fn largest(values: &[f32], chosen: &mut [u32]) {
+    if values.len() <= SIDE_BY_SIDE {
+        return largest_of_few(values, chosen);
+    }
+    let mut count = 0;
+    for (index, value) in values.iter().enumerate() {
+        let mut place = count;
+        while place > 0 && *value > values[chosen[place - 1] as usize] {
+            place -= 1;
+        }
+        if place < chosen.len() {
+            count = chosen.len().min(count + 1);
+            chosen.copy_within(place..count - 1, place + 1);
+            chosen[place] = index as u32;
+        }
+    }
+}
+
+/// Values of which each is compared with each: more comparisons, but 16 at once and without a branch.
+const SIDE_BY_SIDE: usize = 16;
+
+vectorized! {
+    fn largest_of_few(values: &[f32], chosen: &mut [u32]) {
+        // In an order in which a NaN has a place too, and zeros are one.
+        let mut keys = [i32::MIN; SIDE_BY_SIDE];
+        for (key, value) in keys.iter_mut().zip(values) {
+            let bits = (value + 0.0).to_bits() as i32;
+            *key = bits ^ ((bits >> 31) as u32 >> 1) as i32;
+        }
+        let mut places = [0i32; SIDE_BY_SIDE];
+        for (index, key) in keys.iter().enumerate().take(values.len()) {
+            for (other, place) in places.iter_mut().enumerate() {
+                let is_before = (*key > keys[other]) | ((*key == keys[other]) & (index < other));
+                *place += i32::from(is_before);
+            }
+        }
+        for (index, place) in places.iter().enumerate().take(values.len()) {
+            if let Some(chosen) = chosen.get_mut(*place as usize) {
+                *chosen = index as u32;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -103,5 +148,34 @@ mod tests {
             let most = (found - expected).unwrap().abs().unwrap().max_all().unwrap();
             assert!(most.to_scalar::<f64>().unwrap() < 1e-5);
         }
+    }
+
+    #[test]
+    fn the_largest_are_those_of_a_stable_sort() {
+        let mut state = 7u32;
+        for experts in 1..2 * SIDE_BY_SIDE {
+            let row: Vec<f32> = (0..experts)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 29) as f32
+                })
+                .collect();
+            let mut sorted: Vec<u32> = (0..experts as u32).collect();
+            sorted.sort_by(|x, y| row[*y as usize].total_cmp(&row[*x as usize]));
+            for active in 1..=experts {
+                let mut chosen = vec![0; active];
+                largest(&row, &mut chosen);
+                assert_eq!(chosen, sorted[..active], "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn of_equal_scores_the_first_are_chosen() {
+        let mut chosen = [0; 3];
+        largest(&[0.5, 0.7, 0.5, 0.7], &mut chosen);
+        assert_eq!(chosen, [1, 3, 0]);
+        largest(&[0.1, 0.2, 0.9, 0.3, 0.8], &mut chosen);
+        assert_eq!(chosen, [2, 4, 3]);
     }
 }
