@@ -36,12 +36,6 @@ impl<'a> Layer<'a> {
         let low_rank = self.low_rank.is_some_and(|low_rank| wanted.wants(&low_rank.a));
         low_rank || wanted.wanted(self.weight).is_some()
     }
-
-    /// Whether anything is added to all rows.
-    #[must_use]
-    pub fn is_biased(&self) -> bool {
-        self.bias.is_some() || self.low_rank.is_some_and(|low_rank| low_rank.bias.is_some())
-    }
 }
 
 /// What the backward needs.

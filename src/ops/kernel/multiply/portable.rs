@@ -38,9 +38,9 @@ pub(super) fn multiply<T: Target>(
     let stored: Option<Vec<_>> =
         terms.iter().map(|(left, right)| Some((left.stored_f32()?, right.stored_f32()?))).collect();
     if let (Some(terms), Some(to)) = (stored, T::as_f32(out.address(0, 0))) {
-        let threads = match crew {
-            Crew::All => gemm::Parallelism::Rayon(0),
-            Crew::Caller => gemm::Parallelism::None,
+        let threads = match crew.size() {
+            1 => gemm::Parallelism::None,
+            _ => gemm::Parallelism::Rayon(0),
         };
         for (term, (left, right)) in terms.into_iter().enumerate() {
             let beta = if term == 0 { beta } else { 1.0 };
