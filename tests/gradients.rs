@@ -496,7 +496,7 @@ fn rows_of_experts_are_those_of_their_tokens() {
     assert_eq!(groups.tokens(), [0, 2, 3, 5, 1, 2, 4, 5, 6, 0, 1, 3, 6]);
     assert_eq!(groups.counts().collect::<Vec<_>>(), [4, 5, 4, 0]);
     let x = random(&[7, 5], 1);
-    let y = groups::gather_all(&x, &groups).unwrap();
+    let y = groups::gather(&x, &groups, 0..groups.num_rows()).unwrap();
     assert_eq!(
         y.narrow(0, 8, 1).unwrap().to_vec2::<f32>().unwrap(),
         x.narrow(0, 6, 1).unwrap().to_vec2::<f32>().unwrap()
@@ -518,7 +518,7 @@ fn weighed_sums_of_experts_agree() {
     let y = groups::combine(&parts, &list, &groups, &[]).unwrap();
     assert_close("y", &y, &groups::reference(&x, &weights, &groups).unwrap(), 1e-5);
     let expected = differentiate(&[&x, &weights], &dy, |v| groups::reference(&v[0], &v[1], &groups)).unwrap();
-    let of_tokens = groups::gather_all(&dy, &groups).unwrap();
+    let of_tokens = groups::gather(&dy, &groups, 0..groups.num_rows()).unwrap();
     let dx = groups::scale_rows(&of_tokens, &groups.weights_of_rows(&list)).unwrap();
     assert_close("dx", &dx, &expected[0], 1e-5);
     let d_weights = groups.of_choices(&groups::row_products(&x, &of_tokens).unwrap());
@@ -746,7 +746,7 @@ fn dropout_of_grouped_rows_is_that_of_their_tokens() {
     let drop = Dropout { probability: 0.4, seed: 8, module: 9 };
     let all = dropout::mask(12, &drop, 2, &pass).unwrap();
     let of_rows = dropout::mask(12, &drop, 2, &pass.of_rows(groups.tokens())).unwrap();
-    assert_close("mask", &of_rows, &groups::gather_all(&all, &groups).unwrap(), 0.0);
+    assert_close("mask", &of_rows, &groups::gather(&all, &groups, 0..groups.num_rows()).unwrap(), 0.0);
 }
 
 /// Where part of a head is rotated, the rest stays.

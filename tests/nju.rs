@@ -144,7 +144,7 @@ impl Sparse {
                 .extend(order[..active].iter().map(|e| if is_held(e) { *e as u32 } else { Groups::NO_ROW }));
         }
         let groups = Groups::new(&chosen, active, experts);
-        let rows = groups::gather_all(x, &groups).unwrap();
+        let rows = groups::gather(x, &groups, 0..groups.num_rows()).unwrap();
         let of_each: Vec<Tensor> = held
             .filter(|expert| !groups.range(*expert).is_empty())
             .map(|expert| {

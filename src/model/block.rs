@@ -56,10 +56,10 @@ impl Block {
         let (normalised, input_norm) = self.input_norm.forward(x)?;
         let (mixed, attention) = self.attention.forward(&normalised, angles, pass, cache)?;
         let (x, normalised, post_norm) = self.post_norm.forward_of_sum(x, &self.scaled(mixed)?)?;
-        let own_sum = self.residual == 1.0;
-        let (y, routing, feed_forward) =
-            self.feed_forward.forward(&normalised, own_sum.then_some(&x), pass)?;
-        let y = if own_sum { y } else { add(&x, &self.scaled(y)?)? };
+        // A plain sum is the network's: a mixture adds it while it sums its rows.
+        let plain = (self.residual == 1.0).then_some(&x);
+        let (y, routing, feed_forward) = self.feed_forward.forward(&normalised, plain, pass)?;
+        let y = if plain.is_some() { y } else { add(&x, &self.scaled(y)?)? };
         let saved = Saved { input_norm, attention, post_norm, feed_forward };
         Ok((y, routing, saved))
     }

@@ -1,6 +1,6 @@
 //! Tokens grouped by the expert they go to: one row for each token and expert, those of an expert side by side.
 //!
-//! `x` is `[tokens, d]`, grouped rows are `[rows, d]`. [`gather_all`] and [`sum`] are each other's backward; [`combine`] is
+//! `x` is `[tokens, d]`, grouped rows are `[rows, d]`. [`gather`] of all rows and [`sum`] are each other's backward; [`combine`] is
 //! `y[t] = sum over the rows r of t of weight[r] x[r]`. What else is added to the tokens is added in the same pass.
 
 use std::ops::Range;
@@ -135,11 +135,6 @@ pub fn gather(x: &Tensor, groups: &Groups, rows: Range<usize>) -> Result<Tensor>
     let _time = Op::Experts.begin();
     let x = x.contiguous()?;
     dispatch!(x.dtype(), gathered(&x, tokens))
-}
-
-/// The same of all rows.
-pub fn gather_all(x: &Tensor, groups: &Groups) -> Result<Tensor> {
-    gather(x, groups, 0..groups.num_rows())
 }
 
 /// `y[t] = sum of others[t] + sum over the rows r of t of x[r]`, `[tokens, d]`; see [`combine`].

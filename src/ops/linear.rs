@@ -7,8 +7,8 @@
 use candle_core::{DType, Tensor};
 
 use super::{
-    Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, matmul_f32,
-    scaled_matmul_f32, sum_of_products,
+    Gradients, LowRank, Op, Operand, Parameter, Pass, Weight, add_to_rows, dropout, scaled_matmul_f32,
+    sum_of_products,
 };
 use crate::error::{Error, Result};
 
@@ -157,7 +157,7 @@ pub fn backward_of_all(
     if wants_dx { dx(&backs, &[], dy.dtype(), pass).map(Some) } else { Ok(None) }
 }
 
-/// Of [`backward_of_all`] the gradients of what the layers hold, and what [`dx`] takes.
+/// Of [`backward_of_all`] the gradients of what the layers hold, and what [`dx`] takes; nothing where it is not wanted.
 pub fn own_gradients<'l>(
     layers: &[(Layer<'l>, &Saved, &Tensor)],
     pass: &Pass<'_>,
@@ -167,6 +167,9 @@ pub fn own_gradients<'l>(
     let x = layers.first().and_then(|(_, saved, _)| saved.x.as_ref());
     let all: Vec<_> = layers.iter().map(|(layer, saved, dy)| (*layer, saved.inner.as_ref(), *dy)).collect();
     let d_inners = gradients_of_all(x, &all, pass, wants_dx, gradients)?;
+    if !wants_dx {
+        return Ok(Vec::new());
+    }
     let back = |((layer, _, dy), d_inner): (&(Layer<'l>, &Saved, &Tensor), Option<Tensor>)| Back {
         layer: *layer,
         dy: (*dy).clone(),
@@ -259,7 +262,7 @@ pub fn input_gradients(
 }
 
 /// `dA = du^T dropout(x)`, where wanted.
-pub(super) fn a_gradient(
+fn a_gradient(
     layer: &Layer<'_>,
     x: &Tensor,
     d_inner: Option<&Tensor>,
@@ -276,12 +279,7 @@ pub(super) fn a_gradient(
 }
 
 /// `dW = dy^T x`, where wanted.
-pub(super) fn weight_gradient(
-    layer: &Layer<'_>,
-    x: &Tensor,
-    dy: &Tensor,
-    gradients: &mut Gradients,
-) -> Result<()> {
+fn weight_gradient(layer: &Layer<'_>, x: &Tensor, dy: &Tensor, gradients: &mut Gradients) -> Result<()> {
     match gradients.wanted(layer.weight) {
         Some(weight) => gradients.add(weight, &narrow(1.0, &dy.t()?, x)?),
         None => Ok(()),
@@ -289,7 +287,7 @@ pub(super) fn weight_gradient(
 }
 
 /// The gradients of biases and of `B`, where wanted, and `du` where it is needed.
-pub(super) fn output_gradients(
+fn output_gradients(
     inner: Option<&Tensor>,
     layer: &Layer<'_>,
     dy: &Tensor,
@@ -336,15 +334,6 @@ pub fn dx(backs: &[Back<'_>], others: &[(Tensor, Tensor)], dtype: DType, pass: &
         }
     }
     Ok(dx)
-}
-
-/// The low-rank term alone, `[tokens, out]` in f32.
-pub fn low_rank_forward(x: &Tensor, low_rank: &LowRank, pass: &Pass<'_>) -> Result<Tensor> {
-    let delta = matmul_f32(&inner(x, low_rank, pass)?, &low_rank.b.tensor().t()?)?;
-    match &low_rank.bias {
-        None => Ok(delta),
-        Some(bias) => Ok(delta.broadcast_add(&(bias.tensor() * low_rank.scale)?)?),
-    }
 }
 
 /// `u = scale dropout(x) A^T`, `[tokens, rank]` in f32.

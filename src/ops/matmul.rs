@@ -130,14 +130,14 @@ fn multiplied<T: Element>(alpha: f32, terms: &[(&Tensor, Operand<'_>)]) -> Resul
     let shape = [a.dim(0)?, b.columns()?];
     with_factors(terms, |pairs| {
         to_tensor(written::<T>(shape[0] * shape[1], |out| multiply(out, 0.0, alpha, pairs)), &shape)
-    })?
+    })
 }
 
 /// Calls `f` with the terms as the kernels take them.
-fn with_factors<R>(
+fn with_factors(
     terms: &[(&Tensor, Operand<'_>)],
-    f: impl FnOnce(&[(Factor<'_>, Factor<'_>)]) -> R,
-) -> Result<R> {
+    f: impl FnOnce(&[(Factor<'_>, Factor<'_>)]) -> Result<Tensor>,
+) -> Result<Tensor> {
     let stored: Vec<Stored<'_>> = terms
         .iter()
         .flat_map(|(a, b)| [Stored::of(Operand::from(*a)), Stored::of(*b)])
@@ -146,7 +146,7 @@ fn with_factors<R>(
     let factors: Vec<Factor<'_>> = views.iter().map(View::factor).collect();
     let pairs: Vec<(Factor<'_>, Factor<'_>)> =
         factors.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-    Ok(f(&pairs))
+    f(&pairs)
 }
 
 /// A matrix as it lies in memory, and whether it is read the other way round: a transposed view is not copied.

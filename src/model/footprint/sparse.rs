@@ -40,8 +40,8 @@ impl Walk<'_> {
         }
     }
 
-    /// Rows of all experts: what they give before it is put together, and what goes to them where it is gathered for all of them
-    /// at once.
+    /// Rows of all experts: what they give before it is put together, and as much again where gradients take rows that are
+    /// gathered: at most, for they are gathered for the experts that are computed at the time.
     pub(super) fn rows_of_experts(&self, layer: usize, rows: usize) -> u64 {
         let has_rank = |projection| self.rank(layer, projection).is_some();
         let gathers = match self.how.trained {

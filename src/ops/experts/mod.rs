@@ -3,8 +3,9 @@
 //! `down(activation(gate(x)) * up(x))` and the sum is left to [`groups::combine`].
 //!
 //! Rows are grouped by [`Groups`]; each layer is that of [`linear`], with its low-rank term and dropout. The cost follows the
-//! rows. An expert goes through all its layers at a stretch, so that what it computes stays in the cache of the core that
-//! does: its rows are gathered when it is its turn, and no step waits for another expert.
+//! rows. An expert goes through all its layers at a stretch: its rows are gathered when it is its turn, and no step waits for
+//! another expert. Where there are many experts of many rows each is one thread's, and what it computes stays in the cache of
+//! that core.
 
 mod down;
 mod inside;
@@ -53,7 +54,7 @@ pub struct Saved {
     experts: Vec<Option<SavedExpert>>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct SavedExpert {
     /// `u` of gate and up.
     inners: Vec<Option<Tensor>>,
@@ -192,13 +193,17 @@ fn has_many(groups: &Groups) -> bool {
     experts >= 2 * rayon::current_num_threads() && groups.num_rows() >= MANY * experts
 }
 
+/// `f()`, of an expert: on this thread where there are `many`, else on all that are free.
+fn on_threads<R>(many: bool, f: impl FnOnce() -> R) -> R {
+    if many { alone(f) } else { f() }
+}
+
 /// `f(expert)` of each expert that has rows, side by side.
 fn of_each<R: Send>(groups: &Groups, f: impl Fn(usize) -> Result<R> + Sync) -> Result<Vec<Option<R>>> {
     let many = has_many(groups);
     let of_expert = |expert| match groups.range(expert).is_empty() {
         true => Ok(None),
-        false if many => alone(|| f(expert)).map(Some),
-        false => f(expert).map(Some),
+        false => on_threads(many, || f(expert)).map(Some),
     };
     (0..groups.len()).into_par_iter().with_max_len(1).map(of_expert).collect()
 }
@@ -215,8 +220,7 @@ fn with_gradients<R: Send>(
     let of_part = |(expert, mut part): (usize, Gradients)| -> Result<(Option<R>, Gradients)> {
         let result = match groups.range(expert).is_empty() {
             true => None,
-            false if many => Some(alone(|| f(expert, &mut part))?),
-            false => Some(f(expert, &mut part)?),
+            false => Some(on_threads(many, || f(expert, &mut part))?),
         };
         Ok((result, part))
     };

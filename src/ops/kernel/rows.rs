@@ -15,7 +15,8 @@ thread_local! {
 }
 
 /// Lets the calling thread compute by itself what `f` would share with others: for a task that is one of many, whose values
-/// then stay in this core's cache.
+/// then stay in this core's cache. What it takes over while it waits for something else goes the same way: that changes the time
+/// alone.
 pub(crate) fn alone<R>(f: impl FnOnce() -> R) -> R {
     struct Restore(bool);
     impl Drop for Restore {
@@ -32,7 +33,7 @@ pub(crate) fn is_alone() -> bool {
     ALONE.get()
 }
 
-/// Calls `f(index, row)` for every row of `width` values in `out`, on all threads.
+/// Calls `f(index, row)` for every row of `width` values in `out`, on all threads, unless this one computes [`alone`].
 pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     if width == 0 {
         return;

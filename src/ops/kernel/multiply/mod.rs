@@ -129,7 +129,8 @@ pub(crate) fn multiply_by<T: Target>(
 
 /// Whether to compute the transposed result with sides exchanged. The right side is always packed, the left one only where its
 /// lines are not in place: so of two that lie along, the smaller goes right. Lines that lie across are turned on the
-/// left, in every stripe, so of two such the smaller goes right too, where it is one stripe.
+/// left, in every stripe: of two such the smaller goes left where it is a few strips, for turning costs more than packing
+/// does, else right.
 #[cfg(target_arch = "x86_64")]
 fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
     let (left, right) = &sides[0];

@@ -34,7 +34,7 @@ impl<'a, T> Out<'a, T> {
     /// The result has this part, and nobody else uses it.
     #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
     pub(super) unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [T] {
-        // SAFETY: whoever made this promised that the values are the result's, the caller that they are in use once.
+        // SAFETY: the values are borrowed for the result, and the caller promises that they are in use once.
         unsafe { self.values.part(row * self.stride + columns.start, columns.len()) }
     }
 
@@ -52,7 +52,7 @@ impl<'a, T> Out<'a, T> {
 /// The threads that compute a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Crew {
-    /// All of rayon's.
+    /// All of rayon's, unless the calling one computes [`alone`](super::super::rows::alone).
     All,
     /// The calling one, which never waits for others.
     Caller,
