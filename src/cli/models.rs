@@ -140,7 +140,7 @@ fn fitting(
     limits: &Limits,
     terminal: &Terminal,
 ) -> Result<Option<Vec<u32>>> {
-    let room = most - limits.max_new_tokens.clamp(1, most / 4);
+    let room = most.saturating_sub(limits.max_new_tokens.clamp(1, (most / 4).max(1)));
     let question = text.prompt_tokens(&messages[messages.len() - 1..])?.len();
     if question > room {
         messages.pop();

@@ -14,11 +14,22 @@ pub struct Documents {
 }
 
 impl Documents {
-    /// Documents that begin at position 0. `offsets` has one entry more than `ids`, begins with 0 and ascends.
+    /// Documents that begin at position 0. `offsets` has one entry more than `ids`, begins with 0 and never falls.
+    ///
+    /// # Panics
+    ///
+    /// Where `offsets` is anything else: ops write the rows of different documents from different threads, so these must
+    /// not overlap and must cover the batch.
     #[must_use]
     pub fn new(offsets: Vec<usize>, ids: Vec<u64>) -> Self {
-        debug_assert_eq!(offsets.len(), ids.len() + 1);
-        debug_assert!(offsets.first() == Some(&0) && offsets.is_sorted());
+        assert!(
+            ids.len().checked_add(1) == Some(offsets.len()),
+            "{} offsets of documents, expected one more than the {} documents",
+            offsets.len(),
+            ids.len()
+        );
+        assert!(offsets[0] == 0, "the first document begins at token {}, expected 0", offsets[0]);
+        assert!(offsets.is_sorted(), "the offsets of documents must never fall");
         Self { offsets, ids, start: 0 }
     }
 
@@ -53,8 +64,9 @@ impl Documents {
         })
     }
 
-    /// The same of one token.
+    /// The same of one token. Panics for a token that is in no document.
     fn place(&self, token: usize) -> (u64, u32) {
+        assert!(token < self.num_tokens(), "token {token} of {}", self.num_tokens());
         let document = self.offsets.partition_point(|offset| *offset <= token) - 1;
         (self.ids[document], (self.start + token - self.offsets[document]) as u32)
     }

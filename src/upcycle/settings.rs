@@ -124,12 +124,13 @@ impl Default for KeepDense {
 }
 
 impl KeepDense {
-    /// For each of `layers` layers whether it stays dense.
+    /// For each of `layers` layers whether it stays dense. Where `every` is 0, all of them do.
     #[must_use]
     pub fn of(self, layers: usize) -> Vec<bool> {
         let end = layers.saturating_sub(self.last);
         let converted = |layer: usize| {
-            layer >= self.first && layer < end && (layer - self.first) % self.every == self.every - 1
+            let of_the_rest = layer.checked_sub(self.first).filter(|_| layer < end && self.every > 0);
+            of_the_rest.is_some_and(|layer| layer % self.every == self.every - 1)
         };
         (0..layers).map(|layer| !converted(layer)).collect()
     }
@@ -206,6 +207,12 @@ impl SplitShape {
     pub fn of(settings: &Settings, config: &DecoderConfig) -> Result<Self> {
         let (neurons, activation) = dense_network(config)?;
         let Settings { experts, shared, active, .. } = *settings;
+        if active == 0 || shared.checked_add(active).is_none_or(|both| both > experts) {
+            return Err(Error::request(format!(
+                "{experts} slices, of which {shared} are shared and {active} active, are no split"
+            ))
+            .with_hint("`upcycle.active` is at least 1, and `shared` and `active` together are at most `experts`"));
+        }
         if experts > neurons {
             return Err(Error::request(format!(
                 "`upcycle.experts` is {experts}, and the networks of the model have {neurons} neurons"

@@ -22,15 +22,19 @@ pub struct Windows {
 
 impl Windows {
     /// As documents of a forward pass.
+    ///
+    /// # Panics
+    ///
+    /// Where `offsets` does not begin with 0 or falls.
     #[must_use]
     pub fn documents(&self) -> Documents {
-        Documents::new(self.offsets.clone(), (0..self.offsets.len() as u64 - 1).collect())
+        Documents::new(self.offsets.clone(), (1..self.offsets.len() as u64).map(|end| end - 1).collect())
     }
 
     /// The rows whose next token is in the same window, and that token.
     #[must_use]
     pub fn targets(&self) -> (Vec<u32>, Vec<u32>) {
-        let pairs = self.offsets.windows(2).flat_map(|span| span[0]..span[1] - 1);
+        let pairs = self.offsets.windows(2).flat_map(|span| span[0]..span[1].saturating_sub(1));
         pairs.map(|row| (row as u32, self.tokens[row + 1])).unzip()
     }
 
@@ -38,7 +42,7 @@ impl Windows {
     #[must_use]
     pub fn is_first(&self) -> Vec<bool> {
         let mut first = vec![false; self.tokens.len()];
-        self.offsets[..self.offsets.len() - 1].iter().for_each(|start| first[*start] = true);
+        self.offsets.windows(2).filter(|span| span[0] < span[1]).for_each(|span| first[span[0]] = true);
         first
     }
 }
@@ -72,7 +76,8 @@ impl Calibration {
     pub fn of(sources: &[(Vec<Row>, f64)], tokens: usize, held_out: usize, seed: u64) -> Result<Self> {
         let documents = mixed(sources, seed);
         let cut = |mut row: Vec<u32>| {
-            let end = (row.len() * held_out / (tokens + held_out)).max(2).min(row.len() / 2);
+            let all = tokens.saturating_add(held_out).max(1);
+            let end = (row.len().saturating_mul(held_out) / all).max(2).min(row.len() / 2);
             let end = row.split_off(row.len() - end);
             (end, row)
         };

@@ -21,6 +21,6 @@ impl<'a> Matrix<'a> {
 /// `c = beta c + alpha a b` for `c` with rows of `b.columns` values end to end; `beta` 0 does not read `c`.
 pub(crate) fn product(c: &mut [f32], beta: f32, alpha: f32, a: Matrix<'_>, b: Matrix<'_>) {
     let (m, n) = (a.0.rows(), b.0.columns());
-    assert_eq!(c.len(), m * n, "values of a {m}x{n} product");
+    assert_eq!(Some(c.len()), m.checked_mul(n), "values of a {m}x{n} product");
     multiply_here(Out::rows(c, n), beta, alpha, &[(a.0, b.0)]);
 }
