@@ -94,7 +94,8 @@ impl Attention {
         };
         let (dq, dk, dv) = attention::backward(&saved.attention, &self.heads, pass.documents, &d_mixed)?;
         drop((saved.attention, saved.o, d_mixed));
-        let (mut dq, mut dk) = (rotary::backward_in_place(dq, angles)?, rotary::backward_in_place(dk, angles)?);
+        let (mut dq, mut dk) =
+            (rotary::backward_in_place(dq, angles)?, rotary::backward_in_place(dk, angles)?);
         if let (Some((q_norm, k_norm)), Some((q_saved, k_saved))) = (&self.qk_norm, &saved.qk_norm) {
             let (q_shape, k_shape) = (dq.shape().clone(), dk.shape().clone());
             dq = q_norm.backward(q_saved, &normed_rows(&dq, q_norm)?, None, gradients)?.reshape(q_shape)?;

@@ -137,3 +137,25 @@ impl<'a> Pass<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::catch_unwind;
+
+    use super::*;
+
+    #[test]
+    fn documents_that_overlap_or_leave_tokens_out_are_refused() {
+        for (offsets, ids) in [
+            (vec![], vec![]),
+            (vec![1, 2], vec![0]),
+            (vec![0, 40, 10, 64], vec![0, 1, 2]),
+            (vec![0, 2], vec![]),
+            (vec![0, 2], vec![0, 1]),
+        ] {
+            assert!(catch_unwind(|| Documents::new(offsets.clone(), ids)).is_err(), "{offsets:?}");
+        }
+        assert_eq!(Documents::new(vec![0], vec![]).num_tokens(), 0);
+        assert_eq!(Documents::new(vec![0, 2, 2, 5], vec![7, 8, 9]).num_tokens(), 5);
+    }
+}

@@ -211,7 +211,9 @@ impl SplitShape {
             return Err(Error::request(format!(
                 "{experts} slices, of which {shared} are shared and {active} active, are no split"
             ))
-            .with_hint("`upcycle.active` is at least 1, and `shared` and `active` together are at most `experts`"));
+            .with_hint(
+                "`upcycle.active` is at least 1, and `shared` and `active` together are at most `experts`",
+            ));
         }
         if experts > neurons {
             return Err(Error::request(format!(
@@ -300,4 +302,19 @@ pub fn choose_format(
             .collect();
         Error::request(format!("no family can hold a mixture of this model: {}", reasons.join("; ")))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_stay_dense_as_asked_whatever_the_numbers() {
+        let of = |first, last, every| KeepDense { first, last, every }.of(5);
+        assert_eq!(of(0, 0, 1), [false; 5]);
+        assert_eq!(of(1, 1, 2), [true, true, false, true, true]);
+        assert_eq!(of(0, 0, 0), [true; 5]);
+        assert_eq!(of(usize::MAX, usize::MAX, usize::MAX), [true; 5]);
+        assert!(KeepDense::default().of(0).is_empty());
+    }
 }

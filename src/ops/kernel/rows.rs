@@ -202,3 +202,41 @@ impl<T> Disjoint<T> {
         self.start.wrapping_add(index)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::catch_unwind;
+
+    use super::*;
+
+    #[test]
+    fn a_part_outside_of_its_buffer_is_refused_where_a_sum_would_wrap() {
+        let mut values = [1.0f32; 8];
+        let all = Disjoint::new(&mut values);
+        // SAFETY: no other part is in use.
+        let part = |start, len| unsafe { all.part(start, len).len() };
+        assert_eq!([part(0, 8), part(8, 0), part(3, 5)], [8, 0, 5]);
+        for (start, len) in [(0, 9), (9, 0), (usize::MAX, 2), (8, usize::MAX - 7), (4, usize::MAX - 3)] {
+            // SAFETY: as above.
+            let refused = catch_unwind(|| unsafe { Disjoint { ..all }.part(start, len).len() });
+            assert!(refused.is_err(), "{start}+{len}");
+        }
+    }
+
+    #[test]
+    fn every_value_that_a_row_covers_is_written_and_others_show() {
+        let whole: Vec<f32> = written(6, |values| for_rows(values, 3, |row, values| values.fill(row as f32)));
+        assert_eq!(whole, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+        let holed: Vec<half::bf16> = written(3, |values| values[1] = half::bf16::ONE);
+        assert!(holed[0].is_nan() && holed[1] == half::bf16::ONE && holed[2].is_nan());
+    }
+
+    #[test]
+    fn rows_that_are_not_whole_are_refused() {
+        for (len, width) in [(7, 3), (2, 0)] {
+            let refused = catch_unwind(|| for_rows(&mut vec![0f32; len], width, |_, _| ()));
+            assert!(refused.is_err(), "{len} values in rows of {width}");
+        }
+        for_rows(&mut [0f32; 0], 0, |_, _| panic!("there is no row"));
+    }
+}
