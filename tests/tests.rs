@@ -14,6 +14,8 @@ mod data;
 /// The order of experts means nothing, room enough is no limit, idle experts learn nothing; bad mixtures are refused, and
 /// adapters on all experts together are read in every layout.
 mod experts;
+/// Memory that is refused and files that change under a command end it with a message, and nothing false is published.
+mod faults;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
 /// Tokens generated with a cache are those of a forward over everything.

@@ -14,6 +14,7 @@ use crate::weights::report_downloads;
 mod builtin;
 mod commands;
 mod downloads;
+mod faults;
 mod inspect;
 mod interrupt;
 mod models;
@@ -22,6 +23,7 @@ mod report;
 mod routing;
 mod terminal;
 
+pub use faults::out_of_memory;
 use report::Log;
 use terminal::{Colour, Terminal};
 
@@ -279,7 +281,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
     report_downloads(downloads::downloads(arguments.log));
-    match dispatch(arguments.command, &mut terminal) {
+    match faults::begin(arguments.log).and_then(|()| dispatch(arguments.command, &mut terminal)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if terminal.stdout_is_closed() => {
             drop(error);

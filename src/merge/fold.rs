@@ -36,6 +36,16 @@ pub fn merge(
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Receipt> {
     folder::refuse_base(model, output)?;
+    write(model, adapters, output, dtype, progress).map_err(|error| model.checkpoint().explain(error))
+}
+
+fn write(
+    model: &Pretrained,
+    adapters: &[Adapter],
+    output: &Path,
+    dtype: Option<DType>,
+    progress: &mut dyn FnMut(Progress) -> bool,
+) -> Result<Receipt> {
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
     let mut done = Progress { done: 0, total: plan.tensors.len() * 2 };
@@ -83,6 +93,7 @@ pub fn merge(
     };
     let text = serde_json::to_string_pretty(&receipt)? + "\n";
     write_atomic(staged.path().join(RECEIPT_FILE), text.as_bytes())?;
+    model.checkpoint().refuse_changed()?;
     staged.commit()?;
     Ok(receipt)
 }

@@ -47,7 +47,7 @@ pub use windows::{Calibration, Text, WINDOW, Windows};
 
 use crate::error::{Context, Result};
 use crate::model::{Decoder, Pretrained};
-use crate::weights::{Staged, write_atomic};
+use crate::weights::{Checkpoint, Staged, write_atomic};
 
 /// The account of a conversion, beside its weights.
 pub const REPORT_FILE: &str = "upcycle.json";
@@ -112,6 +112,18 @@ pub struct Job<'a> {
 ///
 /// Where the model is not dense, no family can hold the mixture, or a promise does not hold when the result is read back.
 pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Result<Report> {
+    let read = || std::iter::once(job.base).chain(job.sources).map(Pretrained::checkpoint);
+    let explain = |error| read().fold(error, |error, checkpoint| checkpoint.explain(error));
+    write(job, settings, watch, || read().try_for_each(Checkpoint::refuse_changed)).map_err(explain)
+}
+
+/// Writes the new model; `refuse_changed` is asked before it gets its name.
+fn write(
+    job: &Job<'_>,
+    settings: &Settings,
+    watch: &mut Watch<'_>,
+    refuse_changed: impl Fn() -> Result<()>,
+) -> Result<Report> {
     job.base.check()?;
     let staged = Staged::folder(job.output)?;
     let report = match settings.method {
@@ -132,6 +144,7 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
     write_atomic(staged.path().join(REPORT_TEXT), report.text().as_bytes())?;
     // From here on there is no way back.
     watch(Event::note("writing the account"))?;
+    refuse_changed()?;
     staged.commit().at(job.output)?;
     Ok(report)
 }
