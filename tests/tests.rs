@@ -38,6 +38,8 @@ mod moe;
 mod nju;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
+/// Tensors that merging and upcycling copy hold numbers, or nothing is written; those of odd types are named.
+mod passed_on;
 /// A tiny model, its data and a recipe in a folder of their own.
 mod place;
 /// GGUF models whose matrices stay quantized compute what their values compute, and are trained beside, never themselves.
