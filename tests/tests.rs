@@ -1,6 +1,8 @@
 //! One integration binary, a file per promise.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+/// An account of a conversion says what its numbers mean, and what would make them misleading is refused or warned of.
+mod account;
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
 /// Commands, help and messages as a user sees them.

@@ -7,7 +7,7 @@ use crate::model::DecoderConfig;
 use crate::model::config::{Activation, FeedForwardConfig};
 use crate::model::family::{MixtureFormat, MixtureShape};
 
-/// What becomes of the neurons.
+/// How a network becomes experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
@@ -22,7 +22,7 @@ pub enum Method {
     Drop,
     /// Copies cut into slices, of which the router takes one whole copy's at first.
     VirtualGroups,
-    /// Experts more in a mixture that there is: copies of those that the calibration text goes to most.
+    /// New experts are added to a mixture: copies of those that most calibration tokens are routed to.
     Expand,
     /// Every expert is the network of another checkpoint.
     Mix,
@@ -140,11 +140,11 @@ impl KeepDense {
 pub struct Settings {
     /// What becomes of the neurons.
     pub method: Method,
-    /// Slices of a split, the shared ones counted in; or copies; or the experts that a mixture gets more.
+    /// Slices of a split, the shared ones counted in; or copies; or how many experts are added to a mixture.
     pub experts: usize,
     /// Slices that are always on.
     pub shared: usize,
-    /// Routed experts of a token; a mixture that gets experts more keeps its number.
+    /// Routed experts of a token; an expanded mixture keeps its number.
     pub active: usize,
     /// How neurons are shared out.
     pub partition: Partition,
@@ -162,7 +162,7 @@ pub struct Settings {
     pub format: Option<MixtureFormat>,
     /// Whether what is written is read back, and whether promises hold.
     pub verify: bool,
-    /// Whether static pruning and a router that knows are measured beside a split.
+    /// Whether static pruning and an oracle router are measured beside a split.
     pub baselines: bool,
     /// The seed of everything random.
     pub seed: u64,
