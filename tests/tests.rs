@@ -1,6 +1,8 @@
 //! One integration binary, a file per promise.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+/// An account of a conversion says what its numbers mean, and what would make them misleading is refused or warned of.
+mod account;
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
 /// Commands, help and messages as a user sees them.
@@ -40,6 +42,8 @@ mod moe;
 mod nju;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
+/// Tensors that merging and upcycling copy hold numbers, or nothing is written; those of odd types are named.
+mod passed_on;
 /// A tiny model, its data and a recipe in a folder of their own.
 mod place;
 /// GGUF models whose matrices stay quantized compute what their values compute, and are trained beside, never themselves.

@@ -63,8 +63,8 @@ enum Command {
     /// Turn a dense model into a mixture of experts, as a recipe says
     ///
     /// Writes a folder that transformers loads, with an account of what the conversion cost beside static pruning: on text
-    /// held out of `calibration.data`, and on each file of `calibration.eval`. With `method = "expand"` a mixture of experts
-    /// gets experts more.
+    /// held out of `calibration.data`, on each file of `calibration.eval`, and on a built-in text of several kinds. With
+    /// `method = "expand"` new experts are added to a mixture.
     Upcycle(Upcycle),
     /// Continue a prompt
     Generate(Generate),

@@ -1,8 +1,8 @@
 //! The merge itself. Deltas are summed in f32, added to the base's value in f32, and rounded once. Rows are folded in
 //! pieces, so that memory follows the largest tensor, as it is written, and not the model.
 //!
-//! Nothing is believed: the output is read back before it gets its name. A tensor that an adapter goes to must hold what
-//! was written and must have changed; every other tensor must be the base's, byte for byte.
+//! The output is read back before it gets its name. A tensor that an adapter goes to must hold what was written and must
+//! have changed; every other tensor must be the base's, byte for byte. NaN and infinity are refused in all of them.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -57,6 +57,10 @@ fn write(
     let mut totals = Totals::default();
     let mut tensors = Vec::new();
     for (name, output) in &plan.tensors {
+        // Values of a GGUF file are looked at when they are dequantized.
+        if !model.checkpoint().is_gguf() {
+            model.checkpoint().refuse_not_finite(&output.from)?;
+        }
         if output.terms.is_empty() {
             if sink.needs_copies() {
                 sink.write(name, &unfolded(model, output).in_tensor(name)?)?;
@@ -257,6 +261,7 @@ fn warnings(
              unmerged adapter does"
         ));
     }
+    warnings.extend(not_converted(plan));
     if plan.untied {
         warnings.push(
             "`lm_head` shared the embedding's weight and has its own now: `tie_word_embeddings` is false"
@@ -264,6 +269,17 @@ fn warnings(
         );
     }
     warnings
+}
+
+/// A warning that names the tensors that are neither f32, f16 nor bf16, which no `--dtype` converts.
+fn not_converted(plan: &MergePlan<'_>) -> Option<String> {
+    let others = plan.tensors.iter().filter(|(_, output)| output.dtype.is_none());
+    let named: Vec<String> = others.map(|(name, output)| format!("`{name}` ({})", output.stored)).collect();
+    let (first, rest) = named.split_first()?;
+    let more = if rest.is_empty() { String::new() } else { format!(" and {} more tensors", rest.len()) };
+    Some(format!(
+        "{first}{more}: not f32, f16 or bf16, so the bytes are copied and no `--dtype` converts them"
+    ))
 }
 
 fn writable(output: &Output<'_>) -> Result<DType> {

@@ -15,6 +15,7 @@
 
 mod convert;
 mod digest;
+mod finite;
 mod folder;
 mod gguf;
 mod gguf_text;
