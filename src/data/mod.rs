@@ -15,15 +15,20 @@
 
 mod batch;
 mod chance;
+mod container;
 mod conversation;
 mod dataset;
+mod foreign;
+mod message;
 mod mix;
 mod pack;
+mod record;
 mod sampler;
 mod source;
 mod template;
 mod text;
 mod tokens;
+mod value;
 
 pub(crate) use chance::{generator, shuffle};
 
@@ -34,7 +39,7 @@ pub use dataset::{
 };
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
-pub use source::{Format, Record, Source, read};
+pub use source::{Format, Key, Record, Records, Source, read};
 pub use text::{DecodeStream, TemplateParts, Text};
 
 /// Which tokens are learned.

@@ -102,14 +102,17 @@ impl Prepared {
         let prompts: Vec<Vec<Vec<u32>>> = plan.prompts.iter().map(encode).collect::<Result<_>>()?;
         let mut read: Vec<(Vec<Row>, f64)> = Vec::new();
         for source in &plan.data {
-            read.push((load_for_perplexity(source, &text, usize::MAX)?.0, source.weight));
+            let (documents, counts) = load_for_perplexity(source, &text, usize::MAX)?;
+            warnings.extend(counts.warnings().iter().map(ToString::to_string));
+            read.push((documents, source.weight));
         }
         let mut calibration = match read.is_empty() {
             true => Calibration::default(),
             false => Calibration::of(&read, plan.tokens, plan.held_out, plan.settings.seed)?,
         };
         for source in &plan.eval {
-            let documents = load_for_perplexity(source, &text, usize::MAX)?.0;
+            let (documents, counts) = load_for_perplexity(source, &text, usize::MAX)?;
+            warnings.extend(counts.warnings().iter().map(ToString::to_string));
             // Files of one name in several folders are told apart by these.
             let is_namesake = |other: &&Source| other.path.file_name() == source.path.file_name();
             let name = match plan.eval.iter().filter(is_namesake).count() {
