@@ -121,6 +121,7 @@ fn held(text: &str, start: usize, path: &Path) -> Result<Option<Held>> {
     let mut lists: Vec<(String, usize)> = Vec::new();
     let mut beside = Vec::new();
     let mut at = skip(text, start + 1);
+    let (mut counted, mut line) = (0, 1);
     loop {
         let Some((key, end)) = parse::<String>(text, at) else { return Ok(None) };
         at = skip(text, end);
@@ -136,7 +137,8 @@ fn held(text: &str, start: usize, path: &Path) -> Result<Option<Held>> {
                 at = skip(text, end);
             }
             Some((_, end)) => {
-                let line = line_of(text, at);
+                line += text[counted..at].bytes().filter(|&byte| byte == b'\n').count();
+                counted = at;
                 let said = parse::<Value>(text, at).map_or(Value::Null, |(said, _)| said);
                 beside.push((key, said, line));
                 at = skip(text, end);

@@ -47,17 +47,16 @@ const OFF: &str = "masked";
 /// Reads a list of messages.
 pub(super) fn messages(list: Vec<Value>) -> Result<Vec<Message>> {
     let count = list.len();
-    list.into_iter()
-        .enumerate()
-        .map(|(i, value)| {
-            message(value).map_err(|error| match error {
-                Error::Invalid { message, hint } => {
-                    Error::Invalid { message: format!("message {} of {count}: {message}", i + 1), hint }
-                }
-                other => other,
-            })
-        })
-        .collect()
+    let mut messages = Vec::with_capacity(count);
+    for (i, value) in list.into_iter().enumerate() {
+        messages.push(message(value).map_err(|error| match error {
+            Error::Invalid { message, hint } => {
+                Error::Invalid { message: format!("message {} of {count}: {message}", i + 1), hint }
+            }
+            other => other,
+        })?);
+    }
+    Ok(messages)
 }
 
 fn message(value: Value) -> Result<Message> {

@@ -4,7 +4,6 @@ use serde_json::{Map, Value, json};
 
 use super::conversation::{Conversation, Message, Role};
 use super::message::messages;
-use super::source::Format;
 use super::value::{filled, keys, kind, string, would_be_missed};
 use crate::error::{Error, Result};
 
@@ -20,6 +19,37 @@ const RESERVED: [&str; 6] = [
 
 /// Keys that say of a message that it is learned or not; nothing reads them beside messages.
 const MARKS: [&str; 3] = ["weight", "train", "training"];
+
+/// What the records of a data file look like.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// Told from the keys of the first record.
+    #[default]
+    Auto,
+    /// `{"messages": [{"role": "user", "content": "…"}, …]}`
+    Messages,
+    /// `{"instruction": "…", "input": "…", "output": "…"}`
+    Alpaca,
+    /// `{"prompt": "…", "completion": "…"}`
+    PromptCompletion,
+    /// `{"text": "…"}`
+    Text,
+}
+
+impl Format {
+    /// Its name in a recipe.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Messages => "messages",
+            Self::Alpaca => "alpaca",
+            Self::PromptCompletion => "prompt-completion",
+            Self::Text => "text",
+        }
+    }
+}
 
 /// Which format a record has, told from its keys.
 pub(super) fn detect(record: &Value) -> Result<Format> {

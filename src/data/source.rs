@@ -11,9 +11,11 @@
 //! lists of messages. Beside messages and in alpaca records, `system`, `tools` and `chat_template_kwargs` are read, and
 //! `history` in alpaca records. Text under other keys is counted, so that nothing is lost in silence.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::conversation::Conversation;
+pub use super::record::Format;
 use super::value::would_be_missed;
 use super::{container, record};
 use crate::error::{Context, Error, Result, nearest_path};
@@ -27,37 +29,6 @@ pub struct Source {
     pub weight: f64,
     /// What its records look like; `Auto` reads the first.
     pub format: Format,
-}
-
-/// What the records of a data file look like.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Format {
-    /// Told from the keys of the first record.
-    #[default]
-    Auto,
-    /// `{"messages": [{"role": "user", "content": "…"}, …]}`
-    Messages,
-    /// `{"instruction": "…", "input": "…", "output": "…"}`
-    Alpaca,
-    /// `{"prompt": "…", "completion": "…"}`
-    PromptCompletion,
-    /// `{"text": "…"}`
-    Text,
-}
-
-impl Format {
-    /// Its name in a recipe.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Messages => "messages",
-            Self::Alpaca => "alpaca",
-            Self::PromptCompletion => "prompt-completion",
-            Self::Text => "text",
-        }
-    }
 }
 
 /// A record, and where it began.
@@ -93,11 +64,20 @@ pub struct Key {
 
 impl Key {
     /// Counts `key` once more, for a record in this line.
-    pub(super) fn count(keys: &mut Vec<Self>, key: &str, line: usize) {
-        match keys.iter_mut().find(|known| known.key == key) {
+    pub(super) fn count(keys: &mut BTreeMap<String, Self>, key: &str, line: usize) {
+        match keys.get_mut(key) {
             Some(known) => known.records += 1,
-            None => keys.push(Self { key: key.to_string(), records: 1, line }),
+            None => {
+                keys.insert(key.to_string(), Self { key: key.to_string(), records: 1, line });
+            }
         }
+    }
+
+    /// The keys in the order of their first lines.
+    pub(super) fn ordered(keys: BTreeMap<String, Self>) -> Vec<Self> {
+        let mut keys: Vec<Self> = keys.into_values().collect();
+        keys.sort_by_key(|key| key.line);
+        keys
     }
 }
 
@@ -116,21 +96,23 @@ pub fn read(path: &Path, format: Format) -> Result<Records> {
         }
         read => read.at(path)?,
     };
+    let mut unused = BTreeMap::new();
     let mut read = Records { records: Vec::new(), format, unused: Vec::new() };
     let beside = container::each(&bytes, path, &mut |value, line| {
         if read.format == Format::Auto {
             read.format = record::detect(&value).at_line(path, line)?;
         }
-        let (conversation, unused) = record::read(value, read.format).at_line(path, line)?;
-        unused.iter().for_each(|key| Key::count(&mut read.unused, key, line));
+        let (conversation, lost) = record::read(value, read.format).at_line(path, line)?;
+        lost.iter().for_each(|key| Key::count(&mut unused, key, line));
         read.records.push(Record { conversation, line });
         Ok(())
     })?;
     for (key, value, line) in beside {
         if would_be_missed(&key, &value) {
-            Key::count(&mut read.unused, &key, line);
+            Key::count(&mut unused, &key, line);
         }
     }
+    read.unused = Key::ordered(unused);
     if read.records.is_empty() {
         let hint = format!("write one per line, with {}", record::expected(Format::Auto));
         return Err(Error::invalid("no records").with_hint(hint)).at(path);

@@ -123,7 +123,10 @@ impl Template {
         mark_generation: bool,
     ) -> Result<String> {
         let mut variables: Vec<(&str, Value)> = vec![
-            ("messages", messages.iter().map(|message| self.message_value(message)).collect()),
+            (
+                "messages",
+                messages.iter().map(|message| message_value(message, self.knows_developer)).collect(),
+            ),
             ("add_generation_prompt", add_generation_prompt.into()),
             ("tools", tools.map_or(Value::from(()), json_value)),
             ("documents", Value::from(())),
@@ -142,33 +145,32 @@ impl Template {
             Error::invalid(format!("the chat template cannot render the conversation: {}", reason(&error)))
         })
     }
-
-    fn message_value(&self, message: &Message) -> Value {
-        let role = match message.role {
-            Role::Developer if !self.knows_developer => Role::System,
-            role => role,
-        };
-        let mut pairs = vec![(Value::from("role"), Value::from(role.name()))];
-        pairs.extend(message.content.as_deref().map(|said| (Value::from("content"), Value::from(said))));
-        pairs
-            .extend(message.fields.iter().map(|(key, value)| (Value::from(key.as_str()), json_value(value))));
-        // As transformers: reasoning goes under the name that templates read, whichever it came by.
-        let reasoning = ["reasoning_content", "thinking", "reasoning"]
-            .iter()
-            .find_map(|key| message.fields.get(*key).filter(|value| !value.is_null()));
-        if let Some(reasoning) = reasoning {
-            pairs.push((Value::from("reasoning_content"), json_value(reasoning)));
-            if !message.fields.contains_key("thinking") {
-                pairs.push((Value::from("thinking"), json_value(reasoning)));
-            }
-        }
-        Value::from_pairs(pairs)
-    }
 }
 
 /// What went wrong, without minijinja's category before a message that the template itself raised.
 fn reason(error: &minijinja::Error) -> String {
     error.detail().map_or_else(|| error.kind().to_string(), str::to_string)
+}
+
+fn message_value(message: &Message, knows_developer: bool) -> Value {
+    let role = match message.role {
+        Role::Developer if !knows_developer => Role::System,
+        role => role,
+    };
+    let mut pairs = vec![(Value::from("role"), Value::from(role.name()))];
+    pairs.extend(message.content.as_deref().map(|said| (Value::from("content"), Value::from(said))));
+    pairs.extend(message.fields.iter().map(|(key, value)| (Value::from(key.as_str()), json_value(value))));
+    // As transformers: reasoning goes under the name that templates read, whichever it came by.
+    let reasoning = ["reasoning_content", "thinking", "reasoning"]
+        .iter()
+        .find_map(|key| message.fields.get(*key).filter(|value| !value.is_null()));
+    if let Some(reasoning) = reasoning {
+        pairs.push((Value::from("reasoning_content"), json_value(reasoning)));
+        if !message.fields.contains_key("thinking") {
+            pairs.push((Value::from("thinking"), json_value(reasoning)));
+        }
+    }
+    Value::from_pairs(pairs)
 }
 
 fn json_value(value: &serde_json::Value) -> Value {

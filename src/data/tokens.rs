@@ -184,6 +184,9 @@ impl<'a> Chat<'a> {
 
     /// The turns of the messages that are `wanted`, in order.
     fn turns(&self, wanted: impl Fn(usize) -> bool) -> Result<Vec<Turn>> {
+        if !(0..self.messages.len()).any(&wanted) {
+            return Ok(Vec::new());
+        }
         let own: Vec<usize> = (0..self.messages.len()).filter(|&i| self.speaks(i)).collect();
         let others = (0..self.messages.len()).filter(|&i| !self.speaks(i) && wanted(i));
         let mut turns = others.map(|i| self.content(i)).collect::<Result<Vec<Turn>>>()?;
@@ -193,7 +196,9 @@ impl<'a> Chat<'a> {
         };
         match marked {
             // A template may mark more than messages, as the end token of the whole.
-            Some(spans) if spans.len() == own.len() || own.iter().all(|&i| wanted(i)) => {
+            Some(spans)
+                if spans.len() == own.len() || (!own.is_empty() && own.iter().all(|&i| wanted(i))) =>
+            {
                 let learned = |i: &usize| own.get(*i).is_none_or(|&message| wanted(message));
                 let spans = spans.into_iter().enumerate().filter(|(i, _)| learned(i));
                 turns.extend(

@@ -36,14 +36,16 @@ pub(super) fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// The keys that an object has, as a message names them.
+/// The keys that an object has, as a message names them: the first ones of many.
 pub(super) fn keys(object: &Map<String, Value>) -> String {
+    const MOST: usize = 12;
     let named = |(key, value): (&String, &Value)| match value {
         Value::Null => format!("`{key}` (null)"),
         _ => format!("`{key}`"),
     };
-    let names = object.iter().map(named).collect::<Vec<_>>().join(", ");
+    let names = object.iter().take(MOST).map(named).collect::<Vec<_>>().join(", ");
     match object.len() {
+        many if many > MOST => format!("the keys {names} and {} more", many - MOST),
         0 => "no keys".to_string(),
         1 => format!("the key {names}"),
         _ => format!("the keys {names}"),
@@ -111,5 +113,7 @@ mod tests {
     fn keys_are_named_with_what_is_null() {
         let Value::Object(object) = json!({"a": 1, "b": null}) else { unreachable!() };
         assert_eq!(keys(&object), "the keys `a`, `b` (null)");
+        let many: Map<String, Value> = (10..25).map(|n| (n.to_string(), json!(n))).collect();
+        assert!(keys(&many).ends_with("`20`, `21` and 3 more"), "{}", keys(&many));
     }
 }
