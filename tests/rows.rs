@@ -22,8 +22,7 @@ const DATA: [&str; 6] = [
 ];
 
 fn check(place: &Place) -> Value {
-    let without_share = ["--set", "data.eval_share=0"];
-    place.json(&[&["check", "recipe.toml", "--json"], &DATA[..], &without_share].concat())
+    place.json(&[&["check", "recipe.toml", "--json"], &DATA[..]].concat())
 }
 
 /// The first document, what is learned of it in brackets.
@@ -97,7 +96,7 @@ fn text_that_is_not_used_is_told_by_every_command() {
     assert_eq!(warnings, [expected], "once, though the file is named twice");
     assert_eq!(report["train"][0]["unused"], json!([{"key": "context", "records": 8, "line": 1}]));
 
-    let finetune = ["finetune", "recipe.toml", "--set", "data.eval_share=0", "--set", "train.steps=1"];
+    let finetune = ["finetune", "recipe.toml", "--set", "train.steps=1"];
     let (_, said) = place.run(&[&finetune[..], &DATA].concat());
     assert!(said.contains(expected), "{said}");
     let (_, said) = place.run(&["eval", "perplexity", "--model", "model", "--data", "rows.jsonl", "--json"]);
