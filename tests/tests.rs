@@ -56,6 +56,8 @@ mod refusals;
 mod resume;
 /// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.
 mod routers;
+/// All that a row of data says is trained on or named, and files that are no rows are named for what they are.
+mod rows;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.

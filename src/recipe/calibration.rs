@@ -30,16 +30,22 @@ pub(super) fn read(
 ) -> Result<Read> {
     let (seed, longest) = (plan.settings.seed, WINDOW.min(base.config().max_position_embeddings));
     refuse_same_files(plan)?;
+    let mut warnings = Vec::new();
+    let mut load = |source: &Source| -> Result<Vec<Row>> {
+        let (documents, counts) = load_for_perplexity(source, text, usize::MAX)?;
+        warnings.extend(counts.warnings().iter().map(ToString::to_string));
+        Ok(documents)
+    };
     let mut read: Vec<(Vec<Row>, f64)> = Vec::new();
     for source in &plan.data {
-        read.push((load_for_perplexity(source, text, usize::MAX)?.0, source.weight));
+        read.push((load(source)?, source.weight));
     }
     let mut calibration = match read.is_empty() {
         true => Calibration::default(),
         false => Calibration::of(&read, (plan.tokens, plan.held_out), longest, seed)?,
     };
     for source in &plan.eval {
-        let documents = load_for_perplexity(source, text, usize::MAX)?.0;
+        let documents = load(source)?;
         // Files of one name in several folders are told apart by these.
         let is_namesake = |other: &&Source| other.path.file_name() == source.path.file_name();
         let name = match plan.eval.iter().filter(is_namesake).count() {
@@ -48,7 +54,7 @@ pub(super) fn read(
         };
         calibration.report_on(&name, documents, plan.held_out, longest, seed)?;
     }
-    let mut warnings = repetitions(&calibration)?;
+    warnings.extend(repetitions(&calibration)?);
     warnings.extend(calibration.measure_neutral(text, base.config().vocab_size, longest)?);
     let mut lines = Vec::new();
     if !read.is_empty() {
