@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -68,8 +69,35 @@ pub struct Counts {
     pub dropped_without_labels: usize,
     /// The line of the first dropped document.
     pub first_dropped: Option<usize>,
+    /// Documents so long that only their beginning was encoded: their lengths count as that of the beginning.
+    pub cut: usize,
+    /// Documents of which the chat template leaves out text.
+    pub lost: Noticed,
+    /// Documents that hold control tokens in what was written, and the first of these tokens.
+    pub controls: Noticed,
+    /// The control tokens in them.
+    pub control_tokens: usize,
     /// The lengths of all documents before truncation.
     pub lengths: Lengths,
+}
+
+/// Documents that have something in common.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Noticed {
+    /// How many there are.
+    pub documents: usize,
+    /// The line of the first.
+    pub first_line: Option<usize>,
+    /// What was found in the first.
+    pub first: Option<String>,
+}
+
+impl Noticed {
+    fn add(&mut self, line: usize, found: String) {
+        self.documents += 1;
+        self.first_line.get_or_insert(line);
+        self.first.get_or_insert(found);
+    }
 }
 
 /// How documents became text: what a model is trained with it should be asked with.
@@ -135,6 +163,12 @@ pub enum Warning {
     NothingToHoldOut,
     /// So many of the documents to evaluate on are also trained on.
     EvalInTrain(usize),
+    /// The chat template leaves out text of these documents.
+    LostText(PathBuf, usize, Noticed),
+    /// Control tokens stand in what was written: so many, in these documents.
+    ControlTokens(PathBuf, usize, Noticed),
+    /// So many documents are too long to be encoded whole.
+    Cut(PathBuf, usize),
 }
 
 impl fmt::Display for Warning {
@@ -148,6 +182,29 @@ impl fmt::Display for Warning {
             }
             Self::EvalInTrain(1) => f.write_str("1 document to evaluate on is also trained on"),
             Self::EvalInTrain(count) => write!(f, "{count} documents to evaluate on are also trained on"),
+            Self::LostText(path, records, lost) => write!(
+                f,
+                "the chat template leaves out text of {} of {records} documents of {}, the first in line {}: {}",
+                lost.documents,
+                path.display(),
+                lost.first_line.unwrap_or_default(),
+                lost.first.as_deref().unwrap_or_default(),
+            ),
+            Self::ControlTokens(path, count, found) => write!(
+                f,
+                "{count} control tokens stand in what {} documents of {} say, the first in line {}: `{}`; they are \
+                 encoded as the model's own, and `data.special_tokens = \"text\"` encodes them as text",
+                found.documents,
+                path.display(),
+                found.first_line.unwrap_or_default(),
+                found.first.as_deref().unwrap_or_default(),
+            ),
+            Self::Cut(path, count) => write!(
+                f,
+                "{count} documents of {} are so long that only their beginning was encoded: they have more tokens than \
+                 is said of lengths",
+                path.display()
+            ),
         }
     }
 }
@@ -191,6 +248,9 @@ impl Dataset {
             if both > 0 {
                 warnings.push(Warning::EvalInTrain(both));
             }
+        }
+        for counts in train_counts.iter().chain(&eval_counts) {
+            warnings.extend(counts.warnings(text));
         }
         let ends = |row: &Row| {
             row.tokens
@@ -238,8 +298,22 @@ fn rows(
 ) -> Result<(Vec<Row>, Counts)> {
     let path = &source.path;
     let (records, format) = source::read(path, source.format)?;
-    let tokenised: Vec<Result<Tokens>> =
-        records.par_iter().map(|record| tokenise(&record.conversation, text, train_on, end_texts)).collect();
+    // After an error, later records are not looked at: each may take as long as a template is let run.
+    let failed = AtomicUsize::new(usize::MAX);
+    let tokenised: Vec<Result<Tokens>> = records
+        .par_iter()
+        .enumerate()
+        .map(|(i, record)| {
+            if i > failed.load(Ordering::Relaxed) {
+                return Ok(Tokens::default());
+            }
+            let tokens = tokenise(&record.conversation, text, train_on, end_texts, max_length);
+            if tokens.is_err() {
+                failed.fetch_min(i, Ordering::Relaxed);
+            }
+            tokens
+        })
+        .collect();
 
     let mut counts = Counts {
         path: path.clone(),
@@ -253,14 +327,27 @@ fn rows(
         dropped_by_truncation: 0,
         dropped_without_labels: 0,
         first_dropped: None,
+        cut: 0,
+        lost: Noticed::default(),
+        controls: Noticed::default(),
+        control_tokens: 0,
         lengths: Lengths::default(),
     };
     let mut lengths = Vec::with_capacity(records.len());
     let mut rows = Vec::with_capacity(records.len());
     for ((Record { line, conversation }, tokenised), document) in records.iter().zip(tokenised).zip(first..) {
-        let Tokens { mut tokens, mut supervised } = tokenised.at_line(path, *line)?;
+        let Tokens { mut tokens, mut supervised, is_cut, lost, controls } = tokenised.at_line(path, *line)?;
         lengths.push(tokens.len());
-        let learnable = supervised.contains(&true);
+        if let Some(lost) = lost {
+            counts.lost.add(*line, lost);
+        }
+        if let (found @ 1.., Some(first)) = controls {
+            counts.control_tokens += found;
+            counts.controls.add(*line, first);
+        }
+        counts.cut += usize::from(is_cut);
+        // Of one that is cut, the rest may have some.
+        let learnable = is_cut || supervised.contains(&true);
         counts.truncated += usize::from(tokens.len() > max_length);
         tokens.truncate(max_length);
         supervised.truncate(max_length);
@@ -284,6 +371,28 @@ fn rows(
     Ok((rows, counts))
 }
 
+impl Counts {
+    /// What to tell the user of a file.
+    #[must_use]
+    pub fn warnings(&self, text: &Text) -> Vec<Warning> {
+        let mut warnings = Vec::new();
+        if self.lost.documents > 0 {
+            warnings.push(Warning::LostText(self.path.clone(), self.records, self.lost.clone()));
+        }
+        if self.controls.documents > 0 && !text.takes_control_tokens_for_text() {
+            warnings.push(Warning::ControlTokens(
+                self.path.clone(),
+                self.control_tokens,
+                self.controls.clone(),
+            ));
+        }
+        if self.cut > 0 {
+            warnings.push(Warning::Cut(self.path.clone(), self.cut));
+        }
+        warnings
+    }
+}
+
 impl Lengths {
     fn of(mut lengths: Vec<usize>) -> Self {
         lengths.sort_unstable();
@@ -304,8 +413,10 @@ fn nothing_left(counts: &Counts, max_length: usize) -> Error {
          {dropped_by_truncation} have their first one later"
     ))
     .with_hint(format!(
-        "raise `data.max_length`: the longest document has {} tokens, 95 of 100 have at most {}",
-        lengths.max, lengths.p95
+        "raise `data.max_length`: the longest document has {}{} tokens, 95 of 100 have at most {}",
+        if counts.cut > 0 { "more than " } else { "" },
+        lengths.max,
+        lengths.p95
     ))
 }
 

@@ -21,6 +21,7 @@ mod mix;
 mod pack;
 mod sampler;
 mod source;
+mod special;
 mod template;
 mod text;
 mod tokens;
@@ -30,11 +31,12 @@ pub(crate) use chance::{generator, shuffle};
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
 pub use dataset::{
-    Counts, Dataset, Layout, Lengths, Preparation, Warning, load, load_for_perplexity, preview,
+    Counts, Dataset, Layout, Lengths, Noticed, Preparation, Warning, load, load_for_perplexity, preview,
 };
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
 pub use source::{Format, Record, Source, read};
+pub use special::SpecialTokens;
 pub use text::{DecodeStream, TemplateParts, Text};
 
 /// Which tokens are learned.

@@ -3,17 +3,20 @@
 use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokenizers::{Encoding, Tokenizer};
+use tokenizers::Tokenizer;
 
 use super::conversation::Message;
-use super::template::Template;
-use crate::error::{Error, Result};
+use super::special::{Controls, SpecialTokens};
+use super::template::{Template, Variables};
+use crate::error::{Error, Result, caught};
 
 /// What a model says about its text beside the tokenizer.
 #[derive(Debug, Clone, Default)]
 pub struct TemplateParts {
     /// The Jinja source of the chat template.
     pub chat_template: Option<String>,
+    /// The template for conversations with tools, where it is another one.
+    pub tool_template: Option<String>,
     /// The token that begins a document, as text.
     pub bos_token: Option<String>,
     /// The token that ends a document, as text.
@@ -25,6 +28,12 @@ pub struct TemplateParts {
     /// What `strftime_now` tells templates that write the date, in seconds since 1970 (UTC); left out: the clock.
     /// A run that is to be resumed keeps it fixed.
     pub now: Option<i64>,
+    /// Further variables of templates, such as `enable_thinking`.
+    pub variables: serde_json::Map<String, serde_json::Value>,
+    /// What control tokens in the data are.
+    pub special_tokens: SpecialTokens,
+    /// Rows of the embedding: tokens from this one on are refused; left out: none is.
+    pub vocabulary: Option<usize>,
 }
 
 /// A tokenizer, and the chat template that goes with it.
@@ -32,6 +41,9 @@ pub struct TemplateParts {
 pub struct Text {
     tokenizer: Tokenizer,
     template: Option<Template>,
+    tool_template: Option<Template>,
+    controls: Controls,
+    vocabulary: Option<usize>,
     bos: Option<u32>,
     add_bos: Option<bool>,
     /// Whether documents begin with `bos`.
@@ -62,30 +74,65 @@ impl Text {
         let now = parts.now.unwrap_or_else(|| {
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs() as i64)
         });
-        let template = match parts.chat_template {
-            None => None,
-            Some(source) => Some(Template::new(&source, parts.bos_token, parts.eos_token, now)?),
+        let variables = Variables { now, others: parts.variables };
+        let compiled = |source: Option<String>| match source {
+            None => Ok(None),
+            Some(source) => {
+                let (bos, eos) = (parts.bos_token.clone(), parts.eos_token.clone());
+                Template::new(&source, bos, eos, variables.clone()).map(Some)
+            }
         };
+        let (template, tool_template) = (compiled(parts.chat_template)?, compiled(parts.tool_template)?);
+        let controls = Controls::of(&tokenizer, parts.special_tokens)?;
         let special = tokenizer
             .get_added_tokens_decoder()
             .into_iter()
             .filter(|(_, token)| token.special)
             .map(|(id, _)| id)
             .collect();
-        let mut text = Self { tokenizer, template, bos, add_bos: parts.add_bos, begins: false, eos, special };
+        let mut text = Self {
+            tokenizer,
+            template,
+            tool_template,
+            controls,
+            vocabulary: None,
+            bos,
+            add_bos: parts.add_bos,
+            begins: false,
+            eos,
+            special,
+        };
         text.begins = bos.is_some() && text.encode_document("a")?.first() == bos.as_ref();
+        text.vocabulary = parts.vocabulary;
         Ok(text)
     }
 
     /// The tokens of a string, with nothing added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.encoding(text)?.get_ids().to_vec())
+        Ok(encoded(&self.tokenizer, text, false)?.0)
     }
 
     /// The tokens of a document, with those that the tokenizer itself adds: what `tokenizer(text)` gives in Python.
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, true).map_err(failed)?;
-        let mut tokens = encoding.get_ids().to_vec();
+        let tokens = self.document(text, usize::MAX)?.0;
+        self.refuse_unknown(&tokens)?;
+        Ok(tokens)
+    }
+
+    /// The tokens of a document, and whether they are only those of its beginning: at least `enough` all the same.
+    pub(crate) fn document(&self, text: &str, enough: usize) -> Result<(Vec<u32>, bool)> {
+        let encode = |tokenizer: &Tokenizer, text: &str| beginning(tokenizer, text, true, enough);
+        let plain = |tokenizer: &Tokenizer, text: &str| Ok((encode(tokenizer, text)?.0, Vec::new()));
+        let (mut tokens, is_cut) = match self.controls.marked(text)? {
+            _ if !self.controls.are_text() => {
+                let (tokens, _, is_cut) = encode(&self.tokenizer, text)?;
+                (tokens, is_cut)
+            }
+            marked => match self.controls.encode(&marked, plain) {
+                Some(encoded) => (encoded?.1, text.len() > longest(enough)),
+                None => return Err(Error::invalid("the tokenizer cannot encode control tokens as text")),
+            },
+        };
         match (self.bos, self.add_bos) {
             (Some(bos), Some(true)) if tokens.first() != Some(&bos) => tokens.insert(0, bos),
             (Some(bos), Some(false))
@@ -95,12 +142,12 @@ impl Text {
             }
             _ => {}
         }
-        Ok(tokens)
+        Ok((tokens, is_cut))
     }
 
     /// The text of tokens.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String> {
-        self.tokenizer.decode(tokens, skip_special).map_err(failed)
+        caught(|| self.tokenizer.decode(tokens, skip_special)).map_err(panicked)?.map_err(failed)
     }
 
     /// Text from tokens that come one at a time.
@@ -129,28 +176,106 @@ impl Text {
 
     /// What the chat template makes of messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        self.template()?.render(messages, None, add_generation_prompt)
+        let marked = self.marked(messages)?;
+        let rendered = self.template(None)?.render(
+            marked.as_deref().unwrap_or(messages),
+            None,
+            add_generation_prompt,
+        )?;
+        Ok(self.controls.readable(rendered))
     }
 
     /// The tokens that ask the model for the next message.
     pub fn prompt_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let mut tokens = self.encode(&self.render(messages, true)?)?;
+        let marked = self.marked(messages)?;
+        let rendered = self.template(None)?.render(marked.as_deref().unwrap_or(messages), None, true)?;
+        let mut tokens = self.encode_rendered(rendered, usize::MAX)?.tokens;
+        self.refuse_unknown(&tokens)?;
         if let Some(bos) = self.missing_bos(&tokens) {
             tokens.insert(0, bos);
         }
         Ok(tokens)
     }
 
-    pub(crate) fn template(&self) -> Result<&Template> {
-        self.template.as_ref().ok_or_else(|| {
+    /// The template for a conversation with these tools.
+    pub(crate) fn template(&self, tools: Option<&serde_json::Value>) -> Result<&Template> {
+        let of_tools = self.tool_template.as_ref().filter(|_| tools.is_some());
+        of_tools.or(self.template.as_ref()).ok_or_else(|| {
             Error::invalid("the data are conversations, but the model has no chat template").with_hint(
                 "put a `chat_template.jinja` beside the model, or give data of format prompt-completion or text",
             )
         })
     }
 
-    pub(crate) fn encoding(&self, text: &str) -> Result<Encoding> {
-        self.tokenizer.encode(text, false).map_err(failed)
+    /// Whether a template reads a variable, or calls a function, of this name.
+    #[must_use]
+    pub fn template_asks_for(&self, name: &str) -> bool {
+        [&self.template, &self.tool_template].into_iter().flatten().any(|template| template.asks_for(name))
+    }
+
+    /// How many control tokens of the model, such as `<|im_end|>`, stand in a text; and the first.
+    #[must_use]
+    pub fn control_tokens<'a>(&self, text: &'a str) -> (usize, Option<&'a str>) {
+        (self.controls.count(text), self.controls.first(text))
+    }
+
+    /// The messages with marks in their control tokens; none where they need no marks.
+    pub(crate) fn marked(&self, messages: &[Message]) -> Result<Option<Vec<Message>>> {
+        if !self.controls.are_text() {
+            return Ok(None);
+        }
+        let mut marked = messages.to_vec();
+        for message in &mut marked {
+            if let Some(content) = &mut message.content {
+                *content = self.controls.marked(content)?.into_owned();
+            }
+            message.fields.values_mut().try_for_each(|value| self.mark(value))?;
+        }
+        Ok(Some(marked))
+    }
+
+    /// As [`Self::marked`], for all texts in a value.
+    pub(crate) fn mark(&self, value: &mut serde_json::Value) -> Result<()> {
+        match value {
+            serde_json::Value::String(text) => *text = self.controls.marked(text)?.into_owned(),
+            serde_json::Value::Array(list) => list.iter_mut().try_for_each(|value| self.mark(value))?,
+            serde_json::Value::Object(map) => map.values_mut().try_for_each(|value| self.mark(value))?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What a rendered conversation is to the model: at least its first `enough` tokens.
+    pub(crate) fn encode_rendered(&self, rendered: String, enough: usize) -> Result<Rendered> {
+        let encode = |tokenizer: &Tokenizer, text: &str| {
+            beginning(tokenizer, text, false, enough).map(|(tokens, spans, _)| (tokens, spans))
+        };
+        let (rendered, tokens, spans) = match self.controls.encode(&rendered, encode) {
+            Some(encoded) => encoded?,
+            None => {
+                let (tokens, spans) = encode(&self.tokenizer, &rendered)?;
+                (rendered, tokens, spans)
+            }
+        };
+        let is_cut = rendered.len() > longest(enough);
+        Ok(Rendered { rendered, tokens, spans, is_cut })
+    }
+
+    /// Whether control tokens of the data are encoded as text.
+    #[must_use]
+    pub fn takes_control_tokens_for_text(&self) -> bool {
+        self.controls.are_text()
+    }
+
+    /// Refuses tokens for which the model has no row.
+    pub(crate) fn refuse_unknown(&self, tokens: &[u32]) -> Result<()> {
+        let Some(rows) = self.vocabulary else { return Ok(()) };
+        let Some(unknown) = tokens.iter().find(|token| **token as usize >= rows) else { return Ok(()) };
+        let name = self.tokenizer.id_to_token(*unknown).unwrap_or_default();
+        Err(Error::invalid(format!(
+            "`{name}` is token {unknown} of the tokenizer, and the model's embedding has rows for tokens below {rows}"
+        ))
+        .with_hint("take it out of the text, or give the model the tokenizer that it was trained with"))
     }
 
     pub(crate) fn is_special(&self, token: u32) -> bool {
@@ -161,6 +286,17 @@ impl Text {
     pub(crate) fn missing_bos(&self, tokens: &[u32]) -> Option<u32> {
         self.bos.filter(|bos| self.begins && tokens.first() != Some(bos))
     }
+}
+
+/// A rendered conversation and its tokens.
+#[derive(Debug)]
+pub(crate) struct Rendered {
+    pub(crate) rendered: String,
+    pub(crate) tokens: Vec<u32>,
+    /// Where each token's text begins and ends in `rendered`.
+    pub(crate) spans: Vec<(usize, usize)>,
+    /// Whether the tokens may be only those of the beginning.
+    pub(crate) is_cut: bool,
 }
 
 /// Text that grows as tokens come; a character is given out when all its bytes are there.
@@ -202,6 +338,65 @@ impl DecodeStream<'_> {
         self.sent = self.text.decode(&self.tokens, self.skip_special)?;
         Ok(fresh)
     }
+}
+
+/// Bytes for each token that is wanted: many times what tokens have.
+const BYTES_PER_TOKEN: usize = 64;
+
+/// The least that is encoded of a long text.
+const LEAST_BEGINNING: usize = 256 << 10;
+
+/// Bytes of the longest text that is encoded whole for its first tokens.
+fn longest(enough: usize) -> usize {
+    enough.saturating_mul(BYTES_PER_TOKEN).max(LEAST_BEGINNING).saturating_mul(4)
+}
+
+/// Tokens with the places of their texts.
+type Placed = (Vec<u32>, Vec<(usize, usize)>);
+
+/// The tokens of a text, or of a long one at least the first `enough`; and whether there may be more. Two beginnings of
+/// different lengths have to agree on them: what follows a token changes it only from nearby.
+fn beginning(
+    tokenizer: &Tokenizer,
+    text: &str,
+    add_special: bool,
+    enough: usize,
+) -> Result<(Vec<u32>, Vec<(usize, usize)>, bool)> {
+    let piece = longest(enough) / 4;
+    if text.len() > piece.saturating_mul(4) {
+        let first = encoded(tokenizer, cut(text, piece), add_special)?;
+        let second = encoded(tokenizer, cut(text, 2 * piece), add_special)?;
+        let agree = first.0.len() > enough && second.0.get(..enough) == first.0.get(..enough);
+        if agree {
+            return Ok((first.0, first.1, true));
+        }
+    }
+    let (tokens, spans) = encoded(tokenizer, text, add_special)?;
+    Ok((tokens, spans, false))
+}
+
+/// The beginning of a text, up to a line's end or a space near `bytes`.
+fn cut(text: &str, bytes: usize) -> &str {
+    let text = &text[..text.floor_char_boundary(bytes)];
+    let near = text.ceil_char_boundary(text.len().saturating_sub(4096));
+    let end = text[near..].rfind('\n').or_else(|| text[near..].rfind(' '));
+    end.map_or(text, |end| &text[..near + end])
+}
+
+fn encoded(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Placed> {
+    // Only of conversations are the places asked for, and without them it is faster.
+    let encoding = caught(|| match add_special {
+        true => tokenizer.encode_fast(text, true),
+        false => tokenizer.encode(text, false),
+    });
+    let encoding = encoding.map_err(panicked)?.map_err(failed)?;
+    Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+}
+
+fn panicked(said: String) -> Error {
+    Error::invalid(format!("the tokenizer fails on a text: {said}")).with_hint(
+        "load the tokenizer with transformers and save it again, or take the file of the published model",
+    )
 }
 
 fn failed(error: tokenizers::Error) -> Error {
@@ -311,6 +506,34 @@ pub(crate) mod tests {
         let mut stream = text.decode_stream(true);
         assert_eq!(tokens.iter().map(|&token| stream.push(token).unwrap()).collect::<String>(), "hi");
         assert_eq!(text.eos_ids(), [2]);
+    }
+
+    /// The first tokens of a text that is cut are those of the whole, in texts of many kinds.
+    #[test]
+    fn the_beginning_of_a_long_text_has_the_tokens_of_the_whole() {
+        let text = chatml();
+        for part in ["One day, Tom saw a fat duck. ", "x", "é🦀", "\n\n  ", "<|im_end|>", "ab1 "] {
+            let long = part.repeat(4 * LEAST_BEGINNING / part.len() + 100);
+            let (beginning, is_cut) = text.document(&long, 300).unwrap();
+            assert!(is_cut && beginning.len() > 300, "{part:?}: {}", beginning.len());
+            let (whole, is_whole) = text.document(&long, usize::MAX).unwrap();
+            assert!(!is_whole && whole.len() > beginning.len());
+            assert_eq!(beginning[..300], whole[..300], "{part:?}");
+            let rendered = text.encode_rendered(long, 300).unwrap();
+            assert!(rendered.is_cut && rendered.tokens[..300] == whole[..300]);
+        }
+    }
+
+    #[test]
+    fn tokens_without_a_row_are_refused() {
+        let parts = TemplateParts { vocabulary: Some(1000), ..TemplateParts::default() };
+        let text = text(&["<tool>"], parts, |_| {});
+        text.encode_document("a").unwrap();
+        let error = text.encode_document("use <tool>").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "`<tool>` is token 1024 of the tokenizer, and the model's embedding has rows for tokens below 1000"
+        );
     }
 
     #[test]

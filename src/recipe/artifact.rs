@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
+use super::template::TemplateVariables;
 use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
 use crate::data::Layout;
@@ -18,6 +19,9 @@ use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec};
 
 /// Where the tensors' file of an adapter says how its training data was laid out.
 pub(super) const LAYOUT: &str = "peft_rs_layout";
+
+/// Where it says what chat templates were told, if that was not what they are always told.
+pub(super) const TEMPLATE: &str = "peft_rs_template";
 
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {
@@ -44,13 +48,17 @@ impl<'a> AdapterFiles<'a> {
             Some((name, revision)) if !Path::new(&plan.model.source).exists() => (name, Some(revision)),
             _ => (plan.model.source.as_str(), None),
         };
+        let mut metadata = BTreeMap::from([
+            (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
+            (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
+        ]);
+        if plan.data.template != TemplateVariables::default() {
+            metadata.insert(TEMPLATE.to_string(), serde_json::to_string(&plan.data.template)?);
+        }
         let provenance = Provenance {
             base_model: Some(base_model.to_string()),
             revision: revision.map(str::to_string),
-            metadata: BTreeMap::from([
-                (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
-                (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
-            ]),
+            metadata,
         };
         let base = &prepared.base;
         let (units, trainables) = (Units::of(base.config()), trainables.clone());

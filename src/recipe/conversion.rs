@@ -8,9 +8,10 @@ use serde::Serialize;
 use super::choice::DtypeChoice;
 use super::distill::refuse_other_tokens;
 use super::figures;
-use super::prepared::{TRAINING_DATE, text_of};
+use super::prepared::text_of;
+use super::template::TemplateVariables;
 use super::upcycle::UpcyclePlan;
-use crate::data::{Row, Source, load_for_perplexity};
+use crate::data::{Row, Source, SpecialTokens, load_for_perplexity};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::model::family::MixtureFormat;
@@ -51,7 +52,7 @@ impl Prepared {
         refuse_occupied(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
-        let text = text_of(&base, Some(TRAINING_DATE))?;
+        let text = text_of(&base, &TemplateVariables::default(), SpecialTokens::default())?;
         let Settings { method, shared, active, .. } = plan.settings;
         let (neurons, network) = network_of(&base, method)?;
         let mut lines =

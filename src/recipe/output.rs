@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
+use super::Recipe;
 use super::artifact::RESULT;
+use super::document::Document;
 use super::plan::Plan;
 use crate::error::{Context, Error, Result};
 use crate::train;
@@ -120,7 +122,10 @@ fn lock(path: &Path) -> Result<Option<File>> {
 fn check_recipe(plan: &Plan) -> Result<()> {
     let path = plan.output.join(RECIPE);
     let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-    let (Ok(then), Ok(now)) = (text.parse::<Table>(), plan.to_toml()?.parse::<Table>()) else {
+    // Read as a recipe of today, a key that was not there then has its default.
+    let read = Document::parse(&path, &text).and_then(|document| Recipe::read(&document));
+    let then = read.and_then(|recipe| Plan::of(&recipe, "").to_toml()).unwrap_or(text);
+    let (Ok(then), Ok(now)) = (then.parse::<Table>(), plan.to_toml()?.parse::<Table>()) else {
         return Err(Error::invalid("not a recipe of this version"))
             .at(path)
             .map_err(|error| error.with_hint("start anew with another `--output`"));

@@ -7,7 +7,6 @@ use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{Map, Value as Json, json};
-use tokenizers::Tokenizer;
 
 use super::gguf::GgufMetadata;
 use super::text::TextFiles;
@@ -48,13 +47,15 @@ impl TextFiles {
             "decoder": parts.decoder,
             "model": parts.model,
         });
-        let tokenizer = Tokenizer::from_bytes(serde_json::to_vec(&tokenizer)?).map_err(|error| {
+        let tokenizer = super::tokenizer::read(&serde_json::to_vec(&tokenizer)?).map_err(|error| {
             Error::invalid(format!("the tokenizer in the metadata cannot be built: {error}"))
+                .with_hint("give the model as a Hugging Face folder")
         })?;
         let endings = ["eos", "eot", "eom"];
         Ok(Self {
             tokenizer,
             chat_template: text(metadata, "tokenizer.chat_template").map(str::to_string),
+            tool_template: text(metadata, "tokenizer.chat_template.tool_use").map(str::to_string),
             bos_token: token("bos"),
             eos_token: token("eos"),
             pad_token: token("padding"),

@@ -21,6 +21,7 @@ mod gguf_text;
 mod hub;
 mod shards;
 mod text;
+mod tokenizer;
 mod write;
 
 use std::collections::BTreeMap;
