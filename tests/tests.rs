@@ -50,6 +50,8 @@ mod refusals;
 mod resume;
 /// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.
 mod routers;
+/// Templates and tokenizers of strangers run within bounds, and what becomes of the text of the data is said.
+mod templates;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.

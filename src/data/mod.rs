@@ -16,7 +16,9 @@
 mod batch;
 mod chance;
 mod conversation;
+mod counts;
 mod dataset;
+mod encode;
 mod mix;
 mod pack;
 mod sampler;
@@ -30,9 +32,8 @@ pub(crate) use chance::{generator, shuffle};
 
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
-pub use dataset::{
-    Counts, Dataset, Layout, Lengths, Noticed, Preparation, Warning, load, load_for_perplexity, preview,
-};
+pub use counts::{Counts, Layout, Lengths, Noticed, Warning};
+pub use dataset::{Dataset, Preparation, load, load_for_perplexity, preview};
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
 pub use source::{Format, Record, Source, read};

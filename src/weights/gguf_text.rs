@@ -16,6 +16,9 @@ const CONTRACTIONS_AND_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\
 const MARKS_AND_SPACES: &str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Bytes of a token.
+const LONGEST_TOKEN: usize = 4096;
+
 impl TextFiles {
     /// From the metadata of a GGUF file.
     pub(super) fn from_gguf(metadata: &GgufMetadata) -> Result<Self> {
@@ -86,6 +89,13 @@ struct Vocabulary<'a> {
 impl<'a> Vocabulary<'a> {
     fn read(metadata: &'a GgufMetadata) -> Result<Self> {
         let tokens = strings(metadata, "tokenizer.ggml.tokens")?;
+        // Every way to cut a token in two is looked at.
+        if let Some(id) = tokens.iter().position(|token| token.len() > LONGEST_TOKEN) {
+            let found = tokens[id].len();
+            return Err(Error::invalid(format!(
+                "token {id} has {found} bytes, expected at most {LONGEST_TOKEN}"
+            )));
+        }
         let kinds = match metadata.get("tokenizer.ggml.token_type") {
             Some(Value::Array(list)) if list.len() == tokens.len() => {
                 list.iter().map(|kind| integer(kind).unwrap_or(1)).collect()
