@@ -4,6 +4,17 @@ use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result, caught};
 
+/// A rendered conversation and its tokens.
+#[derive(Debug)]
+pub(crate) struct Rendered {
+    pub(crate) rendered: String,
+    pub(crate) tokens: Vec<u32>,
+    /// Where each token's text begins and ends in `rendered`.
+    pub(crate) spans: Vec<(usize, usize)>,
+    /// Whether the tokens may be only those of the beginning.
+    pub(crate) is_cut: bool,
+}
+
 /// Bytes for each token that is wanted: many times what tokens have.
 const BYTES_PER_TOKEN: usize = 64;
 
@@ -25,24 +36,29 @@ pub(super) fn beginning(
     text: &str,
     add_special: bool,
     enough: usize,
-) -> Result<(Vec<u32>, Vec<(usize, usize)>, bool)> {
+) -> Result<(Placed, bool)> {
     let piece = longest(enough) / 4;
     if text.len() > piece.saturating_mul(4) {
         let first = encoded(tokenizer, cut(text, piece), add_special)?;
         let second = encoded(tokenizer, cut(text, 2 * piece), add_special)?;
         let agree = first.0.len() > enough && second.0.get(..enough) == first.0.get(..enough);
         if agree {
-            return Ok((first.0, first.1, true));
+            return Ok((first, true));
         }
     }
-    let (tokens, spans) = encoded(tokenizer, text, add_special)?;
-    Ok((tokens, spans, false))
+    Ok((encoded(tokenizer, text, add_special)?, false))
 }
 
 /// The beginning of a text, up to a line's end or a space near `bytes`.
 fn cut(text: &str, bytes: usize) -> &str {
-    let text = &text[..text.floor_char_boundary(bytes)];
-    let near = text.ceil_char_boundary(text.len().saturating_sub(4096));
+    let boundary = |mut at: usize| {
+        while !text.is_char_boundary(at) {
+            at -= 1;
+        }
+        at
+    };
+    let (near, end) = (boundary(bytes.saturating_sub(4096)), boundary(bytes));
+    let text = &text[..end];
     let end = text[near..].rfind('\n').or_else(|| text[near..].rfind(' '));
     end.map_or(text, |end| &text[..near + end])
 }
@@ -65,4 +81,26 @@ pub(super) fn panicked(said: String) -> Error {
 
 pub(super) fn failed(error: tokenizers::Error) -> Error {
     Error::invalid(format!("the tokenizer failed: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::text::tests::chatml;
+
+    /// The first tokens of a text that is cut are those of the whole, in texts of many kinds.
+    #[test]
+    fn the_beginning_of_a_long_text_has_the_tokens_of_the_whole() {
+        let text = chatml();
+        for part in ["One day, Tom saw a fat duck. ", "x", "é🦀", "\n\n  ", "<|im_end|>", "ab1 "] {
+            let long = part.repeat(4 * LEAST_BEGINNING / part.len() + 100);
+            let (beginning, is_cut) = text.document(&long, 300).unwrap();
+            assert!(is_cut && beginning.len() > 300, "{part:?}: {}", beginning.len());
+            let (whole, is_whole) = text.document(&long, usize::MAX).unwrap();
+            assert!(!is_whole && whole.len() > beginning.len());
+            assert_eq!(beginning[..300], whole[..300], "{part:?}");
+            let rendered = text.encode_rendered(long, 300).unwrap();
+            assert!(rendered.is_cut && rendered.tokens[..300] == whole[..300]);
+        }
+    }
 }

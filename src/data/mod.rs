@@ -24,6 +24,7 @@ mod pack;
 mod sampler;
 mod source;
 mod special;
+mod stream;
 mod template;
 mod text;
 mod tokens;
@@ -38,7 +39,8 @@ pub use mix::Part;
 pub use sampler::{Order, Sampler};
 pub use source::{Format, Record, Source, read};
 pub use special::SpecialTokens;
-pub use text::{DecodeStream, TemplateParts, Text};
+pub use stream::DecodeStream;
+pub use text::{TemplateParts, Text};
 
 /// Which tokens are learned.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

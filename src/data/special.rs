@@ -11,6 +11,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use super::encode::Placed;
 use crate::error::{Error, Result};
 
 /// What control tokens in the data are.
@@ -127,8 +128,8 @@ impl Controls {
     pub(super) fn encode(
         &self,
         marked: &str,
-        encode: impl Fn(&Tokenizer, &str) -> Result<(Vec<u32>, Vec<(usize, usize)>)>,
-    ) -> Option<Result<(String, Vec<u32>, Vec<(usize, usize)>)>> {
+        encode: impl Fn(&Tokenizer, &str) -> Result<Placed>,
+    ) -> Option<Result<(String, Placed)>> {
         let as_text = self.as_text.as_ref()?;
         let disguised = self.disguised(as_text, marked);
         let encoded = encode(&as_text.tokenizer, &disguised.text).map(|(mut ids, mut spans)| {
@@ -138,7 +139,7 @@ impl Controls {
             for (start, end) in &mut spans {
                 (*start, *end) = (disguised.place(*start), disguised.place(*end));
             }
-            (disguised.readable, ids, spans)
+            (disguised.readable, (ids, spans))
         });
         Some(encoded)
     }

@@ -6,8 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokenizers::Tokenizer;
 
 use super::conversation::Message;
-use super::encode::{beginning, encoded, failed, longest, panicked};
+use super::encode::{Rendered, beginning, encoded, failed, longest, panicked};
 use super::special::{Controls, SpecialTokens};
+use super::stream::DecodeStream;
 use super::template::{Template, Variables};
 use crate::error::{Error, Result, caught};
 
@@ -123,14 +124,14 @@ impl Text {
     /// The tokens of a document, and whether they are only those of its beginning: at least `enough` all the same.
     pub(crate) fn document(&self, text: &str, enough: usize) -> Result<(Vec<u32>, bool)> {
         let encode = |tokenizer: &Tokenizer, text: &str| beginning(tokenizer, text, true, enough);
-        let plain = |tokenizer: &Tokenizer, text: &str| Ok((encode(tokenizer, text)?.0, Vec::new()));
+        let plain = |tokenizer: &Tokenizer, text: &str| Ok(encode(tokenizer, text)?.0);
         let (mut tokens, is_cut) = match self.controls.marked(text)? {
             _ if !self.controls.are_text() => {
-                let (tokens, _, is_cut) = encode(&self.tokenizer, text)?;
+                let ((tokens, _), is_cut) = encode(&self.tokenizer, text)?;
                 (tokens, is_cut)
             }
             marked => match self.controls.encode(&marked, plain) {
-                Some(encoded) => (encoded?.1, text.len() > longest(enough)),
+                Some(encoded) => (encoded?.1.0, text.len() > longest(enough)),
                 None => return Err(Error::invalid("the tokenizer cannot encode control tokens as text")),
             },
         };
@@ -154,7 +155,7 @@ impl Text {
     /// Text from tokens that come one at a time.
     #[must_use]
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream { text: self, skip_special, tokens: Vec::new(), sent: String::new(), settled: 0 }
+        DecodeStream::new(self, skip_special)
     }
 
     /// Every token that ends an answer; the first is the one that documents end with.
@@ -248,14 +249,12 @@ impl Text {
 
     /// What a rendered conversation is to the model: at least its first `enough` tokens.
     pub(crate) fn encode_rendered(&self, rendered: String, enough: usize) -> Result<Rendered> {
-        let encode = |tokenizer: &Tokenizer, text: &str| {
-            beginning(tokenizer, text, false, enough).map(|(tokens, spans, _)| (tokens, spans))
-        };
-        let (rendered, tokens, spans) = match self.controls.encode(&rendered, encode) {
+        let encode = |tokenizer: &Tokenizer, text: &str| Ok(beginning(tokenizer, text, false, enough)?.0);
+        let (rendered, (tokens, spans)) = match self.controls.encode(&rendered, encode) {
             Some(encoded) => encoded?,
             None => {
-                let (tokens, spans) = encode(&self.tokenizer, &rendered)?;
-                (rendered, tokens, spans)
+                let placed = encode(&self.tokenizer, &rendered)?;
+                (rendered, placed)
             }
         };
         let is_cut = rendered.len() > longest(enough);
@@ -289,65 +288,12 @@ impl Text {
     }
 }
 
-/// A rendered conversation and its tokens.
-#[derive(Debug)]
-pub(crate) struct Rendered {
-    pub(crate) rendered: String,
-    pub(crate) tokens: Vec<u32>,
-    /// Where each token's text begins and ends in `rendered`.
-    pub(crate) spans: Vec<(usize, usize)>,
-    /// Whether the tokens may be only those of the beginning.
-    pub(crate) is_cut: bool,
-}
-
-/// Text that grows as tokens come; a character is given out when all its bytes are there.
-#[derive(Debug)]
-pub struct DecodeStream<'a> {
-    text: &'a Text,
-    skip_special: bool,
-    /// The tokens since the last place where text could be cut, the first `settled` of them given out as `sent`.
-    tokens: Vec<u32>,
-    sent: String,
-    settled: usize,
-}
-
-impl DecodeStream<'_> {
-    /// The text that this token makes certain; empty while a character is incomplete.
-    pub fn push(&mut self, token: u32) -> Result<String> {
-        self.tokens.push(token);
-        let decoded = self.text.decode(&self.tokens, self.skip_special)?;
-        if decoded.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(String::new());
-        }
-        self.settle(decoded)
-    }
-
-    /// What is left at the end: an incomplete character shows as replacement characters.
-    pub fn finish(mut self) -> Result<String> {
-        let decoded = self.text.decode(&self.tokens, self.skip_special)?;
-        self.settle(decoded)
-    }
-
-    /// Tokens already given out stay for one round as context: decoders treat the first token of a text differently.
-    fn settle(&mut self, decoded: String) -> Result<String> {
-        let fresh = decoded.get(self.sent.len()..).unwrap_or_default().to_string();
-        if fresh.is_empty() {
-            return Ok(fresh);
-        }
-        self.tokens.drain(..self.settled);
-        self.settled = self.tokens.len();
-        self.sent = self.text.decode(&self.tokens, self.skip_special)?;
-        Ok(fresh)
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use serde_json::json;
 
     use super::*;
     use crate::data::conversation::Role;
-    use crate::data::encode::LEAST_BEGINNING;
 
     pub(crate) const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + \
         '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -420,24 +366,6 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_stream_gives_whole_characters() {
-        let text = chatml();
-        let said = "naïve 日本語 🦀🔥 <|im_end|>\n  end e\u{301}";
-        let tokens = text.encode(said).unwrap();
-        let mut stream = text.decode_stream(false);
-        let pieces: Vec<String> = tokens.iter().map(|&token| stream.push(token).unwrap()).collect();
-        assert!(pieces.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)), "{pieces:?}");
-        assert!(pieces.iter().any(String::is_empty), "the crab has four bytes and as many tokens");
-        assert_eq!(pieces.concat() + &stream.finish().unwrap(), said);
-
-        let crab = text.encode("a🦀").unwrap();
-        let mut stream = text.decode_stream(true);
-        let cut: String = crab[..crab.len() - 1].iter().map(|&token| stream.push(token).unwrap()).collect();
-        assert_eq!(cut, "a");
-        assert!(stream.finish().unwrap().starts_with(char::REPLACEMENT_CHARACTER));
-    }
-
-    #[test]
     fn special_tokens_can_be_left_out() {
         let text = chatml();
         let tokens = text.encode("<|im_start|>hi<|im_end|>").unwrap();
@@ -445,34 +373,6 @@ pub(crate) mod tests {
         let mut stream = text.decode_stream(true);
         assert_eq!(tokens.iter().map(|&token| stream.push(token).unwrap()).collect::<String>(), "hi");
         assert_eq!(text.eos_ids(), [2]);
-    }
-
-    /// The first tokens of a text that is cut are those of the whole, in texts of many kinds.
-    #[test]
-    fn the_beginning_of_a_long_text_has_the_tokens_of_the_whole() {
-        let text = chatml();
-        for part in ["One day, Tom saw a fat duck. ", "x", "é🦀", "\n\n  ", "<|im_end|>", "ab1 "] {
-            let long = part.repeat(4 * LEAST_BEGINNING / part.len() + 100);
-            let (beginning, is_cut) = text.document(&long, 300).unwrap();
-            assert!(is_cut && beginning.len() > 300, "{part:?}: {}", beginning.len());
-            let (whole, is_whole) = text.document(&long, usize::MAX).unwrap();
-            assert!(!is_whole && whole.len() > beginning.len());
-            assert_eq!(beginning[..300], whole[..300], "{part:?}");
-            let rendered = text.encode_rendered(long, 300).unwrap();
-            assert!(rendered.is_cut && rendered.tokens[..300] == whole[..300]);
-        }
-    }
-
-    #[test]
-    fn tokens_without_a_row_are_refused() {
-        let parts = TemplateParts { vocabulary: Some(1000), ..TemplateParts::default() };
-        let text = text(&["<tool>"], parts, |_| {});
-        text.encode_document("a").unwrap();
-        let error = text.encode_document("use <tool>").unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "`<tool>` is token 1024 of the tokenizer, and the model's embedding has rows for tokens below 1000"
-        );
     }
 
     #[test]

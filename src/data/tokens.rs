@@ -7,7 +7,8 @@
 
 use super::TrainOn;
 use super::conversation::{Conversation, Message, Role};
-use super::text::{Rendered, Text};
+use super::encode::Rendered;
+use super::text::Text;
 use crate::error::{Error, Result};
 
 /// A character that data hardly holds, to find where a message's content goes.

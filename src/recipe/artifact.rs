@@ -7,7 +7,6 @@ use candle_core::{DType, Device, Tensor};
 
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
-use super::template::TemplateVariables;
 use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
 use crate::data::Layout;
@@ -20,7 +19,7 @@ use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec};
 /// Where the tensors' file of an adapter says how its training data was laid out.
 pub(super) const LAYOUT: &str = "peft_rs_layout";
 
-/// Where it says what chat templates were told, if that was not what they are always told.
+/// Where it says what chat templates were told, if they ask for anything.
 pub(super) const TEMPLATE: &str = "peft_rs_template";
 
 /// The files of an adapter.
@@ -52,8 +51,9 @@ impl<'a> AdapterFiles<'a> {
             (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
             (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
         ]);
-        if plan.data.template != TemplateVariables::default() {
-            metadata.insert(TEMPLATE.to_string(), serde_json::to_string(&plan.data.template)?);
+        let template = &plan.data.template;
+        if template.told(&prepared.text).is_some() {
+            metadata.insert(TEMPLATE.to_string(), serde_json::to_string(template)?);
         }
         let provenance = Provenance {
             base_model: Some(base_model.to_string()),

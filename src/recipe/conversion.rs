@@ -52,7 +52,7 @@ impl Prepared {
         refuse_occupied(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
-        let text = text_of(&base, &TemplateVariables::default(), SpecialTokens::default())?;
+        let text = text_of(&base, &TemplateVariables::fixed(), SpecialTokens::default())?;
         let Settings { method, shared, active, .. } = plan.settings;
         let (neurons, network) = network_of(&base, method)?;
         let mut lines =

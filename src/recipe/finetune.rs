@@ -34,6 +34,7 @@ pub fn finetune(
     interrupt: &AtomicBool,
     reporter: &mut dyn Reporter,
 ) -> Result<Summary> {
+    let plan = &if resume { RunDirectory::dated(plan) } else { plan.clone() };
     RunDirectory::check(plan, resume)?;
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
@@ -55,7 +56,7 @@ pub fn finetune(
         Some(teacher) => Some((teacher.open((&model, &prepared.base), prepared.dtype)?, teacher.terms)),
     };
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
-    directory.write_recipe(plan)?;
+    directory.write_recipe(plan, prepared.text.template_asks_for("strftime_now"))?;
 
     let sample_row = prepared.dataset.eval.first();
     let resumed = train::checkpoints(&plan.output)?.pop().filter(|_| resume);

@@ -9,7 +9,7 @@ use super::distill::PreparedTeacher;
 use super::loaded::read_adapter;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
-use super::template::TemplateVariables;
+use super::template::{Date, TemplateVariables};
 use crate::adapter::{LoraConfig, Placements, hf, resolve};
 use crate::data::{
     Batch, Dataset, Order, Preparation, Sampler, SpecialTokens, TemplateParts, Text, eval_batches,
@@ -126,7 +126,10 @@ impl Prepared {
     /// What a resumed run must have in common with its beginning: data, weights and everything else that decides a
     /// value. Each on its own, so that one can say which of them is another.
     pub fn fingerprint(&self, plan: &Plan) -> Result<String> {
-        let plan = Plan { output: "".into(), ..plan.clone() };
+        let mut plan = Plan { output: "".into(), ..plan.clone() };
+        // Where the date matters, it is in the data; where nothing else is said, nothing is written of it.
+        let says_nothing = plan.data.template.others.is_empty();
+        plan.data.template.date = if says_nothing { Date::today() } else { Date::FIXED };
         let mut hash = Sha256::new();
         hash.update(plan.to_toml()?);
         hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));

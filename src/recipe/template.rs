@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use serde::ser::SerializeMap;
@@ -22,14 +23,30 @@ pub struct Date {
     day: i64,
 }
 
-impl Default for Date {
-    /// 26 July 2024, the date that Llama 3's template falls back on: a run depends on its recipe and not on the day.
-    fn default() -> Self {
-        Self { year: 2024, month: 7, day: 26 }
-    }
-}
-
 impl Date {
+    /// 26 July 2024, the date that Llama 3's template falls back on: for work that is to be the same on every day.
+    pub const FIXED: Self = Self { year: 2024, month: 7, day: 26 };
+
+    /// Today by the clock (UTC).
+    #[must_use]
+    pub fn today() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
+        Self::of_day((now / 86_400) as i64)
+    }
+
+    /// So many days after 1 January 1970.
+    fn of_day(days: i64) -> Self {
+        // Days since 1 March 0, in cycles of 400 years.
+        let days = days + 719_468;
+        let (cycle, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+        let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+        let day = day - (365 * year + year / 4 - year / 100);
+        let month = (5 * day + 2) / 153;
+        let day = day - (153 * month + 2) / 5 + 1;
+        let (year, month) = (400 * cycle + year, month + 3);
+        if month > 12 { Self { year: year + 1, month: month - 12, day } } else { Self { year, month, day } }
+    }
+
     /// Its beginning, in seconds since 1970 (UTC).
     #[must_use]
     pub fn seconds(self) -> i64 {
@@ -68,15 +85,27 @@ impl fmt::Display for Date {
 }
 
 /// The date, and further variables by name.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TemplateVariables {
-    /// What templates that ask for the date are told.
+    /// What templates that ask for the date are told; today, if nobody says otherwise. A run keeps that of its beginning.
     pub date: Date,
     /// Handed to the template as they are.
     pub others: Map<String, Value>,
 }
 
+impl Default for TemplateVariables {
+    fn default() -> Self {
+        Self { date: Date::today(), others: Map::new() }
+    }
+}
+
 impl TemplateVariables {
+    /// The date of [`Date::FIXED`], and nothing more.
+    #[must_use]
+    pub fn fixed() -> Self {
+        Self { date: Date::FIXED, others: Map::new() }
+    }
+
     /// What the template is told of what it asks for; nothing where it asks for nothing.
     #[must_use]
     pub fn told(&self, text: &Text) -> Option<String> {
@@ -90,7 +119,7 @@ impl TemplateVariables {
     /// The variables that no template of the model reads.
     #[must_use]
     pub fn unread(&self, text: &Text) -> Vec<String> {
-        let date = self.date != Date::default() && !text.template_asks_for("strftime_now");
+        let date = self.date != Date::today() && !text.template_asks_for("strftime_now");
         let others = self.others.keys().filter(|name| !text.template_asks_for(name));
         date.then(|| "date".to_string()).into_iter().chain(others.cloned()).collect()
     }
@@ -159,6 +188,7 @@ mod tests {
         {
             let date: Date = text.parse().unwrap();
             assert_eq!((date.seconds(), date.to_string().as_str()), (days * 86_400, text));
+            assert_eq!(Date::of_day(days), date);
         }
         for wrong in ["2023-02-29", "2024-13-01", "2024-7-26", "26 July", "2024-07-26T00:00", ""] {
             assert_eq!(

@@ -92,7 +92,9 @@ impl Tag {
             }
             Token::Comma => {
                 self.has_texts = true;
-                self.operators.last_mut().map(|count| *count = 0);
+                if let Some(count) = self.operators.last_mut() {
+                    *count = 0;
+                }
                 return;
             }
             Token::BracketClose | Token::ParenClose | Token::BraceClose => {
