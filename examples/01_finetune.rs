@@ -13,9 +13,9 @@ use std::path::Path;
 use candle_core::Device;
 use peft::Result;
 use peft::adapter::{LoraConfig, Targets, attach, hf, init, resolve};
-use peft::data::{Dataset, Format, Order, Preparation, Sampler, Source, TrainOn};
+use peft::data::{Dataset, Format, Order, Preparation, Sampler, Source, SpecialTokens, TrainOn};
 use peft::model::{Decoder, Pretrained, Recompute};
-use peft::recipe::text_of;
+use peft::recipe::{TemplateVariables, text_of};
 use peft::train::{AdamW, AdamWConfig, step_gradients};
 
 fn main() -> Result<()> {
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     let mut model = Decoder::open(&base, base.compute_dtype(), &Device::Cpu)?;
 
     // Data becomes rows: tokens, and for each of them whether it is to be learned.
-    let text = text_of(&base, None)?;
+    let text = text_of(&base, &TemplateVariables::default(), SpecialTokens::default())?;
     let source = Source { path: "datasets/quickstart.jsonl".into(), weight: 1.0, format: Format::Auto };
     let preparation =
         Preparation { max_length: 512, train_on: TrainOn::Completion, eval_share: 0.05, seed: 42 };

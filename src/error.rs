@@ -2,7 +2,10 @@
 //!
 //! Messages are lower case, without a full stop, names in backticks; a remedy goes into the hint.
 
+use std::cell::Cell;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -209,4 +212,31 @@ pub fn nearest<'a>(wanted: &str, candidates: impl IntoIterator<Item = &'a str>, 
     scored.sort_by(|x, y| y.0.total_cmp(&x.0).then_with(|| x.1.cmp(y.1)));
     scored.dedup_by(|x, y| x.1 == y.1);
     scored.into_iter().take(most).map(|(_, candidate)| candidate).collect()
+}
+
+thread_local! {
+    static IS_CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What `work` gives, or what it says when it panics: for crates that panic on a file of the wrong form. The message of
+/// the panic is not printed.
+pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    static SILENCE: Once = Once::new();
+
+    SILENCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !IS_CAUGHT.get() {
+                before(panic);
+            }
+        }));
+    });
+    let outer = IS_CAUGHT.replace(true);
+    let done = std::panic::catch_unwind(AssertUnwindSafe(work));
+    IS_CAUGHT.set(outer);
+    done.map_err(|panic| {
+        let said =
+            panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref().copied());
+        said.unwrap_or("it panics").lines().next().unwrap_or_default().to_string()
+    })
 }

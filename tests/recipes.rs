@@ -559,7 +559,15 @@ fn data() -> impl Strategy<Value = DataPlan> {
         prop_oneof![sources().prop_map(Evaluation::Files), number(0.001..0.999).prop_map(Evaluation::Share)];
     let train_on = prop_oneof![Just(TrainOn::Completion), Just(TrainOn::All)];
     (sources(), eval, 2usize..100_000, any::<bool>(), train_on).prop_map(
-        |(train, eval, max_length, pack, train_on)| DataPlan { train, eval, max_length, pack, train_on },
+        |(train, eval, max_length, pack, train_on)| DataPlan {
+            train,
+            eval,
+            max_length,
+            pack,
+            train_on,
+            template: Default::default(),
+            special_tokens: Default::default(),
+        },
     )
 }
 

@@ -58,6 +58,8 @@ mod resume;
 mod routers;
 /// All that a row of data says is trained on or named, and files that are no rows are named for what they are.
 mod rows;
+/// Templates and tokenizers of strangers run within bounds, and what becomes of the text of the data is said.
+mod templates;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.

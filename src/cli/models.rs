@@ -24,6 +24,7 @@ pub(super) fn generate(arguments: &Generate, terminal: &mut Terminal) -> Result<
         return Err(Error::request("the model has no chat template")
             .with_hint("give the prompt as it is with `--raw`"));
     };
+    warn_of_control_tokens(&arguments.prompt, text, terminal);
     match (loaded.layout, arguments.raw) {
         (Some(Layout::Plain), false) => terminal.warn(&format!("{TRAINED_PLAIN}; `--raw` leaves it out")),
         (Some(Layout::Template), true) => terminal.warn(
@@ -38,6 +39,15 @@ pub(super) fn generate(arguments: &Generate, terminal: &mut Terminal) -> Result<
     warn_if_full(outcome.ended, &loaded, terminal);
     say_pace(&outcome, terminal);
     Ok(())
+}
+
+fn warn_of_control_tokens(said: &str, text: &Text, terminal: &Terminal) {
+    if let (count @ 1.., Some(first)) = text.control_tokens(said) {
+        let these = if count == 1 { "a control token stands" } else { "control tokens stand" };
+        terminal.warn(&format!(
+            "{these} in the prompt (`{first}`): the model reads it as its own, and not as text"
+        ));
+    }
 }
 
 fn say_pace(outcome: &Outcome, terminal: &Terminal) {
@@ -121,6 +131,7 @@ pub(super) fn chat(arguments: &Chat, terminal: &mut Terminal) -> Result<()> {
         if line.trim().is_empty() {
             continue;
         }
+        warn_of_control_tokens(&line, text, terminal);
         messages.push(Message::new(Role::User, line));
         let Some(prompt) = fitting(&mut messages, text, most, &limits, terminal)? else { continue };
         let sampling = arguments.sampling.sampling();
@@ -200,12 +211,10 @@ pub(super) fn rows(arguments: &Eval, loaded: &Loaded, terminal: &Terminal) -> Re
     let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
     let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
     let (rows, counts) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
-    for warning in counts.warnings() {
-        terminal.warn(&warning.to_string());
-    }
     if counts.truncated > 0 {
         terminal.warn(&format!("{} records are cut to {max_length} tokens", counts.truncated));
     }
+    counts.warnings(&loaded.text).iter().for_each(|warning| terminal.warn(&warning.to_string()));
     let dropped = counts.dropped_by_truncation + counts.dropped_without_labels;
     if dropped > 0 {
         terminal.warn(&format!("{dropped} records have no token to predict and are left out"));
@@ -220,6 +229,9 @@ pub(super) fn open(arguments: &ModelArguments, terminal: &Terminal) -> Result<Lo
         Dtype::Bf16 => DtypeChoice::Bf16,
     };
     let loaded = Loaded::open(&arguments.model, arguments.adapter.as_deref(), dtype)?;
+    for note in &loaded.notes {
+        terminal.say(format_args!("{note}"));
+    }
     for warning in &loaded.warnings {
         terminal.warn(warning);
     }

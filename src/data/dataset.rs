@@ -1,16 +1,17 @@
 //! Sources to a data set: tokenised on all cores, cut to length, counted, split.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
 use super::TrainOn;
 use super::batch::{Row, fingerprint};
 use super::conversation::Conversation;
+use super::counts::{Counts, Lengths, Noticed};
 use super::mix::{self, Part};
 use super::sampler::all_rows;
-use super::source::{self, Format, Key, Record, Records, Source};
+use super::source::{self, Key, Record, Records, Source};
 use super::text::Text;
 use super::tokens::{Tokens, tokenise};
 use super::value::would_be_missed;
@@ -43,107 +44,6 @@ pub struct Dataset {
     pub eval_counts: Vec<Counts>,
     /// What to tell the user.
     pub warnings: Vec<Warning>,
-}
-
-/// What a source held.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct Counts {
-    /// The file.
-    pub path: PathBuf,
-    /// The format, as given or as told from the first record.
-    pub format: Format,
-    /// Records in the file.
-    pub records: usize,
-    /// Documents kept.
-    pub rows: usize,
-    /// Their tokens.
-    pub tokens: usize,
-    /// Those of their tokens that are learned.
-    pub supervised: usize,
-    /// Documents that went through the chat template; the others are plain text.
-    pub templated: usize,
-    /// Documents that were longer than the maximum, dropped ones included.
-    pub truncated: usize,
-    /// Documents dropped because truncation left no token to learn.
-    pub dropped_by_truncation: usize,
-    /// Documents dropped because they never had a token to learn.
-    pub dropped_without_labels: usize,
-    /// The line of the first dropped document.
-    pub first_dropped: Option<usize>,
-    /// The lengths of all documents before truncation.
-    pub lengths: Lengths,
-    /// Keys of records with text that nothing reads.
-    pub unused: Vec<Key>,
-    /// Keys that records hand to the chat template, and that it does not read.
-    pub unread: Vec<Key>,
-}
-
-impl Counts {
-    /// What of the source is not used.
-    #[must_use]
-    pub fn warnings(&self) -> Vec<Warning> {
-        let mut warnings = Vec::new();
-        if !self.unused.is_empty() {
-            warnings.push(Warning::Unused { path: self.path.clone(), keys: self.unused.clone() });
-        }
-        if !self.unread.is_empty() {
-            warnings.push(Warning::Unread { path: self.path.clone(), keys: self.unread.clone() });
-        }
-        warnings
-    }
-}
-
-/// How documents became text: what a model is trained with it should be asked with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// Through the chat template.
-    Template,
-    /// As they are.
-    Plain,
-    /// Some in one way and some in the other.
-    Mixed,
-}
-
-impl Layout {
-    const ALL: [Self; 3] = [Self::Template, Self::Plain, Self::Mixed];
-
-    /// Of all that these sources held.
-    #[must_use]
-    pub fn of(counts: &[Counts]) -> Self {
-        let (templated, rows) = counts.iter().fold((0, 0), |(t, r), c| (t + c.templated, r + c.rows));
-        match templated {
-            0 => Self::Plain,
-            all if all == rows => Self::Template,
-            _ => Self::Mixed,
-        }
-    }
-
-    /// The word for it in files.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Template => "template",
-            Self::Plain => "plain",
-            Self::Mixed => "mixed",
-        }
-    }
-
-    /// What a file calls by this word.
-    #[must_use]
-    pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|layout| layout.name() == name)
-    }
-}
-
-/// How long documents are, in tokens.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Lengths {
-    /// Half of them have at most so many.
-    pub p50: usize,
-    /// 95 of 100 have at most so many.
-    pub p95: usize,
-    /// The longest.
-    pub max: usize,
 }
 
 impl Dataset {
@@ -195,7 +95,7 @@ impl Dataset {
         if !all_rows(&parts).any(ends) {
             warnings.push(Warning::EosNeverSupervised);
         }
-        warnings.extend(sourced(&train_counts, &eval_counts));
+        warnings.extend(sourced(&train_counts, &eval_counts, text));
         Ok(Self { train: parts, eval: eval_rows, train_counts, eval_counts, warnings })
     }
 
@@ -207,9 +107,9 @@ impl Dataset {
 }
 
 /// What is not used of the sources; of a file that is named twice, once.
-fn sourced(train: &[Counts], eval: &[Counts]) -> Vec<Warning> {
+fn sourced(train: &[Counts], eval: &[Counts], text: &Text) -> Vec<Warning> {
     let mut warnings: Vec<Warning> = Vec::new();
-    for warning in train.iter().chain(eval).flat_map(Counts::warnings) {
+    for warning in train.iter().chain(eval).flat_map(|counts| counts.warnings(text)) {
         if !warnings.contains(&warning) {
             warnings.push(warning);
         }
@@ -244,8 +144,22 @@ fn rows(
 ) -> Result<(Vec<Row>, Counts)> {
     let path = &source.path;
     let Records { records, format, unused } = source::read(path, source.format)?;
-    let tokenised: Vec<Result<Tokens>> =
-        records.par_iter().map(|record| tokenise(&record.conversation, text, train_on, end_texts)).collect();
+    // After an error, later records are not looked at: each may take as long as a template is let run.
+    let failed = AtomicUsize::new(usize::MAX);
+    let tokenised: Vec<Result<Tokens>> = records
+        .par_iter()
+        .enumerate()
+        .map(|(i, record)| {
+            if i > failed.load(Ordering::Relaxed) {
+                return Ok(Tokens::default());
+            }
+            let tokens = tokenise(&record.conversation, text, train_on, end_texts, max_length);
+            if tokens.is_err() {
+                failed.fetch_min(i, Ordering::Relaxed);
+            }
+            tokens
+        })
+        .collect();
 
     let mut counts = Counts {
         path: path.clone(),
@@ -259,6 +173,10 @@ fn rows(
         dropped_by_truncation: 0,
         dropped_without_labels: 0,
         first_dropped: None,
+        cut: 0,
+        lost: Noticed::default(),
+        controls: Noticed::default(),
+        control_tokens: 0,
         lengths: Lengths::default(),
         unused,
         unread: unread(&records, text),
@@ -266,9 +184,18 @@ fn rows(
     let mut lengths = Vec::with_capacity(records.len());
     let mut rows = Vec::with_capacity(records.len());
     for ((Record { line, conversation }, tokenised), document) in records.iter().zip(tokenised).zip(first..) {
-        let Tokens { mut tokens, mut supervised } = tokenised.at_line(path, *line)?;
+        let Tokens { mut tokens, mut supervised, is_cut, lost, controls } = tokenised.at_line(path, *line)?;
         lengths.push(tokens.len());
-        let learnable = supervised.contains(&true);
+        if let Some(lost) = lost {
+            counts.lost.add(*line, lost);
+        }
+        if let (found @ 1.., Some(first)) = controls {
+            counts.control_tokens += found;
+            counts.controls.add(*line, first);
+        }
+        counts.cut += usize::from(is_cut);
+        // Of one that is cut, the rest may have some.
+        let learnable = is_cut || supervised.contains(&true);
         counts.truncated += usize::from(tokens.len() > max_length);
         tokens.truncate(max_length);
         supervised.truncate(max_length);
@@ -294,9 +221,11 @@ fn rows(
 
 /// The keys of messages and the variables of records that the chat template has no word for.
 fn unread(records: &[Record], text: &Text) -> Vec<Key> {
-    let Ok(template) = text.template() else { return Vec::new() };
     // Templates read the reasoning of a message under either of these names.
     const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+    if !text.has_template() {
+        return Vec::new();
+    }
     let mut keys = BTreeMap::new();
     for Record { conversation, line } in records {
         let Conversation::Chat { messages, tools, extra, .. } = conversation else { continue };
@@ -308,20 +237,10 @@ fn unread(records: &[Record], text: &Text) -> Vec<Key> {
         of_record.iter().for_each(|key| Key::count(&mut keys, key, *line));
     }
     keys.retain(|key, _| match REASONING.contains(&key.as_str()) {
-        true => !REASONING.iter().any(|name| template.mentions(name)),
-        false => !template.mentions(key),
+        true => !REASONING.iter().any(|name| text.template_mentions(name)),
+        false => !text.template_mentions(key),
     });
     Key::ordered(keys)
-}
-
-impl Lengths {
-    fn of(mut lengths: Vec<usize>) -> Self {
-        lengths.sort_unstable();
-        let at = |share: usize| {
-            lengths.get((lengths.len() * share).div_ceil(100).max(1) - 1).copied().unwrap_or(0)
-        };
-        Self { p50: at(50), p95: at(95), max: at(100) }
-    }
 }
 
 fn nothing_left(counts: &Counts, max_length: usize) -> Error {
@@ -334,8 +253,10 @@ fn nothing_left(counts: &Counts, max_length: usize) -> Error {
          {dropped_by_truncation} have their first one later"
     ))
     .with_hint(format!(
-        "raise `data.max_length`: the longest document has {} tokens, 95 of 100 have at most {}",
-        lengths.max, lengths.p95
+        "raise `data.max_length`: the longest document has {}{} tokens, 95 of 100 have at most {}",
+        if counts.cut > 0 { "more than " } else { "" },
+        lengths.max,
+        lengths.p95
     ))
 }
 
@@ -358,7 +279,7 @@ pub fn preview(row: &Row, text: &Text) -> Result<Vec<(String, bool)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::TemplateParts;
+    use crate::data::{Format, TemplateParts};
     use crate::data::text::tests::{CHATML, chatml, text};
 
     fn source(lines: &[&str]) -> (tempfile::NamedTempFile, Source) {

@@ -17,7 +17,9 @@ mod batch;
 mod chance;
 mod container;
 mod conversation;
+mod counts;
 mod dataset;
+mod encode;
 mod foreign;
 mod message;
 mod mix;
@@ -25,6 +27,8 @@ mod pack;
 mod record;
 mod sampler;
 mod source;
+mod special;
+mod stream;
 mod template;
 mod text;
 mod tokens;
@@ -35,11 +39,14 @@ pub(crate) use chance::{generator, shuffle};
 
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
-pub use dataset::{Counts, Dataset, Layout, Lengths, Preparation, load, load_for_perplexity, preview};
+pub use counts::{Counts, Layout, Lengths, Noticed};
+pub use dataset::{Dataset, Preparation, load, load_for_perplexity, preview};
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
 pub use source::{Format, Key, Record, Records, Source, read};
-pub use text::{DecodeStream, TemplateParts, Text};
+pub use special::SpecialTokens;
+pub use stream::DecodeStream;
+pub use text::{TemplateParts, Text};
 pub use warning::Warning;
 
 /// Which tokens are learned.

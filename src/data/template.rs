@@ -10,40 +10,64 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value};
 use serde_json::Map;
 
+use self::compiled::Compiled;
 use super::conversation::{Message, Role};
 use crate::error::{Error, Result};
 
-const NAME: &str = "chat_template";
+mod budget;
+mod builtins;
+mod compiled;
+mod json;
+mod source;
+
+/// Characters of a message that a template raises.
+const LONGEST_MESSAGE: usize = 1000;
+
+/// Marks an error that the template itself raised.
+#[derive(Debug, thiserror::Error)]
+#[error("raised by the template")]
+struct Raised;
 
 /// Private-use characters that stand around what `{% generation %}` encloses.
 const MARKS: [char; 2] = ['\u{10FF00}', '\u{10FF01}'];
+
+/// What templates are told beside the conversation.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Variables {
+    /// What `strftime_now` tells, in seconds since 1970 (UTC).
+    pub(crate) now: i64,
+    /// Further variables by name, handed over as they are.
+    pub(crate) others: serde_json::Map<String, serde_json::Value>,
+}
 
 /// A compiled chat template.
 #[derive(Debug)]
 pub(crate) struct Template {
     environment: Environment<'static>,
+    compiled: Compiled,
     bos_token: Option<String>,
     eos_token: Option<String>,
+    variables: Variables,
     /// Whether the template ends with the beginning of an answer when asked to.
     pub(crate) prompts: bool,
     marks: bool,
     /// Whether the role `developer` means something to the template.
     knows_developer: bool,
+    source: String,
 }
 
 impl Template {
-    /// Compiles `source`; `now` is what `strftime_now` tells, in seconds since 1970 (UTC).
+    /// Compiles `source`.
     pub(crate) fn new(
         source: &str,
         bos_token: Option<String>,
         eos_token: Option<String>,
-        now: i64,
+        variables: Variables,
     ) -> Result<Self> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.expect("the default delimiters are valid"));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", to_json);
+        let syntax = syntax.expect("the default delimiters are valid");
+        builtins::add_to(&mut environment);
         environment.add_filter("generation", |state: &State, said: String| {
             match state.lookup("mark_generation") {
                 Some(wanted) if wanted.is_true() => format!("{}{said}{}", MARKS[0], MARKS[1]),
@@ -54,23 +78,53 @@ impl Template {
         environment.add_test("iterable", |value: &Value| {
             !matches!(value.kind(), ValueKind::None | ValueKind::Bool | ValueKind::Number)
         });
-        environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        environment.add_function("raise_exception", |message: &Value| -> Result<Value, minijinja::Error> {
+            budget::look_at(message)?;
+            let message: String = message.to_string().chars().take(LONGEST_MESSAGE).collect();
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message).with_source(Raised))
         });
         environment.add_filter("datetimeformat", minijinja_contrib::filters::datetimeformat);
+        let now = variables.now;
         environment.add_function("strftime_now", move |state: &mut State, format: String| {
+            if format.len() > LONGEST_MESSAGE {
+                return Err(minijinja::Error::new(
+                    ErrorKind::InvalidOperation,
+                    "the format of a date is too long",
+                ));
+            }
             let format = Kwargs::from_iter([("format", Value::from(format))]);
             state.apply_filter("datetimeformat", &[Value::from(now), Value::from(format)])
         });
 
-        let (source, marks) = translate(source);
-        let prompts = source.contains("add_generation_prompt");
-        let knows_developer = ["'developer'", "\"developer\""].iter().any(|word| source.contains(word));
-        environment.add_template_owned(NAME, source).map_err(|error| {
+        source::refuse_unbounded(source, &syntax)?;
+        let (source, marks) = source::translate(source);
+        let compiled = Compiled::new(&source, syntax).map_err(|error| {
             let line = error.line().map_or(String::new(), |line| format!(" in line {line}"));
             Error::invalid(format!("the chat template is not valid{line}: {}", reason(&error)))
         })?;
-        Ok(Self { environment, bos_token, eos_token, prompts, marks, knows_developer })
+        let prompts = compiled.asks_for("add_generation_prompt");
+        let knows_developer = ["'developer'", "\"developer\""].iter().any(|word| source.contains(word));
+        Ok(Self {
+            environment,
+            compiled,
+            bos_token,
+            eos_token,
+            variables,
+            prompts,
+            marks,
+            knows_developer,
+            source,
+        })
+    }
+
+    /// Whether the source has this word, so that a template without it cannot read a key of this name.
+    pub(crate) fn mentions(&self, word: &str) -> bool {
+        self.source.contains(word)
+    }
+
+    /// Whether the template reads a variable, or calls a function, of this name.
+    pub(crate) fn asks_for(&self, name: &str) -> bool {
+        self.compiled.asks_for(name)
     }
 
     /// What the model reads for these messages.
@@ -82,11 +136,6 @@ impl Template {
         add_generation_prompt: bool,
     ) -> Result<String> {
         self.run(messages, tools, extra, add_generation_prompt, false)
-    }
-
-    /// Whether the source has this word, so that a template without it cannot read a key of this name.
-    pub(crate) fn mentions(&self, word: &str) -> bool {
-        self.environment.get_template(NAME).is_ok_and(|template| template.source().contains(word))
     }
 
     /// The spans of `rendered` (of these messages, without generation prompt) that the template itself marks as
@@ -122,7 +171,10 @@ impl Template {
         add_generation_prompt: bool,
         mark_generation: bool,
     ) -> Result<String> {
-        let mut variables: Vec<(&str, Value)> = vec![
+        let others = self.variables.others.iter();
+        let mut variables: Vec<(&str, Value)> =
+            others.map(|(name, value)| (name.as_str(), json_value(value))).collect();
+        variables.extend([
             (
                 "messages",
                 messages.iter().map(|message| message_value(message, self.knows_developer)).collect(),
@@ -131,7 +183,7 @@ impl Template {
             ("tools", tools.map_or(Value::from(()), json_value)),
             ("documents", Value::from(())),
             ("mark_generation", mark_generation.into()),
-        ];
+        ]);
         for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
             if let Some(token) = token {
                 variables.push((name, token.as_str().into()));
@@ -140,10 +192,41 @@ impl Template {
         // As in Python, where keyword arguments win over special tokens.
         variables.retain(|(name, _)| !extra.contains_key(*name));
         variables.extend(extra.iter().map(|(name, value)| (name.as_str(), json_value(value))));
-        let template = self.environment.get_template(NAME).map_err(|error| Error::invalid(reason(&error)))?;
-        template.render(Value::from_pairs(variables)).map_err(|error| {
-            Error::invalid(format!("the chat template cannot render the conversation: {}", reason(&error)))
+        let of_row = extra.values().map(json_size).sum::<usize>() + tools.map_or(0, json_size);
+        let bytes = messages.iter().map(message_size).sum::<usize>() + of_row;
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(budget::begin(messages.len(), bytes)));
+        self.compiled.render(&environment, Value::from_pairs(variables)).map_err(|error| {
+            if std::error::Error::source(&error).is_some_and(|source| source.is::<Raised>()) {
+                return self.refusal(messages, tools, extra, &reason(&error));
+            }
+            let what = match error.kind() {
+                ErrorKind::OutOfFuel => "it takes too many steps".to_string(),
+                _ => reason(&error),
+            };
+            Error::invalid(format!("the chat template cannot render the conversation: {what}"))
         })
+    }
+
+    /// What the template says of the first message that it does not take.
+    fn refusal(
+        &self,
+        messages: &[Message],
+        tools: Option<&serde_json::Value>,
+        extra: &Map<String, serde_json::Value>,
+        said: &str,
+    ) -> Error {
+        let count = messages.len();
+        let is_refused = |n: &usize| self.run(&messages[..*n], tools, extra, false, false).is_err();
+        let refused = (1..count).find(is_refused).unwrap_or(count);
+        let Some(message) = refused.checked_sub(1).and_then(|i| messages.get(i)) else {
+            return Error::invalid(format!(
+                "the chat template refuses a conversation without messages: {said}"
+            ));
+        };
+        let role = message.role.name();
+        Error::invalid(format!("the chat template refuses message {refused} of {count} (role `{role}`): {said}"))
+            .with_hint("change or leave out that message, or give the model a template that takes it: a `chat_template.jinja` in its folder")
     }
 }
 
@@ -173,6 +256,22 @@ fn message_value(message: &Message, knows_developer: bool) -> Value {
     Value::from_pairs(pairs)
 }
 
+/// About the bytes of what a message says.
+fn message_size(message: &Message) -> usize {
+    message.content.as_deref().map_or(0, str::len)
+        + message.fields.iter().map(|(key, value)| key.len() + json_size(value)).sum::<usize>()
+}
+
+fn json_size(value: &serde_json::Value) -> usize {
+    use serde_json::Value as Json;
+    match value {
+        Json::String(text) => text.len(),
+        Json::Array(list) => list.iter().map(json_size).sum(),
+        Json::Object(map) => map.iter().map(|(key, value)| key.len() + json_size(value)).sum(),
+        Json::Null | Json::Bool(_) | Json::Number(_) => 8,
+    }
+}
+
 fn json_value(value: &serde_json::Value) -> Value {
     use serde_json::Value as Json;
     match value {
@@ -191,162 +290,16 @@ fn json_value(value: &serde_json::Value) -> Value {
     }
 }
 
-/// The source in minijinja's dialect, and whether it marks generations: `{% generation %} … {% endgeneration %}` as
-/// `{% filter generation %} … {% endfilter %}`, and strings that a backslash carries on to the next line on one line.
-fn translate(source: &str) -> (String, bool) {
-    let (mut out, mut rest, mut marks) = (String::with_capacity(source.len()), source, false);
-    let next = |rest: &str| {
-        let found = ["{%", "{{", "{#"].iter().zip(["%}", "}}", "#}"]);
-        found.filter_map(|(open, close)| rest.find(open).map(|at| (at, close))).min()
-    };
-    while let Some((at, close)) = next(rest) {
-        let (text, tag) = rest.split_at(at);
-        let (tag, after) = tag.split_at(tag.find(close).map_or(tag.len(), |end| end + 2));
-        out.push_str(text);
-        match tag.trim_matches(['{', '%', '-', '+', '}']).trim() {
-            "generation" if close == "%}" => {
-                marks = true;
-                out.push_str(&tag.replacen("generation", "filter generation", 1));
-            }
-            "endgeneration" if close == "%}" => out.push_str(&tag.replacen("endgeneration", "endfilter", 1)),
-            _ => out.push_str(&tag.replace("\\\n", "")),
-        }
-        rest = after;
-    }
-    out.push_str(rest);
-    (out, marks)
-}
-
-/// `tojson` as transformers defines it: `json.dumps(value, ensure_ascii=False, indent=…)`.
-fn to_json(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
-    let indent = options.get::<Option<usize>>("indent")?;
-    let ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
-    let sort = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    let given = options.get::<Option<Vec<String>>>("separators")?;
-    options.assert_all_used()?;
-    let (item, key) = match (&given, indent) {
-        (Some(pair), _) if pair.len() == 2 => (pair[0].as_str(), pair[1].as_str()),
-        (_, Some(_)) => (",", ": "),
-        (_, None) => (", ", ": "),
-    };
-    let mut out = String::new();
-    Dump { indent, ascii, sort, item, key }.write(value, 1, &mut out)?;
-    Ok(out)
-}
-
-struct Dump<'a> {
-    indent: Option<usize>,
-    ascii: bool,
-    sort: bool,
-    item: &'a str,
-    key: &'a str,
-}
-
-impl Dump<'_> {
-    fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), minijinja::Error> {
-        match value.kind() {
-            ValueKind::None => out.push_str("null"),
-            ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number => out.push_str(&number(value)),
-            ValueKind::String => self.string(value.as_str().unwrap_or_default(), out),
-            ValueKind::Seq | ValueKind::Iterable => {
-                let items: Vec<Value> = value.try_iter()?.collect();
-                self.list(out, ['[', ']'], depth, items.len(), |i, out| {
-                    self.write(&items[i], depth + 1, out)
-                })?;
-            }
-            ValueKind::Map => {
-                let mut keys: Vec<Value> = value.try_iter()?.collect();
-                if self.sort {
-                    keys.sort();
-                }
-                self.list(out, ['{', '}'], depth, keys.len(), |i, out| {
-                    self.string(&keys[i].to_string(), out);
-                    out.push_str(self.key);
-                    self.write(&value.get_item(&keys[i])?, depth + 1, out)
-                })?;
-            }
-            other => {
-                return Err(minijinja::Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("a value of kind {other} cannot be written as JSON"),
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn list(
-        &self,
-        out: &mut String,
-        [open, close]: [char; 2],
-        depth: usize,
-        count: usize,
-        mut element: impl FnMut(usize, &mut String) -> Result<(), minijinja::Error>,
-    ) -> Result<(), minijinja::Error> {
-        let line = |depth: usize, out: &mut String| {
-            if let (Some(width), true) = (self.indent, count > 0) {
-                out.push('\n');
-                out.extend(std::iter::repeat_n(' ', width * depth));
-            }
-        };
-        out.push(open);
-        for i in 0..count {
-            if i > 0 {
-                out.push_str(self.item);
-            }
-            line(depth, out);
-            element(i, out)?;
-        }
-        line(depth - 1, out);
-        out.push(close);
-        Ok(())
-    }
-
-    fn string(&self, text: &str, out: &mut String) {
-        out.push('"');
-        for c in text.chars() {
-            match c {
-                '"' => out.push_str("\\\""),
-                '\\' => out.push_str("\\\\"),
-                '\n' => out.push_str("\\n"),
-                '\r' => out.push_str("\\r"),
-                '\t' => out.push_str("\\t"),
-                '\u{8}' => out.push_str("\\b"),
-                '\u{c}' => out.push_str("\\f"),
-                c if c < ' ' || (self.ascii && c > '~') => {
-                    for unit in c.encode_utf16(&mut [0; 2]) {
-                        out.push_str(&format!("\\u{unit:04x}"));
-                    }
-                }
-                c => out.push(c),
-            }
-        }
-        out.push('"');
-    }
-}
-
-/// A number as Python writes it: floats very large or small with an exponent of two digits.
-fn number(value: &Value) -> String {
-    let size = match f64::try_from(value.clone()) {
-        Ok(size) if !value.is_integer() && size != 0.0 && size.is_finite() => size,
-        _ => return value.to_string(),
-    };
-    let scientific = format!("{size:e}");
-    match scientific.split_once('e').map(|(digits, exponent)| (digits, exponent.parse::<i32>())) {
-        Some((digits, Ok(exponent))) if !(-4..16).contains(&exponent) => {
-            format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
-        }
-        _ => value.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn at(now: i64) -> Variables {
+        Variables { now, ..Variables::default() }
+    }
+
     fn render(source: &str, messages: &[Message]) -> String {
-        let template = Template::new(source, Some("<s>".into()), None, 1_722_000_000).unwrap();
+        let template = Template::new(source, Some("<s>".into()), None, at(1_722_000_000)).unwrap();
         template.render(messages, None, &Map::new(), false).unwrap()
     }
 
@@ -418,21 +371,131 @@ end\n";
             {%- endgeneration -%}
         |{% else %}U:{{ m.content }}|{% endif %}{% endfor %}";
         let messages = [Message::new(Role::User, "q"), Message::new(Role::Assistant, "é"), message()];
-        let template = Template::new(source, None, None, 0).unwrap();
+        let template = Template::new(source, None, None, at(0)).unwrap();
         let rendered = template.render(&messages, None, &Map::new(), false).unwrap();
         assert_eq!(rendered, "U:q|A:é.|U:hi|");
         assert_eq!(template.marked(&messages, None, &Map::new(), &rendered), Some(vec![(6, 9)]));
-        let unmarked = Template::new("{{ messages }}", None, None, 0).unwrap();
+        let unmarked = Template::new("{{ messages }}", None, None, at(0)).unwrap();
         assert_eq!(unmarked.marked(&messages, None, &Map::new(), &rendered), None);
     }
 
     #[test]
     fn errors_give_the_reason() {
-        let template = Template::new("{{ raise_exception('no ' ~ 'tools') }}", None, None, 0).unwrap();
+        let template = Template::new("{{ raise_exception('no ' ~ 'tools') }}", None, None, at(0)).unwrap();
         let error = template.render(&[], None, &Map::new(), false).unwrap_err();
-        assert_eq!(error.to_string(), "the chat template cannot render the conversation: no tools");
-        let error = Template::new("a\n{% if %}", None, None, 0).unwrap_err().to_string();
+        assert_eq!(error.to_string(), "the chat template refuses a conversation without messages: no tools");
+        let source = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no ' ~ m.role) }}{% endif %}{% endfor %}";
+        let messages =
+            [Message::new(Role::User, "q"), Message::new(Role::Tool, "3"), Message::new(Role::User, "q")];
+        let error =
+            Template::new(source, None, None, at(0)).unwrap().render(&messages, None, &Map::new(), false).unwrap_err();
+        assert_eq!(error.to_string(), "the chat template refuses message 2 of 3 (role `tool`): no tool");
+        let error = Template::new("a\n{% if %}", None, None, at(0)).unwrap_err().to_string();
         assert!(error.starts_with("the chat template is not valid in line 2: "), "{error}");
+    }
+
+    /// Each of these took minutes, gigabytes or the stack.
+    #[test]
+    fn untrusted_templates_end_with_a_message() {
+        let deep = |text: &str, count: usize, end: &str| text.repeat(count) + end;
+        let doubled = |step: &str| {
+            format!("{{% set ns = namespace(s='ab', l=[1]) %}}{{% for i in range(60) %}}{step}{{% endfor %}}")
+        };
+        let long = |step: &str| {
+            format!(
+                "{{% set n = 9000000 %}}{{% set ns = namespace(s='ab' * n, l=[]) %}}{{% for i in range(100000) %}}{{% for j in range(100) %}}{step}{{% endfor %}}{{% endfor %}}"
+            )
+        };
+        let attacks = [
+            "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}".to_string(),
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}".to_string(),
+            doubled("{% set ns.s = ns.s + ns.s %}"),
+            doubled("{% set ns.s = ns.s ~ ns.s %}"),
+            doubled("{% set ns.s = ns.s * 2 %}"),
+            doubled("{% set ns.s = ns.s.replace('a', 'aa').replace('b', 'bb') %}"),
+            doubled("{% set ns.s = ns.s|replace('a', ns.s) %}"),
+            doubled("{% set ns.s = [ns.s, ns.s]|join %}"),
+            doubled("{% set ns.s = ns.s.join([ns.s, ns.s]) %}"),
+            doubled("{% set ns.s = '{}{}'.format(ns.s, ns.s) %}"),
+            doubled("{% set ns.s = '%s%s'|format(ns.s, ns.s) %}"),
+            doubled("{% set ns.s = [ns.s, ns.s]|tojson %}"),
+            doubled("{% set ns.s = [ns.s, ns.s]|string %}"),
+            doubled("{% set ns.s = [ns.s, ns.s] ~ '' %}"),
+            doubled("{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}"),
+            doubled("{% set ns.l = ns.l + ns.l %}"),
+            doubled("{% set ns.l = ns.l * 2 %}"),
+            doubled("{% set ns.l = [ns.l, ns.l] %}{{ ns.l == ns.l }}"),
+            doubled("{% set ns.l = {'a': ns.l, 'b': ns.l} %}"),
+            doubled("{% set ns.l = dict(a=ns.l, b=ns.l) %}"),
+            doubled("{% set ns.l = (ns.l, ns.l) %}"),
+            doubled("{% set ns.l = ns.l|chain(ns.l) %}"),
+            "{{ [1]|slice(1000000000) }}".to_string(),
+            "{{ [1]|batch(1000000000, 0) }}".to_string(),
+            "{{ [1]|batch(linecount=1000000000, fill_with=0) }}".to_string(),
+            "{{ 'x' * 10**10 }}".to_string(),
+            "{{ 'x' * 99999999 }}".to_string(),
+            "{{ (1, 2) * 99999999 }}".to_string(),
+            "{{ [1] * 99999999 }}".to_string(),
+            "{% set n = 99999999 %}{{ ('x' * n) ~ ('x' * n) }}{{ (1, 2) * n }}".to_string(),
+            "{% set n = 99999999 %}{{ [1] * n }}".to_string(),
+            "{{ 'a\nb'|indent(99999999999) }}".to_string(),
+            "{{ 'a\nb'|indent(width=999999999) }}".to_string(),
+            "{{ '%999999999d'|format(1) }}".to_string(),
+            "{{ '{:>999999999}'.format(1) }}".to_string(),
+            "{{ messages|tojson(indent=18446744073709551615) }}".to_string(),
+            "{{ messages|tojson(indent=1000000) }}".to_string(),
+            deep("{{ ", 1, &deep("-", 50_000, "1 }}")),
+            deep("{{ x", 1, &deep(".a", 50_000, " }}")),
+            deep("{{ x", 1, &deep("|upper", 40_000, " }}")),
+            deep("{{ 1", 1, &deep(" + 1", 50_000, " }}")),
+            deep("{{ 1", 1, &deep(" + x", 50_000, " }}")),
+            deep("{{ x", 1, &deep("[0]", 50_000, " }}")),
+            deep("{{ x", 1, &deep("()", 50_000, " }}")),
+            deep("{{ ", 1, &deep("not ", 50_000, "x }}")),
+            deep("{{ x", 1, &deep(" is defined", 20_000, " }}")),
+            deep("{{ x", 1, &deep(" if x else x", 20_000, " }}")),
+            deep("{{ x", 1, &deep(" == x", 50_000, " }}")),
+            deep("{% if x %}", 1, &deep("{% elif x %}", 20_000, "{% endif %}")),
+            deep("{% if x %}", 20_000, &deep("{% endif %}", 20_000, "")),
+            deep("[", 1, "") + &deep("{{ [", 1, &deep("[", 20_000, "")),
+            "x".repeat(5_000_000),
+            "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}{% set ns.l = [ns.l] %}{% endfor %}".to_string(),
+            "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}{% set ns.l = ns.l[0:] %}{% endfor %}{{ raise_exception('held') }}".to_string(),
+            "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}{% set ns.l = ns.l|batch(1)|list %}{% endfor %}{{ raise_exception('held') }}".to_string(),
+            "{% set ns = namespace(l=[]) %}{% for i in range(100000) %}{% set ns.l = ns.l|map('upper') %}{% endfor %}{{ raise_exception('held') }}".to_string(),
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}".to_string(),
+            "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns }}".to_string(),
+            "{% set ns = namespace() %}{% for i in range(100000) %}{% set ns = namespace(a=ns) %}{% endfor %}".to_string(),
+            long("{{ ns.s|length }}"),
+            long("{% if ns.s|upper == 'x' %}{% endif %}"),
+            long("{% if 'no' in ns.s %}{% endif %}"),
+            long("{% if ns.s == ns.s + '' %}{% endif %}"),
+            long("{% if ns.s[-1] == 'x' %}{% endif %}"),
+            long("{% if ns.s[1:] == 'x' %}{% endif %}"),
+            long("{% if ns.s.startswith('no') %}{% endif %}"),
+            long("{% if ns.s is upper %}{% endif %}"),
+            long("{% for c in ns.s %}{% break %}{% endfor %}"),
+            long("{% if 1 < ns.s|length < 2 %}{% endif %}"),
+            "{% block a %}{{ self.a() }}{% endblock %}".to_string(),
+            "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}".to_string(),
+            "{% include 'chat_template' %}".to_string(),
+            "{{ strftime_now('%999999999Y') }}{{ raise_exception('no') }}".to_string(),
+            format!("{{{{ strftime_now('{}') }}}}", "%A".repeat(2000)),
+            "{% macro f() %}{{ caller() }}{% endmacro %}{% macro g() %}{% call f() %}{{ g() }}{% endcall %}{% endmacro %}{{ g() }}".to_string(),
+            format!("{{% for i in range(100000) %}}{{% set x %}}{{% for j in range(50) %}}{}{{% endfor %}}{{% endset %}}{{% endfor %}}", "text ".repeat(4000)),
+            format!("{{% for i in range(100000) %}}{{% for j in range(50) %}}{}{{% endfor %}}{{% endfor %}}", "text ".repeat(4000)),
+            format!("{{% set a %}}{}{{% endset %}}{{% for i in range(100000) %}}{{% for j in range(50) %}}{{{{ a }}}}{{% endfor %}}{{% endfor %}}", "text ".repeat(4000)),
+        ];
+        let messages = [Message::new(Role::User, "q"), message()];
+        for source in attacks {
+            let start = std::time::Instant::now();
+            let ended = Template::new(&source, None, None, at(0))
+                .and_then(|template| template.render(&messages, None, &Map::new(), false));
+            let error = ended.err().map(|error| error.to_string());
+            let shown: String = source.chars().take(110).collect();
+            assert!(error.is_some_and(|error| error.starts_with("the chat template ")), "{shown}");
+            assert!(start.elapsed().as_secs() < 10, "{shown}");
+        }
     }
 
     #[test]
@@ -447,10 +510,9 @@ end\n";
     #[test]
     fn variables_of_a_row_win() {
         let template =
-            Template::new("{{ bos_token }}{{ enable_thinking }}", Some("<s>".into()), None, 0).unwrap();
+            Template::new("{{ bos_token }}{{ enable_thinking }}", Some("<s>".into()), None, at(0)).unwrap();
         let render =
             |extra: serde_json::Value| template.render(&[], None, extra.as_object().unwrap(), false).unwrap();
         assert_eq!(render(serde_json::json!({"enable_thinking": false})), "<s>False");
         assert_eq!(render(serde_json::json!({"bos_token": "B"})), "B");
-    }
-}
+    }}

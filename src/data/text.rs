@@ -3,17 +3,22 @@
 use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokenizers::{Encoding, Tokenizer};
+use tokenizers::Tokenizer;
 
 use super::conversation::Message;
-use super::template::Template;
-use crate::error::{Error, Result};
+use super::encode::{Rendered, beginning, encoded, failed, longest, panicked};
+use super::special::{Controls, SpecialTokens};
+use super::stream::DecodeStream;
+use super::template::{Template, Variables};
+use crate::error::{Error, Result, caught};
 
 /// What a model says about its text beside the tokenizer.
 #[derive(Debug, Clone, Default)]
 pub struct TemplateParts {
     /// The Jinja source of the chat template.
     pub chat_template: Option<String>,
+    /// The template for conversations with tools, where it is another one.
+    pub tool_template: Option<String>,
     /// The token that begins a document, as text.
     pub bos_token: Option<String>,
     /// The token that ends a document, as text.
@@ -25,6 +30,12 @@ pub struct TemplateParts {
     /// What `strftime_now` tells templates that write the date, in seconds since 1970 (UTC); left out: the clock.
     /// A run that is to be resumed keeps it fixed.
     pub now: Option<i64>,
+    /// Further variables of templates, such as `enable_thinking`.
+    pub variables: serde_json::Map<String, serde_json::Value>,
+    /// What control tokens in the data are.
+    pub special_tokens: SpecialTokens,
+    /// Rows of the embedding: tokens from this one on are refused; left out: none is.
+    pub vocabulary: Option<usize>,
 }
 
 /// A tokenizer, and the chat template that goes with it.
@@ -32,6 +43,9 @@ pub struct TemplateParts {
 pub struct Text {
     tokenizer: Tokenizer,
     template: Option<Template>,
+    tool_template: Option<Template>,
+    controls: Controls,
+    vocabulary: Option<usize>,
     bos: Option<u32>,
     add_bos: Option<bool>,
     /// Whether documents begin with `bos`.
@@ -62,30 +76,65 @@ impl Text {
         let now = parts.now.unwrap_or_else(|| {
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs() as i64)
         });
-        let template = match parts.chat_template {
-            None => None,
-            Some(source) => Some(Template::new(&source, parts.bos_token, parts.eos_token, now)?),
+        let variables = Variables { now, others: parts.variables };
+        let compiled = |source: Option<String>| match source {
+            None => Ok(None),
+            Some(source) => {
+                let (bos, eos) = (parts.bos_token.clone(), parts.eos_token.clone());
+                Template::new(&source, bos, eos, variables.clone()).map(Some)
+            }
         };
+        let (template, tool_template) = (compiled(parts.chat_template)?, compiled(parts.tool_template)?);
+        let controls = Controls::of(&tokenizer, parts.special_tokens)?;
         let special = tokenizer
             .get_added_tokens_decoder()
             .into_iter()
             .filter(|(_, token)| token.special)
             .map(|(id, _)| id)
             .collect();
-        let mut text = Self { tokenizer, template, bos, add_bos: parts.add_bos, begins: false, eos, special };
+        let mut text = Self {
+            tokenizer,
+            template,
+            tool_template,
+            controls,
+            vocabulary: None,
+            bos,
+            add_bos: parts.add_bos,
+            begins: false,
+            eos,
+            special,
+        };
         text.begins = bos.is_some() && text.encode_document("a")?.first() == bos.as_ref();
+        text.vocabulary = parts.vocabulary;
         Ok(text)
     }
 
     /// The tokens of a string, with nothing added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.encoding(text)?.get_ids().to_vec())
+        Ok(encoded(&self.tokenizer, text, false)?.0)
     }
 
     /// The tokens of a document, with those that the tokenizer itself adds: what `tokenizer(text)` gives in Python.
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, true).map_err(failed)?;
-        let mut tokens = encoding.get_ids().to_vec();
+        let tokens = self.document(text, usize::MAX)?.0;
+        self.refuse_unknown(&tokens)?;
+        Ok(tokens)
+    }
+
+    /// The tokens of a document, and whether they are only those of its beginning: at least `enough` all the same.
+    pub(crate) fn document(&self, text: &str, enough: usize) -> Result<(Vec<u32>, bool)> {
+        let encode = |tokenizer: &Tokenizer, text: &str| beginning(tokenizer, text, true, enough);
+        let plain = |tokenizer: &Tokenizer, text: &str| Ok(encode(tokenizer, text)?.0);
+        let (mut tokens, is_cut) = match self.controls.marked(text)? {
+            _ if !self.controls.are_text() => {
+                let ((tokens, _), is_cut) = encode(&self.tokenizer, text)?;
+                (tokens, is_cut)
+            }
+            marked => match self.controls.encode(&marked, plain) {
+                Some(encoded) => (encoded?.1.0, text.len() > longest(enough)),
+                None => return Err(Error::invalid("the tokenizer cannot encode control tokens as text")),
+            },
+        };
         match (self.bos, self.add_bos) {
             (Some(bos), Some(true)) if tokens.first() != Some(&bos) => tokens.insert(0, bos),
             (Some(bos), Some(false))
@@ -95,18 +144,18 @@ impl Text {
             }
             _ => {}
         }
-        Ok(tokens)
+        Ok((tokens, is_cut))
     }
 
     /// The text of tokens.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String> {
-        self.tokenizer.decode(tokens, skip_special).map_err(failed)
+        caught(|| self.tokenizer.decode(tokens, skip_special)).map_err(panicked)?.map_err(failed)
     }
 
     /// Text from tokens that come one at a time.
     #[must_use]
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream { text: self, skip_special, tokens: Vec::new(), sent: String::new(), settled: 0 }
+        DecodeStream::new(self, skip_special)
     }
 
     /// Every token that ends an answer; the first is the one that documents end with.
@@ -129,28 +178,115 @@ impl Text {
 
     /// What the chat template makes of messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        self.template()?.render(messages, None, &serde_json::Map::new(), add_generation_prompt)
+        let marked = self.marked(messages)?;
+        let rendered = self.template(None)?.render(
+            marked.as_deref().unwrap_or(messages),
+            None,
+            &serde_json::Map::new(),
+            add_generation_prompt,
+        )?;
+        Ok(self.controls.readable(rendered))
     }
 
     /// The tokens that ask the model for the next message.
     pub fn prompt_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let mut tokens = self.encode(&self.render(messages, true)?)?;
+        let marked = self.marked(messages)?;
+        let rendered = self.template(None)?.render(
+            marked.as_deref().unwrap_or(messages),
+            None,
+            &serde_json::Map::new(),
+            true,
+        )?;
+        let mut tokens = self.encode_rendered(rendered, usize::MAX)?.tokens;
+        self.refuse_unknown(&tokens)?;
         if let Some(bos) = self.missing_bos(&tokens) {
             tokens.insert(0, bos);
         }
         Ok(tokens)
     }
 
-    pub(crate) fn template(&self) -> Result<&Template> {
-        self.template.as_ref().ok_or_else(|| {
+    /// The template for a conversation with these tools.
+    pub(crate) fn template(&self, tools: Option<&serde_json::Value>) -> Result<&Template> {
+        let of_tools = self.tool_template.as_ref().filter(|_| tools.is_some());
+        of_tools.or(self.template.as_ref()).ok_or_else(|| {
             Error::invalid("the data are conversations, but the model has no chat template").with_hint(
                 "put a `chat_template.jinja` beside the model, or give data of format prompt-completion or text",
             )
         })
     }
 
-    pub(crate) fn encoding(&self, text: &str) -> Result<Encoding> {
-        self.tokenizer.encode(text, false).map_err(failed)
+    /// Whether a template reads a variable, or calls a function, of this name.
+    #[must_use]
+    pub fn template_asks_for(&self, name: &str) -> bool {
+        [&self.template, &self.tool_template].into_iter().flatten().any(|template| template.asks_for(name))
+    }
+
+    /// Whether the source of a template has this word.
+    pub(crate) fn template_mentions(&self, word: &str) -> bool {
+        [&self.template, &self.tool_template].into_iter().flatten().any(|template| template.mentions(word))
+    }
+
+    /// How many control tokens of the model, such as `<|im_end|>`, stand in a text; and the first.
+    #[must_use]
+    pub fn control_tokens<'a>(&self, text: &'a str) -> (usize, Option<&'a str>) {
+        (self.controls.count(text), self.controls.first(text))
+    }
+
+    /// The messages with marks in their control tokens; none where they need no marks.
+    pub(crate) fn marked(&self, messages: &[Message]) -> Result<Option<Vec<Message>>> {
+        if !self.controls.are_text() {
+            return Ok(None);
+        }
+        let mut marked = messages.to_vec();
+        for message in &mut marked {
+            if let Some(content) = &mut message.content {
+                *content = self.controls.marked(content)?.into_owned();
+            }
+            message.fields.values_mut().try_for_each(|value| self.mark(value))?;
+        }
+        Ok(Some(marked))
+    }
+
+    /// As [`Self::marked`], for all texts in a value.
+    pub(crate) fn mark(&self, value: &mut serde_json::Value) -> Result<()> {
+        match value {
+            serde_json::Value::String(text) => *text = self.controls.marked(text)?.into_owned(),
+            serde_json::Value::Array(list) => list.iter_mut().try_for_each(|value| self.mark(value))?,
+            serde_json::Value::Object(map) => map.values_mut().try_for_each(|value| self.mark(value))?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What a rendered conversation is to the model: at least its first `enough` tokens.
+    pub(crate) fn encode_rendered(&self, rendered: String, enough: usize) -> Result<Rendered> {
+        let encode = |tokenizer: &Tokenizer, text: &str| Ok(beginning(tokenizer, text, false, enough)?.0);
+        let (rendered, (tokens, spans)) = match self.controls.encode(&rendered, encode) {
+            Some(encoded) => encoded?,
+            None => {
+                let placed = encode(&self.tokenizer, &rendered)?;
+                (rendered, placed)
+            }
+        };
+        let is_cut = rendered.len() > longest(enough);
+        Ok(Rendered { rendered, tokens, spans, is_cut })
+    }
+
+    /// Whether control tokens of the data are encoded as text.
+    #[must_use]
+    pub fn takes_control_tokens_for_text(&self) -> bool {
+        self.controls.are_text()
+    }
+
+    /// Refuses tokens for which the model has no row.
+    pub(crate) fn refuse_unknown(&self, tokens: &[u32]) -> Result<()> {
+        let Some(rows) = self.vocabulary else { return Ok(()) };
+        let Some(unknown) = tokens.iter().find(|token| **token as usize >= rows) else { return Ok(()) };
+        let name = self.tokenizer.id_to_token(*unknown).unwrap_or_default();
+        Err(Error::invalid(format!(
+            "`{name}` is token {unknown} of the tokenizer, and the model's embedding has rows for tokens below {rows}"
+        ))
+        .with_hint("take it out of the text, or give the model the tokenizer that it was trained with"))
     }
 
     pub(crate) fn is_special(&self, token: u32) -> bool {
@@ -161,51 +297,6 @@ impl Text {
     pub(crate) fn missing_bos(&self, tokens: &[u32]) -> Option<u32> {
         self.bos.filter(|bos| self.begins && tokens.first() != Some(bos))
     }
-}
-
-/// Text that grows as tokens come; a character is given out when all its bytes are there.
-#[derive(Debug)]
-pub struct DecodeStream<'a> {
-    text: &'a Text,
-    skip_special: bool,
-    /// The tokens since the last place where text could be cut, the first `settled` of them given out as `sent`.
-    tokens: Vec<u32>,
-    sent: String,
-    settled: usize,
-}
-
-impl DecodeStream<'_> {
-    /// The text that this token makes certain; empty while a character is incomplete.
-    pub fn push(&mut self, token: u32) -> Result<String> {
-        self.tokens.push(token);
-        let decoded = self.text.decode(&self.tokens, self.skip_special)?;
-        if decoded.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(String::new());
-        }
-        self.settle(decoded)
-    }
-
-    /// What is left at the end: an incomplete character shows as replacement characters.
-    pub fn finish(mut self) -> Result<String> {
-        let decoded = self.text.decode(&self.tokens, self.skip_special)?;
-        self.settle(decoded)
-    }
-
-    /// Tokens already given out stay for one round as context: decoders treat the first token of a text differently.
-    fn settle(&mut self, decoded: String) -> Result<String> {
-        let fresh = decoded.get(self.sent.len()..).unwrap_or_default().to_string();
-        if fresh.is_empty() {
-            return Ok(fresh);
-        }
-        self.tokens.drain(..self.settled);
-        self.settled = self.tokens.len();
-        self.sent = self.text.decode(&self.tokens, self.skip_special)?;
-        Ok(fresh)
-    }
-}
-
-fn failed(error: tokenizers::Error) -> Error {
-    Error::invalid(format!("the tokenizer failed: {error}"))
 }
 
 #[cfg(test)]
@@ -283,24 +374,6 @@ pub(crate) mod tests {
             ..Default::default()
         };
         assert_eq!(text(&[], parts, |_| {}).encode_document("hello").unwrap()[0], 1);
-    }
-
-    #[test]
-    fn a_stream_gives_whole_characters() {
-        let text = chatml();
-        let said = "naïve 日本語 🦀🔥 <|im_end|>\n  end e\u{301}";
-        let tokens = text.encode(said).unwrap();
-        let mut stream = text.decode_stream(false);
-        let pieces: Vec<String> = tokens.iter().map(|&token| stream.push(token).unwrap()).collect();
-        assert!(pieces.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)), "{pieces:?}");
-        assert!(pieces.iter().any(String::is_empty), "the crab has four bytes and as many tokens");
-        assert_eq!(pieces.concat() + &stream.finish().unwrap(), said);
-
-        let crab = text.encode("a🦀").unwrap();
-        let mut stream = text.decode_stream(true);
-        let cut: String = crab[..crab.len() - 1].iter().map(|&token| stream.push(token).unwrap()).collect();
-        assert_eq!(cut, "a");
-        assert!(stream.finish().unwrap().starts_with(char::REPLACEMENT_CHARACTER));
     }
 
     #[test]

@@ -7,10 +7,10 @@
 //! the end token, which is learned: a model that never sees it never stops.
 
 use serde_json::{Map, Value};
-use tokenizers::Encoding;
 
 use super::TrainOn;
 use super::conversation::{Conversation, Message, Role};
+use super::encode::Rendered;
 use super::text::Text;
 use crate::error::{Error, Result};
 
@@ -22,12 +22,18 @@ const PROBE: &str = "\u{10FFF0}";
 pub(crate) struct Tokens {
     pub(crate) tokens: Vec<u32>,
     pub(crate) supervised: Vec<bool>,
+    /// Whether these are only the first tokens of a document that is much longer than wanted.
+    pub(crate) is_cut: bool,
+    /// What the template leaves out of what the record says.
+    pub(crate) lost: Option<String>,
+    /// Control tokens in what the record says, and the first.
+    pub(crate) controls: (usize, Option<String>),
 }
 
 impl Tokens {
     fn learned(tokens: Vec<u32>, learn: impl Fn(usize) -> bool) -> Self {
         let supervised = (0..tokens.len()).map(|i| i > 0 && learn(i)).collect();
-        Self { tokens, supervised }
+        Self { tokens, supervised, ..Self::default() }
     }
 
     fn push_learned(&mut self, token: u32) {
@@ -36,31 +42,67 @@ impl Tokens {
     }
 }
 
-/// The tokens of one document, of whatever length; `end_texts` says whether texts get the end token.
+/// The tokens of one document, of whatever length, or of one that is much longer than `enough` at least so many;
+/// `end_texts` says whether texts get the end token.
 pub(crate) fn tokenise(
     conversation: &Conversation,
     text: &Text,
     train_on: TrainOn,
     end_texts: bool,
+    enough: usize,
+) -> Result<Tokens> {
+    let mut tokens = tokens_of(conversation, text, train_on, end_texts, enough)?;
+    text.refuse_unknown(&tokens.tokens[..tokens.tokens.len().min(enough)])?;
+    let mut count = |said: &str| {
+        let (found, first) = text.control_tokens(said);
+        tokens.controls.0 += found;
+        tokens.controls.1 = tokens.controls.1.take().or(first.map(str::to_string));
+    };
+    match conversation {
+        Conversation::Text(document) => count(document),
+        Conversation::PromptCompletion { prompt, completion } => {
+            count(prompt);
+            count(completion);
+        }
+        Conversation::Chat { messages, .. } => {
+            for message in messages {
+                message.content.as_deref().map(&mut count);
+                message.fields.values().filter_map(serde_json::Value::as_str).for_each(&mut count);
+            }
+        }
+    }
+    Ok(tokens)
+}
+
+fn tokens_of(
+    conversation: &Conversation,
+    text: &Text,
+    train_on: TrainOn,
+    end_texts: bool,
+    enough: usize,
 ) -> Result<Tokens> {
     match conversation {
         Conversation::Text(document) => {
-            let mut document = Tokens::learned(text.encode_document(document)?, |_| true);
+            let (tokens, is_cut) = text.document(document, enough)?;
+            let mut document = Tokens { is_cut, ..Tokens::learned(tokens, |_| true) };
             if end_texts {
                 end(&mut document, text);
             }
             Ok(document)
         }
         Conversation::PromptCompletion { prompt, completion } => {
-            let alone = text.encode_document(prompt)?;
-            let whole = text.encode_document(&format!("{prompt}{completion}"))?;
+            let (alone, _) = text.document(prompt, enough)?;
+            let (whole, is_cut) = text.document(&format!("{prompt}{completion}"), enough)?;
             let common = alone.iter().zip(&whole).take_while(|(x, y)| x == y).count();
-            let mut document = Tokens::learned(whole, |i| train_on == TrainOn::All || i >= common);
+            let learned = Tokens::learned(whole, |i| train_on == TrainOn::All || i >= common);
+            let mut document = Tokens { is_cut, ..learned };
             end(&mut document, text);
             Ok(document)
         }
         Conversation::Chat { messages, tools, extra, learn_from } => {
-            Chat::new(messages, tools.as_ref(), extra, text)?.tokens(train_on, *learn_from)
+            let chat = Chat::new(messages, tools.as_ref(), extra, text, enough)?;
+            let lost = chat.lost();
+            Ok(Tokens { lost, ..chat.tokens(train_on, *learn_from)? })
         }
     }
 }
@@ -79,10 +121,12 @@ struct Chat<'a> {
     extra: &'a Map<String, Value>,
     text: &'a Text,
     rendered: String,
-    encoding: Encoding,
+    tokens: Vec<u32>,
     /// Where each token's text begins and ends in `rendered`, without gaps: what a tokenizer trims belongs to the
     /// token after it.
     spans: Vec<(usize, usize)>,
+    /// Whether the tokens may end before the text.
+    is_cut: bool,
 }
 
 /// What one assistant message gave, in bytes of the rendered conversation.
@@ -100,9 +144,16 @@ impl<'a> Chat<'a> {
         tools: Option<&'a Value>,
         extra: &'a Map<String, Value>,
         text: &'a Text,
+        enough: usize,
     ) -> Result<Self> {
-        let template = text.template()?;
-        let rendered = template.render(messages, tools, extra, false).map_err(|error| {
+        let marked = text.marked(messages)?;
+        let mut marked_tools = tools.cloned();
+        marked_tools.as_mut().map_or(Ok(()), |tools| text.mark(tools))?;
+        let mut marked_extra = extra.clone();
+        marked_extra.values_mut().try_for_each(|value| text.mark(value))?;
+        let template = text.template(tools)?;
+        let said = marked.as_deref().unwrap_or(messages);
+        let rendered = template.render(said, marked_tools.as_ref(), &marked_extra, false).map_err(|error| {
             let calls = messages.iter().position(|message| message.fields.contains_key("tool_calls"));
             match calls.filter(|_| !template.mentions("tool_calls")) {
                 Some(i) => Error::invalid(format!(
@@ -113,18 +164,60 @@ impl<'a> Chat<'a> {
                 None => error,
             }
         })?;
-        let encoding = text.encoding(&rendered)?;
+        let Rendered { rendered, tokens, spans, is_cut } = text.encode_rendered(rendered, enough)?;
         let mut reached = 0;
-        let spans = encoding
-            .get_offsets()
-            .iter()
-            .map(|&(start, end)| {
+        let spans = spans
+            .into_iter()
+            .map(|(start, end)| {
                 let span = (start.min(reached), end);
                 reached = reached.max(end);
                 span
             })
             .collect();
-        Ok(Self { messages, tools, extra, text, rendered, encoding, spans })
+        Ok(Self { messages, tools, extra, text, rendered, tokens, spans, is_cut })
+    }
+
+    /// The first thing that the record says and the template leaves out, line by line: templates change space between
+    /// lines, and write some texts as JSON.
+    fn lost(&self) -> Option<String> {
+        const THOUGHTS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+        let mut reached = 0;
+        let mut holds = |line: &str| {
+            if let Some(at) = self.rendered[reached..].find(line) {
+                reached += at + line.len();
+                return true;
+            }
+            let quoted = serde_json::Value::from(line).to_string();
+            self.rendered.contains(line) || self.rendered.contains(&quoted[1..quoted.len() - 1])
+        };
+        let mut is_lost = |said: &str| {
+            let lines = said.lines().map(str::trim);
+            // Tags stand for parts that have names of their own in other templates.
+            let is_tag = |line: &str| {
+                line.starts_with('<') && line.ends_with('>') && !line.contains(char::is_whitespace)
+            };
+            lines.filter(|line| !line.is_empty() && !is_tag(line)).any(|line| !holds(line))
+        };
+        for (message, number) in self.messages.iter().zip(1..) {
+            let content = message.content.as_deref().unwrap_or_default();
+            let thoughts = THOUGHTS.iter().find_map(|name| message.fields.get(*name)?.as_str());
+            if thoughts.is_some_and(&mut is_lost) {
+                return Some(format!("the thoughts of message {number}"));
+            }
+            if let Some((thoughts, answer)) = content.split_once("</think>") {
+                if is_lost(thoughts.trim_start().trim_start_matches("<think>")) {
+                    return Some(format!("the thoughts of message {number}"));
+                }
+                if !is_lost(answer) {
+                    continue;
+                }
+            } else if !is_lost(content) {
+                continue;
+            }
+            return Some(format!("the content of message {number} (role `{}`)", message.role.name()));
+        }
+        None
     }
 
     fn tokens(self, train_on: TrainOn, learn_from: usize) -> Result<Tokens> {
@@ -163,7 +256,7 @@ impl<'a> Chat<'a> {
         for (counted, off) in supervised.iter_mut().zip(overlapped(&off)) {
             *counted &= !off;
         }
-        let mut tokens = Tokens { tokens: self.encoding.get_ids().to_vec(), supervised };
+        let mut tokens = Tokens { tokens: self.tokens, supervised, is_cut: self.is_cut, ..Tokens::default() };
         if let Some(bos) = self.text.missing_bos(&tokens.tokens) {
             tokens.tokens.insert(0, bos);
             tokens.supervised.insert(0, false);
@@ -190,7 +283,7 @@ impl<'a> Chat<'a> {
         let own: Vec<usize> = (0..self.messages.len()).filter(|&i| self.speaks(i)).collect();
         let others = (0..self.messages.len()).filter(|&i| !self.speaks(i) && wanted(i));
         let mut turns = others.map(|i| self.content(i)).collect::<Result<Vec<Turn>>>()?;
-        let marked = match self.text.template() {
+        let marked = match self.text.template(self.tools) {
             Ok(template) => template.marked(self.messages, self.tools, self.extra, &self.rendered),
             Err(_) => None,
         };
@@ -223,7 +316,7 @@ impl<'a> Chat<'a> {
     }
 
     fn turn(&self, i: usize) -> Result<Turn> {
-        let template = self.text.template()?;
+        let template = self.text.template(self.tools)?;
         let last = i + 1 == self.messages.len();
         let prefix = |count: usize, prompt: bool| {
             let rendered = template.render(&self.messages[..count], self.tools, self.extra, prompt).ok()?;
@@ -239,6 +332,9 @@ impl<'a> Chat<'a> {
 
         let (content, content_end, stop) = self.probe(i)?;
         let start = start.filter(|&start| start <= content).unwrap_or(content);
+        if self.is_cut && self.spans.last().is_some_and(|(_, end)| *end < stop) {
+            return Ok(Turn { start, end: stop, closed: true });
+        }
         Ok(match self.first_special(content_end, stop) {
             Some(end) => Turn { start, end, closed: true },
             None => self.open(start, if last { self.rendered.len() } else { content_end }, last),
@@ -248,8 +344,12 @@ impl<'a> Chat<'a> {
     /// A turn that lies between these two, up to its end token: one that generation stops at, inside or right after it,
     /// or else a special token that nothing follows.
     fn finish(&self, start: usize, stop: usize, last: bool) -> Turn {
+        // A turn that ends after the tokens that are there is learned as far as they go.
+        if self.is_cut && self.spans.last().is_some_and(|(_, end)| *end < stop) {
+            return Turn { start, end: stop, closed: true };
+        }
         let closing = self.closing(start, stop);
-        let stops = |&i: &usize| self.text.eos_ids().contains(&self.encoding.get_ids()[i]);
+        let stops = |&i: &usize| self.text.eos_ids().contains(&self.tokens[i]);
         let open = self.open(start, stop, last);
         match (closing.filter(stops), closing) {
             (None, _) if open.closed => open,
@@ -262,7 +362,7 @@ impl<'a> Chat<'a> {
     /// message is learned to the very end, where a token is appended, and another to the end of what it says.
     fn open(&self, start: usize, stop: usize, last: bool) -> Turn {
         let said = start + self.rendered[start..stop].trim_end().len();
-        let ids = self.encoding.get_ids();
+        let ids = &self.tokens;
         let next =
             self.spans.iter().position(|&(from, to)| to > said && !self.rendered[from..to].trim().is_empty());
         match next.filter(|&next| self.text.eos_ids().contains(&ids[next])) {
@@ -273,7 +373,7 @@ impl<'a> Chat<'a> {
 
     /// The last special token before `stop`, if it ends a turn: only white space follows, or it is an end token.
     fn closing(&self, start: usize, stop: usize) -> Option<usize> {
-        let ids = self.encoding.get_ids();
+        let ids = &self.tokens;
         let inside = |&i: &usize| self.spans[i].0 >= start && self.spans[i].1 <= stop;
         let last = (0..ids.len()).rev().filter(inside).find(|&i| self.text.is_special(ids[i]))?;
         let ends = self.rendered[self.spans[last].1..stop].trim().is_empty();
@@ -281,7 +381,7 @@ impl<'a> Chat<'a> {
     }
 
     fn first_special(&self, from: usize, stop: usize) -> Option<usize> {
-        let ids = self.encoding.get_ids();
+        let ids = &self.tokens;
         (0..ids.len())
             .find(|&i| self.spans[i].0 >= from && self.spans[i].1 <= stop && self.text.is_special(ids[i]))
             .map(|i| self.spans[i].1)
@@ -290,7 +390,7 @@ impl<'a> Chat<'a> {
     /// Where the content of message `i` begins and ends, and where its turn ends, in templates that change earlier
     /// text when messages follow: rendered again with a probe in its place.
     fn probe(&self, i: usize) -> Result<(usize, usize, usize)> {
-        let template = self.text.template()?;
+        let template = self.text.template(self.tools)?;
         let mut probed = self.messages.to_vec();
         probed[i].content = Some(PROBE.to_string());
         let lost = || {
@@ -343,7 +443,8 @@ mod tests {
 
     /// The text with what is learned in brackets.
     fn marked(conversation: &Conversation, text: &Text, train_on: TrainOn) -> String {
-        let Tokens { tokens, supervised } = tokenise(conversation, text, train_on, true).unwrap();
+        let Tokens { tokens, supervised, .. } =
+            tokenise(conversation, text, train_on, true, usize::MAX).unwrap();
         assert_eq!((tokens.len(), supervised[0]), (supervised.len(), false));
         let row = crate::data::Row { tokens, supervised, document: 0 };
         let segments = crate::data::preview(&row, text).unwrap();
@@ -375,6 +476,31 @@ mod tests {
             marked(&two_turns(), &chatml(), TrainOn::All)
                 .starts_with("<|im_start|>[user\n q1 <|im_end|>\n<|im_")
         );
+    }
+
+    #[test]
+    fn what_the_template_leaves_out_is_told() {
+        let lost = |conversation: &Conversation, template: &str| {
+            tokenise(conversation, &model(template, &[], "<|im_end|>"), TrainOn::All, true, usize::MAX)
+                .unwrap()
+                .lost
+        };
+        let users = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}";
+        let shorter = "{% for m in messages %}{{ m.content.split('</think>')[-1]|trim }}{% endfor %}";
+        let written = "{{ messages|tojson }}";
+        let thinks = talk(&[(Role::User, "q"), (Role::Assistant, "<think>\nhm\n</think>\n\n a \n")]);
+        assert_eq!(lost(&two_turns(), CHATML), None);
+        assert_eq!(lost(&thinks, CHATML), None);
+        assert_eq!(lost(&thinks, shorter), Some("the thoughts of message 2".into()));
+        assert_eq!(lost(&two_turns(), users), Some("the content of message 2 (role `assistant`)".into()));
+        assert_eq!(lost(&talk(&[(Role::User, "a \"b\"\n\\c")]), written), None);
+        let empty = talk(&[(Role::User, "q"), (Role::Assistant, "<think>\n\n</think>\n\na")]);
+        assert_eq!(lost(&empty, shorter), None);
+        let mut field = two_turns();
+        if let Conversation::Chat { messages, .. } = &mut field {
+            messages[1].fields.insert("reasoning_content".into(), "hm".into());
+        }
+        assert_eq!(lost(&field, CHATML), Some("the thoughts of message 2".into()));
     }
 
     #[test]
@@ -446,8 +572,8 @@ mod tests {
         let Conversation::Chat { mut messages, .. } = two_turns() else { unreachable!() };
         messages[1].content = None;
         messages[1].fields.insert("tool_calls".into(), serde_json::json!([{}]));
-        let error =
-            tokenise(&Conversation::chat(messages), &chatml(), TrainOn::Completion, true).unwrap_err();
+        let conversation = Conversation::chat(messages);
+        let error = tokenise(&conversation, &chatml(), TrainOn::Completion, true, usize::MAX).unwrap_err();
         assert!(
             error.to_string().starts_with("message 2 calls a tool (`tool_calls` or `function_call`), which"),
             "{error}"
@@ -555,11 +681,12 @@ mod tests {
 
     #[test]
     fn what_cannot_be_learned_is_an_error() {
-        let none = tokenise(&talk(&[(Role::User, "q")]), &chatml(), TrainOn::Completion, true).unwrap_err();
+        let none = tokenise(&talk(&[(Role::User, "q")]), &chatml(), TrainOn::Completion, true, usize::MAX)
+            .unwrap_err();
         assert_eq!(none.to_string(), "the conversation has no `assistant` message to learn from");
         let loses = "{% for m in messages %}{{ m.content|length }}{% endfor %}";
         let text = model(loses, &[], "<|im_end|>");
-        let lost = tokenise(&two_turns(), &text, TrainOn::Completion, true).unwrap_err();
+        let lost = tokenise(&two_turns(), &text, TrainOn::Completion, true, usize::MAX).unwrap_err();
         assert!(lost.to_string().contains("content of message 2,"), "{lost}");
         assert_eq!(marked(&two_turns(), &text, TrainOn::All), "4[425<|im_end|>]");
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use super::counts::Noticed;
 use super::source::Key;
 
 /// Something odd about the data that is not an error.
@@ -29,6 +30,12 @@ pub enum Warning {
         /// The keys, and how many records have them.
         keys: Vec<Key>,
     },
+    /// The chat template leaves out text of these documents.
+    LostText(PathBuf, usize, Noticed),
+    /// Control tokens stand in what was written: so many, in these documents.
+    ControlTokens(PathBuf, usize, Noticed),
+    /// So many documents are too long to be encoded whole.
+    Cut(PathBuf, usize),
 }
 
 /// Keys with the number of their records, the first ones of many.
@@ -68,6 +75,29 @@ impl fmt::Display for Warning {
             Self::Unread { path, keys } => {
                 write!(f, "{}: the chat template does not read these keys: {}", path.display(), Keys(keys))
             }
+            Self::LostText(path, records, lost) => write!(
+                f,
+                "the chat template leaves out text of {} of {records} documents of {}, the first in line {}: {}",
+                lost.documents,
+                path.display(),
+                lost.first_line.unwrap_or_default(),
+                lost.first.as_deref().unwrap_or_default(),
+            ),
+            Self::ControlTokens(path, count, found) => write!(
+                f,
+                "{count} control tokens stand in what {} documents of {} say, the first in line {}: `{}`; they are \
+                 encoded as the model's own, and `data.special_tokens = \"text\"` encodes them as text",
+                found.documents,
+                path.display(),
+                found.first_line.unwrap_or_default(),
+                found.first.as_deref().unwrap_or_default(),
+            ),
+            Self::Cut(path, count) => write!(
+                f,
+                "{count} documents of {} are so long that only their beginning was encoded: they have more tokens than \
+                 is said of lengths",
+                path.display()
+            ),
         }
     }
 }

@@ -19,6 +19,9 @@ use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec};
 /// Where the tensors' file of an adapter says how its training data was laid out.
 pub(super) const LAYOUT: &str = "peft_rs_layout";
 
+/// Where it says what chat templates were told, if they ask for anything.
+pub(super) const TEMPLATE: &str = "peft_rs_template";
+
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {
     adapter: &'a PlacedAdapter,
@@ -44,13 +47,18 @@ impl<'a> AdapterFiles<'a> {
             Some((name, revision)) if !Path::new(&plan.model.source).exists() => (name, Some(revision)),
             _ => (plan.model.source.as_str(), None),
         };
+        let mut metadata = BTreeMap::from([
+            (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
+            (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
+        ]);
+        let template = &plan.data.template;
+        if template.told(&prepared.text).is_some() {
+            metadata.insert(TEMPLATE.to_string(), serde_json::to_string(template)?);
+        }
         let provenance = Provenance {
             base_model: Some(base_model.to_string()),
             revision: revision.map(str::to_string),
-            metadata: BTreeMap::from([
-                (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
-                (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
-            ]),
+            metadata,
         };
         let base = &prepared.base;
         let (units, trainables) = (Units::of(base.config()), trainables.clone());

@@ -33,7 +33,7 @@ pub(super) fn read(
     let mut warnings = Vec::new();
     let mut load = |source: &Source| -> Result<Vec<Row>> {
         let (documents, counts) = load_for_perplexity(source, text, usize::MAX)?;
-        warnings.extend(counts.warnings().iter().map(ToString::to_string));
+        warnings.extend(counts.warnings(text).iter().map(ToString::to_string));
         Ok(documents)
     };
     let mut read: Vec<(Vec<Row>, f64)> = Vec::new();

@@ -8,9 +8,10 @@ use serde::Serialize;
 use super::calibration;
 use super::choice::DtypeChoice;
 use super::distill::refuse_other_tokens;
-use super::prepared::{TRAINING_DATE, text_of};
+use super::prepared::text_of;
+use super::template::TemplateVariables;
 use super::upcycle::UpcyclePlan;
-use crate::data::Text;
+use crate::data::{SpecialTokens, Text};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::model::family::MixtureFormat;
@@ -52,7 +53,7 @@ impl Prepared {
         refuse_occupied(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
-        let text = text_of(&base, Some(TRAINING_DATE))?;
+        let text = text_of(&base, &TemplateVariables::fixed(), SpecialTokens::default())?;
         refuse_same_checkpoints(plan)?;
         let sources: Vec<Pretrained> =
             plan.sources.iter().map(|source| Pretrained::open(source)).collect::<Result<_>>()?;

@@ -25,6 +25,11 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
         let held_out = figures::count(prepared.dataset.eval.len() as u64);
         lines.push(format!("eval: {held_out} documents held out of training"));
     }
+    let counts = &prepared.dataset;
+    let is_templated = |counts: &Counts| counts.templated > 0;
+    if counts.train_counts.iter().chain(&counts.eval_counts).any(is_templated) {
+        lines.extend(plan.data.template.told(&prepared.text).map(|told| format!("template: told {told}")));
+    }
     lines.push(course(plan, prepared));
     lines.push(memory.line());
     let trainable = prepared.trainable();
@@ -34,7 +39,10 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
 
 /// What to look at before starting.
 pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
-    let data = prepared.dataset.warnings.iter().map(ToString::to_string);
+    let unread = plan.data.template.unread(&prepared.text);
+    let unread =
+        unread.iter().map(|name| format!("no chat template of the model reads `data.template.{name}`"));
+    let data = prepared.dataset.warnings.iter().map(ToString::to_string).chain(unread);
     let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
     let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
     data.chain(excess).chain(of_mixture).collect()
@@ -207,6 +215,9 @@ fn data(use_: &str, counts: &Counts) -> String {
         number(counts.tokens),
         number(counts.supervised),
     );
+    if counts.lost.documents > 0 {
+        line += &format!(", {} not whole after the template", number(counts.lost.documents));
+    }
     if counts.truncated > 0 {
         line += &format!(", {} truncated", number(counts.truncated));
     }

@@ -205,6 +205,12 @@ impl Text<'_> {
     }
 }
 
+/// A recipe as TOML.
+pub(super) fn written(recipe: &impl serde::Serialize) -> Result<String> {
+    toml::to_string(recipe)
+        .map_err(|error| Error::invalid(format!("the plan cannot be written as TOML: {error}")))
+}
+
 /// Line and column of a byte offset, both counted from one.
 fn place(text: &str, offset: usize) -> (usize, usize) {
     let before = &text.as_bytes()[..offset.min(text.len())];

@@ -34,6 +34,7 @@ pub fn finetune(
     interrupt: &AtomicBool,
     reporter: &mut dyn Reporter,
 ) -> Result<Summary> {
+    let plan = &if resume { RunDirectory::dated(plan) } else { plan.clone() };
     RunDirectory::check(plan, resume)?;
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
@@ -56,7 +57,7 @@ pub fn finetune(
     };
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     let artifact = Unchanged { prepared: &prepared, artifact };
-    directory.write_recipe(plan)?;
+    directory.write_recipe(plan, prepared.text.template_asks_for("strftime_now"))?;
 
     let sample_row = prepared.dataset.eval.first();
     let resumed = train::checkpoints(&plan.output)?.pop().filter(|_| resume);

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use super::artifact::LAYOUT;
+use super::artifact::{LAYOUT, TEMPLATE};
 use super::choice::DtypeChoice;
 use super::prepared::text_of;
+use super::template::TemplateVariables;
 use crate::adapter::{attach, hf};
-use crate::data::{Layout, Text};
+use crate::data::{Layout, SpecialTokens, Text};
 use crate::error::{Context, Error, Result};
 use crate::model::{Decoder, Pretrained};
 use crate::train;
@@ -22,6 +23,8 @@ pub struct Loaded {
     pub text: Text,
     /// How the adapter's training data was laid out, where it says so.
     pub layout: Option<Layout>,
+    /// What the user should know.
+    pub notes: Vec<String>,
     /// What the user should look at.
     pub warnings: Vec<String>,
 }
@@ -38,7 +41,14 @@ impl Loaded {
             }
             None => None,
         };
-        let text = text_of(&base, None)?;
+        let told = match adapter.as_ref().and_then(|(_, adapter)| adapter.metadata.get(TEMPLATE)) {
+            None => TemplateVariables::default(),
+            Some(written) => serde_json::from_str(written).map_err(|error| {
+                Error::invalid(format!("`{TEMPLATE}` in the metadata is not readable: {error}"))
+            })?,
+        };
+        let text = text_of(&base, &told, SpecialTokens::default())?;
+        let notes = told.told(&text).map(|told| format!("the chat template is told {told}"));
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
         let (mut warnings, mut layout) = (Vec::new(), None);
         if let Some((placements, adapter)) = adapter {
@@ -48,7 +58,7 @@ impl Loaded {
             warnings.extend(adapter.base_mismatch(source));
             warnings.extend(adapter.warnings);
         }
-        Ok(Self { model, text, layout, warnings })
+        Ok(Self { model, text, layout, notes: notes.into_iter().collect(), warnings })
     }
 }
 

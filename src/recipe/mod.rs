@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Init, Targets};
-use crate::data::{Format, TrainOn};
+use crate::data::{Format, SpecialTokens, TrainOn};
 use crate::error::{Error, Result};
 use crate::train::Schedule;
 
@@ -47,6 +47,7 @@ mod mixture;
 mod output;
 mod plan;
 mod prepared;
+mod template;
 mod typed;
 mod units;
 mod upcycle;
@@ -64,6 +65,7 @@ pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };
 pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
+pub use template::{Date, TemplateVariables};
 pub use upcycle::{UpcyclePlan, UpcycleRecipe};
 
 use distill::Distill;
@@ -161,6 +163,10 @@ pub struct DataRecipe {
     pub pack: Option<bool>,
     /// Which tokens are learned.
     pub train_on: Option<TrainOn>,
+    /// What chat templates are told beside the conversation: the date, and any other variable.
+    pub template: Option<TemplateVariables>,
+    /// Whether control tokens such as `<|im_end|>` in the data are the model's own tokens or text.
+    pub special_tokens: Option<SpecialTokens>,
 }
 
 /// A file of `[data]`.

@@ -6,8 +6,11 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
+use super::Recipe;
 use super::artifact::RESULT;
+use super::document::{Document, written};
 use super::plan::Plan;
+use super::template::{Date, TemplateVariables};
 use crate::error::{Context, Error, Result};
 use crate::train;
 use crate::weights::{refuse_below_file, remove_stale, write_atomic};
@@ -86,9 +89,26 @@ impl<'a> RunDirectory<'a> {
         Ok(directory)
     }
 
-    /// Leaves the resolved recipe in it.
-    pub(super) fn write_recipe(&self, plan: &Plan) -> Result<()> {
-        write_atomic(self.path.join(RECIPE), plan.to_toml()?.as_bytes())
+    /// The plan with the date of the run that it goes on with; runs that name none had this one.
+    pub(super) fn dated(plan: &Plan) -> Plan {
+        let mut plan = plan.clone();
+        if plan.data.template.date == Date::today() && plan.output.join(RECIPE).is_file() {
+            let recorded = recorded(&plan).and_then(|recipe| recipe.data.template);
+            plan.data.template.date = recorded.map_or(Date::FIXED, |template| template.date);
+        }
+        plan
+    }
+
+    /// Leaves the resolved recipe in it, with the date where the template asks for it.
+    pub(super) fn write_recipe(&self, plan: &Plan, asks_for_date: bool) -> Result<()> {
+        let mut recipe = Recipe::from(plan);
+        let TemplateVariables { date, others } = &plan.data.template;
+        if asks_for_date {
+            recipe.data.template = Some(plan.data.template.clone());
+        } else if *date == Date::FIXED && others.is_empty() {
+            recipe.data.template = None;
+        }
+        write_atomic(self.path.join(RECIPE), written(&recipe)?.as_bytes())
     }
 }
 
@@ -116,11 +136,29 @@ fn lock(path: &Path) -> Result<Option<File>> {
     }
 }
 
+/// The recipe that the run of a plan was started with, where it can be read.
+fn recorded(plan: &Plan) -> Option<Recipe> {
+    let path = plan.output.join(RECIPE);
+    let document = Document::parse(&path, &fs::read_to_string(&path).ok()?).ok()?;
+    Recipe::read(&document).ok()
+}
+
 /// Says which keys were others when the run was started.
 fn check_recipe(plan: &Plan) -> Result<()> {
     let path = plan.output.join(RECIPE);
     let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-    let (Ok(then), Ok(now)) = (text.parse::<Table>(), plan.to_toml()?.parse::<Table>()) else {
+    // Read as a recipe of today, a key that was not there then has its default. A date that was not there says nothing.
+    let then = match recorded(plan) {
+        None => text,
+        Some(recipe) => {
+            let mut then = Plan::of(&recipe, "");
+            if recipe.data.template.is_none() && plan.data.template.date == Date::FIXED {
+                then.data.template.date = Date::FIXED;
+            }
+            then.to_toml()?
+        }
+    };
+    let (Ok(then), Ok(now)) = (then.parse::<Table>(), plan.to_toml()?.parse::<Table>()) else {
         return Err(Error::invalid("not a recipe of this version"))
             .at(path)
             .map_err(|error| error.with_hint("start anew with another `--output`"));

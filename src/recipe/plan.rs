@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use super::choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
 use super::distill::DistillPlan;
+use super::document::written;
 use super::mixture::{ExpertChoice, MixturePlan, excluded};
-use super::{AdapterRecipe, DataRecipe, ModelRecipe, Recipe, SourceRecipe, TrainRecipe};
+use super::{AdapterRecipe, DataRecipe, ModelRecipe, Recipe, SourceRecipe, TemplateVariables, TrainRecipe};
 use crate::adapter::{Exclude, LoraConfig, Targets};
-use crate::data::{Source, TrainOn};
-use crate::error::{Error, Result};
+use crate::data::{Source, SpecialTokens, TrainOn};
+use crate::error::Result;
 use crate::train::Schedule;
 
 /// A fine-tuning run before it opens anything. Nothing in it means "the default".
@@ -102,6 +103,10 @@ pub struct DataPlan {
     pub pack: bool,
     /// Which tokens are learned.
     pub train_on: TrainOn,
+    /// What chat templates are told beside the conversation.
+    pub template: TemplateVariables,
+    /// What control tokens in the data are.
+    pub special_tokens: SpecialTokens,
 }
 
 /// What a model is evaluated on while it is trained.
@@ -196,8 +201,7 @@ impl Plan {
 
     /// The recipe that says all of the plan: reading it gives the same plan.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(&Recipe::from(self))
-            .map_err(|error| Error::invalid(format!("the plan cannot be written as TOML: {error}")))
+        written(&Recipe::from(self))
     }
 }
 
@@ -251,6 +255,8 @@ impl DataPlan {
             max_length: recipe.max_length.unwrap_or(512),
             pack: recipe.pack.unwrap_or(true),
             train_on: recipe.train_on.unwrap_or_default(),
+            template: recipe.template.clone().unwrap_or_default(),
+            special_tokens: recipe.special_tokens.unwrap_or_default(),
         }
     }
 }
@@ -315,6 +321,9 @@ impl From<&Plan> for Recipe {
                 max_length: Some(data.max_length),
                 pack: Some(data.pack),
                 train_on: Some(data.train_on),
+                // Left out where nothing is said, so that the recipes of earlier runs are still theirs.
+                template: (data.template != TemplateVariables::default()).then(|| data.template.clone()),
+                special_tokens: Some(data.special_tokens).filter(|kind| *kind != SpecialTokens::default()),
             },
             train: TrainRecipe {
                 full: Some(*trained == Trained::Full),

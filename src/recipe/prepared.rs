@@ -9,8 +9,11 @@ use super::distill::PreparedTeacher;
 use super::loaded::read_adapter;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
+use super::template::{Date, TemplateVariables};
 use crate::adapter::{LoraConfig, Placements, hf, resolve};
-use crate::data::{Batch, Dataset, Order, Preparation, Sampler, TemplateParts, Text, eval_batches};
+use crate::data::{
+    Batch, Dataset, Order, Preparation, Sampler, SpecialTokens, TemplateParts, Text, eval_batches,
+};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{InPeft, MoeConfig};
@@ -73,7 +76,7 @@ impl Prepared {
         plan.mixture.apply(base.config_mut(), &name, plan.seed, plan.trained == Trained::Full)?;
         base.check()?;
         let trained = Trainee::of(plan, &base)?;
-        let text = text_of(&base, Some(TRAINING_DATE))?;
+        let text = text_of(&base, &plan.data.template, plan.data.special_tokens)?;
         let dtype = plan.model.dtype.of(&base);
         let teacher = PreparedTeacher::of(plan, &base, text.tokenizer(), dtype)?;
         let (train, eval, eval_share) = match &plan.data.eval {
@@ -129,7 +132,10 @@ impl Prepared {
     /// What a resumed run must have in common with its beginning: data, weights and everything else that decides a
     /// value. Each on its own, so that one can say which of them is another.
     pub fn fingerprint(&self, plan: &Plan) -> Result<String> {
-        let plan = Plan { output: "".into(), ..plan.clone() };
+        let mut plan = Plan { output: "".into(), ..plan.clone() };
+        // Where the date matters, it is in the data; where nothing else is said, nothing is written of it.
+        let says_nothing = plan.data.template.others.is_empty();
+        plan.data.template.date = if says_nothing { Date::today() } else { Date::FIXED };
         let mut hash = Sha256::new();
         hash.update(plan.to_toml()?);
         hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
@@ -257,20 +263,20 @@ fn refuse_quantized(base: &Pretrained) -> Result<()> {
     ))
 }
 
-/// What templates that write the date are told in training, so that a run depends on its recipe and not on the day:
-/// 26 July 2024, the date that Llama 3's template falls back on.
-pub(super) const TRAINING_DATE: i64 = 1_721_952_000;
-
-/// Tokenizer and chat template of a model; `now`, in seconds since 1970, is what templates take for the time.
-pub fn text_of(base: &Pretrained, now: Option<i64>) -> Result<Text> {
+/// Tokenizer and chat template of a model, with what the template is told and what control tokens in the data are.
+pub fn text_of(base: &Pretrained, told: &TemplateVariables, special_tokens: SpecialTokens) -> Result<Text> {
     let files = base.text()?;
     let parts = TemplateParts {
         chat_template: files.chat_template,
+        tool_template: files.tool_template,
         bos_token: files.bos_token,
         eos_token: files.eos_token,
         eos_token_ids: files.eos_token_ids,
         add_bos: Some(files.add_bos_token),
-        now,
+        now: Some(told.date.seconds()),
+        variables: told.others.clone(),
+        special_tokens,
+        vocabulary: Some(base.config().vocab_size),
     };
     Text::new(files.tokenizer, parts).at(base.name())
 }

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::mapped::MappedFile;
 use super::{StoredType, TensorInfo, convert};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, caught};
 
 /// The metadata of a GGUF file.
 pub type GgufMetadata = HashMap<String, Value>;
@@ -153,7 +153,7 @@ fn read_header(map: &[u8]) -> Result<Content> {
             .with_hint("give a .gguf file, or the folder of a model"));
     }
     // candle divides by the alignment that the file states, which may be zero.
-    let read = std::panic::catch_unwind(|| Content::read(&mut Cursor::new(map)));
+    let read = caught(|| Content::read(&mut Cursor::new(map)));
     match read {
         Ok(Ok(content)) => Ok(content),
         Ok(Err(error)) => Err(explain(&error)),

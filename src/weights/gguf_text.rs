@@ -7,7 +7,6 @@ use std::collections::HashMap;
 
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{Map, Value as Json, json};
-use tokenizers::Tokenizer;
 
 use super::gguf::GgufMetadata;
 use super::text::TextFiles;
@@ -16,6 +15,9 @@ use crate::error::{Error, Result};
 const CONTRACTIONS_AND_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|";
 const MARKS_AND_SPACES: &str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Bytes of a token.
+const LONGEST_TOKEN: usize = 4096;
 
 impl TextFiles {
     /// From the metadata of a GGUF file.
@@ -48,13 +50,15 @@ impl TextFiles {
             "decoder": parts.decoder,
             "model": parts.model,
         });
-        let tokenizer = Tokenizer::from_bytes(serde_json::to_vec(&tokenizer)?).map_err(|error| {
+        let tokenizer = super::tokenizer::read(&serde_json::to_vec(&tokenizer)?).map_err(|error| {
             Error::invalid(format!("the tokenizer in the metadata cannot be built: {error}"))
+                .with_hint("give the model as a Hugging Face folder")
         })?;
         let endings = ["eos", "eot", "eom"];
         Ok(Self {
             tokenizer,
             chat_template: text(metadata, "tokenizer.chat_template").map(str::to_string),
+            tool_template: text(metadata, "tokenizer.chat_template.tool_use").map(str::to_string),
             bos_token: token("bos"),
             eos_token: token("eos"),
             pad_token: token("padding"),
@@ -85,6 +89,13 @@ struct Vocabulary<'a> {
 impl<'a> Vocabulary<'a> {
     fn read(metadata: &'a GgufMetadata) -> Result<Self> {
         let tokens = strings(metadata, "tokenizer.ggml.tokens")?;
+        // Every way to cut a token in two is looked at.
+        if let Some(id) = tokens.iter().position(|token| token.len() > LONGEST_TOKEN) {
+            let found = tokens[id].len();
+            return Err(Error::invalid(format!(
+                "token {id} has {found} bytes, expected at most {LONGEST_TOKEN}"
+            )));
+        }
         let kinds = match metadata.get("tokenizer.ggml.token_type") {
             Some(Value::Array(list)) if list.len() == tokens.len() => {
                 list.iter().map(|kind| integer(kind).unwrap_or(1)).collect()

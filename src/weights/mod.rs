@@ -23,6 +23,7 @@ mod hub;
 mod mapped;
 mod shards;
 mod text;
+mod tokenizer;
 mod write;
 
 use std::collections::BTreeMap;

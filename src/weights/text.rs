@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, caught};
 
 /// Tokenizer, chat template and special tokens of a model.
 #[derive(Debug, Clone)]
@@ -14,6 +14,8 @@ pub struct TextFiles {
     pub tokenizer: Tokenizer,
     /// The default chat template.
     pub chat_template: Option<String>,
+    /// The template for conversations with tools, where it is another one.
+    pub tool_template: Option<String>,
     /// Begins a text.
     pub bos_token: Option<String>,
     /// Ends a text.
@@ -38,9 +40,7 @@ impl TextFiles {
             ))
             .at(folder);
         }
-        let tokenizer = Tokenizer::from_file(&path)
-            .map_err(|error| Error::invalid(format!("not a readable tokenizer: {error}")))
-            .at(&path)?;
+        let tokenizer = super::tokenizer::read(&std::fs::read(&path).at(&path)?).at(&path)?;
         let settings = super::read_json_if_there(&folder.join("tokenizer_config.json"))?;
         let special = super::read_json_if_there(&folder.join("special_tokens_map.json"))?;
         let generation = super::read_json_if_there(&folder.join("generation_config.json"))?;
@@ -48,10 +48,12 @@ impl TextFiles {
 
         // transformers reads the file after the settings, so the file wins.
         let jinja = folder.join("chat_template.jinja");
-        let chat_template = if jinja.is_file() {
-            Some(std::fs::read_to_string(&jinja).at(&jinja)?)
+        let (chat_template, tool_template) = if jinja.is_file() {
+            let of_tools = folder.join(TEMPLATES).join("tool_use.jinja");
+            let of_tools = if of_tools.is_file() { Some(read_template(&of_tools)?) } else { None };
+            (Some(read_template(&jinja)?), of_tools)
         } else {
-            chat_template(&settings).at(folder.join("tokenizer_config.json"))?
+            chat_templates(&settings).at(folder.join("tokenizer_config.json"))?
         };
 
         let eos_token = token("eos_token");
@@ -60,6 +62,7 @@ impl TextFiles {
         eos_token_ids.extend(eos_token.as_deref().and_then(|token| tokenizer.token_to_id(token)));
         Ok(Self {
             chat_template,
+            tool_template,
             bos_token: token("bos_token"),
             eos_token,
             pad_token: token("pad_token"),
@@ -84,7 +87,12 @@ impl TextFiles {
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "unk_token": self.unk_token,
-            "chat_template": self.chat_template,
+            "chat_template": match (&self.chat_template, &self.tool_template) {
+                (Some(default), Some(tools)) => json!([
+                    { "name": "default", "template": default }, { "name": "tool_use", "template": tools },
+                ]),
+                (template, _) => json!(template),
+            },
         });
         let path = folder.join("tokenizer_config.json");
         std::fs::write(&path, serde_json::to_string_pretty(&settings)? + "\n").at(&path)
@@ -95,14 +103,8 @@ impl TextFiles {
         self.eos_token_ids.sort_unstable();
         self.eos_token_ids.dedup();
         let bos = self.bos_token.as_deref().and_then(|token| self.tokenizer.token_to_id(token));
-        self.add_bos_token = bos.is_some()
-            && self.tokenizer.encode_fast("a", true).is_ok_and(|text| text.get_ids().first() == bos.as_ref());
-        // A file may ask for cut or filled rows; whoever trains decides that, not the tokenizer.
-        self.tokenizer.with_padding(None);
-        if self.tokenizer.get_truncation().is_some() {
-            // Switching truncation off cannot fail; only an impossible stride can.
-            let _ = self.tokenizer.with_truncation(None);
-        }
+        let first = caught(|| Some(*self.tokenizer.encode_fast("a", true).ok()?.get_ids().first()?));
+        self.add_bos_token = bos.is_some() && first.is_ok_and(|first| first == bos);
         self
     }
 }
@@ -143,20 +145,46 @@ fn token(settings: &Value, name: &str) -> Option<String> {
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
 
-/// A template, or of a list of named ones the default.
-fn chat_template(settings: &Value) -> Result<Option<String>> {
+/// The folder of templates beside the default, by their names.
+const TEMPLATES: &str = "additional_chat_templates";
+
+/// Bytes of a template file; longer ones are refused before they are read.
+const LONGEST_TEMPLATE: u64 = 1 << 20;
+
+fn read_template(path: &Path) -> Result<String> {
+    let bytes = std::fs::metadata(path).at(path)?.len();
+    if bytes > LONGEST_TEMPLATE {
+        return Err(Error::invalid(format!("has {bytes} bytes, which is no chat template")).with_hint(
+            "the templates of published models have up to 20,000: look whether the right file is there",
+        ))
+        .at(path);
+    }
+    std::fs::read_to_string(path).at(path)
+}
+
+/// A template; or of a list of named ones the default, and the one for conversations with tools, as transformers chooses.
+fn chat_templates(settings: &Value) -> Result<(Option<String>, Option<String>)> {
     match settings.get("chat_template") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(template)) => Ok(Some(template.clone())),
+        None | Some(Value::Null) => Ok((None, None)),
+        Some(Value::String(template)) => Ok((Some(template.clone()), None)),
         Some(Value::Array(list)) => {
             let named = |name: &str| {
                 list.iter()
                     .find(|entry| entry.get("name").and_then(Value::as_str) == Some(name))
                     .and_then(|entry| entry.get("template")?.as_str())
             };
-            named("default").map(|template| Some(template.to_string())).ok_or_else(|| {
-                Error::invalid("`chat_template` is a list of templates without one named `default`")
-            })
+            let Some(default) = named("default") else {
+                let names = list.iter().filter_map(|entry| entry.get("name")?.as_str());
+                let names: Vec<String> = names.map(|name| format!("`{name}`")).collect();
+                return Err(Error::invalid(format!(
+                    "`chat_template` is a list of templates without one named `default`: it has {}",
+                    if names.is_empty() { "no names".to_string() } else { names.join(", ") }
+                ))
+                .with_hint(
+                    "put the template to use into a file `chat_template.jinja` in the model's folder",
+                ));
+            };
+            Ok((Some(default.to_string()), named("tool_use").map(str::to_string)))
         }
         Some(_) => Err(Error::invalid("`chat_template` must be a string or a list of named templates")),
     }

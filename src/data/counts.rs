@@ -1,0 +1,158 @@
+//! What sources held, and what of it the user should look at.
+
+use std::path::PathBuf;
+
+use super::source::{Format, Key};
+use super::text::Text;
+use super::warning::Warning;
+
+/// What a source held.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Counts {
+    /// The file.
+    pub path: PathBuf,
+    /// The format, as given or as told from the first record.
+    pub format: Format,
+    /// Records in the file.
+    pub records: usize,
+    /// Documents kept.
+    pub rows: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Those of their tokens that are learned.
+    pub supervised: usize,
+    /// Documents that went through the chat template; the others are plain text.
+    pub templated: usize,
+    /// Documents that were longer than the maximum, dropped ones included.
+    pub truncated: usize,
+    /// Documents dropped because truncation left no token to learn.
+    pub dropped_by_truncation: usize,
+    /// Documents dropped because they never had a token to learn.
+    pub dropped_without_labels: usize,
+    /// The line of the first dropped document.
+    pub first_dropped: Option<usize>,
+    /// Documents so long that only their beginning was encoded: their lengths count as that of the beginning.
+    pub cut: usize,
+    /// Documents of which the chat template leaves out text.
+    pub lost: Noticed,
+    /// Documents that hold control tokens in what was written, and the first of these tokens.
+    pub controls: Noticed,
+    /// The control tokens in them.
+    pub control_tokens: usize,
+    /// The lengths of all documents before truncation.
+    pub lengths: Lengths,
+    /// Keys of records with text that nothing reads.
+    pub unused: Vec<Key>,
+    /// Keys that records hand to the chat template, and that it does not read.
+    pub unread: Vec<Key>,
+}
+
+/// Documents that have something in common.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Noticed {
+    /// How many there are.
+    pub documents: usize,
+    /// The line of the first.
+    pub first_line: Option<usize>,
+    /// What was found in the first.
+    pub first: Option<String>,
+}
+
+impl Noticed {
+    pub(super) fn add(&mut self, line: usize, found: String) {
+        self.documents += 1;
+        self.first_line.get_or_insert(line);
+        self.first.get_or_insert(found);
+    }
+}
+
+/// How documents became text: what a model is trained with it should be asked with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Through the chat template.
+    Template,
+    /// As they are.
+    Plain,
+    /// Some in one way and some in the other.
+    Mixed,
+}
+
+impl Layout {
+    const ALL: [Self; 3] = [Self::Template, Self::Plain, Self::Mixed];
+
+    /// Of all that these sources held.
+    #[must_use]
+    pub fn of(counts: &[Counts]) -> Self {
+        let (templated, rows) = counts.iter().fold((0, 0), |(t, r), c| (t + c.templated, r + c.rows));
+        match templated {
+            0 => Self::Plain,
+            all if all == rows => Self::Template,
+            _ => Self::Mixed,
+        }
+    }
+
+    /// The word for it in files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Template => "template",
+            Self::Plain => "plain",
+            Self::Mixed => "mixed",
+        }
+    }
+
+    /// What a file calls by this word.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|layout| layout.name() == name)
+    }
+}
+
+/// How long documents are, in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Lengths {
+    /// Half of them have at most so many.
+    pub p50: usize,
+    /// 95 of 100 have at most so many.
+    pub p95: usize,
+    /// The longest.
+    pub max: usize,
+}
+
+impl Counts {
+    /// What to tell the user of a file.
+    #[must_use]
+    pub fn warnings(&self, text: &Text) -> Vec<Warning> {
+        let mut warnings = Vec::new();
+        if self.lost.documents > 0 {
+            warnings.push(Warning::LostText(self.path.clone(), self.records, self.lost.clone()));
+        }
+        if self.controls.documents > 0 && !text.takes_control_tokens_for_text() {
+            warnings.push(Warning::ControlTokens(
+                self.path.clone(),
+                self.control_tokens,
+                self.controls.clone(),
+            ));
+        }
+        if self.cut > 0 {
+            warnings.push(Warning::Cut(self.path.clone(), self.cut));
+        }
+        if !self.unused.is_empty() {
+            warnings.push(Warning::Unused { path: self.path.clone(), keys: self.unused.clone() });
+        }
+        if !self.unread.is_empty() {
+            warnings.push(Warning::Unread { path: self.path.clone(), keys: self.unread.clone() });
+        }
+        warnings
+    }
+}
+
+impl Lengths {
+    pub(super) fn of(mut lengths: Vec<usize>) -> Self {
+        lengths.sort_unstable();
+        let at = |share: usize| {
+            lengths.get((lengths.len() * share).div_ceil(100).max(1) - 1).copied().unwrap_or(0)
+        };
+        Self { p50: at(50), p95: at(95), max: at(100) }
+    }
+}
