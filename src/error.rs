@@ -123,6 +123,9 @@ impl Error {
             {
                 Some("free some space, or choose another output folder with `--output`")
             }
+            Self::Io(error) if error.kind() == std::io::ErrorKind::OutOfMemory => Some(
+                "free some memory, or raise the limit (`ulimit -v`); training holds less with a lower `train.memory_budget`",
+            ),
             Self::Io(error)
                 if matches!(
                     error.kind(),

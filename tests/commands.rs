@@ -174,6 +174,19 @@ fn a_chat_goes_on_when_the_model_sees_no_more() {
     });
 }
 
+#[test]
+fn a_chat_with_a_model_that_sees_next_to_nothing_says_so() {
+    let place = Place::new();
+    let path = place.path("model/config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for most in [1, 2, 3] {
+        config["max_position_embeddings"] = most.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let (stdout, stderr) = chat(&place, "Hello.\n", &[]);
+        assert!(stdout.is_empty() && stderr.contains(&format!("the model sees {most} with")), "{stderr}");
+    }
+}
+
 /// What a model was trained with it should be asked with.
 #[test]
 fn a_run_says_how_its_data_was_laid_out_and_the_adapter_remembers() {

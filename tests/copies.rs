@@ -158,10 +158,11 @@ fn prompts_go_to_the_expert_that_they_stand_for() {
         }
     }
     let three = set.replace("experts = 2", "experts = 3");
-    insta::assert_snapshot!(refusal(&place, &["upcycle", "upcycle.toml", "--log", "silent", "--output", "again", "--set", &three]), @"
+    insta::assert_snapshot!(refusal(&place, &["upcycle", "upcycle.toml", "--log", "silent", "--output", "again", "--set", &three]), @r#"
     exit 2
-    error: `upcycle.prompts` has 2 lists, and there are 3 experts
-    ");
+    error: `--set upcycle={ method = "copy", experts = 3, active = 1, router = "prompts", prompts = [["kite box kite","where is the kite?"],["The captain sails.","Rain falls at sea."]] }`: `upcycle.prompts` has 2 lists, and there are 3 experts
+    hint: give a list of prompts for each expert
+    "#);
 }
 
 const EXPAND: &str = r#"
@@ -214,7 +215,7 @@ fn experts_more_sleep_where_the_choice_has_a_bias() {
 fn experts_more_without_a_bias_are_measured_and_not_promised() {
     let place = expandable("qwen2_moe", "Qwen2MoeForCausalLM");
     let (_, told) = place.run(&["upcycle", "expand.toml", "--set", "upcycle.drop_ratio=0.5"]);
-    assert!(told.contains("6 experts in each of 1 layers, 2 more than before"), "{told}");
+    assert!(told.contains("1 layer has 6 experts now, 2 of them new"), "{told}");
     let guarantee = report(&place, "more")["guarantees"][0].clone();
     assert_eq!(guarantee["promised"], false);
     let new = checkpoint(&place, "more");
@@ -269,17 +270,17 @@ fn what_cannot_have_experts_more_is_refused() {
     error: `model` is not a mixture of experts
     hint: `upcycle.method = "copy"` or `"split"` makes one of a dense model
     "#);
-    insta::assert_snapshot!(refused(&dense, &["--set", "upcycle.active=3"]), @"
+    insta::assert_snapshot!(refused(&dense, &["--set", "upcycle.active=3"]), @r#"
     exit 2
-    error: `--set upcycle.active=3`: `upcycle.active`: a mixture that gets experts more keeps its number
-    hint: leave it out; `num_experts_per_tok` of its `config.json` says it
-    ");
+    error: `--set upcycle.active=3`: `upcycle.active` does nothing with `upcycle.method = "expand"`: a token keeps the number of experts that it has in the mixture
+    hint: leave it out; `num_experts_per_tok` of the mixture's `config.json` says the number
+    "#);
     let sparse = expandable("qwen2_moe", "Qwen2MoeForCausalLM");
-    insta::assert_snapshot!(refused(&sparse, &["--set", "upcycle.router=ridge"]), @"
+    insta::assert_snapshot!(refused(&sparse, &["--set", "upcycle.router=ridge"]), @r#"
     exit 2
-    error: `upcycle.router`: a new expert has the row of the one that it is a copy of, and no other
+    error: `upcycle.router` does nothing with `upcycle.method = "expand"`: a new expert starts from the router row of the expert that it copies
     hint: leave `upcycle.router` out
-    ");
+    "#);
     rewrite(&sparse.path("model"), |tensors| {
         let take = |tensors: &mut HashMap<String, Tensor>, expert: usize, projection: &str| {
             tensors.remove(&format!("model.layers.1.mlp.experts.{expert}.{projection}.weight")).unwrap()

@@ -38,7 +38,7 @@ fn messages(list: &Value) -> Vec<Message> {
         let mut fields = message.as_object().unwrap().clone();
         fields.shift_remove("role");
         let content = fields.shift_remove("content");
-        Message { role, content: content.map(|said| said.as_str().unwrap().to_string()), fields }
+        Message { role, content: content.map(|said| said.as_str().unwrap().to_string()), learn: None, fields }
     };
     list.as_array().unwrap().iter().map(message).collect()
 }

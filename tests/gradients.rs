@@ -99,12 +99,12 @@ fn rotary_agrees_and_turns_back() {
     let x = random(&[tokens, heads * d], 4);
     let angle = random(&[tokens, d / 2], 5);
     let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap(), head_dim: d };
-    let y = rotary::forward(x.copy().unwrap(), &angles).unwrap();
+    let y = rotary::forward(&x, &angles).unwrap();
     assert_close("y", &y, &rotary::reference(&x, &angles).unwrap(), 1e-6);
-    assert_close("back", &rotary::backward(y, &angles).unwrap(), &x, 1e-6);
+    assert_close("back", &rotary::backward(&y, &angles).unwrap(), &x, 1e-6);
     let dy = random(&[tokens, heads * d], 6);
     let expected = differentiate(&[&x], &dy, |v| rotary::reference(&v[0], &angles)).unwrap();
-    assert_close("dx", &rotary::backward(dy, &angles).unwrap(), &expected[0], 1e-5);
+    assert_close("dx", &rotary::backward(&dy, &angles).unwrap(), &expected[0], 1e-5);
 }
 
 #[test]
@@ -259,6 +259,69 @@ fn attention_agrees_within_documents() {
     attention_agrees(Heads { num_kv_heads: 1, num_heads: 1, head_dim: 3, ..heads }, vec![0, 63, 127]);
     attention_agrees(Heads { window: Some(4), ..heads }, vec![0, 3, 80]);
     attention_agrees(Heads { window: Some(70), num_kv_heads: 4, ..heads }, vec![0, 150]);
+}
+
+#[test]
+fn attention_refuses_what_does_not_belong_together() {
+    let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 4, window: None, scale: 0.5 };
+    let (documents, fewer) = (Documents::new(vec![0, 64], vec![0]), Documents::new(vec![0, 2], vec![0]));
+    let (q, k, v) = (random(&[64, 16], 1), random(&[64, 8], 2), random(&[64, 8], 3));
+    let forward = |q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads, documents: &Documents| {
+        attention::forward(q.clone(), k.clone(), v.clone(), heads, documents)
+    };
+    let (o, saved) = forward(&q, &k, &v, &heads, &documents).unwrap();
+    let short = q.narrow(0, 0, 63).unwrap();
+    let wrapping = usize::MAX / 4 + 5; // times the four heads it is 16
+    let other_heads = [
+        Heads { num_heads: 2, ..heads },
+        Heads { num_heads: 3, ..heads },
+        Heads { num_kv_heads: 0, ..heads },
+        Heads { head_dim: 0, ..heads },
+        Heads { head_dim: wrapping, ..heads },
+        Heads { window: Some(0), ..heads },
+    ];
+    let refused = |result: peft::Result<()>| assert_eq!(result.unwrap_err().exit_code(), 1);
+    for other in &other_heads {
+        refused(forward(&q, &k, &v, other, &documents).map(drop));
+        refused(attention::backward(&saved, other, &documents, &o).map(drop));
+    }
+    for documents in [&fewer, &Documents::single(64, 1), &Documents::single(64, usize::MAX)] {
+        refused(forward(&q, &k, &v, &heads, documents).map(drop));
+        refused(attention::backward(&saved, &heads, documents, &o).map(drop));
+    }
+    for (q, k, v) in [(&short, &k, &v), (&q, &q, &v), (&q, &k, &v.narrow(0, 0, 63).unwrap())] {
+        refused(forward(q, k, v, &heads, &documents).map(drop));
+    }
+    refused(attention::backward(&saved, &heads, &documents, &short).map(drop));
+    // A query behind a cache keeps nothing for a backward.
+    let one = Documents::single(1, 63);
+    let (_, saved) = forward(&q.narrow(0, 0, 1).unwrap(), &k, &v, &heads, &one).unwrap();
+    refused(attention::backward(&saved, &heads, &one, &q.narrow(0, 0, 1).unwrap()).map(drop));
+}
+
+#[test]
+fn rotary_and_scores_refuse_other_shapes_and_leave_their_input() {
+    let angle = random(&[5, 2], 5);
+    let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap(), head_dim: 4 };
+    let x = random(&[5, 8], 4);
+    let shared = x.clone();
+    rotary::forward(&x, &angles).unwrap();
+    rotary::backward(&x, &angles).unwrap();
+    assert_eq!(shared.sum_all().unwrap().to_vec0::<f32>().unwrap(), {
+        let rows = random(&[5, 8], 4);
+        rows.sum_all().unwrap().to_vec0::<f32>().unwrap()
+    });
+    let other = |head_dim| Angles { head_dim, ..angles.clone() };
+    for (x, angles) in [
+        (random(&[4, 8], 1), other(4)),
+        (random(&[5, 6], 1), other(4)),
+        (x.clone(), other(0)),
+        (x.clone(), other(2)),
+        (random(&[40], 1), other(4)),
+    ] {
+        assert!(rotary::forward(&x, &angles).is_err(), "{:?} in heads of {}", x.dims(), angles.head_dim);
+    }
+    assert!(peft::ops::scores(&random(&[4, 8], 1), &random(&[3, 16], 2)).is_err());
 }
 
 #[test]
@@ -755,9 +818,9 @@ fn rotary_of_part_of_a_head_agrees() {
     let (tokens, heads, d, rotated) = (5, 3, 10, 4);
     let (x, angle) = (random(&[tokens, heads * d], 4), random(&[tokens, rotated / 2], 5));
     let angles = Angles { cos: angle.cos().unwrap(), sin: angle.sin().unwrap(), head_dim: d };
-    let y = rotary::forward(x.copy().unwrap(), &angles).unwrap();
+    let y = rotary::forward(&x, &angles).unwrap();
     assert_close("y", &y, &rotary::reference(&x, &angles).unwrap(), 1e-6);
     let rest = |t: &Tensor| t.reshape((tokens, heads, d)).unwrap().narrow(2, rotated, d - rotated).unwrap();
     assert_close("rest", &rest(&y).contiguous().unwrap(), &rest(&x).contiguous().unwrap(), 0.0);
-    assert_close("back", &rotary::backward(y, &angles).unwrap(), &x, 1e-6);
+    assert_close("back", &rotary::backward(&y, &angles).unwrap(), &x, 1e-6);
 }

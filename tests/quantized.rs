@@ -266,6 +266,11 @@ fn weights_that_are_no_whole_number_of_blocks_are_refused() {
         new((2, 64), GgmlDType::Q4_0, DType::F32, 71),
         "tensor `w`: has 71 bytes of Q4_0, expected 72 for 2 rows of 64 values"
     );
+    // 2^62 rows of two blocks of 18 bytes are 0 bytes, modulo 2^64.
+    assert_eq!(
+        new((1 << 62, 64), GgmlDType::Q4_0, DType::F32, 0),
+        "tensor `w`: has 0 bytes of Q4_0, expected more than there can be for 4611686018427387904 rows of 64 values"
+    );
     assert_eq!(
         new((2, 64), GgmlDType::Q4_0, DType::F16, 72),
         "tensor `w`: is to be computed with in f16; expected f32 or bf16"
@@ -283,7 +288,7 @@ train = { steps = 6, batch_size = 1, eval_every = 3, save_every = 2, keep = 2, l
 "#;
 
 /// A place with a quantized model, texts in its few tokens, and a recipe.
-fn place() -> Place {
+pub(crate) fn place() -> Place {
     let place = Place::new();
     model(&place.path("model.gguf"), GgmlDType::Q4_0, true);
     let texts: String =

@@ -354,6 +354,25 @@ fn what_an_upcycling_recipe_leaves_out_is_filled_in() {
 }
 
 #[test]
+fn what_is_shared_and_active_follows_the_number_of_slices() {
+    let of = |keys: &str| {
+        let settings = upcycle_plan(&format!("{UPCYCLE}upcycle = {{ {keys} }}")).unwrap().settings;
+        (settings.experts, settings.shared, settings.active)
+    };
+    assert_eq!(of("experts = 8"), (8, 2, 2));
+    assert_eq!(of("experts = 4"), (4, 1, 1));
+    assert_eq!(of("experts = 6"), (6, 2, 2));
+    assert_eq!(of("experts = 2"), (2, 0, 1));
+    assert_eq!(of("experts = 8, method = \"prune\""), (8, 2, 2));
+    assert_eq!(of("experts = 32, shared = 2"), (32, 2, 8));
+    assert_eq!(of("experts = 32, active = 2"), (32, 8, 2));
+    assert_eq!(of("active = 12"), (16, 3, 12), "one slice is left that a token is not sent to");
+    assert_eq!(of("method = \"copy\""), (8, 0, 2));
+    assert_eq!(of("method = \"mix\", sources = [\"a\", \"b\"]"), (3, 0, 2));
+    assert_eq!(of("method = \"expand\""), (1, 0, 1));
+}
+
+#[test]
 fn contradictions_of_an_upcycling_recipe_are_refused() {
     insta::assert_snapshot!(upcycle_refusal("upcycle.expert = 8"), @"
     test.toml:5: unknown key `upcycle.expert`
@@ -381,8 +400,19 @@ fn contradictions_of_an_upcycling_recipe_are_refused() {
     }
     let blank = "upcycle = { method = \"copy\", router = \"prompts\", prompts = [[\"a duck\"], []] }";
     insta::assert_snapshot!(upcycle_refusal(blank), @"
-    test.toml:5: `upcycle.prompts[1]` has nothing to go by: it is empty, or a prompt of it
-    hint: give each expert prompts of the kind it is for
+    test.toml:5: `upcycle.prompts[1]` is an empty list
+    hint: give each expert prompts of the kind of text that it is for
+    ");
+    let blank =
+        "upcycle = { method = \"copy\", router = \"prompts\", prompts = [[\"a duck\", \" \"], [\"b\"]] }";
+    insta::assert_snapshot!(upcycle_refusal(blank), @"
+    test.toml:5: `upcycle.prompts[0][1]` is an empty prompt
+    hint: give each expert prompts of the kind of text that it is for
+    ");
+    let same = "upcycle = { method = \"copy\", router = \"prompts\", prompts = [[\"a\", \"b\"], [\"c\"], [\"b \", \"a\"]] }";
+    insta::assert_snapshot!(upcycle_refusal(same), @"
+    test.toml:5: `upcycle.prompts[0]` and `upcycle.prompts[2]` are the same: the router could not tell their experts apart
+    hint: give each expert prompts of the kind of text that it is for
     ");
     insta::assert_snapshot!(upcycle_refusal("upcycle.keep_dense = { every = 0 }"), @"
     test.toml:5: `upcycle.keep_dense.every` is 0
@@ -396,6 +426,32 @@ fn contradictions_of_an_upcycling_recipe_are_refused() {
     insta::assert_snapshot!(upcycle_refusal(copies), @"
     test.toml:6: `calibration.eval` is for slices, found `copy`
     hint: copies begin as the dense model; leave it out
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle = { shared = 4, active = 12 }"), @"
+    test.toml:5: `upcycle.shared` of 4 and `upcycle.active` of 12 are all 16 slices: every token would go through all of them, as in the dense model
+    hint: lower one of them; half of `upcycle.experts` together is usual
+    ");
+    let pruned = "upcycle = { method = \"prune\", experts = 8, shared = 4, active = 4 }";
+    insta::assert_snapshot!(upcycle_refusal(pruned), @"
+    test.toml:5: `upcycle.shared` of 4 and `upcycle.active` of 4 are all 8 slices: no neuron would be pruned
+    hint: lower one of them; half of `upcycle.experts` together is usual
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle = { method = \"copy\", experts = 1 }"), @"
+    test.toml:5: `upcycle.experts` of 1 leaves one expert to route to
+    hint: a router needs two or more to choose from
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle = { method = \"prune\", format = \"qwen2_moe\" }"), @r#"
+    test.toml:5: `upcycle.format` does nothing with `upcycle.method = "prune"`
+    hint: leave it out
+    "#);
+    let twice = "upcycle = { method = \"mix\", sources = [\"a\", \"b\", \"a\"] }";
+    insta::assert_snapshot!(upcycle_refusal(twice), @"
+    test.toml:5: `upcycle.sources` has `a` twice, or it is `model.source`
+    hint: two experts would be the same; name each checkpoint once
+    ");
+    insta::assert_snapshot!(upcycle_refusal("upcycle = { method = \"mix\", experts = 8, sources = [\"a\"] }"), @"
+    test.toml:5: `upcycle.experts` is 8, and `mix` makes an expert of each of 2 checkpoints
+    hint: leave it out; `model.source` is the first checkpoint
     ");
     let groups = "upcycle = { method = \"virtual-groups\", experts = 2, active = 3 }";
     insta::assert_snapshot!(upcycle_refusal(groups), @"

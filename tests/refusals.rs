@@ -457,9 +457,10 @@ fn wrong_roles() {
         format!("{{\"messages\": [{}]}}\n", messages.join(", "))
     };
     let right = line(&["user", "assistant"]);
-    insta::assert_snapshot!(refused_data(&(right.clone() + &line(&["user", "bot"]))), @"
+    insta::assert_snapshot!(refused_data(&(right.clone() + &line(&["user", "critic"]))), @"
     exit 1
-    error: data.jsonl:2: message 2 of 2: unknown role `bot`, expected `system`, `user`, `assistant` or `tool`
+    error: data.jsonl:2: message 2 of 2: unknown role `critic`, expected `system`, `developer`, `user`, `assistant` or `tool`
+    hint: these names are read: `system`, `developer`, `user`, `human`, `prompter`, `assistant`, `gpt`, `chatgpt`, `bot`, `chatbot`, `model`, `ai`, `tool`, `observation`, `function`, `ipython`, `tool_response`, `tool_result`, `function_response`, `function_result`, `function_call`, `tool_call`
     ");
     insta::assert_snapshot!(refused_data(&(right + &line(&["user", "system", "user"]))), @r#"
     exit 1

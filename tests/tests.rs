@@ -1,6 +1,8 @@
 //! One integration binary, a file per promise.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+/// An account of a conversion says what its numbers mean, and what would make them misleading is refused or warned of.
+mod account;
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
 /// Commands, help and messages as a user sees them.
@@ -14,6 +16,8 @@ mod data;
 /// The order of experts means nothing, room enough is no limit, idle experts learn nothing; bad mixtures are refused, and
 /// adapters on all experts together are read in every layout.
 mod experts;
+/// Memory that is refused and files that change under a command end it with a message, and nothing false is published.
+mod faults;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
 /// Mutated files of every kind are read or refused, with bounded time and memory, and leave nothing behind.
@@ -40,6 +44,8 @@ mod moe;
 mod nju;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
+/// Tensors that merging and upcycling copy hold numbers, or nothing is written; those of odd types are named.
+mod passed_on;
 /// A tiny model, its data and a recipe in a folder of their own.
 mod place;
 /// GGUF models whose matrices stay quantized compute what their values compute, and are trained beside, never themselves.
@@ -52,6 +58,8 @@ mod refusals;
 mod resume;
 /// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.
 mod routers;
+/// All that a row of data says is trained on or named, and files that are no rows are named for what they are.
+mod rows;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.

@@ -250,7 +250,9 @@ fn losses_are_told_by_window_and_by_text() {
     let account = report(&place, "mixture");
     let texts = account["comparisons"].as_array().unwrap();
     let files: Vec<&Value> = texts.iter().map(|text| &text["file"]).collect();
-    assert_eq!(files, [&Value::Null, &"further.jsonl".into()]);
+    assert_eq!(files, [&Value::Null, &"further.jsonl".into(), &Value::Null]);
+    let origins: Vec<&Value> = texts.iter().map(|text| &text["origin"]).collect();
+    assert_eq!(origins, ["held-out", "file", "neutral"]);
     let markdown = fs::read_to_string(place.path("mixture/upcycle.md")).unwrap();
     for text in texts {
         let numbers = |value: &Value| -> Vec<f64> {

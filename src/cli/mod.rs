@@ -14,6 +14,7 @@ use crate::weights::report_downloads;
 mod builtin;
 mod commands;
 mod downloads;
+mod faults;
 mod inspect;
 mod interrupt;
 mod models;
@@ -22,6 +23,7 @@ mod report;
 mod routing;
 mod terminal;
 
+pub use faults::out_of_memory;
 use report::Log;
 use terminal::{Colour, Terminal};
 
@@ -61,8 +63,8 @@ enum Command {
     /// Turn a dense model into a mixture of experts, as a recipe says
     ///
     /// Writes a folder that transformers loads, with an account of what the conversion cost beside static pruning: on text
-    /// held out of `calibration.data`, and on each file of `calibration.eval`. With `method = "expand"` a mixture of experts
-    /// gets experts more.
+    /// held out of `calibration.data`, on each file of `calibration.eval`, and on a built-in text of several kinds. With
+    /// `method = "expand"` new experts are added to a mixture.
     Upcycle(Upcycle),
     /// Continue a prompt
     Generate(Generate),
@@ -279,7 +281,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
     report_downloads(downloads::downloads(arguments.log));
-    match dispatch(arguments.command, &mut terminal) {
+    match faults::begin(arguments.log).and_then(|()| dispatch(arguments.command, &mut terminal)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if terminal.stdout_is_closed() => {
             drop(error);

@@ -140,7 +140,7 @@ fn fitting(
     limits: &Limits,
     terminal: &Terminal,
 ) -> Result<Option<Vec<u32>>> {
-    let room = most - limits.max_new_tokens.clamp(1, most / 4);
+    let room = most.saturating_sub(limits.max_new_tokens.clamp(1, (most / 4).max(1)));
     let question = text.prompt_tokens(&messages[messages.len() - 1..])?.len();
     if question > room {
         messages.pop();
@@ -200,6 +200,9 @@ pub(super) fn rows(arguments: &Eval, loaded: &Loaded, terminal: &Terminal) -> Re
     let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
     let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
     let (rows, counts) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
+    for warning in counts.warnings() {
+        terminal.warn(&warning.to_string());
+    }
     if counts.truncated > 0 {
         terminal.warn(&format!("{} records are cut to {max_length} tokens", counts.truncated));
     }

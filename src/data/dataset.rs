@@ -1,6 +1,6 @@
 //! Sources to a data set: tokenised on all cores, cut to length, counted, split.
 
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use rayon::prelude::*;
@@ -10,9 +10,11 @@ use super::batch::{Row, fingerprint};
 use super::conversation::Conversation;
 use super::mix::{self, Part};
 use super::sampler::all_rows;
-use super::source::{self, Format, Record, Source};
+use super::source::{self, Format, Key, Record, Records, Source};
 use super::text::Text;
 use super::tokens::{Tokens, tokenise};
+use super::value::would_be_missed;
+use super::warning::Warning;
 use crate::error::{Context, Error, Result};
 
 /// What becomes of the documents.
@@ -70,6 +72,25 @@ pub struct Counts {
     pub first_dropped: Option<usize>,
     /// The lengths of all documents before truncation.
     pub lengths: Lengths,
+    /// Keys of records with text that nothing reads.
+    pub unused: Vec<Key>,
+    /// Keys that records hand to the chat template, and that it does not read.
+    pub unread: Vec<Key>,
+}
+
+impl Counts {
+    /// What of the source is not used.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<Warning> {
+        let mut warnings = Vec::new();
+        if !self.unused.is_empty() {
+            warnings.push(Warning::Unused { path: self.path.clone(), keys: self.unused.clone() });
+        }
+        if !self.unread.is_empty() {
+            warnings.push(Warning::Unread { path: self.path.clone(), keys: self.unread.clone() });
+        }
+        warnings
+    }
 }
 
 /// How documents became text: what a model is trained with it should be asked with.
@@ -125,33 +146,6 @@ pub struct Lengths {
     pub max: usize,
 }
 
-/// Something odd about the data that is not an error.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Warning {
-    /// The model would not learn to stop.
-    EosNeverSupervised,
-    /// There is one distinct document only, so none was held out.
-    NothingToHoldOut,
-    /// So many of the documents to evaluate on are also trained on.
-    EvalInTrain(usize),
-}
-
-impl fmt::Display for Warning {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::EosNeverSupervised => f.write_str(
-                "no document has an end-of-sequence token to learn, so the model will not learn to stop",
-            ),
-            Self::NothingToHoldOut => {
-                f.write_str("there is only one distinct document, so none was held out for evaluation")
-            }
-            Self::EvalInTrain(1) => f.write_str("1 document to evaluate on is also trained on"),
-            Self::EvalInTrain(count) => write!(f, "{count} documents to evaluate on are also trained on"),
-        }
-    }
-}
-
 impl Dataset {
     /// Reads and tokenises all sources. Without `eval` sources a share of the training documents is held out.
     pub fn load(train: &[Source], eval: &[Source], text: &Text, preparation: &Preparation) -> Result<Self> {
@@ -201,6 +195,7 @@ impl Dataset {
         if !all_rows(&parts).any(ends) {
             warnings.push(Warning::EosNeverSupervised);
         }
+        warnings.extend(sourced(&train_counts, &eval_counts));
         Ok(Self { train: parts, eval: eval_rows, train_counts, eval_counts, warnings })
     }
 
@@ -209,6 +204,17 @@ impl Dataset {
     pub fn fingerprint(&self) -> String {
         fingerprint(all_rows(&self.train).chain(&self.eval))
     }
+}
+
+/// What is not used of the sources; of a file that is named twice, once.
+fn sourced(train: &[Counts], eval: &[Counts]) -> Vec<Warning> {
+    let mut warnings: Vec<Warning> = Vec::new();
+    for warning in train.iter().chain(eval).flat_map(Counts::warnings) {
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
+    }
+    warnings
 }
 
 /// The documents of one source, numbered from `first`, and what was counted on the way.
@@ -237,7 +243,7 @@ fn rows(
     end_texts: bool,
 ) -> Result<(Vec<Row>, Counts)> {
     let path = &source.path;
-    let (records, format) = source::read(path, source.format)?;
+    let Records { records, format, unused } = source::read(path, source.format)?;
     let tokenised: Vec<Result<Tokens>> =
         records.par_iter().map(|record| tokenise(&record.conversation, text, train_on, end_texts)).collect();
 
@@ -254,6 +260,8 @@ fn rows(
         dropped_without_labels: 0,
         first_dropped: None,
         lengths: Lengths::default(),
+        unused,
+        unread: unread(&records, text),
     };
     let mut lengths = Vec::with_capacity(records.len());
     let mut rows = Vec::with_capacity(records.len());
@@ -282,6 +290,28 @@ fn rows(
         return Err(nothing_left(&counts, max_length)).at(path);
     }
     Ok((rows, counts))
+}
+
+/// The keys of messages and the variables of records that the chat template has no word for.
+fn unread(records: &[Record], text: &Text) -> Vec<Key> {
+    let Ok(template) = text.template() else { return Vec::new() };
+    // Templates read the reasoning of a message under either of these names.
+    const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+    let mut keys = BTreeMap::new();
+    for Record { conversation, line } in records {
+        let Conversation::Chat { messages, tools, extra, .. } = conversation else { continue };
+        let mut of_record: BTreeSet<&str> = extra.keys().map(String::as_str).collect();
+        of_record.extend(tools.as_ref().map(|_| "tools"));
+        let fields = messages.iter().flat_map(|message| &message.fields);
+        of_record
+            .extend(fields.filter(|(key, value)| would_be_missed(key, value)).map(|(key, _)| key.as_str()));
+        of_record.iter().for_each(|key| Key::count(&mut keys, key, *line));
+    }
+    keys.retain(|key, _| match REASONING.contains(&key.as_str()) {
+        true => !REASONING.iter().any(|name| template.mentions(name)),
+        false => !template.mentions(key),
+    });
+    Key::ordered(keys)
 }
 
 impl Lengths {
@@ -328,7 +358,8 @@ pub fn preview(row: &Row, text: &Text) -> Result<Vec<(String, bool)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::text::tests::{chatml, text};
+    use crate::data::TemplateParts;
+    use crate::data::text::tests::{CHATML, chatml, text};
 
     fn source(lines: &[&str]) -> (tempfile::NamedTempFile, Source) {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -372,7 +403,7 @@ mod tests {
         assert!(hint.starts_with("raise `data.max_length`: the longest document has 1"), "{hint}");
 
         let (_file, source) = self::source(&[r#"{"text": "1"}"#]);
-        let endless = text(&[], crate::data::TemplateParts::default(), |_| {});
+        let endless = text(&[], TemplateParts::default(), |_| {});
         let error = load(&source, &endless, 4, TrainOn::Completion, 0).unwrap_err().to_string();
         assert!(error.ends_with("none of the 1 documents has a token to learn"), "{error}");
     }
@@ -424,6 +455,54 @@ mod tests {
         let data = Dataset::load(&[source], &[], &chatml(), &preparation(2, 0.5)).unwrap();
         assert_eq!(data.warnings, [Warning::NothingToHoldOut, Warning::EosNeverSupervised]);
         assert_eq!(data.train[0].rows.len(), 2);
+    }
+
+    #[test]
+    fn text_that_is_not_used_is_told_once_a_file() {
+        let row = |more: &str| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "q", "name": "n"}}, {{"role": "assistant", "content": "a"}}]{more}}}"#
+            )
+        };
+        let rows = [
+            row(""),
+            row(r#", "context": "c", "id": "x", "tools": [{"name": "f"}]"#),
+            row(r#", "context": "c", "chat_template_kwargs": {"deep": true, "mood": "m"}"#),
+        ];
+        let (file, source) = source(&rows.each_ref().map(String::as_str));
+        let template = CHATML.replace("{% for", "{% if mood %}{{ mood }}{% endif %}{% for");
+        let parts = TemplateParts { chat_template: Some(template), ..TemplateParts::default() };
+        let text = text(&[], parts, |_| {});
+        let eval = std::slice::from_ref(&source);
+        let data = Dataset::load(eval, eval, &text, &preparation(99, 0.0)).unwrap();
+        let told: Vec<String> = data.warnings.iter().skip(1).map(ToString::to_string).collect();
+        let path = file.path().display();
+        assert_eq!(
+            told,
+            [
+                "no document has an end-of-sequence token to learn, so the model will not learn to stop"
+                    .to_string(),
+                format!(
+                    "{path}: text under these keys is not used: `context` (2 records, the first in line 2)"
+                ),
+                format!(
+                    "{path}: the chat template does not read these keys: `name` (3 records, the first in line 1), \
+                     `tools` (line 2), `deep` (line 3)"
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn documents_that_are_switched_off_are_counted() {
+        let row = |weight: u8| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "a", "weight": {weight}}}]}}"#
+            )
+        };
+        let (_file, source) = source(&[&row(1), &row(0)]);
+        let (rows, counts) = load(&source, &chatml(), 99, TrainOn::Completion, 0).unwrap();
+        assert_eq!((rows.len(), counts.dropped_without_labels, counts.first_dropped), (1, 1, Some(2)));
     }
 
     #[test]

@@ -15,27 +15,32 @@
 
 mod batch;
 mod chance;
+mod container;
 mod conversation;
 mod dataset;
+mod foreign;
+mod message;
 mod mix;
 mod pack;
+mod record;
 mod sampler;
 mod source;
 mod template;
 mod text;
 mod tokens;
+mod value;
+mod warning;
 
 pub(crate) use chance::{generator, shuffle};
 
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
-pub use dataset::{
-    Counts, Dataset, Layout, Lengths, Preparation, Warning, load, load_for_perplexity, preview,
-};
+pub use dataset::{Counts, Dataset, Layout, Lengths, Preparation, load, load_for_perplexity, preview};
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
-pub use source::{Format, Record, Source, read};
+pub use source::{Format, Key, Record, Records, Source, read};
 pub use text::{DecodeStream, TemplateParts, Text};
+pub use warning::Warning;
 
 /// Which tokens are learned.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -39,9 +39,18 @@ struct Epoch {
 
 impl<'a> Sampler<'a> {
     /// Over the training documents of a [`Dataset`](super::Dataset), at least one.
+    ///
+    /// # Panics
+    ///
+    /// Where no part has both documents and a weight above 0, a weight is infinite or NaN, or `order.batch_size` is 0.
     #[must_use]
     pub fn new(parts: &'a [Part], order: Order) -> Self {
-        assert!(parts.iter().any(|part| !part.rows.is_empty()), "a data set has at least one document");
+        let counts = |part: &Part| !part.rows.is_empty() && part.weight > 0.0;
+        assert!(parts.iter().any(counts), "a data set has at least one document that its weight shows");
+        assert!(
+            parts.iter().all(|part| part.weight.is_finite()),
+            "the weight of a source is a finite number"
+        );
         assert!(order.batch_size > 0, "a batch has at least one row");
         Self { parts, order, starts: vec![0], current: None }
     }

@@ -1,4 +1,4 @@
-//! Data files: JSON Lines, or one JSON list, of records of one format.
+//! Data files: JSON Lines, one JSON list, or one JSON object with the list under `data`, of records of one format.
 //!
 //! ```text
 //! {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}    messages
@@ -7,14 +7,17 @@
 //! {"text": "…"}                                                                             text
 //! ```
 //!
-//! Other keys are left alone. `messages` may also be called `conversations`, with `from` and `value` in it; a prompt
-//! and a completion may both be lists of messages. Which of the two kinds of file it is shows in its first character.
+//! `messages` may also be called `conversations`, with `from` and `value` in it; a prompt and a completion may both be
+//! lists of messages. Beside messages and in alpaca records, `system`, `tools` and `chat_template_kwargs` are read, and
+//! `history` in alpaca records. Text under other keys is counted, so that nothing is lost in silence.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
-use super::conversation::{Conversation, expected, keys, kind};
+use super::conversation::Conversation;
+pub use super::record::Format;
+use super::value::would_be_missed;
+use super::{container, record};
 use crate::error::{Context, Error, Result, nearest_path};
 
 /// A data file of the recipe.
@@ -28,37 +31,6 @@ pub struct Source {
     pub format: Format,
 }
 
-/// What the records of a data file look like.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Format {
-    /// Told from the keys of the first record.
-    #[default]
-    Auto,
-    /// `{"messages": [{"role": "user", "content": "…"}, …]}`
-    Messages,
-    /// `{"instruction": "…", "input": "…", "output": "…"}`
-    Alpaca,
-    /// `{"prompt": "…", "completion": "…"}`
-    PromptCompletion,
-    /// `{"text": "…"}`
-    Text,
-}
-
-impl Format {
-    /// Its name in a recipe.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Messages => "messages",
-            Self::Alpaca => "alpaca",
-            Self::PromptCompletion => "prompt-completion",
-            Self::Text => "text",
-        }
-    }
-}
-
 /// A record, and where it began.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
@@ -68,8 +40,49 @@ pub struct Record {
     pub line: usize,
 }
 
-/// Reads all records of a file, and says which format they have.
-pub fn read(path: &Path, format: Format) -> Result<(Vec<Record>, Format)> {
+/// What a data file holds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Records {
+    /// In the order of the file.
+    pub records: Vec<Record>,
+    /// Their format, as given or as told from the first.
+    pub format: Format,
+    /// Keys of records with text that nothing reads.
+    pub unused: Vec<Key>,
+}
+
+/// A key of records, and how many of them have it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Key {
+    /// The key.
+    pub key: String,
+    /// How many records have it.
+    pub records: usize,
+    /// The line of the first of them.
+    pub line: usize,
+}
+
+impl Key {
+    /// Counts `key` once more, for a record in this line.
+    pub(super) fn count(keys: &mut BTreeMap<String, Self>, key: &str, line: usize) {
+        match keys.get_mut(key) {
+            Some(known) => known.records += 1,
+            None => {
+                keys.insert(key.to_string(), Self { key: key.to_string(), records: 1, line });
+            }
+        }
+    }
+
+    /// The keys in the order of their first lines.
+    pub(super) fn ordered(keys: BTreeMap<String, Self>) -> Vec<Self> {
+        let mut keys: Vec<Self> = keys.into_values().collect();
+        keys.sort_by_key(|key| key.line);
+        keys
+    }
+}
+
+/// Reads all records of a file. Without a format, the first record tells it.
+pub fn read(path: &Path, format: Format) -> Result<Records> {
     let bytes = match std::fs::read(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let hint = match nearest_path(path, Path::is_file) {
@@ -83,121 +96,28 @@ pub fn read(path: &Path, format: Format) -> Result<(Vec<Record>, Format)> {
         }
         read => read.at(path)?,
     };
-    let text = match std::str::from_utf8(&bytes) {
-        Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
-        Err(error) => {
-            let line = 1 + bytes[..error.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count();
-            return Err(Error::invalid("not valid UTF-8")
-                .with_hint("data files are UTF-8; is this a compressed or binary file?"))
-            .at_line(path, line);
+    let mut unused = BTreeMap::new();
+    let mut read = Records { records: Vec::new(), format, unused: Vec::new() };
+    let beside = container::each(&bytes, path, &mut |value, line| {
+        if read.format == Format::Auto {
+            read.format = record::detect(&value).at_line(path, line)?;
         }
-    };
-    let values = if text.trim_start().starts_with('[') { list(text, path)? } else { lines(text, path)? };
-    let Some((first, line)) = values.first() else {
-        let hint = format!("write one per line, with {}", expected(Format::Auto));
+        let (conversation, lost) = record::read(value, read.format).at_line(path, line)?;
+        lost.iter().for_each(|key| Key::count(&mut unused, key, line));
+        read.records.push(Record { conversation, line });
+        Ok(())
+    })?;
+    for (key, value, line) in beside {
+        if would_be_missed(&key, &value) {
+            Key::count(&mut unused, &key, line);
+        }
+    }
+    read.unused = Key::ordered(unused);
+    if read.records.is_empty() {
+        let hint = format!("write one per line, with {}", record::expected(Format::Auto));
         return Err(Error::invalid("no records").with_hint(hint)).at(path);
-    };
-    let format = match format {
-        Format::Auto => detect(first).at_line(path, *line)?,
-        given => given,
-    };
-    let records = values
-        .into_iter()
-        .map(|(value, line)| {
-            let conversation = Conversation::from_record(value, format).at_line(path, line)?;
-            Ok(Record { conversation, line })
-        })
-        .collect::<Result<_>>()?;
-    Ok((records, format))
-}
-
-/// Which format a record has, told from its keys.
-fn detect(record: &Value) -> Result<Format> {
-    let Value::Object(record) = record else {
-        return Err(Error::invalid(format!("the record is {}, expected an object", kind(record))));
-    };
-    let has = |key: &str| record.contains_key(key);
-    if has("messages") || has("conversations") {
-        Ok(Format::Messages)
-    } else if has("prompt") && has("completion") {
-        Ok(Format::PromptCompletion)
-    } else if has("instruction") && has("output") {
-        Ok(Format::Alpaca)
-    } else if has("text") {
-        Ok(Format::Text)
-    } else {
-        let found = keys(record);
-        Err(Error::invalid(format!("the record has {found}, expected {}", expected(Format::Auto))))
     }
-}
-
-fn lines(text: &str, path: &Path) -> Result<Vec<(Value, usize)>> {
-    text.lines()
-        .zip(1..)
-        .filter(|(line, _)| !line.trim().is_empty())
-        .map(|(line, number)| {
-            let value = serde_json::from_str(line).map_err(|error| {
-                let wrong = malformed(&error);
-                if error.is_eof() && number == 1 {
-                    wrong.with_hint(
-                        "each line holds one whole record; a file with one list of records begins with `[`",
-                    )
-                } else {
-                    wrong
-                }
-            });
-            Ok((value.at_line(path, number)?, number))
-        })
-        .collect()
-}
-
-/// The elements one by one, since a list parsed whole does not know their lines.
-fn list(text: &str, path: &Path) -> Result<Vec<(Value, usize)>> {
-    let line_of = |at: usize| 1 + text[..at].bytes().filter(|&byte| byte == b'\n').count();
-    let skip = |at: usize| at + (text[at..].len() - text[at..].trim_start().len());
-    let mut values = Vec::new();
-    let mut at = skip(0) + 1;
-    let (mut counted, mut line) = (0, 1);
-    loop {
-        at = skip(at);
-        if values.is_empty() && text[at..].starts_with(']') {
-            at += 1;
-            break;
-        }
-        line += text[counted..at].bytes().filter(|&byte| byte == b'\n').count();
-        counted = at;
-        let mut stream = serde_json::Deserializer::from_str(&text[at..]).into_iter::<Value>();
-        let value = match stream.next() {
-            Some(Ok(value)) => value,
-            Some(Err(error)) => return Err(malformed(&error)).at_line(path, line + error.line().max(1) - 1),
-            None => return Err(Error::invalid("the list ends before its `]`")).at_line(path, line),
-        };
-        values.push((value, line));
-        at = skip(at + stream.byte_offset());
-        match text[at..].chars().next() {
-            Some(',') => at += 1,
-            Some(']') => {
-                at += 1;
-                break;
-            }
-            Some(other) => {
-                return Err(Error::invalid(format!("not valid JSON: found `{other}`, expected `,` or `]`")))
-                    .at_line(path, line_of(at));
-            }
-            None => return Err(Error::invalid("the list ends before its `]`")).at_line(path, line_of(at)),
-        }
-    }
-    if !text[at..].trim().is_empty() {
-        return Err(Error::invalid("found more after the list of records")).at_line(path, line_of(skip(at)));
-    }
-    Ok(values)
-}
-
-/// serde_json counts lines within what it was given, which is not the file.
-fn malformed(error: &serde_json::Error) -> Error {
-    let message = error.to_string();
-    let message = message.split(" at line ").next().unwrap_or(&message);
-    Error::invalid(format!("not valid JSON at column {}: {message}", error.column()))
+    Ok(read)
 }
 
 #[cfg(test)]
@@ -212,7 +132,8 @@ mod tests {
     }
 
     fn records(bytes: &str) -> (Vec<Record>, Format) {
-        read(file(bytes).path(), Format::Auto).unwrap()
+        let read = read(file(bytes).path(), Format::Auto).unwrap();
+        (read.records, read.format)
     }
 
     /// The message without the path.
@@ -275,7 +196,7 @@ mod tests {
             unreachable!()
         };
         assert_eq!(messages[0].content, None);
-        assert_eq!(messages[0].fields.keys().collect::<Vec<_>>(), ["content", "tool_calls"]);
+        assert_eq!(messages[0].fields.keys().collect::<Vec<_>>(), ["tool_calls"]);
         assert_eq!(messages[1].content.as_deref(), Some(""));
         assert_eq!(tools, Some(serde_json::json!([{"name": "f"}])));
     }
@@ -304,7 +225,10 @@ mod tests {
         ] {
             assert_eq!(refusal(bytes), expected, "{bytes:?}");
         }
-        assert_eq!(refusal(b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}"), "FILE:2: not valid UTF-8");
+        assert_eq!(
+            refusal(b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}"),
+            "FILE:2: not valid UTF-8: the byte 0xff at column 11"
+        );
         let missing = read(Path::new("no/such.jsonl"), Format::Auto).unwrap_err();
         assert!(missing.to_string().starts_with("no/such.jsonl: "), "{missing}");
     }
@@ -333,10 +257,14 @@ mod tests {
                 "message 1 of 1: found the key `content`, expected `role` and `content`",
             ),
             (
-                message(r#"{"role": "bot", "content": "c"}"#),
-                "message 1 of 1: unknown role `bot`, expected `system`, `user`, `assistant` or `tool`",
+                message(r#"{"role": "critic", "content": "c"}"#),
+                "message 1 of 1: unknown role `critic`, expected `system`, `developer`, `user`, `assistant` or `tool`",
             ),
-            (message(r#"{"role": "user"}"#), "message 1 of 1: the content of the `user` message is empty"),
+            (message(r#"{"role": "user"}"#), "message 1 of 1: the `user` message has no `content`"),
+            (
+                message(r#"{"role": "user", "content": " "}"#),
+                "message 1 of 1: the content of the `user` message is empty",
+            ),
             (
                 message(r#"{"role": "user", "content": {}}"#),
                 "message 1 of 1: `content` is an object, expected a string",
@@ -361,6 +289,112 @@ mod tests {
         assert!(error.to_string().ends_with(
             ":1: the record has the key `text`, expected `prompt` and `completion` (format prompt-completion)"
         ));
-        assert!(error.hint().unwrap().starts_with("all records of a file have the format of its first"));
+        assert_eq!(
+            error.hint(),
+            Some(
+                "all records of a file have the format of its first, or the one that the recipe names; this one has the \
+                 format text: put it into a file of its own"
+            )
+        );
+    }
+
+    #[test]
+    fn a_list_may_be_held_by_an_object() {
+        for (bytes, expected) in [
+            ("{\"data\": [{\"text\": \"a\"}, {\"text\": \"b\"}]}", vec![1, 1]),
+            (
+                "{\"version\": 1,\n \"data\": [\n{\"text\": \"a\"},\n{\"text\": \"b\"}]\n, \"n\": 2}\n",
+                vec![3, 4],
+            ),
+            ("{\"rows\": [{\"text\": \"a\"}]}", vec![1]),
+            // A record in which the list is data of its own.
+            ("{\"data\": [{\"x\": 1}], \"text\": \"a\"}", vec![1]),
+        ] {
+            let read = records(bytes).0;
+            assert_eq!(read.iter().map(|record| record.line).collect::<Vec<_>>(), expected, "{bytes}");
+        }
+        let beside =
+            read(file("{\"system\": \"s\", \"data\": [{\"text\": \"a\"}]}").path(), Format::Auto).unwrap();
+        assert_eq!(beside.unused, [Key { key: "system".into(), records: 1, line: 1 }]);
+        for (bytes, expected) in [
+            (
+                "{\"train\": [{\"text\": \"a\"}]}",
+                "FILE: the file is one object with a list of records under `train`",
+            ),
+            (
+                "{\"data\": [{\"text\": \"a\"}], \"test\": [{\"text\": \"b\"}]}",
+                "FILE: the file is one object with several lists of records: `data`, `test`",
+            ),
+            (
+                "{\"data\":\n[{\"text\": \"a\"},\n{\"text\": x}]}",
+                "FILE:3: not valid JSON at column 10: expected value",
+            ),
+            ("{\"data\": [{\"text\": \"a\"}", "FILE:1: the list ends before its `]`"),
+            (
+                "{\"data\": []}",
+                "FILE:1: the record has the key `data`, expected `messages`, or `prompt` and `completion`, or `instruction` and `output`, or `text`",
+            ),
+        ] {
+            assert_eq!(refusal(bytes), expected, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn what_python_writes_and_json_does_not_have_is_named() {
+        for (bytes, expected) in [
+            (
+                r#"{"text": "é", "x": NaN}"#,
+                "FILE:1: not valid JSON at column 20: found `NaN`, which Python writes and JSON does not have",
+            ),
+            (
+                r#"{"text": "a", "x": -Infinity}"#,
+                "FILE:1: not valid JSON at column 20: found `-Infinity`, which Python writes and JSON does not have",
+            ),
+            (
+                "[\n{\"x\": 1}, {\"x\": Infinity}]",
+                "FILE:2: the record has the key `x`, expected `messages`, or `prompt` and `completion`, or `instruction` and `output`, or `text`",
+            ),
+            (
+                "[\n{\"text\": \"a\"}, {\"x\": Infinity}]",
+                "FILE:2: not valid JSON at column 22: found `Infinity`, which Python writes and JSON does not have",
+            ),
+            (
+                "{'text': 'a'}",
+                "FILE:1: not valid JSON at column 2: found `'`, which Python writes and JSON does not have",
+            ),
+            (
+                r#"{"text": None}"#,
+                "FILE:1: not valid JSON at column 10: found `None`, which Python writes and JSON does not have",
+            ),
+        ] {
+            assert_eq!(refusal(bytes), expected, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn half_surrogates_are_named() {
+        let with = |said: &str| format!(r#"{{"text": "{said}"}}"#);
+        for (said, column, half) in [
+            (r"a \ud83d", 13, r"\ud83d"),
+            (r"\ud83dx", 11, r"\ud83d"),
+            (r"\\ud83d \ude00", 19, r"\ude00"),
+            (r"\ud83d\u0041", 11, r"\ud83d"),
+            (r"\ud83d\ude00 \ud83d", 24, r"\ud83d"),
+        ] {
+            assert_eq!(
+                refusal(with(said)),
+                format!(
+                    "FILE:1: not valid JSON at column {column}: `{half}` is half of a surrogate pair, which is no character"
+                )
+            );
+        }
+        assert_eq!(only(&with(r"\ud83d\ude00")), Conversation::Text("😀".into()));
+    }
+
+    #[test]
+    fn unused_keys_are_counted_with_their_first_line() {
+        let rows = "{\"text\": \"a\"}\n{\"text\": \"a\", \"note\": \"n\"}\n{\"text\": \"a\", \"note\": \"n\", \"id\": \"i\"}";
+        let read = read(file(rows).path(), Format::Auto).unwrap();
+        assert_eq!(read.unused, [Key { key: "note".into(), records: 2, line: 2 }]);
     }
 }

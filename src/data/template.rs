@@ -8,8 +8,9 @@
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value};
+use serde_json::Map;
 
-use super::conversation::Message;
+use super::conversation::{Message, Role};
 use crate::error::{Error, Result};
 
 const NAME: &str = "chat_template";
@@ -26,6 +27,8 @@ pub(crate) struct Template {
     /// Whether the template ends with the beginning of an answer when asked to.
     pub(crate) prompts: bool,
     marks: bool,
+    /// Whether the role `developer` means something to the template.
+    knows_developer: bool,
 }
 
 impl Template {
@@ -62,11 +65,12 @@ impl Template {
 
         let (source, marks) = translate(source);
         let prompts = source.contains("add_generation_prompt");
+        let knows_developer = ["'developer'", "\"developer\""].iter().any(|word| source.contains(word));
         environment.add_template_owned(NAME, source).map_err(|error| {
             let line = error.line().map_or(String::new(), |line| format!(" in line {line}"));
             Error::invalid(format!("the chat template is not valid{line}: {}", reason(&error)))
         })?;
-        Ok(Self { environment, bos_token, eos_token, prompts, marks })
+        Ok(Self { environment, bos_token, eos_token, prompts, marks, knows_developer })
     }
 
     /// What the model reads for these messages.
@@ -74,9 +78,15 @@ impl Template {
         &self,
         messages: &[Message],
         tools: Option<&serde_json::Value>,
+        extra: &Map<String, serde_json::Value>,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        self.run(messages, tools, add_generation_prompt, false)
+        self.run(messages, tools, extra, add_generation_prompt, false)
+    }
+
+    /// Whether the source has this word, so that a template without it cannot read a key of this name.
+    pub(crate) fn mentions(&self, word: &str) -> bool {
+        self.environment.get_template(NAME).is_ok_and(|template| template.source().contains(word))
     }
 
     /// The spans of `rendered` (of these messages, without generation prompt) that the template itself marks as
@@ -85,12 +95,13 @@ impl Template {
         &self,
         messages: &[Message],
         tools: Option<&serde_json::Value>,
+        extra: &Map<String, serde_json::Value>,
         rendered: &str,
     ) -> Option<Vec<(usize, usize)>> {
         if !self.marks || rendered.contains(MARKS) {
             return None;
         }
-        let marked = self.run(messages, tools, false, true).ok()?;
+        let marked = self.run(messages, tools, extra, false, true).ok()?;
         let (mut spans, mut plain, mut start) = (Vec::new(), String::new(), None);
         for piece in marked.split_inclusive(MARKS) {
             plain.push_str(piece.trim_end_matches(MARKS));
@@ -107,11 +118,15 @@ impl Template {
         &self,
         messages: &[Message],
         tools: Option<&serde_json::Value>,
+        extra: &Map<String, serde_json::Value>,
         add_generation_prompt: bool,
         mark_generation: bool,
     ) -> Result<String> {
         let mut variables: Vec<(&str, Value)> = vec![
-            ("messages", messages.iter().map(message_value).collect()),
+            (
+                "messages",
+                messages.iter().map(|message| message_value(message, self.knows_developer)).collect(),
+            ),
             ("add_generation_prompt", add_generation_prompt.into()),
             ("tools", tools.map_or(Value::from(()), json_value)),
             ("documents", Value::from(())),
@@ -122,6 +137,9 @@ impl Template {
                 variables.push((name, token.as_str().into()));
             }
         }
+        // As in Python, where keyword arguments win over special tokens.
+        variables.retain(|(name, _)| !extra.contains_key(*name));
+        variables.extend(extra.iter().map(|(name, value)| (name.as_str(), json_value(value))));
         let template = self.environment.get_template(NAME).map_err(|error| Error::invalid(reason(&error)))?;
         template.render(Value::from_pairs(variables)).map_err(|error| {
             Error::invalid(format!("the chat template cannot render the conversation: {}", reason(&error)))
@@ -134,8 +152,12 @@ fn reason(error: &minijinja::Error) -> String {
     error.detail().map_or_else(|| error.kind().to_string(), str::to_string)
 }
 
-fn message_value(message: &Message) -> Value {
-    let mut pairs = vec![(Value::from("role"), Value::from(message.role.name()))];
+fn message_value(message: &Message, knows_developer: bool) -> Value {
+    let role = match message.role {
+        Role::Developer if !knows_developer => Role::System,
+        role => role,
+    };
+    let mut pairs = vec![(Value::from("role"), Value::from(role.name()))];
     pairs.extend(message.content.as_deref().map(|said| (Value::from("content"), Value::from(said))));
     pairs.extend(message.fields.iter().map(|(key, value)| (Value::from(key.as_str()), json_value(value))));
     // As transformers: reasoning goes under the name that templates read, whichever it came by.
@@ -322,11 +344,10 @@ fn number(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::conversation::Role;
 
     fn render(source: &str, messages: &[Message]) -> String {
         let template = Template::new(source, Some("<s>".into()), None, 1_722_000_000).unwrap();
-        template.render(messages, None, false).unwrap()
+        template.render(messages, None, &Map::new(), false).unwrap()
     }
 
     #[test]
@@ -398,19 +419,38 @@ end\n";
         |{% else %}U:{{ m.content }}|{% endif %}{% endfor %}";
         let messages = [Message::new(Role::User, "q"), Message::new(Role::Assistant, "é"), message()];
         let template = Template::new(source, None, None, 0).unwrap();
-        let rendered = template.render(&messages, None, false).unwrap();
+        let rendered = template.render(&messages, None, &Map::new(), false).unwrap();
         assert_eq!(rendered, "U:q|A:é.|U:hi|");
-        assert_eq!(template.marked(&messages, None, &rendered), Some(vec![(6, 9)]));
+        assert_eq!(template.marked(&messages, None, &Map::new(), &rendered), Some(vec![(6, 9)]));
         let unmarked = Template::new("{{ messages }}", None, None, 0).unwrap();
-        assert_eq!(unmarked.marked(&messages, None, &rendered), None);
+        assert_eq!(unmarked.marked(&messages, None, &Map::new(), &rendered), None);
     }
 
     #[test]
     fn errors_give_the_reason() {
         let template = Template::new("{{ raise_exception('no ' ~ 'tools') }}", None, None, 0).unwrap();
-        let error = template.render(&[], None, false).unwrap_err();
+        let error = template.render(&[], None, &Map::new(), false).unwrap_err();
         assert_eq!(error.to_string(), "the chat template cannot render the conversation: no tools");
         let error = Template::new("a\n{% if %}", None, None, 0).unwrap_err().to_string();
         assert!(error.starts_with("the chat template is not valid in line 2: "), "{error}");
+    }
+
+    #[test]
+    fn developers_are_named_where_the_template_knows_the_word() {
+        let messages = [Message::new(Role::Developer, "d"), Message::new(Role::System, "s")];
+        let plain = "{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}";
+        assert_eq!(render(plain, &messages), "system:d system:s ");
+        let knows = "{% for m in messages %}{{ 'DEV' if m.role == \"developer\" else m.role }}:{{ m.content }} {% endfor %}";
+        assert_eq!(render(knows, &messages), "DEV:d system:s ");
+    }
+
+    #[test]
+    fn variables_of_a_row_win() {
+        let template =
+            Template::new("{{ bos_token }}{{ enable_thinking }}", Some("<s>".into()), None, 0).unwrap();
+        let render =
+            |extra: serde_json::Value| template.render(&[], None, extra.as_object().unwrap(), false).unwrap();
+        assert_eq!(render(serde_json::json!({"enable_thinking": false})), "<s>False");
+        assert_eq!(render(serde_json::json!({"bos_token": "B"})), "B");
     }
 }

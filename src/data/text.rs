@@ -129,7 +129,7 @@ impl Text {
 
     /// What the chat template makes of messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        self.template()?.render(messages, None, add_generation_prompt)
+        self.template()?.render(messages, None, &serde_json::Map::new(), add_generation_prompt)
     }
 
     /// The tokens that ask the model for the next message.

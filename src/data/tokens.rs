@@ -1,10 +1,12 @@
 //! Conversations to tokens, and which of them are learned.
 //!
 //! With `train_on = completion` that is what the assistant says, from the end of the prompt that generation will
-//! give (`add_generation_prompt`) to the token that ends the turn, in every assistant message. A prompt with a
-//! completion is tokenised twice, alone and whole, and learned from where the two differ. Every document ends with
+//! give (`add_generation_prompt`) to the token that ends the turn, in every assistant message. A message that its record
+//! switches off is not learned, with `train_on = all` either; one of another role that it switches on is. A prompt with
+//! a completion is tokenised twice, alone and whole, and learned from where the two differ. Every document ends with
 //! the end token, which is learned: a model that never sees it never stops.
 
+use serde_json::{Map, Value};
 use tokenizers::Encoding;
 
 use super::TrainOn;
@@ -57,8 +59,8 @@ pub(crate) fn tokenise(
             end(&mut document, text);
             Ok(document)
         }
-        Conversation::Chat { messages, tools, learn_from } => {
-            Chat::new(messages, tools.as_ref(), text)?.tokens(train_on, *learn_from)
+        Conversation::Chat { messages, tools, extra, learn_from } => {
+            Chat::new(messages, tools.as_ref(), extra, text)?.tokens(train_on, *learn_from)
         }
     }
 }
@@ -73,7 +75,8 @@ fn end(document: &mut Tokens, text: &Text) {
 /// A conversation, rendered and tokenised.
 struct Chat<'a> {
     messages: &'a [Message],
-    tools: Option<&'a serde_json::Value>,
+    tools: Option<&'a Value>,
+    extra: &'a Map<String, Value>,
     text: &'a Text,
     rendered: String,
     encoding: Encoding,
@@ -92,8 +95,24 @@ struct Turn {
 }
 
 impl<'a> Chat<'a> {
-    fn new(messages: &'a [Message], tools: Option<&'a serde_json::Value>, text: &'a Text) -> Result<Self> {
-        let rendered = text.template()?.render(messages, tools, false)?;
+    fn new(
+        messages: &'a [Message],
+        tools: Option<&'a Value>,
+        extra: &'a Map<String, Value>,
+        text: &'a Text,
+    ) -> Result<Self> {
+        let template = text.template()?;
+        let rendered = template.render(messages, tools, extra, false).map_err(|error| {
+            let calls = messages.iter().position(|message| message.fields.contains_key("tool_calls"));
+            match calls.filter(|_| !template.mentions("tool_calls")) {
+                Some(i) => Error::invalid(format!(
+                    "message {} calls a tool (`tool_calls` or `function_call`), which the chat template does not read: {error}",
+                    i + 1
+                ))
+                .with_hint("take a model whose template knows `tool_calls`, or write the call as text into `content`"),
+                None => error,
+            }
+        })?;
         let encoding = text.encoding(&rendered)?;
         let mut reached = 0;
         let spans = encoding
@@ -105,33 +124,44 @@ impl<'a> Chat<'a> {
                 span
             })
             .collect();
-        Ok(Self { messages, tools, text, rendered, encoding, spans })
+        Ok(Self { messages, tools, extra, text, rendered, encoding, spans })
     }
 
     fn tokens(self, train_on: TrainOn, learn_from: usize) -> Result<Tokens> {
-        let assistant = |i: &usize| self.messages[*i].role == Role::Assistant;
         let last = self.messages.len() - 1;
-        let (turns, closed) = match train_on {
+        let switched_off = |i: usize| self.messages[i].learn == Some(false);
+        let (turns, off) = match train_on {
             TrainOn::All => {
-                let closed = !assistant(&last) || self.turn(last).is_ok_and(|turn| turn.closed);
-                (vec![Turn { start: 0, end: self.rendered.len(), closed }], closed)
+                let closed = !self.speaks(last) || self.turn(last).is_ok_and(|turn| turn.closed);
+                let whole = Turn { start: 0, end: self.rendered.len(), closed };
+                (vec![whole], self.turns(switched_off)?)
             }
             TrainOn::Completion => {
-                if !(learn_from..=last).any(|i| assistant(&i)) {
+                let learned =
+                    |i: usize| i >= learn_from && self.messages[i].learn.unwrap_or_else(|| self.speaks(i));
+                if !(learn_from..=last).any(|i| self.speaks(i) || learned(i)) {
                     return Err(Error::invalid("the conversation has no `assistant` message to learn from")
                         .with_hint("set `data.train_on` = \"all\" to learn every token"));
                 }
-                let turns = self.turns(learn_from)?;
-                let closed = !assistant(&last) || turns.last().is_none_or(|turn| turn.closed);
-                (turns, closed)
+                (self.turns(learned)?, Vec::new())
             }
         };
+        // A last message that is not learned has no end to learn either.
+        let closed = !self.speaks(last) || switched_off(last) || turns.last().is_none_or(|turn| turn.closed);
 
-        let mut turns = turns.iter().peekable();
-        let mut supervised = vec![false; self.spans.len()];
-        for (counted, &(start, end)) in supervised.iter_mut().zip(&self.spans) {
-            while turns.next_if(|turn| turn.end <= start).is_some() {}
-            *counted = turns.peek().is_some_and(|turn| end > turn.start);
+        let overlapped = |turns: &[Turn]| -> Vec<bool> {
+            let mut turns = turns.iter().peekable();
+            let spans = self.spans.iter();
+            spans
+                .map(|&(start, end)| {
+                    while turns.next_if(|turn| turn.end <= start).is_some() {}
+                    turns.peek().is_some_and(|turn| end > turn.start)
+                })
+                .collect()
+        };
+        let mut supervised = overlapped(&turns);
+        for (counted, off) in supervised.iter_mut().zip(overlapped(&off)) {
+            *counted &= !off;
         }
         let mut tokens = Tokens { tokens: self.encoding.get_ids().to_vec(), supervised };
         if let Some(bos) = self.text.missing_bos(&tokens.tokens) {
@@ -147,32 +177,56 @@ impl<'a> Chat<'a> {
         Ok(tokens)
     }
 
-    /// The turns to learn, in order.
-    fn turns(&self, learn_from: usize) -> Result<Vec<Turn>> {
-        let wanted: Vec<usize> =
-            (0..self.messages.len()).filter(|&i| self.messages[i].role == Role::Assistant).collect();
+    /// Whether message `i` is the model's own.
+    fn speaks(&self, i: usize) -> bool {
+        self.messages[i].role == Role::Assistant
+    }
+
+    /// The turns of the messages that are `wanted`, in order.
+    fn turns(&self, wanted: impl Fn(usize) -> bool) -> Result<Vec<Turn>> {
+        if !(0..self.messages.len()).any(&wanted) {
+            return Ok(Vec::new());
+        }
+        let own: Vec<usize> = (0..self.messages.len()).filter(|&i| self.speaks(i)).collect();
+        let others = (0..self.messages.len()).filter(|&i| !self.speaks(i) && wanted(i));
+        let mut turns = others.map(|i| self.content(i)).collect::<Result<Vec<Turn>>>()?;
         let marked = match self.text.template() {
-            Ok(template) => template.marked(self.messages, self.tools, &self.rendered),
+            Ok(template) => template.marked(self.messages, self.tools, self.extra, &self.rendered),
             Err(_) => None,
         };
         match marked {
             // A template may mark more than messages, as the end token of the whole.
-            Some(spans) if spans.len() == wanted.len() || learn_from == 0 => {
-                let learned = |i: &usize| wanted.get(*i).is_none_or(|&message| message >= learn_from);
+            Some(spans)
+                if spans.len() == own.len() || (!own.is_empty() && own.iter().all(|&i| wanted(i))) =>
+            {
+                let learned = |i: &usize| own.get(*i).is_none_or(|&message| wanted(message));
                 let spans = spans.into_iter().enumerate().filter(|(i, _)| learned(i));
-                Ok(spans
-                    .map(|(_, (start, end))| self.finish(start, end, end == self.rendered.len()))
-                    .collect())
+                turns.extend(
+                    spans.map(|(_, (start, end))| self.finish(start, end, end == self.rendered.len())),
+                );
             }
-            _ => wanted.into_iter().filter(|&i| i >= learn_from).map(|i| self.turn(i)).collect(),
+            _ => {
+                for i in own.into_iter().filter(|&i| wanted(i)) {
+                    turns.push(self.turn(i)?);
+                }
+            }
         }
+        turns.sort_by_key(|turn| turn.start);
+        Ok(turns)
+    }
+
+    /// What message `i` says, with the token that ends it, wherever the template puts it.
+    fn content(&self, i: usize) -> Result<Turn> {
+        let (start, content_end, stop) = self.probe(i)?;
+        let closing = self.first_special(content_end, stop);
+        Ok(Turn { start, end: closing.unwrap_or(content_end), closed: closing.is_some() })
     }
 
     fn turn(&self, i: usize) -> Result<Turn> {
         let template = self.text.template()?;
         let last = i + 1 == self.messages.len();
         let prefix = |count: usize, prompt: bool| {
-            let rendered = template.render(&self.messages[..count], self.tools, prompt).ok()?;
+            let rendered = template.render(&self.messages[..count], self.tools, self.extra, prompt).ok()?;
             self.rendered.starts_with(&rendered).then_some(rendered.len())
         };
         let start = if i > 0 && template.prompts { prefix(i, true) } else { None };
@@ -239,7 +293,6 @@ impl<'a> Chat<'a> {
         let template = self.text.template()?;
         let mut probed = self.messages.to_vec();
         probed[i].content = Some(PROBE.to_string());
-        probed[i].fields.shift_remove("content");
         let lost = || {
             Error::invalid(format!(
                 "the chat template changes or leaves out the content of message {}, so what to learn cannot be told",
@@ -247,7 +300,7 @@ impl<'a> Chat<'a> {
             ))
             .with_hint("set `data.train_on` = \"all\", or mark the answers in the template with `{% generation %}`")
         };
-        let whole = template.render(&probed, self.tools, false).map_err(|_| lost())?;
+        let whole = template.render(&probed, self.tools, self.extra, false).map_err(|_| lost())?;
         let (before, after) = whole.split_once(PROBE).ok_or_else(lost)?;
         if !self.rendered.starts_with(before)
             || !self.rendered.ends_with(after)
@@ -256,7 +309,7 @@ impl<'a> Chat<'a> {
             return Err(lost());
         }
         let (content, content_end) = (before.len(), self.rendered.len() - after.len());
-        let alone = template.render(&probed[..=i], self.tools, false).ok();
+        let alone = template.render(&probed[..=i], self.tools, self.extra, false).ok();
         let suffix =
             alone.as_deref().and_then(|alone| alone.split_once(PROBE)).map_or("", |(_, suffix)| suffix);
         let stop = content_end + common_prefix(suffix, after);
@@ -326,12 +379,78 @@ mod tests {
 
     #[test]
     fn context_is_not_learned() {
-        let Conversation::Chat { messages, tools, .. } = two_turns() else { unreachable!() };
-        let conversation = Conversation::Chat { messages, tools, learn_from: 2 };
+        let Conversation::Chat { messages, tools, extra, .. } = two_turns() else { unreachable!() };
+        let conversation = Conversation::Chat { messages, tools, extra, learn_from: 2 };
         let said = marked(&conversation, &chatml(), TrainOn::Completion);
         assert!(
             said.contains("assistant\n a1\n<|im_end|>\n") && said.ends_with("[a2 é🦀<|im_end|>]\n"),
             "{said}"
+        );
+    }
+
+    /// The turns with the second, third or any other switched on or off.
+    fn switched(which: &[(usize, bool)]) -> Conversation {
+        let Conversation::Chat { mut messages, .. } = two_turns() else { unreachable!() };
+        which.iter().for_each(|&(i, on)| messages[i].learn = Some(on));
+        Conversation::chat(messages)
+    }
+
+    #[test]
+    fn turns_are_switched_off_and_on() {
+        let generation = CHATML
+            .replace("m.role + '\n' + m.content + '<|im_end|>\n' }}", "m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}\
+                {{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}");
+        for text in [chatml(), model(&generation, &[], "<|im_end|>")] {
+            let said = |which: &[(usize, bool)], train_on| marked(&switched(which), &text, train_on);
+            let question = "<|im_start|>user\n q1 <|im_end|>\n<|im_start|>assistant\n";
+            let second = "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n";
+            assert_eq!(
+                said(&[(1, false)], TrainOn::Completion),
+                format!("{question} a1\n<|im_end|>\n{second}[a2 é🦀<|im_end|>]\n")
+            );
+            assert_eq!(
+                said(&[(1, true), (3, false)], TrainOn::Completion),
+                format!("{question}[ a1\n<|im_end|>]\n{second}a2 é🦀<|im_end|>\n")
+            );
+            assert_eq!(
+                said(&[(1, false), (3, false)], TrainOn::Completion),
+                format!("{question} a1\n<|im_end|>\n{second}a2 é🦀<|im_end|>\n")
+            );
+            assert_eq!(
+                said(&[(1, false), (2, true)], TrainOn::Completion),
+                format!(
+                    "{question} a1\n<|im_end|>\n<|im_start|>user\n[q2<|im_end|>]\n<|im_start|>assistant\n[a2 é🦀<|im_end|>]\n"
+                )
+            );
+            assert_eq!(
+                said(&[(0, false), (1, false)], TrainOn::All),
+                "<|im_start|>[user\n] q1 <|im_end|>[\n<|im_start|>assistant\n] a1\n<|im_end|>[\n<|im_start|>user\n\
+                 q2<|im_end|>\n<|im_start|>assistant\na2 é🦀<|im_end|>\n]"
+            );
+        }
+    }
+
+    #[test]
+    fn a_last_turn_that_is_off_gets_no_end_to_learn() {
+        let plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}\
+            {% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}";
+        let text = model(plain, &[], "<|im_end|>");
+        for train_on in [TrainOn::Completion, TrainOn::All] {
+            let said = marked(&switched(&[(3, false)]), &text, train_on);
+            assert!(said.contains("a1") && said.ends_with("a2 é🦀\n"), "{said}");
+        }
+    }
+
+    #[test]
+    fn calls_that_the_template_does_not_read_are_named() {
+        let Conversation::Chat { mut messages, .. } = two_turns() else { unreachable!() };
+        messages[1].content = None;
+        messages[1].fields.insert("tool_calls".into(), serde_json::json!([{}]));
+        let error =
+            tokenise(&Conversation::chat(messages), &chatml(), TrainOn::Completion, true).unwrap_err();
+        assert!(
+            error.to_string().starts_with("message 2 calls a tool (`tool_calls` or `function_call`), which"),
+            "{error}"
         );
     }
 

@@ -1,8 +1,8 @@
 //! The merge itself. Deltas are summed in f32, added to the base's value in f32, and rounded once. Rows are folded in
 //! pieces, so that memory follows the largest tensor, as it is written, and not the model.
 //!
-//! Nothing is believed: the output is read back before it gets its name. A tensor that an adapter goes to must hold what
-//! was written and must have changed; every other tensor must be the base's, byte for byte.
+//! The output is read back before it gets its name. A tensor that an adapter goes to must hold what was written and must
+//! have changed; every other tensor must be the base's, byte for byte. NaN and infinity are refused in all of them.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -36,6 +36,16 @@ pub fn merge(
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Receipt> {
     folder::refuse_base(model, output)?;
+    write(model, adapters, output, dtype, progress).map_err(|error| model.checkpoint().explain(error))
+}
+
+fn write(
+    model: &Pretrained,
+    adapters: &[Adapter],
+    output: &Path,
+    dtype: Option<DType>,
+    progress: &mut dyn FnMut(Progress) -> bool,
+) -> Result<Receipt> {
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
     let mut done = Progress { done: 0, total: plan.tensors.len() * 2 };
@@ -47,6 +57,10 @@ pub fn merge(
     let mut totals = Totals::default();
     let mut tensors = Vec::new();
     for (name, output) in &plan.tensors {
+        // Values of a GGUF file are looked at when they are dequantized.
+        if !model.checkpoint().is_gguf() {
+            model.checkpoint().refuse_not_finite(&output.from)?;
+        }
         if output.terms.is_empty() {
             if sink.needs_copies() {
                 sink.write(name, &unfolded(model, output).in_tensor(name)?)?;
@@ -83,6 +97,7 @@ pub fn merge(
     };
     let text = serde_json::to_string_pretty(&receipt)? + "\n";
     write_atomic(staged.path().join(RECEIPT_FILE), text.as_bytes())?;
+    model.checkpoint().refuse_changed()?;
     staged.commit()?;
     Ok(receipt)
 }
@@ -246,6 +261,7 @@ fn warnings(
              unmerged adapter does"
         ));
     }
+    warnings.extend(not_converted(plan));
     if plan.untied {
         warnings.push(
             "`lm_head` shared the embedding's weight and has its own now: `tie_word_embeddings` is false"
@@ -253,6 +269,17 @@ fn warnings(
         );
     }
     warnings
+}
+
+/// A warning that names the tensors that are neither f32, f16 nor bf16, which no `--dtype` converts.
+fn not_converted(plan: &MergePlan<'_>) -> Option<String> {
+    let others = plan.tensors.iter().filter(|(_, output)| output.dtype.is_none());
+    let named: Vec<String> = others.map(|(name, output)| format!("`{name}` ({})", output.stored)).collect();
+    let (first, rest) = named.split_first()?;
+    let more = if rest.is_empty() { String::new() } else { format!(" and {} more tensors", rest.len()) };
+    Some(format!(
+        "{first}{more}: not f32, f16 or bf16, so the bytes are copied and no `--dtype` converts them"
+    ))
 }
 
 fn writable(output: &Output<'_>) -> Result<DType> {

@@ -61,8 +61,8 @@ impl Totals {
         if self.delta == 0.0 { 0.0 } else { (self.lost / self.delta).sqrt() }
     }
 
-    /// `1 - (||R - (W + d)||^2 - ||round(W) - W||^2) / ||d||^2`, from 0 to 1: how much of the delta is left of it when it
-    /// is told from noise.
+    /// `1 - (||R - (W + d)||^2 - ||round(W) - W||^2) / ||d||^2`, from 0 to 1: the share of the delta that survives
+    /// rounding, after subtracting the rounding error that the base alone would have.
     pub(super) fn survived(&self) -> f64 {
         if self.delta == 0.0 { 1.0 } else { (1.0 - (self.lost - self.base) / self.delta).clamp(0.0, 1.0) }
     }
@@ -166,7 +166,13 @@ pub(super) fn encode(values: &[f32], dtype: DType) -> Result<Vec<u8>> {
     match unwritable {
         None => Ok(bytes),
         Some(value) => {
-            Err(Error::invalid(format!("the value {value} cannot be written as {}", dtype.as_str())))
+            let error = Error::invalid(format!("the value {value} cannot be written as {}", dtype.as_str()));
+            Err(match dtype {
+                DType::F32 => {
+                    error.with_hint("the adapter adds more than f32 can hold; was it trained to the end?")
+                }
+                _ => error.with_hint("write the merged model with `--dtype f32`, which holds larger values"),
+            })
         }
     }
 }

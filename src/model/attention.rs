@@ -69,7 +69,7 @@ impl Attention {
             (q, k) = (new_q.reshape(q.shape())?, new_k.reshape(k.shape())?);
             norms_saved = Some((q_norm_saved, k_norm_saved));
         }
-        (q, k) = (rotary::forward(q, angles)?, rotary::forward(k, angles)?);
+        (q, k) = (rotary::forward_in_place(q, angles)?, rotary::forward_in_place(k, angles)?);
         if let Some(cache) = cache {
             (k, v) = cache.append(&k, &v)?; // [past + tokens, kv_heads * d]
         }
@@ -94,7 +94,8 @@ impl Attention {
         };
         let (dq, dk, dv) = attention::backward(&saved.attention, &self.heads, pass.documents, &d_mixed)?;
         drop((saved.attention, saved.o, d_mixed));
-        let (mut dq, mut dk) = (rotary::backward(dq, angles)?, rotary::backward(dk, angles)?);
+        let (mut dq, mut dk) =
+            (rotary::backward_in_place(dq, angles)?, rotary::backward_in_place(dk, angles)?);
         if let (Some((q_norm, k_norm)), Some((q_saved, k_saved))) = (&self.qk_norm, &saved.qk_norm) {
             let (q_shape, k_shape) = (dq.shape().clone(), dk.shape().clone());
             dq = q_norm.backward(q_saved, &normed_rows(&dq, q_norm)?, None, gradients)?.reshape(q_shape)?;

@@ -315,6 +315,11 @@ impl Decoder {
             let weight = router.linear.weight.parameter_mut().map(|weight| (weight, router.unit));
             for (parameter, unit) in weight.into_iter().chain(router.bias.as_mut().map(|bias| (bias, 1.0))) {
                 if let Some(tensor) = values.get(parameter.name()) {
+                    let (found, expected) = (tensor.dims(), parameter.tensor().dims());
+                    if found != expected {
+                        return Err(Error::invalid(format!("has shape {found:?}, expected {expected:?}")))
+                            .in_tensor(parameter.name());
+                    }
                     parameter.replace(&(tensor.to_dtype(DType::F32)? / unit)?);
                 }
             }

@@ -30,6 +30,8 @@ const GRAIN: usize = 4 << 10;
 const PAGE: usize = 2 << 20;
 /// What is taken from the system at once, at least.
 const PIECE: usize = 256 << 20;
+/// The same where addresses are scarce: what a piece has too much, nothing else can have.
+const SMALL_PIECE: usize = 16 << 20;
 /// Free ranges that are remembered at most; more are given back.
 const SLOTS: usize = 2048;
 
@@ -38,6 +40,8 @@ const SLOTS: usize = 2048;
 pub struct KeepBuffers<A> {
     small: A,
     kept: Mutex<Kept>,
+    /// Called before an allocation fails.
+    hook: Option<fn(Layout)>,
 }
 
 /// What is free. A plain array, for the allocator cannot allocate.
@@ -58,7 +62,13 @@ struct Kept {
 impl<A> KeepBuffers<A> {
     /// With `small` for everything below 64 KiB.
     pub const fn new(small: A) -> Self {
-        Self { small, kept: Mutex::new(Kept::EMPTY) }
+        Self { small, kept: Mutex::new(Kept::EMPTY), hook: None }
+    }
+
+    /// The same, calling `hook` with what was asked for before an allocation fails. Programs that allocate through `Vec` or
+    /// `Box` abort then, so this is where they can say why. The hook cannot allocate.
+    pub const fn with_hook(small: A, hook: fn(Layout)) -> Self {
+        Self { small, kept: Mutex::new(Kept::EMPTY), hook: Some(hook) }
     }
 
     /// The most bytes that large buffers had together at any time, without what lay free between them.
@@ -98,8 +108,15 @@ impl Kept {
     }
 
     fn take_of_new_piece(&mut self, size: usize) -> (*mut u8, bool) {
-        let piece = size.next_multiple_of(PAGE).max(PIECE);
-        let address = pages::map(piece) as usize;
+        // A limit on addresses is what refuses to reserve them.
+        let least = if self.reserved.0 == 0 { SMALL_PIECE } else { PIECE };
+        let mut piece = size.next_multiple_of(PAGE).max(least);
+        let mut address = pages::map(piece) as usize;
+        if address == 0 {
+            // There may be room for this buffer and no more.
+            piece = size.next_multiple_of(PAGE);
+            address = pages::map(piece) as usize;
+        }
         if address == 0 {
             return (std::ptr::null_mut(), false);
         }
@@ -168,9 +185,20 @@ fn rounded(size: usize) -> usize {
 impl<A> KeepBuffers<A> {
     fn large(&self, size: usize) -> (*mut u8, bool) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.in_use += size;
-        kept.most_in_use = kept.most_in_use.max(kept.in_use);
-        kept.take(size)
+        let (address, fresh) = kept.take(size);
+        if !address.is_null() {
+            kept.in_use += size;
+            kept.most_in_use = kept.most_in_use.max(kept.in_use);
+        }
+        (address, fresh)
+    }
+
+    /// Calls the hook where `address` is null. The lock of the buffers is free here.
+    fn or_hook(&self, address: *mut u8, layout: Layout) -> *mut u8 {
+        if let (true, Some(hook)) = (address.is_null(), self.hook) {
+            hook(layout);
+        }
+        address
     }
 }
 
@@ -180,10 +208,10 @@ impl<A> KeepBuffers<A> {
 unsafe impl<A: GlobalAlloc> GlobalAlloc for KeepBuffers<A> {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if is_large(layout) {
-            return self.large(rounded(layout.size())).0;
+            return self.or_hook(self.large(rounded(layout.size())).0, layout);
         }
         // SAFETY: the caller's promises are those of `A`.
-        unsafe { self.small.alloc(layout) }
+        self.or_hook(unsafe { self.small.alloc(layout) }, layout)
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
@@ -193,10 +221,10 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for KeepBuffers<A> {
                 // SAFETY: the buffer is that long and has no other owner.
                 unsafe { address.write_bytes(0, layout.size()) };
             }
-            return address;
+            return self.or_hook(address, layout);
         }
         // SAFETY: as in `alloc`.
-        unsafe { self.small.alloc_zeroed(layout) }
+        self.or_hook(unsafe { self.small.alloc_zeroed(layout) }, layout)
     }
 
     unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
@@ -215,7 +243,7 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for KeepBuffers<A> {
         let new = unsafe { Layout::from_size_align_unchecked(size, layout.align()) };
         if !is_large(layout) && !is_large(new) {
             // SAFETY: both sizes belong to `A`.
-            return unsafe { self.small.realloc(address, layout, size) };
+            return self.or_hook(unsafe { self.small.realloc(address, layout, size) }, new);
         }
         if is_large(layout) && is_large(new) && rounded(layout.size()) == rounded(size) {
             return address;
@@ -293,6 +321,43 @@ mod tests {
             assert_eq!(allocator.alloc(mib(2)), larger);
             allocator.dealloc(smaller, mib(1));
             assert_eq!(allocator.kept.lock().unwrap().len, 2);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_null_told_to_the_hook_and_not_counted() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+
+        static TOLD: AtomicUsize = AtomicUsize::new(0);
+        struct Nothing;
+        // SAFETY: it never gives anything.
+        unsafe impl GlobalAlloc for Nothing {
+            unsafe fn alloc(&self, _: Layout) -> *mut u8 {
+                std::ptr::null_mut()
+            }
+            unsafe fn dealloc(&self, _: *mut u8, _: Layout) {}
+        }
+        let allocator =
+            KeepBuffers::with_hook(Nothing, |layout| _ = TOLD.fetch_add(layout.size(), Ordering::Relaxed));
+        let told = || TOLD.swap(0, Ordering::Relaxed);
+        // SAFETY: what is given is used within its layout and freed once.
+        unsafe {
+            for size in [100, 1 << 60] {
+                assert!(allocator.alloc(layout(size)).is_null());
+                assert_eq!(told(), size);
+                assert!(allocator.alloc_zeroed(layout(size)).is_null());
+                assert_eq!(told(), size);
+            }
+            assert_eq!(allocator.most_in_use(), 0);
+            let buffer = allocator.alloc(layout(1 << 20));
+            buffer.write(7);
+            for size in [100, 1 << 60] {
+                assert!(allocator.realloc(buffer, layout(1 << 20), size).is_null());
+                assert_eq!(told(), size);
+            }
+            assert_eq!((buffer.read(), told()), (7, 0));
+            allocator.dealloc(buffer, layout(1 << 20));
+            assert_eq!(allocator.kept.lock().unwrap().in_use, 0);
         }
     }
 

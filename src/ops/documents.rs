@@ -14,11 +14,22 @@ pub struct Documents {
 }
 
 impl Documents {
-    /// Documents that begin at position 0. `offsets` has one entry more than `ids`, begins with 0 and ascends.
+    /// Documents that begin at position 0. `offsets` has one entry more than `ids`, begins with 0 and never falls.
+    ///
+    /// # Panics
+    ///
+    /// Where `offsets` is anything else: ops write the rows of different documents from different threads, so these must
+    /// not overlap and must cover the batch.
     #[must_use]
     pub fn new(offsets: Vec<usize>, ids: Vec<u64>) -> Self {
-        debug_assert_eq!(offsets.len(), ids.len() + 1);
-        debug_assert!(offsets.first() == Some(&0) && offsets.is_sorted());
+        assert!(
+            ids.len().checked_add(1) == Some(offsets.len()),
+            "{} offsets of documents, expected one more than the {} documents",
+            offsets.len(),
+            ids.len()
+        );
+        assert!(offsets[0] == 0, "the first document begins at token {}, expected 0", offsets[0]);
+        assert!(offsets.is_sorted(), "the offsets of documents must never fall");
         Self { offsets, ids, start: 0 }
     }
 
@@ -53,8 +64,9 @@ impl Documents {
         })
     }
 
-    /// The same of one token.
+    /// The same of one token. Panics for a token that is in no document.
     fn place(&self, token: usize) -> (u64, u32) {
+        assert!(token < self.num_tokens(), "token {token} of {}", self.num_tokens());
         let document = self.offsets.partition_point(|offset| *offset <= token) - 1;
         (self.ids[document], (self.start + token - self.offsets[document]) as u32)
     }
@@ -123,5 +135,27 @@ impl<'a> Pass<'a> {
             None => self.documents.places().collect(),
             Some(rows) => rows.iter().map(|token| self.documents.place(*token as usize)).collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::catch_unwind;
+
+    use super::*;
+
+    #[test]
+    fn documents_that_overlap_or_leave_tokens_out_are_refused() {
+        for (offsets, ids) in [
+            (vec![], vec![]),
+            (vec![1, 2], vec![0]),
+            (vec![0, 40, 10, 64], vec![0, 1, 2]),
+            (vec![0, 2], vec![]),
+            (vec![0, 2], vec![0, 1]),
+        ] {
+            assert!(catch_unwind(|| Documents::new(offsets.clone(), ids)).is_err(), "{offsets:?}");
+        }
+        assert_eq!(Documents::new(vec![0], vec![]).num_tokens(), 0);
+        assert_eq!(Documents::new(vec![0, 2, 2, 5], vec![7, 8, 9]).num_tokens(), 5);
     }
 }

@@ -32,10 +32,17 @@ impl Groups {
 
     /// Groups `chosen [tokens * active]`, the experts of each token, by a counting sort: rows of an expert are in the
     /// order of their tokens. A choice of [`Groups::NO_ROW`] goes nowhere.
+    ///
+    /// # Panics
+    ///
+    /// Where `chosen` is not `active` choices for each token, or names an expert that is not there.
     #[must_use]
     pub fn new(chosen: &[u32], active: usize, experts: usize) -> Self {
+        let whole = if active == 0 { chosen.is_empty() } else { chosen.len().is_multiple_of(active) };
+        assert!(whole, "{} choices of {active} experts for each token", chosen.len());
         let mut offsets = vec![0; experts + 1];
         for expert in chosen.iter().filter(|expert| **expert != Self::NO_ROW) {
+            assert!((*expert as usize) < experts, "expert {expert} of {experts}");
             offsets[*expert as usize + 1] += 1;
         }
         for expert in 0..experts {

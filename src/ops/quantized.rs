@@ -51,14 +51,17 @@ impl Quantized {
             return Err(Error::invalid(format!("cannot be computed with as {stored:?}"))).in_tensor(&name);
         };
         let (values, size) = kind.block();
-        if !columns.is_multiple_of(values) {
+        if columns == 0 || !columns.is_multiple_of(values) {
             return Err(Error::invalid(format!(
                 "rows of {columns} values are no whole number of {stored:?} blocks, which have {values}"
             )))
             .in_tensor(&name);
         }
-        let (found, expected) = ((*bytes).as_ref().len(), rows * (columns / values) * size);
-        if found != expected {
+        let found = (*bytes).as_ref().len();
+        let expected = rows.checked_mul(columns / values).and_then(|blocks| blocks.checked_mul(size));
+        if expected != Some(found) {
+            let expected =
+                expected.map_or_else(|| "more than there can be".to_string(), |bytes| bytes.to_string());
             return Err(Error::invalid(format!(
                 "has {found} bytes of {stored:?}, expected {expected} for {rows} rows of {columns} values"
             )))

@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 
 use super::Op;
 use super::kernel::{Element, Values, dispatch, for_rows, into_values, to_tensor, vectorized};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The angles of a batch.
 #[derive(Debug, Clone)]
@@ -21,14 +21,23 @@ pub struct Angles {
     pub head_dim: usize,
 }
 
-/// Every head of `x` rotated, in place: no other tensor may share the storage of `x`. Nothing is saved: the backward needs the
-/// angles only.
-pub fn forward(x: Tensor, angles: &Angles) -> Result<Tensor> {
-    rotate(x, angles, 1.0)
+/// Every head of `x` rotated. Nothing is saved: the backward needs the angles only.
+pub fn forward(x: &Tensor, angles: &Angles) -> Result<Tensor> {
+    rotate(x.copy()?, angles, 1.0)
 }
 
 /// A rotation's transpose is the rotation back: `dx` is `dy` rotated by the negative angles.
-pub fn backward(dy: Tensor, angles: &Angles) -> Result<Tensor> {
+pub fn backward(dy: &Tensor, angles: &Angles) -> Result<Tensor> {
+    rotate(dy.copy()?, angles, -1.0)
+}
+
+/// As [`forward`], in the memory of `x`, whose storage no other tensor may share: that one would lose its values.
+pub(crate) fn forward_in_place(x: Tensor, angles: &Angles) -> Result<Tensor> {
+    rotate(x, angles, 1.0)
+}
+
+/// As [`backward`], in the memory of `dy`; see [`forward_in_place`].
+pub(crate) fn backward_in_place(dy: Tensor, angles: &Angles) -> Result<Tensor> {
     rotate(dy, angles, -1.0)
 }
 
@@ -75,12 +84,18 @@ vectorized! {
 
 fn rotate_rows<T: Element>(x: Tensor, angles: &Angles, direction: f32) -> Result<Tensor> {
     let (tokens, half) = angles.cos.dims2()?;
+    let (rows, width) = x.dims2()?;
+    let d = angles.head_dim;
+    if rows != tokens || angles.sin.dims() != [tokens, half] || d == 0 || width % d != 0 || half > d / 2 {
+        return Err(Error::invalid(format!(
+            "angles of {tokens} tokens and {half} pairs of columns, in heads of width {d}, for {rows} rows of {width} values"
+        )));
+    }
     let (cos, sin) = (Values::<f32>::of(&angles.cos)?, Values::<f32>::of(&angles.sin)?);
     let (cos, sin): (&[f32], &[f32]) = (&cos, &sin);
     let shape = x.dims().to_vec();
     let mut values = into_values::<T>(x)?;
-    debug_assert_eq!(values.len(), tokens * shape[1]);
-    for_rows(&mut values, shape[1], |token, row| {
+    for_rows(&mut values, width, |token, row| {
         rotate_row(
             row,
             &cos[token * half..][..half],

@@ -8,7 +8,7 @@ use super::groups::dot;
 use super::kernel::{Element, Values, dispatch, to_tensor, vectorized, written};
 use super::sum::cast_row;
 use super::{Op, matmul_f32};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Rows of a task: wide enough that they stay in the L2 cache while experts go by.
 const ROWS: usize = 32;
@@ -20,6 +20,12 @@ const MANY: usize = 64;
 /// before it is summed.
 pub fn scores(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let _time = Op::Experts.begin();
+    let ((tokens, width), (experts, d)) = (x.dims2()?, weight.dims2()?);
+    if width != d {
+        return Err(Error::invalid(format!(
+            "{tokens} rows of width {width} for a router of {experts} experts and width {d}"
+        )));
+    }
     let weight = weight.to_dtype(DType::F32)?.contiguous()?;
     if !x.device().is_cpu() {
         return Ok(x.to_dtype(DType::F32)?.matmul(&weight.t()?)?);

@@ -35,8 +35,12 @@ impl Parameter {
     }
 
     /// Puts other values of the same shape under the same name.
+    ///
+    /// # Panics
+    ///
+    /// Where the shape is another one.
     pub fn replace(&mut self, tensor: &Tensor) {
-        debug_assert_eq!(self.tensor.shape(), tensor.shape());
+        assert_eq!(self.tensor.shape(), tensor.shape(), "the shape of `{}`", self.name);
         self.tensor = tensor.detach();
     }
 }

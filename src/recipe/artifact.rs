@@ -195,6 +195,33 @@ fn set_all(trainables: &Trainables, mut tensors: BTreeMap<String, Tensor>) -> Re
     }
 }
 
+/// An artifact that is written only while the files of the model and its teacher are those that were opened: what was
+/// computed from others would be of no model.
+pub(super) struct Unchanged<'a> {
+    pub(super) prepared: &'a Prepared,
+    pub(super) artifact: Box<dyn Artifact + 'a>,
+}
+
+impl Artifact for Unchanged<'_> {
+    fn write(&self, folder: &Path) -> Result<()> {
+        self.prepared.refuse_changed()?;
+        self.artifact.write(folder)
+    }
+
+    fn write_result(&self, folder: &Path) -> Result<()> {
+        self.prepared.refuse_changed()?;
+        self.artifact.write_result(folder)
+    }
+
+    fn restore(&self, folder: &Path) -> Result<()> {
+        self.artifact.restore(folder)
+    }
+
+    fn is_exact(&self) -> bool {
+        self.artifact.is_exact()
+    }
+}
+
 /// What the result is called until its files are in the run directory.
 pub(super) const RESULT: &str = "result";
 

@@ -5,17 +5,18 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::calibration;
 use super::choice::DtypeChoice;
 use super::distill::refuse_other_tokens;
-use super::figures;
 use super::prepared::{TRAINING_DATE, text_of};
 use super::upcycle::UpcyclePlan;
-use crate::data::{Row, Source, load_for_perplexity};
+use crate::data::Text;
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::model::family::MixtureFormat;
 use crate::upcycle::{
-    self, Calibration, Event, Job, Method, Refit, Report, Settings, SplitShape, choose_format, dense_network,
+    self, Calibration, Event, Job, Method, Outline, Refit, Report, RouterKind, Settings, SplitShape,
+    dense_network,
 };
 use crate::weights::refuse_occupied;
 
@@ -52,114 +53,145 @@ impl Prepared {
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
-        let Settings { method, shared, active, .. } = plan.settings;
-        let (neurons, network) = network_of(&base, method)?;
-        let mut lines =
-            vec![format!("model {}: {} layers of {network}", base.name(), base.config().layers.len())];
-        let (mut format, mut width, mut warnings) = (None, neurons, Vec::new());
-        if method.cuts() {
-            let shape = SplitShape::of(&plan.settings, base.config())?;
-            width = shape.width;
-            lines.push(format!(
-                "{} slices of {width} neurons: {shared} shared, {active} of {} routed per token, {:.0}% of the neurons",
-                shape.shared + shape.routed,
-                shape.routed,
-                100.0 * shape.active_width() as f64 / neurons as f64
-            ));
-            let padding = width * (shape.shared + shape.routed) - neurons;
-            if padding > 0 {
-                lines.push(format!("the last slices are filled up with {padding} neurons of zeros"));
-            }
-            if method == Method::Split {
-                format = Some(choose_format(plan.settings.format, base.config(), &shape.mixture())?);
-            }
-        }
-        if let Some(format) = format {
-            lines.push(format!("written as `{}`", format.name()));
-            let when =
-                if plan.settings.refit == Refit::None { "" } else { "before down projections are fitted, " };
-            lines.push(format!("promise: {when}with all experts on it is the dense model"));
-            if !format.has_selection_bias() && method == Method::Split {
-                warnings.push(format!(
-                    "`{}` has no bias for the choice of experts: the router goes without, which costs a little",
-                    format.name()
-                ));
-            }
-        }
-        if method == Method::Expand {
-            lines.push(format!(
-                "{} experts more in each layer, copies of those that the calibration text goes to most",
-                plan.settings.experts
-            ));
-        }
+        refuse_same_checkpoints(plan)?;
         let sources: Vec<Pretrained> =
             plan.sources.iter().map(|source| Pretrained::open(source)).collect::<Result<_>>()?;
         for source in &sources {
             refuse_other_tokens(source, "source", text.tokenizer())?;
         }
-        let encode =
-            |prompts: &Vec<String>| prompts.iter().map(|prompt| text.encode_document(prompt)).collect();
-        let prompts: Vec<Vec<Vec<u32>>> = plan.prompts.iter().map(encode).collect::<Result<_>>()?;
-        let mut read: Vec<(Vec<Row>, f64)> = Vec::new();
-        for source in &plan.data {
-            read.push((load_for_perplexity(source, &text, usize::MAX)?.0, source.weight));
+        let outline = Outline::of(&base, &sources, &plan.settings)?;
+        let mut lines = described(&base, plan, &outline)?;
+        let mut warnings = warnings_of(plan, &outline);
+        let prompts = encoded(&plan.prompts, &text, base.config().max_position_embeddings)?;
+        let read = calibration::read(plan, &base, &text, outline.slices.as_ref())?;
+        let Settings { method, experts, router, .. } = plan.settings;
+        if router == RouterKind::HiddenKmeans && !method.cuts() {
+            read.calibration.refuse_fewer_windows(experts)?;
         }
-        let mut calibration = match read.is_empty() {
-            true => Calibration::default(),
-            false => Calibration::of(&read, plan.tokens, plan.held_out, plan.settings.seed)?,
+        lines.extend(read.lines);
+        warnings.extend(read.warnings);
+        let check = UpcycleCheck {
+            lines,
+            recipe: plan.to_toml()?,
+            format: outline.format,
+            expert_width: outline.width,
+            tokens: read.calibration.num_tokens(),
+            warnings,
         };
-        for source in &plan.eval {
-            let documents = load_for_perplexity(source, &text, usize::MAX)?.0;
-            // Files of one name in several folders are told apart by these.
-            let is_namesake = |other: &&Source| other.path.file_name() == source.path.file_name();
-            let name = match plan.eval.iter().filter(is_namesake).count() {
-                1 => source.path.file_name().unwrap_or_default().to_string_lossy(),
-                _ => source.path.to_string_lossy(),
-            };
-            calibration.report_on(&name, documents, plan.held_out, plan.settings.seed)?;
-        }
-        let tokens = calibration.num_tokens();
-        if !read.is_empty() {
-            lines.push(format!(
-                "calibration: {} tokens to learn from, {} held out",
-                figures::count(tokens.0 as u64),
-                figures::count(tokens.1 as u64)
-            ));
-            for further in &calibration.further {
-                let count: usize = further.windows.iter().map(|batch| batch.tokens.len()).sum();
-                let file = further.file.as_deref().unwrap_or_default();
-                lines.push(format!("measured on {} tokens of {file} too", figures::count(count as u64)));
-            }
-            if tokens.0 < plan.tokens * 9 / 10 {
-                warnings.push(format!(
-                    "`calibration.tokens` asks for {} tokens, and the text has {}",
-                    plan.tokens, tokens.0
-                ));
-            }
-            if plan.settings.refit != Refit::None && tokens.0 < 8 * neurons {
-                warnings.push(format!(
-                    "{} tokens are few to fit {neurons} neurons to; fits that do not help are left out",
-                    tokens.0
-                ));
-            }
-        }
-        let check =
-            UpcycleCheck { lines, recipe: plan.to_toml()?, format, expert_width: width, tokens, warnings };
-        Ok(Self { base, sources, prompts, calibration, check })
+        Ok(Self { base, sources, prompts, calibration: read.calibration, check })
     }
+}
+
+/// What will be made of which model, in lines.
+fn described(base: &Pretrained, plan: &UpcyclePlan, outline: &Outline) -> Result<Vec<String>> {
+    let Settings { method, experts, refit, .. } = plan.settings;
+    let (neurons, network) = network_of(base, method)?;
+    let mut lines =
+        vec![format!("model {}: {} layers of {network}", base.name(), base.config().layers.len())];
+    if let Some(SplitShape { width, shared, routed, active, .. }) = outline.slices {
+        let share = (100 * (shared + active) * width).min(100 * neurons) as f64 / neurons as f64;
+        lines.push(format!(
+            "{} slices of {width} neurons: {shared} shared, {active} of {routed} routed per token, {share:.0}% of the neurons",
+            shared + routed
+        ));
+        let padding = width * (shared + routed) - neurons;
+        if padding > 0 {
+            lines.push(format!("the last slices are filled up with {padding} neurons of zeros"));
+        }
+    }
+    lines.extend(outline.format.map(|format| format!("written as `{}`", format.name())));
+    lines.extend(outline.untied.map(|untied| untied.line()));
+    match method {
+        Method::Split => {
+            let when = if refit == Refit::None { "" } else { " before down projections are fitted" };
+            lines.push(format!("checked when it is read back: with all experts on it is the dense model{when}"));
+        }
+        Method::Expand => lines.push(format!(
+            "each layer gets {experts} new experts, copies of those that most calibration tokens are routed to"
+        )),
+        _ => {}
+    }
+    Ok(lines)
+}
+
+/// What to know of the settings before the work.
+fn warnings_of(plan: &UpcyclePlan, outline: &Outline) -> Vec<String> {
+    let Settings { method, experts, active, router, verify, .. } = plan.settings;
+    let mut warnings = Vec::new();
+    if let Some(format) =
+        outline.format.filter(|format| method == Method::Split && !format.has_selection_bias())
+    {
+        warnings.push(format!(
+            "`{}` stores no bias for the choice of experts, so the router is fitted without one, which makes its choices a \
+             little worse",
+            format.name()
+        ));
+    }
+    let is_copies = !method.cuts() && method != Method::Expand;
+    if is_copies && active == experts {
+        warnings.push(format!(
+            "`upcycle.active` is {active}, as many as there are experts: every token goes through all of them, and the \
+             router has nothing to choose"
+        ));
+    }
+    if is_copies && !plan.data.is_empty() && router != RouterKind::HiddenKmeans && !verify {
+        warnings.push(
+            "`calibration` is not used: only `upcycle.router = \"hidden-kmeans\"` and `upcycle.verify` read text for copies"
+                .to_string(),
+        );
+    }
+    warnings
+}
+
+/// The tokens of the prompts of each expert.
+fn encoded(prompts: &[Vec<String>], text: &Text, most: usize) -> Result<Vec<Vec<Vec<u32>>>> {
+    let encode = |(expert, list): (usize, &Vec<String>)| -> Result<Vec<Vec<u32>>> {
+        let one = |(number, prompt): (usize, &String)| {
+            let tokens = text.encode_document(prompt)?;
+            if (1..=most).contains(&tokens.len()) {
+                return Ok(tokens);
+            }
+            let found = tokens.len();
+            Err(Error::request(format!(
+                "`upcycle.prompts[{expert}][{number}]` has {found} tokens, expected 1 to {most}, which the model sees"
+            )))
+        };
+        list.iter().enumerate().map(one).collect()
+    };
+    prompts.iter().enumerate().map(encode).collect()
 }
 
 /// The neurons of each network, and what it is called.
 fn network_of(base: &Pretrained, method: Method) -> Result<(usize, String)> {
-    if method != Method::Expand {
-        let (neurons, _) = dense_network(base.config())?;
-        return Ok((neurons, format!("{neurons} neurons")));
+    if method == Method::Expand
+        && let Some((_, moe)) = base.config().sparse_layers().next()
+    {
+        return Ok((
+            moe.width,
+            format!("{} experts of {} neurons, {} active", moe.experts, moe.width, moe.active),
+        ));
     }
-    let Some((_, moe)) = base.config().sparse_layers().next() else {
-        return Err(Error::request(format!("`{}` is not a mixture of experts", base.name()))
-            .with_hint("`upcycle.method = \"copy\"` or `\"split\"` makes one of a dense model"));
+    let (neurons, _) = dense_network(base.config())?;
+    Ok((neurons, format!("{neurons} neurons")))
+}
+
+/// An error if a checkpoint of a mix is another one under another name.
+fn refuse_same_checkpoints(plan: &UpcyclePlan) -> Result<()> {
+    let all: Vec<&String> = std::iter::once(&plan.model.source).chain(&plan.sources).collect();
+    let real: Vec<_> = all.iter().map(|source| std::fs::canonicalize(source).ok()).collect();
+    let same = |one: usize, other: usize| {
+        all[one] == all[other] || (real[one].is_some() && real[one] == real[other])
     };
-    Ok((moe.width, format!("{} experts of {} neurons, {} active", moe.experts, moe.width, moe.active)))
+    for other in 1..all.len() {
+        if let Some(one) = (0..other).find(|one| same(*one, other)) {
+            return Err(Error::request(format!(
+                "`upcycle.sources` has `{}`, which is `{}` once more",
+                all[other], all[one]
+            ))
+            .with_hint("two experts would be the same; name each checkpoint once"));
+        }
+    }
+    Ok(())
 }
 
 /// Opens what `plan` names, except weights, and reports on it.
@@ -175,8 +207,8 @@ pub fn upcycle(
 ) -> Result<Report> {
     let begun = Instant::now();
     let Prepared { base, sources, prompts, calibration, check } = Prepared::of(plan)?;
-    for line in check.lines {
-        say(Event::note(line))?;
+    for line in &check.lines {
+        say(Event::note(line.as_str()))?;
     }
     check.warnings.iter().for_each(|warning| warn(warning));
     let dtype = match plan.model.dtype {
@@ -192,8 +224,11 @@ pub fn upcycle(
         dtype,
         output: &plan.output,
         files: &[("recipe.toml".to_string(), check.recipe)],
+        warnings: &check.warnings,
     };
     let report = upcycle::upcycle(&job, &plan.settings, say)?;
+    // Those that were known before have been told.
+    report.warnings.iter().skip(check.warnings.len()).for_each(|warning| warn(warning));
     for line in report.lines() {
         say(Event::note(line))?;
     }

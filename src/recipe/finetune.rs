@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Var};
 
-use super::artifact::{AdapterFiles, ModelFiles, publish};
+use super::artifact::{AdapterFiles, ModelFiles, Unchanged, publish};
 use super::describe::{describe, warnings};
 use super::fitting::Memory;
 use super::memory::Way;
@@ -55,6 +55,7 @@ pub fn finetune(
         Some(teacher) => Some((teacher.open((&model, &prepared.base), prepared.dtype)?, teacher.terms)),
     };
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
+    let artifact = Unchanged { prepared: &prepared, artifact };
     directory.write_recipe(plan)?;
 
     let sample_row = prepared.dataset.eval.first();
@@ -74,7 +75,7 @@ pub fn finetune(
         model: &model,
         trainables: &trainables,
         biases: &biases,
-        artifact: &*artifact,
+        artifact: &artifact,
         teacher: teacher.as_ref().map(|(model, terms)| Teacher { model, terms: *terms }),
         train: prepared.sampler(plan),
         eval: &eval,
@@ -83,8 +84,12 @@ pub fn finetune(
         resume,
         interrupt,
     };
-    let summary = train::run(job, &settings(plan, &prepared, memory.way()), reporter)?;
-    publish(&*artifact, &plan.output)?;
+    let summary = train::run(job, &settings(plan, &prepared, memory.way()), reporter).map_err(|error| {
+        // A loss that is no number, say, may have its cause in a file that was overwritten.
+        let is_failure = !matches!(error, Error::Interrupted { .. });
+        is_failure.then(|| prepared.refuse_changed().err()).flatten().unwrap_or(error)
+    })?;
+    publish(&artifact, &plan.output)?;
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     if !summary.routing.is_empty() {
         reporter.report(&Event::Routing { routing: summary.routing.clone() });

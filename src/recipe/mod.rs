@@ -30,6 +30,7 @@ use crate::train::Schedule;
 
 mod artifact;
 mod bounds;
+mod calibration;
 mod check;
 mod choice;
 mod continued;

@@ -100,6 +100,12 @@ impl Prepared {
         Ok(prepared)
     }
 
+    /// An error that names a file of the model or its teacher which has changed since it was opened.
+    pub(super) fn refuse_changed(&self) -> Result<()> {
+        self.base.checkpoint().refuse_changed()?;
+        self.teacher.iter().try_for_each(|teacher| teacher.base.checkpoint().refuse_changed())
+    }
+
     /// The order of training.
     #[must_use]
     pub fn sampler(&self, plan: &Plan) -> Sampler<'_> {

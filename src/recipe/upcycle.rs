@@ -1,5 +1,7 @@
 //! `task = "upcycle"`: what was written, and what will happen.
 
+mod conflicts;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +14,13 @@ use crate::data::Source;
 use crate::error::{Error, Result};
 use crate::model::family::MixtureFormat;
 use crate::upcycle::{KeepDense, Method, Partition, Refit, RouterKind, Settings};
+
+/// Slices of a network unless the recipe says otherwise.
+const SLICES: usize = 16;
+/// Copies of a network unless the recipe says otherwise.
+const COPIES: usize = 8;
+/// Copies that a token is sent to unless the recipe says otherwise.
+const ACTIVE_COPIES: usize = 2;
 
 /// An upcycling recipe as it was written: what is `None` was left out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,10 +41,14 @@ pub struct UpcycleRecipe {
 #[serde(default, deny_unknown_fields, expecting = "a table")]
 struct UpcycleTable {
     method: Option<Method>,
+    /// Slices of each network, shared ones included (16 unless told); of copies how many (8); for `expand` how many are
+    /// added (1).
     #[serde(deserialize_with = "bounds::count::<_, 1>")]
     experts: Option<usize>,
+    /// Slices that every token goes through: a quarter of `experts`, rounded, unless told.
     #[serde(deserialize_with = "bounds::count::<_, 0>")]
     shared: Option<usize>,
+    /// Slices that a token is sent to besides: a quarter of `experts`, rounded and at least 1, unless told; of copies 2.
     #[serde(deserialize_with = "bounds::count::<_, 1>")]
     active: Option<usize>,
     partition: Option<Partition>,
@@ -119,139 +132,21 @@ impl UpcycleRecipe {
     /// Types a document and checks that its keys agree with each other.
     pub fn read(document: &Document) -> Result<Self> {
         let recipe: Self = document.typed()?;
-        match recipe.contradiction() {
+        match recipe.conflict() {
             None => Ok(recipe),
             Some((key, error)) => Err(document.error_at(key, error)),
         }
     }
-
-    fn contradiction(&self) -> Option<(&'static str, Error)> {
-        let Settings { method, experts, shared, active, router, keep_dense, .. } =
-            UpcyclePlan::of(self, "").settings;
-        let UpcycleTable { sources, prompts, .. } = &self.upcycle;
-        let error = |message: String, hint: &str| Error::request(message).with_hint(hint);
-        if method == Method::Expand && self.upcycle.active.is_some() {
-            let message = "`upcycle.active`: a mixture that gets experts more keeps its number".to_string();
-            return Some((
-                "upcycle.active",
-                error(message, "leave it out; `num_experts_per_tok` of its `config.json` says it"),
-            ));
-        }
-        if let Some(key) = self.idle_key(method) {
-            let message = format!("`{key}` does nothing with `upcycle.method = \"{}\"`", name_of(method));
-            return Some((key, error(message, "leave it out")));
-        }
-        if keep_dense.every == 0 {
-            let message = "`upcycle.keep_dense.every` is 0".to_string();
-            return Some(("upcycle.keep_dense", error(message, "1 converts every layer, 2 each second one")));
-        }
-        let cuts = method.cuts();
-        if cuts && shared >= experts {
-            let message = format!("`upcycle.shared` is {shared}, and there are {experts} slices in all");
-            return Some(("upcycle.shared", error(message, "leave slices for the router to choose from")));
-        }
-        let routed = match (method, sources) {
-            (Method::Mix, Some(sources)) => sources.len() + 1,
-            _ if cuts => experts - shared,
-            _ => experts,
-        };
-        if active > routed {
-            let message = format!("`upcycle.active` is {active}, and a token can be routed to {routed}");
-            return Some(("upcycle.active", error(message, "lower it, or raise `upcycle.experts`")));
-        }
-        if cuts && routed < 2 {
-            let message = format!("`upcycle.experts` of {experts} leaves one slice to route to");
-            return Some((
-                "upcycle.experts",
-                error(message, "two are the least that a router can choose from"),
-            ));
-        }
-        if method == Method::Prune && keep_dense != KeepDense::default() {
-            let message = "`upcycle.keep_dense`: a pruned model has networks of one width".to_string();
-            return Some(("upcycle.keep_dense", error(message, "leave it out")));
-        }
-        if (cuts || method == Method::Expand) && self.calibration.is_none() {
-            let message = format!("`upcycle.method = \"{}\"` needs calibration text", name_of(method));
-            return Some(("calibration", error(message, "name files in `calibration.data`")));
-        }
-        if let Some(CalibrationTable { data, eval, .. }) = &self.calibration {
-            if data.is_empty() {
-                let message = "`calibration.data` is empty: expected at least one file".to_string();
-                return Some(("calibration.data", Error::request(message)));
-            }
-            let is_learned_from = |file: &&SourceRecipe| data.iter().any(|own| own.path == file.path);
-            if let Some(file) = eval.iter().flatten().find(is_learned_from) {
-                let path = file.path.display();
-                let message = format!("`calibration.eval` has `{path}`, which `calibration.data` has too");
-                let hint =
-                    "what is learned from cannot be measured on; `held_out` keeps a part of each file out";
-                return Some(("calibration.eval", error(message, hint)));
-            }
-            if eval.is_some() && !cuts {
-                let message = format!("`calibration.eval` is for slices, found `{}`", name_of(method));
-                let hint = "copies begin as the dense model; leave it out";
-                return Some(("calibration.eval", error(message, hint)));
-            }
-        }
-        let has_sources = sources.as_ref().is_some_and(|sources| !sources.is_empty());
-        if (method == Method::Mix) != has_sources {
-            let message = match has_sources {
-                true => format!("`upcycle.sources` is for `method = \"mix\"`, found `{}`", name_of(method)),
-                false => "`upcycle.method = \"mix\"` needs further checkpoints".to_string(),
-            };
-            let hint = if has_sources { "leave it out" } else { "name them in `upcycle.sources`" };
-            return Some(("upcycle.sources", error(message, hint)));
-        }
-        let has_prompts = prompts.as_ref().is_some_and(|prompts| !prompts.is_empty());
-        if (router == RouterKind::Prompts) != has_prompts {
-            let message = match has_prompts {
-                true => "`upcycle.prompts` is for `router = \"prompts\"`".to_string(),
-                false => "`upcycle.router = \"prompts\"` needs prompts".to_string(),
-            };
-            return Some(("upcycle.prompts", error(message, "give a list of prompts for each expert")));
-        }
-        let is_blank =
-            |list: &Vec<String>| list.is_empty() || list.iter().any(|prompt| prompt.trim().is_empty());
-        if let Some(expert) = prompts.iter().flatten().position(is_blank) {
-            let message =
-                format!("`upcycle.prompts[{expert}]` has nothing to go by: it is empty, or a prompt of it");
-            return Some((
-                "upcycle.prompts",
-                error(message, "give each expert prompts of the kind it is for"),
-            ));
-        }
-        if cuts && has_prompts {
-            let message = "`upcycle.router = \"prompts\"`: slices have no prompts of their own".to_string();
-            return Some(("upcycle.router", error(message, "it is for copies; `ridge` is for slices")));
-        }
-        None
-    }
 }
 
-impl UpcycleRecipe {
-    /// A key that the method has no use for, and that asks for something.
-    fn idle_key(&self, method: Method) -> Option<&'static str> {
-        let UpcycleTable {
-            shared, partition, router, refit, drop_ratio, groups, baselines, keep_dense, ..
-        } = &self.upcycle;
-        let (cuts, draws) = (method.cuts(), method.draws());
-        [
-            ("upcycle.shared", !cuts && shared.is_some_and(|shared| shared > 0)),
-            ("upcycle.partition", method != Method::Split && partition.is_some()),
-            ("upcycle.router", method == Method::Prune && router.is_some()),
-            ("upcycle.refit", !cuts && refit.is_some_and(|refit| refit != Refit::None)),
-            ("upcycle.baselines", method != Method::Split && baselines.is_some()),
-            ("upcycle.drop_ratio", !draws && drop_ratio.is_some()),
-            ("upcycle.groups", method != Method::VirtualGroups && groups.is_some_and(|groups| groups > 1)),
-            ("upcycle.keep_dense", method == Method::Expand && keep_dense.is_some()),
-        ]
-        .into_iter()
-        .find_map(|(key, idle)| idle.then_some(key))
-    }
-}
-
-fn name_of(method: Method) -> String {
-    serde_json::to_value(method).ok().and_then(|name| name.as_str().map(str::to_string)).unwrap_or_default()
+/// Shared and active slices. What is left out is a quarter of all, rounded, so that about half of the neurons are active;
+/// it is lowered where no slice would be left that a token is not sent to.
+fn quarters(experts: usize, shared: Option<usize>, active: Option<usize>) -> (usize, usize) {
+    let quarter = ((experts + 2) / 4).max(1);
+    let most_shared = experts.saturating_sub(active.unwrap_or(1) + 1);
+    let shared = shared.unwrap_or(quarter.min(most_shared));
+    let most_active = experts.saturating_sub(shared + 1).max(1);
+    (shared, active.unwrap_or(quarter.min(most_active)))
 }
 
 impl UpcyclePlan {
@@ -261,16 +156,24 @@ impl UpcyclePlan {
         let table = &recipe.upcycle;
         let method = table.method.unwrap_or_default();
         let cuts = method.cuts();
-        let defaults = match method {
-            _ if cuts => (16, 4, 4),
-            Method::Expand => (1, 0, 1),
-            _ => (8, 0, 2),
+        let sources = table.sources.as_ref().map_or(0, Vec::len);
+        let experts = table.experts.unwrap_or(match method {
+            Method::Split | Method::Prune => SLICES,
+            Method::Expand => 1,
+            // The model itself is one of the checkpoints.
+            Method::Mix if sources > 0 => sources + 1,
+            Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => COPIES,
+        });
+        let (shared, active) = match method {
+            Method::Split | Method::Prune => quarters(experts, table.shared, table.active),
+            Method::Expand => (table.shared.unwrap_or(0), table.active.unwrap_or(1)),
+            _ => (table.shared.unwrap_or(0), table.active.unwrap_or(ACTIVE_COPIES.min(experts))),
         };
         let settings = Settings {
             method,
-            experts: table.experts.unwrap_or(defaults.0),
-            shared: table.shared.unwrap_or(defaults.1),
-            active: table.active.unwrap_or(defaults.2),
+            experts,
+            shared,
+            active,
             partition: table.partition.unwrap_or_default(),
             router: table.router.unwrap_or(if cuts { RouterKind::Ridge } else { RouterKind::Random }),
             refit: table.refit.unwrap_or(if cuts { Refit::Local } else { Refit::None }),
@@ -345,5 +248,27 @@ impl UpcyclePlan {
         };
         toml::to_string(&recipe)
             .map_err(|error| Error::invalid(format!("the plan cannot be written as TOML: {error}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_of_the_slices_is_shared_and_a_quarter_active() {
+        let of = |experts| quarters(experts, None, None);
+        let found: Vec<_> = [2, 3, 4, 5, 6, 7, 8, 12, 16, 64].into_iter().map(of).collect();
+        let wanted = [(0, 1), (1, 1), (1, 1), (1, 1), (2, 2), (2, 2), (2, 2), (3, 3), (4, 4), (16, 16)];
+        assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn what_is_written_stays_and_the_other_number_leaves_room() {
+        assert_eq!(quarters(16, Some(0), None), (0, 4));
+        assert_eq!(quarters(16, None, Some(6)), (4, 6));
+        assert_eq!(quarters(16, None, Some(12)), (3, 12));
+        assert_eq!(quarters(16, Some(13), None), (13, 2));
+        assert_eq!(quarters(16, Some(16), Some(16)), (16, 16));
     }
 }

@@ -100,6 +100,12 @@ pub struct Summary {
 
 /// Trains until `settings.steps` updates are made, or until interrupted; then a checkpoint is saved first.
 pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -> Result<Summary> {
+    if settings.accumulate == 0 || settings.steps.checked_mul(settings.accumulate).is_none() {
+        let Settings { steps, accumulate, .. } = settings;
+        return Err(Error::request(format!(
+            "{steps} updates of {accumulate} batches each cannot be counted"
+        )));
+    }
     let begin = Instant::now();
     let mut optimizer = AdamW::new(settings.optimizer, job.trainables, !job.artifact.is_exact())?;
     let mut state = match checkpoint::list(job.output)?.pop().filter(|_| job.resume) {

@@ -1,6 +1,6 @@
-//! The mixture beside its rivals on held-out text: the dense model, static pruning to as many neurons, and the mixture with
-//! a router that knows what each expert would give. All of it is fixed before: the score that neurons are pruned by, and what
-//! the router that knows goes by, are those that the mixture is made with.
+//! The mixture beside its rivals on text that nothing is fitted to: the dense model, static pruning to as many neurons, and
+//! the mixture with an oracle router, which sees what each expert would give. Nothing is chosen by these losses: neurons are
+//! pruned, and the oracle chooses, by the scores that the mixture is made with.
 
 use candle_core::{DType, Tensor};
 use serde::Serialize;
@@ -9,7 +9,7 @@ use super::paired::{Difference, Loss};
 use super::slices::{Slices, fixed_mask, masked, top};
 use super::solve::values;
 use super::statistics::{Observed, Scores, observe};
-use super::windows::{Text, Windows};
+use super::windows::{Origin, Text, Windows};
 use crate::error::Result;
 use crate::model::{Decoder, FeedForward, Stream};
 use crate::ops::{cross_entropy, matmul_f32, rows};
@@ -17,8 +17,12 @@ use crate::ops::{cross_entropy, matmul_f32, rows};
 /// Losses on the same text, of which nothing was learned.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
-    /// The file it is of; `None`: the held-out part of the calibration data.
+    /// Where the text comes from.
+    pub origin: Origin,
+    /// The name of its file, where it is one of `calibration.eval`.
     pub file: Option<String>,
+    /// How many windows are for the most part in the text that was fitted to, too.
+    pub repeated_windows: usize,
     /// Tokens predicted.
     pub tokens: usize,
     /// Of these, in each window.
@@ -39,6 +43,42 @@ pub struct Comparison {
     pub mixture_less_pruned_refit: Option<Difference>,
 }
 
+impl Comparison {
+    /// Of two models that were each run as a whole, from the losses of windows as [`losses`] gives them.
+    pub(super) fn of_whole(text: &Text, dense: Vec<f64>, mixture: Vec<f64>) -> Self {
+        let tokens = predicted(&text.windows);
+        Self {
+            origin: text.origin,
+            file: text.file.clone(),
+            repeated_windows: text.repeated,
+            tokens: tokens.iter().sum(),
+            mixture: Some(Loss::of(mixture, &dense, &tokens)),
+            dense: Loss::of(dense.clone(), &dense, &tokens),
+            pruned: None,
+            pruned_refit: None,
+            oracle: None,
+            mixture_less_pruned: None,
+            mixture_less_pruned_refit: None,
+            window_tokens: tokens,
+        }
+    }
+}
+
+/// The loss of a model on each window of each text.
+pub(super) fn losses<'a>(model: &Decoder, texts: impl Iterator<Item = &'a Text>) -> Result<Vec<Vec<f64>>> {
+    let of = |text: &Text| {
+        let hidden = |batch: &Windows| Ok(model.forward(&batch.tokens, &batch.documents())?.hidden);
+        window_sums(model, text.windows.iter().map(hidden), &text.windows)
+    };
+    texts.map(of).collect()
+}
+
+/// Predicted tokens of each window.
+fn predicted(windows: &[Windows]) -> Vec<usize> {
+    let spans = windows.iter().flat_map(|batch| batch.offsets.windows(2));
+    spans.map(|span| span[1] - span[0] - 1).collect()
+}
+
 /// One converted layer on held-out text of the dense model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerReport {
@@ -54,6 +94,8 @@ pub struct LayerReport {
     pub load: Vec<f64>,
     /// Deviation of the load divided by its mean.
     pub load_variation: f64,
+    /// Calibration tokens that the router sends to each expert.
+    pub calibration_load: Vec<usize>,
     /// Neurons with massive activations, which are always on.
     pub guarded: usize,
     /// The share of the error that the fit of the down projection left, on text it was not fitted to.
@@ -168,12 +210,12 @@ impl<'a> Rivals<'a> {
     /// The loss of each.
     pub(super) fn finish(self, model: &Decoder) -> Result<Comparison> {
         let windows = &self.text.windows;
-        let spans = windows.iter().flat_map(|batch| batch.offsets.windows(2));
-        let tokens: Vec<usize> = spans.map(|span| span[1] - span[0] - 1).collect();
-        let dense = window_sums(model, &self.dense, windows)?;
-        let of = |streams: &Vec<Stream>| -> Result<Loss> {
-            Ok(Loss::of(window_sums(model, streams, windows)?, &dense, &tokens))
+        let tokens = predicted(windows);
+        let sums = |streams: &[Stream]| {
+            window_sums(model, streams.iter().map(|stream| model.end_stream(stream)), windows)
         };
+        let dense = sums(&self.dense)?;
+        let of = |streams: &Vec<Stream>| -> Result<Loss> { Ok(Loss::of(sums(streams)?, &dense, &tokens)) };
         let mixture = self.mixture.as_ref().map(of).transpose()?;
         let pruned = self.pruned.as_ref().map(of).transpose()?;
         let pruned_refit = self.pruned_refit.as_ref().map(of).transpose()?;
@@ -182,6 +224,8 @@ impl<'a> Rivals<'a> {
             Some(Difference::of(&mixture.window_sums, &rival.window_sums, &tokens))
         };
         Ok(Comparison {
+            origin: self.text.origin,
+            repeated_windows: self.text.repeated,
             file: self.text.file.clone(),
             tokens: tokens.iter().sum(),
             dense: of(&self.dense)?,
@@ -196,12 +240,16 @@ impl<'a> Rivals<'a> {
     }
 }
 
-/// The loss of each window, summed over its predicted tokens.
-fn window_sums(model: &Decoder, streams: &[Stream], windows: &[Windows]) -> Result<Vec<f64>> {
+/// The loss of each window, summed over its predicted tokens, from the last hidden states of each batch.
+fn window_sums(
+    model: &Decoder,
+    hidden: impl Iterator<Item = Result<Tensor>>,
+    windows: &[Windows],
+) -> Result<Vec<f64>> {
     let mut sums = Vec::new();
-    for (stream, windows) in streams.iter().zip(windows) {
+    for (hidden, windows) in hidden.zip(windows) {
         let (rows, targets) = windows.targets();
-        let hidden = rows::gather(&model.end_stream(stream)?, &rows)?;
+        let hidden = rows::gather(&hidden?, &rows)?;
         let nll = cross_entropy::evaluate(&hidden, model.head(), &targets)?;
         let mut rest = nll.as_slice();
         for span in windows.offsets.windows(2) {
@@ -272,6 +320,7 @@ impl Tally {
             hit_rate: share(self.hits as f64, tokens * self.active as f64),
             load_variation: share(variance.sqrt(), mean),
             load,
+            calibration_load: Vec::new(),
             guarded: 0,
             refit_left: None,
         }

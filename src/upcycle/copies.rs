@@ -14,16 +14,18 @@ use candle_core::{DType, Device, Tensor};
 use rand_distr::{Distribution, StandardNormal};
 use serde_json::json;
 
+use super::compare::{Comparison, losses};
 use super::export::{self, Layer, Sink};
-use super::report::{Guarantee, Report};
+use super::report::{Guarantee, Report, Untied, idle_warning};
 use super::settings::{Method, RouterKind, Settings, choose_format, dense_network};
 use super::solve::{matrix, values};
 use super::split::network;
+use super::windows::{Origin, Text};
 use super::{Event, Job, Watch, verify};
 use crate::data::{generator, shuffle};
 use crate::error::{Error, Result};
 use crate::model::family::{self, MixtureFormat, MixtureShape};
-use crate::model::{Decoder, Stream};
+use crate::model::{Decoder, Pretrained, Stream};
 use crate::ops::{Documents, Pass};
 
 /// The deviation of a router that begins at random.
@@ -38,23 +40,13 @@ pub(super) fn copy(
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
     let base = job.base;
-    let (neurons, _) = dense_network(base.config())?;
-    refuse_unfit(job, settings, neurons)?;
-    let dense = settings.dense_layers(base.config().layers.len())?;
+    let shape = shape(base, job.sources, settings)?;
     let groups = if settings.method == Method::VirtualGroups { settings.groups } else { 1 };
-    let copies = if settings.method == Method::Mix { job.sources.len() + 1 } else { settings.experts };
-    let shape = MixtureShape {
-        experts: copies * groups,
-        active: settings.active * groups,
-        width: neurons / groups,
-        shared: 0,
-        averaged: true,
-        dense,
-    };
+    let copies = shape.experts / groups;
     let format = choose_format(settings.format, base.config(), &shape)?;
     let layout = format.layout(base.config_json(), base.config(), &shape)?;
     let stored = base.compute_dtype();
-    let routers = routers(job, settings, copies, &shape)?;
+    let Routers { rows: routers, idle } = Routers::of(job, settings, copies, &shape)?;
     let config = family::read(&layout.config)?;
     let mut sink = Sink::new(base, &config, format == MixtureFormat::GraniteMoeShared, stored, folder)?;
     for (layer, moe) in config.sparse_layers() {
@@ -87,88 +79,152 @@ pub(super) fn copy(
     export::write_config(folder, &layout.config, stored, json!({}))?;
     base.write_companions(folder)?;
     let mut report = Report::of_copies(base, settings, &shape, format);
+    report.untied = Untied::of(base, &config);
+    report.warnings.extend(idle_warning(&idle, "the windows of calibration text"));
     report.seconds = begun.elapsed().as_secs_f64();
     if settings.verify {
         watch(Event::note("reading back and measuring"))?;
-        report.guarantees = guarantees(job, settings, folder, groups)?;
+        (report.guarantees, report.comparisons) = measure(job, settings, folder, groups)?;
     }
     Ok(report)
 }
 
-fn refuse_unfit(job: &Job<'_>, settings: &Settings, neurons: usize) -> Result<()> {
+/// The sizes of the mixture; an error where copies cannot be made as `settings` say.
+pub(super) fn shape(base: &Pretrained, sources: &[Pretrained], settings: &Settings) -> Result<MixtureShape> {
+    let (neurons, _) = dense_network(base.config())?;
+    refuse_unfit(base, sources, settings, neurons)?;
+    let groups = if settings.method == Method::VirtualGroups { settings.groups } else { 1 };
+    let copies = if settings.method == Method::Mix { sources.len() + 1 } else { settings.experts };
+    Ok(MixtureShape {
+        experts: copies * groups,
+        active: settings.active * groups,
+        width: neurons / groups,
+        shared: 0,
+        averaged: true,
+        dense: settings.dense_layers(base.config().layers.len())?,
+    })
+}
+
+fn refuse_unfit(
+    base: &Pretrained,
+    sources: &[Pretrained],
+    settings: &Settings,
+    neurons: usize,
+) -> Result<()> {
     if settings.method == Method::VirtualGroups && !neurons.is_multiple_of(settings.groups) {
         return Err(Error::request(format!(
             "`upcycle.groups` is {}, which does not divide the {neurons} neurons of a network",
             settings.groups
-        )));
+        ))
+        .with_hint("a copy is cut into `upcycle.groups` parts of one size"));
     }
-    for source in job.sources {
+    for source in sources {
         source.check()?;
-        if source.config() != job.base.config() {
+        if source.config() != base.config() {
             return Err(Error::request(format!(
                 "the `config.json` of `{}` describes another model than that of `{}`",
                 source.name(),
-                job.base.name()
+                base.name()
             ))
             .with_hint("`mix` takes fine-tunes of one model"));
         }
     }
     if matches!(settings.router, RouterKind::Ridge | RouterKind::Logistic | RouterKind::GateMean) {
-        return Err(Error::request("this router tells slices of one network apart, and copies are alike")
-            .with_hint("`upcycle.router` of copies is `random`, `zero`, `hidden-kmeans` or `prompts`"));
+        return Err(Error::request(
+            "`upcycle.router`: this one tells slices of one network apart, and the experts here are copies of whole networks",
+        )
+        .with_hint("`upcycle.router` of copies is `random`, `zero`, `hidden-kmeans` or `prompts`"));
     }
     Ok(())
 }
 
-/// The router's rows of each layer, `[copies * hidden]`.
-fn routers(job: &Job<'_>, settings: &Settings, copies: usize, shape: &MixtureShape) -> Result<Vec<Vec<f32>>> {
-    let config = job.base.config();
-    let hidden = config.hidden_size;
-    let random = |layer: usize| -> Vec<f32> {
-        let mut chance = generator("upcycle/router", &[settings.seed, layer as u64]);
-        let mut draw = || -> f32 { StandardNormal.sample(&mut chance) };
-        (0..copies * hidden).map(|_| ROUTER_DEVIATION * draw()).collect()
-    };
-    match settings.router {
-        RouterKind::Zero => Ok(vec![vec![0.0; copies * hidden]; shape.dense.len()]),
-        RouterKind::Prompts => {
-            if job.prompts.len() != copies {
-                return Err(Error::request(format!(
-                    "`upcycle.prompts` has {} lists, and there are {copies} experts",
-                    job.prompts.len()
-                )));
+/// The routers of a mixture of copies.
+struct Routers {
+    /// The rows of each layer, `[copies * hidden]`.
+    rows: Vec<Vec<f32>>,
+    /// Layers and experts that no window of the text belongs to, where there is text to go by.
+    idle: Vec<(usize, usize)>,
+}
+
+impl Routers {
+    fn of(job: &Job<'_>, settings: &Settings, copies: usize, shape: &MixtureShape) -> Result<Self> {
+        let hidden = job.base.config().hidden_size;
+        let random = |layer: usize| -> Vec<f32> {
+            let mut chance = generator("upcycle/router", &[settings.seed, layer as u64]);
+            let mut draw = || -> f32 { StandardNormal.sample(&mut chance) };
+            (0..copies * hidden).map(|_| ROUTER_DEVIATION * draw()).collect()
+        };
+        let layers = shape.dense.len();
+        let mut idle = Vec::new();
+        let rows = match settings.router {
+            RouterKind::Zero => vec![vec![0.0; copies * hidden]; layers],
+            RouterKind::Prompts => {
+                if job.prompts.len() != copies {
+                    return Err(Error::request(format!(
+                        "`upcycle.prompts` has {} lists, and there are {copies} experts",
+                        job.prompts.len()
+                    )));
+                }
+                let batches: Vec<Vec<&Vec<u32>>> =
+                    job.prompts.iter().map(|prompts| prompts.iter().collect()).collect();
+                from_inputs(job, &batches, |means, layer| {
+                    refuse_alike(&means, hidden, layer)?;
+                    Ok(directions(means, hidden))
+                })?
             }
-            let batches: Vec<Vec<&Vec<u32>>> =
-                job.prompts.iter().map(|prompts| prompts.iter().collect()).collect();
-            from_inputs(job, &batches, |means, _| Ok(directions(means, hidden)))
-        }
-        RouterKind::HiddenKmeans => {
-            let windows: Vec<Vec<u32>> = job
-                .calibration
-                .fitted
-                .iter()
-                .flat_map(|batch| {
-                    batch.offsets.windows(2).map(|span| batch.tokens[span[0]..span[1]].to_vec())
-                })
-                .collect();
-            if windows.is_empty() {
-                return Err(Error::request("`upcycle.router = \"hidden-kmeans\"` needs calibration text")
-                    .with_hint("name files in `calibration.data`"));
+            RouterKind::HiddenKmeans => {
+                let windows: Vec<Vec<u32>> = job
+                    .calibration
+                    .fitted
+                    .iter()
+                    .flat_map(|batch| {
+                        batch.offsets.windows(2).map(|span| batch.tokens[span[0]..span[1]].to_vec())
+                    })
+                    .collect();
+                job.calibration.refuse_fewer_windows(copies)?;
+                let batches: Vec<Vec<&Vec<u32>>> = windows.iter().map(|window| vec![window]).collect();
+                from_inputs(job, &batches, |means, layer| {
+                    let (centres, counts) = clusters(means, hidden, copies, [settings.seed, layer as u64]);
+                    let empty = counts.iter().enumerate().filter(|(_, count)| **count == 0);
+                    idle.extend(empty.map(|(expert, _)| (layer, expert)));
+                    Ok(centres)
+                })?
             }
-            let batches: Vec<Vec<&Vec<u32>>> = windows.iter().map(|window| vec![window]).collect();
-            from_inputs(job, &batches, |means, layer| {
-                Ok(clusters(means, hidden, copies, [settings.seed, layer as u64]))
-            })
-        }
-        _ => Ok((0..shape.dense.len()).map(random).collect()),
+            _ => (0..layers).map(random).collect(),
+        };
+        idle.retain(|(layer, _)| !shape.dense[*layer]);
+        Ok(Self { rows, idle })
     }
+}
+
+/// An error if the prompts of two experts have the same mean state, by which no router can tell the experts apart.
+fn refuse_alike(means: &[f32], width: usize, layer: usize) -> Result<()> {
+    /// The distance of equal states, as a share of their length: sums in another order differ by rounding.
+    const ROUNDING: f32 = 1e-4;
+
+    let rows: Vec<&[f32]> = means.chunks_exact(width).collect();
+    for (expert, row) in rows.iter().enumerate() {
+        let length = row.iter().map(|x| x * x).sum::<f32>();
+        let is_near = |other: &&[f32]| {
+            let distance: f32 = row.iter().zip(other.iter()).map(|(x, y)| (x - y).powi(2)).sum();
+            distance <= ROUNDING.powi(2) * length
+        };
+        if let Some(same) = rows[..expert].iter().position(is_near) {
+            return Err(Error::request(format!(
+                "`upcycle.prompts[{same}]` and `upcycle.prompts[{expert}]` have the same mean state in layer {layer}: \
+                 the router could not tell their experts apart"
+            ))
+            .with_hint("give each expert prompts of the kind of text that it is for"));
+        }
+    }
+    Ok(())
 }
 
 /// Routers from the mean input of the feed-forward network over each batch of documents.
 fn from_inputs(
     job: &Job<'_>,
     batches: &[Vec<&Vec<u32>>],
-    make: impl Fn(Vec<f32>, usize) -> Result<Vec<f32>>,
+    mut make: impl FnMut(Vec<f32>, usize) -> Result<Vec<f32>>,
 ) -> Result<Vec<Vec<f32>>> {
     let model = Decoder::open(job.base, job.dtype, &Device::Cpu)?;
     let begin = |documents: &Vec<&Vec<u32>>| -> Result<Stream> {
@@ -192,8 +248,8 @@ fn from_inputs(
     Ok(routers)
 }
 
-/// Rows of length one, without what they have in common: their mean, and its direction, which every input lies along, so that
-/// one expert or another would get all tokens by it.
+/// Takes the mean row's direction out of all rows and scales them to length one. Every input lies along the mean, so that a
+/// row with a part of it would get all tokens.
 fn directions(mut rows: Vec<f32>, width: usize) -> Vec<f32> {
     let count = (rows.len() / width) as f32;
     let mut mean = vec![0f32; width];
@@ -208,19 +264,22 @@ fn directions(mut rows: Vec<f32>, width: usize) -> Vec<f32> {
     rows
 }
 
-/// The centres of spherical k-means, `[count * width]`.
-fn clusters(rows: Vec<f32>, width: usize, count: usize, seed: [u64; 2]) -> Vec<f32> {
+/// The centres of spherical k-means, `[count * width]`, and how many rows are nearest to each.
+fn clusters(rows: Vec<f32>, width: usize, count: usize, seed: [u64; 2]) -> (Vec<f32>, Vec<usize>) {
     let rows = directions(rows, width);
     let mut order: Vec<usize> = (0..rows.len() / width).collect();
     shuffle(&mut order, &mut generator("upcycle/inputs", &seed));
     let row = |at: usize| &rows[at * width..][..width];
     let mut centres: Vec<f32> = (0..count).flat_map(|n| row(order[n % order.len()]).to_vec()).collect();
+    let mut counts = vec![0; count];
     for _ in 0..20 {
         let mut sums = vec![0f32; centres.len()];
+        counts.fill(0);
         for own in rows.chunks_exact(width) {
             let nearness = |centre: &[f32]| centre.iter().zip(own).map(|(c, x)| c * x).sum::<f32>();
             let best = centres.chunks_exact(width).map(nearness).enumerate();
             let best = best.reduce(|best, next| if next.1 > best.1 { next } else { best }).map_or(0, |b| b.0);
+            counts[best] += 1;
             sums[best * width..][..width].iter_mut().zip(own).for_each(|(sum, x)| *sum += x);
         }
         for (centre, sum) in centres.chunks_exact_mut(width).zip(sums.chunks_exact(width)) {
@@ -230,7 +289,7 @@ fn clusters(rows: Vec<f32>, width: usize, count: usize, seed: [u64; 2]) -> Vec<f
             }
         }
     }
-    centres
+    (centres, counts)
 }
 
 impl Layer {
@@ -262,18 +321,29 @@ impl Layer {
     }
 }
 
-/// That the mixture is the dense model at one, two and four copies a token.
-fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) -> Result<Vec<Guarantee>> {
+/// Whether the mixture is the dense model at one, two and four copies a token, and its loss on the built-in text.
+fn measure(
+    job: &Job<'_>,
+    settings: &Settings,
+    folder: &Path,
+    groups: usize,
+) -> Result<(Vec<Guarantee>, Vec<Comparison>)> {
+    let neutral = || job.calibration.texts().filter(|text: &&Text| text.origin == Origin::Neutral);
     let written = verify::reopened(folder)?;
     let dense = Decoder::open(job.base, DType::F32, &Device::Cpu)?;
     let expected = verify::Expected::of(&dense, &job.calibration.held_out)?;
+    let of_dense = losses(&dense, neutral())?;
+    drop(dense);
     let experts = written.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts / groups);
     let mut guarantees = Vec::new();
     for active in [1, 2, 4].into_iter().filter(|active| *active <= experts) {
         let mut config = written.config().clone();
         config.reroute(Some(active * groups), Default::default())?;
         let difference = expected.compare(&verify::open(&written, &config)?)?;
-        let what = format!("with {active} active it is the dense model");
+        let what = match active {
+            1 => "with 1 active copy of a token it is the dense model".to_string(),
+            many => format!("with {many} active copies of a token it is the dense model"),
+        };
         let promised = match settings.method {
             // Down projections of groups are multiplied with their number.
             Method::Copy | Method::VirtualGroups => verify::is_exact(job.base, groups as f64),
@@ -281,5 +351,34 @@ fn guarantees(job: &Job<'_>, settings: &Settings, folder: &Path, groups: usize) 
         };
         guarantees.push(difference.guarantee(what, promised, difference.is_rounding()));
     }
-    Ok(guarantees)
+    let of_mixture = losses(&verify::open(&written, written.config())?, neutral())?;
+    let both = neutral().zip(of_dense.into_iter().zip(of_mixture));
+    let comparisons = both.map(|(text, (dense, mixture))| Comparison::of_whole(text, dense, mixture));
+    Ok((guarantees, comparisons.collect()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_of_the_same_mean_state_are_refused() {
+        let means = [1.0, 2.0, 3.0, -1.0, 1.0, 2.000_01];
+        let error = refuse_alike(&means, 2, 7).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "`upcycle.prompts[0]` and `upcycle.prompts[2]` have the same mean state in layer 7: the router could not tell \
+             their experts apart"
+        );
+        assert_eq!(error.exit_code(), 2);
+        refuse_alike(&[1.0, 2.0, 3.0, -1.0, 1.0, 2.01], 2, 7).unwrap();
+    }
+
+    #[test]
+    fn clusters_that_nothing_belongs_to_are_counted() {
+        let rows = vec![1.0, 0.0, 1.0, 0.0, -1.0, 0.1];
+        let (_, counts) = clusters(rows, 2, 3, [1, 2]);
+        assert_eq!(counts.iter().sum::<usize>(), 3);
+        assert_eq!(counts.iter().filter(|count| **count == 0).count(), 1, "two windows are the same");
+    }
 }

@@ -1,11 +1,11 @@
-//! Experts more in a mixture that there is, for a task that it has not seen: copies of those that the text of the task goes to
-//! most, layer by layer. Everything that was there stays to the byte.
+//! New experts in a mixture, for a task that it has not seen: each layer gets copies of the experts that most tokens of the
+//! task's text are routed to. Every tensor that the mixture has keeps its bytes.
 //!
-//! A new expert has the router's row of the one that it is a copy of, with a little noise, so that training can tell the
+//! A new expert starts from the router row of the expert that it copies, with a little noise, so that training can tell the
 //! two apart. What that does before training depends on the family:
 //!
 //! - Where the choice has a bias (`glm4_moe`), the new one's is so low that it is never chosen, whatever the input: the model
-//!   is what it was until training raises the bias (`losses.bias_update`). The router's input is `w * x` with `|x| <=
+//!   computes what it did until training raises the bias (`losses.bias_update`). The router's input is `w * x` with `|x| <=
 //!   sqrt(hidden)`, so the logit of a row `r` is within `sqrt(hidden) |r * w|`, and scores are within its sigmoid.
 //! - Elsewhere the copy is chosen beside the original and takes the place of the least of a token's experts, and where
 //!   weights are not renormalised all of them become a little smaller. The model changes; by how much is measured.
@@ -17,6 +17,7 @@ use candle_core::{DType, Device, Tensor};
 use rand_distr::{Distribution, StandardNormal};
 use serde_json::{Value, json};
 
+use super::compare::{Comparison, losses};
 use super::export::{Layer, write_config};
 use super::report::Report;
 use super::settings::{RouterKind, Settings};
@@ -34,7 +35,7 @@ const NOISE: f32 = 0.05;
 /// Rounding of inputs and scores.
 const MARGIN: f64 = 1e-2;
 
-/// Writes the mixture with experts more.
+/// Writes the mixture with its new experts.
 pub(super) fn expand(
     job: &Job<'_>,
     settings: &Settings,
@@ -43,7 +44,11 @@ pub(super) fn expand(
 ) -> Result<Report> {
     let begun = std::time::Instant::now();
     let base = job.base;
-    let moe = refuse_unfit(job, settings)?;
+    let moe = refuse_unfit(base, settings)?;
+    if job.calibration.fitted.is_empty() {
+        return Err(Error::request("`upcycle.method = \"expand\"` needs text of the new task")
+            .with_hint("name files in `calibration.data`"));
+    }
     let json = grown(base.config_json(), moe.experts, settings.experts)?;
     let config = family::read(&json)?;
     let copied = most_used(job, moe.experts, settings.experts)?;
@@ -51,6 +56,7 @@ pub(super) fn expand(
     let mut writer = announce(base, &config, folder)?;
     for name in base.checkpoint().tensors().keys() {
         if !is_of_router(base.config(), name) {
+            base.checkpoint().refuse_not_finite(name)?;
             writer.write_bytes(name, base.checkpoint().bytes(name)?)?;
             base.checkpoint().release(name);
         }
@@ -79,27 +85,32 @@ pub(super) fn expand(
         watch(Event::note("reading back and measuring"))?;
         let written = reopened(folder)?;
         refuse_changed(base, &written)?;
-        let expected = Expected::of(&open(base, base.config())?, &job.calibration.held_out)?;
-        let difference = expected.compare(&open(&written, written.config())?)?;
-        let what = "before training it is the mixture it was made from".to_string();
+        let before = open(base, base.config())?;
+        let expected = Expected::of(&before, &job.calibration.held_out)?;
+        let losses_before = losses(&before, job.calibration.texts())?;
+        drop(before);
+        let after = open(&written, written.config())?;
+        let difference = expected.compare(&after)?;
+        let what = "before it is trained, the new mixture computes what the old one does".to_string();
         report.guarantees = vec![difference.guarantee(what, moe.selection_bias, difference.is_rounding())];
+        let losses = losses_before.into_iter().zip(losses(&after, job.calibration.texts())?);
+        let texts = job.calibration.texts().zip(losses);
+        report.comparisons =
+            texts.map(|(text, (before, after))| Comparison::of_whole(text, before, after)).collect();
     }
     Ok(report)
 }
 
 /// How the mixture chooses; an error where this method cannot add to it.
-fn refuse_unfit(job: &Job<'_>, settings: &Settings) -> Result<MoeConfig> {
-    let base = job.base;
+pub(super) fn refuse_unfit(base: &Pretrained, settings: &Settings) -> Result<MoeConfig> {
     let Some((layer, moe)) = base.config().sparse_layers().next() else {
-        return Err(Error::request(format!("`{}` is not a mixture of experts", base.name())));
+        return Err(Error::request(format!("`{}` is not a mixture of experts", base.name()))
+            .with_hint("`upcycle.method = \"copy\"` or `\"split\"` makes one of a dense model"));
     };
-    if job.calibration.fitted.is_empty() {
-        return Err(Error::request("`upcycle.method = \"expand\"` needs text of the new task")
-            .with_hint("name files in `calibration.data`"));
-    }
     if settings.router != RouterKind::Random {
         return Err(Error::request(
-            "`upcycle.router`: a new expert has the row of the one that it is a copy of, and no other",
+            "`upcycle.router` does nothing with `upcycle.method = \"expand\"`: a new expert starts from the router row \
+             of the expert that it copies",
         )
         .with_hint("leave `upcycle.router` out"));
     }

@@ -18,8 +18,8 @@ use crate::model::family::{self, Layout, MixtureFormat};
 use crate::model::{DecoderConfig, Pretrained};
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_atomic};
 
-/// What the gate of a shared expert that has to have one is made of: as good as zero, so that it gives one half, and not
-/// zero, by which one runtime divides.
+/// The weight of a shared-expert gate where the format requires one: almost 0, so that its sigmoid is 0.5. It is not exactly
+/// 0, because one runtime divides by it.
 const NEARLY_ZERO: f64 = 1.0 / (1u64 << 40) as f64;
 
 /// A model on its way to disk.

@@ -3,22 +3,26 @@
 //! A split cuts every feed-forward network into slices: `F(x) = sum of D_e h_e(x)`, so with all slices on it is the dense
 //! network, and with some of them it is cheaper. Which neurons go together, and what a linear router can tell of who is
 //! needed, is found on calibration text, layer by layer: the dense model and the statistics of one layer are all that is in
-//! memory. Copies start from the same network in every expert and leave the model as it is until it is trained. And a
-//! mixture that there is can be given experts more, for a task that it has not seen.
+//! memory. Copies start from the same network in every expert and leave the model as it is until it is trained. And new
+//! experts can be added to a mixture, for a task that it has not seen.
 //!
 //! ```text
-//! text -> windows (fitted | held out)
+//! text -> windows (fitted | held out | of other files | built in)
 //! dense model -> per layer: scores -> shared neurons -> partition <-> router -> down projections fitted once more
 //!             -> config.json of a family, weights under its names -> read back: all slices on, it is the dense model
 //!             -> fitted down projections in the place of the dense ones -> read back -> measured beside its rivals
 //! ```
 
+mod account;
 mod assign;
 mod compare;
+mod conclusion;
 mod copies;
 mod expand;
 mod export;
 mod gradient;
+mod neutral;
+mod overlap;
 mod paired;
 mod partition;
 mod refit;
@@ -39,15 +43,17 @@ use serde::Serialize;
 
 pub use compare::{Comparison, LayerReport};
 pub use paired::{Difference, Loss};
-pub use report::{Guarantee, Refitted, Report};
+pub use report::{Guarantee, Refitted, Report, Untied};
 pub use settings::{
     KeepDense, Method, Partition, Refit, RouterKind, Settings, SplitShape, choose_format, dense_network,
 };
-pub use windows::{Calibration, Text, WINDOW, Windows};
+pub use windows::{Calibration, Origin, Text, WINDOW, Windows};
 
+use self::conclusion::Conclusion;
 use crate::error::{Context, Result};
+use crate::model::family::{self, MixtureFormat, MixtureShape};
 use crate::model::{Decoder, Pretrained};
-use crate::weights::{Staged, write_atomic};
+use crate::weights::{Checkpoint, Staged, write_atomic};
 
 /// The account of a conversion, beside its weights.
 pub const REPORT_FILE: &str = "upcycle.json";
@@ -104,6 +110,52 @@ pub struct Job<'a> {
     pub output: &'a Path,
     /// Further files for it: names and contents.
     pub files: &'a [(String, String)],
+    /// What was warned of before, for the account.
+    pub warnings: &'a [String],
+}
+
+/// What a conversion will make, as far as configuration and headers show it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outline {
+    /// The slices of a split or pruned network.
+    pub slices: Option<SplitShape>,
+    /// The family that will be written; `None`: the model's own.
+    pub format: Option<MixtureFormat>,
+    /// Neurons of an expert.
+    pub width: usize,
+    /// The head, where it becomes a tensor of its own.
+    pub untied: Option<Untied>,
+}
+
+impl Outline {
+    /// Refuses what cannot be converted as `settings` say, before any weight is read.
+    pub fn of(base: &Pretrained, sources: &[Pretrained], settings: &Settings) -> Result<Self> {
+        let written = |slices: Option<SplitShape>, shape: &MixtureShape| -> Result<Self> {
+            let format = choose_format(settings.format, base.config(), shape)?;
+            let layout = format.layout(base.config_json(), base.config(), shape)?;
+            let untied = Untied::of(base, &family::read(&layout.config)?);
+            Ok(Self { slices, format: Some(format), width: shape.width, untied })
+        };
+        match settings.method {
+            Method::Split => {
+                let slices = SplitShape::of(settings, base.config())?;
+                let shape = slices.mixture();
+                written(Some(slices), &shape)
+            }
+            Method::Prune => {
+                let slices = SplitShape::of(settings, base.config())?;
+                let width = slices.width;
+                Ok(Self { slices: Some(slices), format: None, width, untied: None })
+            }
+            Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
+                written(None, &copies::shape(base, sources, settings)?)
+            }
+            Method::Expand => {
+                let width = expand::refuse_unfit(base, settings)?.width;
+                Ok(Self { slices: None, format: None, width, untied: None })
+            }
+        }
+    }
 }
 
 /// Converts a model as `settings` say and writes it to a new folder, whole or not at all.
@@ -112,9 +164,21 @@ pub struct Job<'a> {
 ///
 /// Where the model is not dense, no family can hold the mixture, or a promise does not hold when the result is read back.
 pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Result<Report> {
+    let read = || std::iter::once(job.base).chain(job.sources).map(Pretrained::checkpoint);
+    let explain = |error| read().fold(error, |error, checkpoint| checkpoint.explain(error));
+    write(job, settings, watch, || read().try_for_each(Checkpoint::refuse_changed)).map_err(explain)
+}
+
+/// Writes the new model; `refuse_changed` is asked before it gets its name.
+fn write(
+    job: &Job<'_>,
+    settings: &Settings,
+    watch: &mut Watch<'_>,
+    refuse_changed: impl Fn() -> Result<()>,
+) -> Result<Report> {
     job.base.check()?;
     let staged = Staged::folder(job.output)?;
-    let report = match settings.method {
+    let mut report = match settings.method {
         Method::Split | Method::Prune => cut(job, settings, staged.path(), watch)?,
         Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
             copies::copy(job, settings, staged.path(), watch)?
@@ -122,6 +186,14 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
         Method::Expand => expand::expand(job, settings, staged.path(), watch)?,
     };
     report.refuse_broken()?;
+    report.conclusion = Conclusion {
+        method: report.method,
+        is_calibrated: report.calibration_tokens > 0,
+        vocab: job.base.config().vocab_size,
+        comparisons: &report.comparisons,
+    }
+    .lines();
+    report.warnings.splice(0..0, job.warnings.iter().cloned());
     for (name, text) in job.files {
         write_atomic(staged.path().join(name), text.as_bytes())?;
     }
@@ -132,6 +204,7 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
     write_atomic(staged.path().join(REPORT_TEXT), report.text().as_bytes())?;
     // From here on there is no way back.
     watch(Event::note("writing the account"))?;
+    refuse_changed()?;
     staged.commit().at(job.output)?;
     Ok(report)
 }
@@ -156,6 +229,7 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
     watch(Event::note("writing"))?;
     base.write_companions(folder)?;
     let mut report = Report::new(base, settings, &shape, target, job.calibration.num_tokens(), &cut);
+    report.warnings.extend(report.idle_experts());
     let mut seconds = begun.elapsed().as_secs_f64();
     let Some(format) = target else {
         export::write_pruned(base, &cut, settings.refit, stored, folder)?;
@@ -170,10 +244,11 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
     };
     let writing = std::time::Instant::now();
     let layout = format.layout(base.config_json(), base.config(), &shape.mixture())?;
+    report.untied = Untied::of(base, &family::read(&layout.config)?);
     export::write_split(base, &layout, format, &shape, &cut, stored, folder)?;
     seconds += writing.elapsed().as_secs_f64();
     if settings.verify {
-        watch(Event::note("reading back: is it the dense model with all experts on?"))?;
+        watch(Event::note("reading back, to compare it with the dense model when all experts are on"))?;
         report.guarantees = verify::split(base, folder, &shape, &layout, settings.refit, job.calibration)?;
         report.refuse_broken()?;
     }

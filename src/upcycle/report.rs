@@ -1,18 +1,16 @@
-//! The account of a conversion: what was promised and kept, and what it cost beside static pruning.
+//! What is known of a conversion when it is done: what was promised and kept, and what it cost beside static pruning.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 
 use serde::Serialize;
 
 use super::compare::{Comparison, LayerReport};
-use super::paired::{Difference, Loss};
 use super::settings::{Method, Partition, Refit, RouterKind, Settings, SplitShape};
 use super::split::Split;
 use crate::error::{Error, Result};
-use crate::model::Pretrained;
 use crate::model::config::MoeConfig;
 use crate::model::family::{MixtureFormat, MixtureShape};
+use crate::model::{DecoderConfig, Pretrained};
 
 /// A promise about the written model, and whether it was found to hold.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -31,6 +29,27 @@ pub struct Guarantee {
     pub nll_difference: f64,
 }
 
+/// A head that the dense model shares with its embedding and the mixture stores as a tensor of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Untied {
+    /// Rows of the new tensor.
+    pub vocab: usize,
+    /// Columns of the new tensor.
+    pub hidden: usize,
+    /// What the result is larger by.
+    pub bytes: usize,
+}
+
+impl Untied {
+    /// Compares the dense model with the configuration `config` of the mixture.
+    pub(super) fn of(base: &Pretrained, config: &DecoderConfig) -> Option<Self> {
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let bytes = vocab * hidden * base.compute_dtype().size_in_bytes();
+        let is_new = base.config().tie_word_embeddings && !config.tie_word_embeddings;
+        is_new.then_some(Self { vocab, hidden, bytes })
+    }
+}
+
 /// What fitting the down projections once more changed in files that had been verified without it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Refitted {
@@ -44,22 +63,6 @@ pub struct Refitted {
     pub changes: BTreeMap<usize, f64>,
 }
 
-impl Refitted {
-    fn line(&self) -> String {
-        let Self { tensors, untouched, compared, changes } = self;
-        if *tensors == 0 {
-            return "no fit of down projections left less error, so none was changed".to_string();
-        }
-        let percent = 100.0 * changes.values().sum::<f64>() / changes.len().max(1) as f64;
-        let others = if *compared { "compared and the same to the byte" } else { "not compared" };
-        format!(
-            "then down projections were fitted to few experts being on: {tensors} tensors written again, changed by \
-             {percent:.1}% in the mean of layers, {untouched} others {others}; with all experts on it is no longer the dense \
-             model (`refit = \"none\"` keeps that)"
-        )
-    }
-}
-
 /// What a conversion did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
@@ -71,7 +74,7 @@ pub struct Report {
     pub method: Method,
     /// The family that was written; `None`: the dense model's own.
     pub format: Option<MixtureFormat>,
-    /// Slices, copies, or all experts of a mixture that got some more.
+    /// Slices, copies, or all experts of an expanded mixture.
     pub experts: usize,
     /// Those always on.
     pub shared: usize,
@@ -81,7 +84,7 @@ pub struct Report {
     pub expert_width: usize,
     /// The share of the neurons of a converted layer that a token goes through.
     pub active_share: f64,
-    /// Of a mixture that got experts more, those that the new ones of each layer are copies of.
+    /// The experts that the new ones of each layer are copies of, in an expanded mixture.
     pub copied: BTreeMap<usize, Vec<usize>>,
     /// Layers that stay dense.
     pub dense_layers: Vec<usize>,
@@ -101,10 +104,16 @@ pub struct Report {
     pub guarantees: Vec<Guarantee>,
     /// What the fit changed.
     pub refitted: Option<Refitted>,
-    /// Losses on held-out text, then on that of further files.
+    /// Losses on held-out text, then on that of further files, then on the built-in text.
     pub comparisons: Vec<Comparison>,
     /// Each converted layer.
     pub layers: Vec<LayerReport>,
+    /// The head, where it became a tensor of its own.
+    pub untied: Option<Untied>,
+    /// What the losses say in words.
+    pub conclusion: Vec<String>,
+    /// What to look at before the result is used.
+    pub warnings: Vec<String>,
 }
 
 impl Report {
@@ -132,6 +141,9 @@ impl Report {
             refitted: None,
             comparisons: Vec::new(),
             layers: Vec::new(),
+            untied: None,
+            conclusion: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -183,7 +195,7 @@ impl Report {
         }
     }
 
-    /// Of a mixture with experts more, before it is verified.
+    /// Of an expanded mixture, before it is verified.
     pub(super) fn of_expansion(
         base: &Pretrained,
         settings: &Settings,
@@ -207,6 +219,20 @@ impl Report {
         }
     }
 
+    /// Warns of experts that the router sends no token of the calibration text to.
+    pub(super) fn idle_experts(&self) -> Option<String> {
+        let idle: Vec<(usize, usize)> = self
+            .layers
+            .iter()
+            .flat_map(|layer| {
+                let idle = layer.calibration_load.iter().enumerate().filter(|(_, tokens)| **tokens == 0);
+                idle.map(|(expert, _)| (layer.layer, expert))
+            })
+            .collect();
+        let tokens = self.layers.first()?.calibration_load.iter().sum::<usize>() / self.active.max(1);
+        idle_warning(&idle, &format!("{tokens} calibration tokens"))
+    }
+
     /// An error if a promise is broken.
     pub(super) fn refuse_broken(&self) -> Result<()> {
         match self.guarantees.iter().find(|guarantee| guarantee.promised && !guarantee.holds) {
@@ -215,117 +241,12 @@ impl Report {
                 let logits = max_logit_difference
                     .map_or(String::new(), |d| format!("logits differ by up to {d:.2e}, "));
                 Err(Error::invalid(format!(
-                    "the written model does not keep its promise \"{what}\": {logits}the loss by {nll_difference:.2e}; nothing was kept"
+                    "the written model fails the check \"{what}\": {logits}the loss differs by {nll_difference:.2e}; \
+                     nothing was kept"
                 ))
                 .with_hint("this is a fault of the program or of the machine; `upcycle.verify = false` writes all the same"))
             }
         }
-    }
-
-    /// The account in lines, Markdown.
-    #[must_use]
-    pub fn text(&self) -> String {
-        let mut text = format!("# {} -> {}\n\n", self.base, self.form());
-        for line in self.lines() {
-            let _ = writeln!(text, "- {line}");
-        }
-        for comparison in &self.comparisons {
-            let Comparison { tokens, window_tokens, .. } = comparison;
-            let windows = window_tokens.len();
-            let _ = write!(text, "\n## Loss on {tokens} tokens {}, {windows} windows\n\n", place(comparison));
-            text += "| | nll | perplexity | above dense |\n|---|---|---|---|\n";
-            for (name, Loss { nll, perplexity, above_dense, .. }) in rows(comparison) {
-                let _ = writeln!(text, "| {name} | {nll:.4} | {perplexity:.2} | {above_dense} |");
-            }
-            if comparison.mixture_less_pruned.is_some() {
-                text += "\nPaired by window, ± the standard error over windows:\n\n";
-            }
-            for (name, difference) in pairs(comparison) {
-                let _ = writeln!(text, "- {name}: {difference}");
-            }
-        }
-        if !self.layers.is_empty() {
-            text += "\n## Layers, on held-out text of the dense model\n\n";
-            text += "| layer | relative error | energy recalled | hit rate | load variation | least, most load | always on | refit leaves | refit changes |\n";
-            text += "|---|---|---|---|---|---|---|---|---|\n";
-            for layer in &self.layers {
-                let least = layer.load.iter().copied().fold(f64::INFINITY, f64::min);
-                let most = layer.load.iter().copied().fold(0.0, f64::max);
-                let left = layer.refit_left.map_or("-".to_string(), |left| format!("{left:.3}"));
-                let change = self.refitted.as_ref().and_then(|refitted| refitted.changes.get(&layer.layer));
-                let change = change.map_or("-".to_string(), |change| format!("{change:.3}"));
-                let _ = writeln!(
-                    text,
-                    "| {} | {:.4} | {:.3} | {:.3} | {:.2} | {least:.2}, {most:.2} | {} | {left} | {change} |",
-                    layer.layer,
-                    layer.relative_error,
-                    layer.recall,
-                    layer.hit_rate,
-                    layer.load_variation,
-                    layer.guarded
-                );
-            }
-        }
-        text
-    }
-
-    fn form(&self) -> String {
-        match self.format {
-            Some(format) => format!("`{}`", format.name()),
-            None => "the same family".to_string(),
-        }
-    }
-
-    /// What one has to know, a line each.
-    #[must_use]
-    pub fn lines(&self) -> Vec<String> {
-        let mut lines = vec![format!(
-            "{} of {} slices of {} neurons: {} shared, {} of {} routed per token ({:.0}% of the neurons), {} layers dense",
-            self.shared + self.active,
-            self.experts,
-            self.expert_width,
-            self.shared,
-            self.active,
-            self.experts - self.shared,
-            100.0 * self.active_share,
-            self.dense_layers.len()
-        )];
-        if self.method != Method::Split {
-            lines.clear();
-        }
-        if let Some(new) = self.copied.values().map(Vec::len).next() {
-            lines.push(format!(
-                "{} experts in each of {} layers, {new} more than before",
-                self.experts,
-                self.copied.len()
-            ));
-        }
-        for guarantee in &self.guarantees {
-            let state = match (guarantee.holds, guarantee.promised) {
-                (true, _) => "holds",
-                (false, true) => "BROKEN",
-                (false, false) => "does not hold, and is not promised",
-            };
-            let logits =
-                guarantee.max_logit_difference.map_or(String::new(), |d| format!("logits within {d:.1e}, "));
-            lines.push(format!(
-                "{}: {state} ({logits}loss {:+.1e})",
-                guarantee.what, guarantee.nll_difference
-            ));
-        }
-        lines.extend(self.refitted.as_ref().map(Refitted::line));
-        for comparison in &self.comparisons {
-            if comparison.file.is_some() {
-                lines.push(format!("{} tokens {}:", comparison.tokens, place(comparison)));
-            }
-            for (name, Loss { nll, perplexity, .. }) in rows(comparison) {
-                lines.push(format!("{name}: nll {nll:.4}, perplexity {perplexity:.2}"));
-            }
-            for (name, difference) in pairs(comparison) {
-                lines.push(format!("{name}: {difference} nats per token, paired by window"));
-            }
-        }
-        lines
     }
 }
 
@@ -334,31 +255,21 @@ fn numbers_of(dense: &[bool]) -> Vec<usize> {
     (0..dense.len()).filter(|layer| dense[*layer]).collect()
 }
 
-fn place(comparison: &Comparison) -> String {
-    match &comparison.file {
-        None => "held out of the calibration data".to_string(),
-        Some(file) => format!("of `{file}`"),
+/// Names experts, with their layers, that none of `text` is sent to, and says what to do.
+pub(super) fn idle_warning(idle: &[(usize, usize)], text: &str) -> Option<String> {
+    const NAMED: usize = 6;
+
+    if idle.is_empty() {
+        return None;
     }
-}
-
-fn rows(comparison: &Comparison) -> Vec<(&'static str, &Loss)> {
-    let Comparison { dense, pruned, pruned_refit, mixture, oracle, .. } = comparison;
-    let mut rows = vec![("dense", dense)];
-    rows.extend(pruned.iter().map(|loss| ("static pruning, as many neurons", loss)));
-    rows.extend(pruned_refit.iter().map(|loss| ("static pruning, refitted", loss)));
-    rows.extend(mixture.iter().map(|loss| ("mixture of experts", loss)));
-    rows.extend(oracle.iter().map(|loss| ("mixture, oracle router", loss)));
-    rows
-}
-
-fn pairs(comparison: &Comparison) -> Vec<(&'static str, Difference)> {
-    let Comparison { mixture_less_pruned, mixture_less_pruned_refit, .. } = comparison;
-    let of = |name, difference: &Option<Difference>| difference.map(|difference| (name, difference));
-    [
-        of("mixture less static pruning", mixture_less_pruned),
-        of("mixture less static pruning, refitted", mixture_less_pruned_refit),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    let named = idle.iter().take(NAMED).map(|(layer, expert)| format!("expert {expert} of layer {layer}"));
+    let named = named.collect::<Vec<_>>().join(", ");
+    let more = match idle.len().checked_sub(NAMED) {
+        None | Some(0) => String::new(),
+        Some(more) => format!(" and {more} more"),
+    };
+    Some(format!(
+        "{named}{more}: the router sends 0 of {text} there, so they take memory and do nothing; give more or more varied \
+         text in `calibration.data`, ask for fewer `upcycle.experts`, or choose another `upcycle.router`"
+    ))
 }

@@ -7,7 +7,7 @@ use crate::model::DecoderConfig;
 use crate::model::config::{Activation, FeedForwardConfig};
 use crate::model::family::{MixtureFormat, MixtureShape};
 
-/// What becomes of the neurons.
+/// How a network becomes experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
@@ -22,7 +22,7 @@ pub enum Method {
     Drop,
     /// Copies cut into slices, of which the router takes one whole copy's at first.
     VirtualGroups,
-    /// Experts more in a mixture that there is: copies of those that the calibration text goes to most.
+    /// New experts are added to a mixture: copies of those that most calibration tokens are routed to.
     Expand,
     /// Every expert is the network of another checkpoint.
     Mix,
@@ -46,62 +46,62 @@ impl Method {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Partition {
-    /// As they lie.
+    /// Neurons stay in the order of the dense model.
     Sequential,
-    /// By chance.
+    /// Neurons are dealt out at random.
     Random,
-    /// Neurons of similar gates together.
+    /// Neurons with similar gate rows go together.
     Kmeans,
-    /// Neurons that are strong on the same tokens together.
+    /// Neurons that are active on the same tokens go together.
     Coactivation,
-    /// Neurons that the loss leans on in the same kind of text together.
+    /// Neurons that matter to the loss on the same kind of text go together.
     Gradient,
-    /// The same, and shared are those that the loss leans on in most kinds of text.
+    /// As `gradient`, and the neurons that matter in most kinds of text are shared.
     GradientSharing,
-    /// Neurons that matter to the tokens that a linear router would send to them, in turns with the router.
+    /// A linear router and the partition are improved in turns: neurons go where the tokens are that they matter to.
     #[default]
     Alternating,
 }
 
 impl Partition {
-    /// Whether it goes by gradients of the loss.
+    /// Whether it needs gradients of the loss.
     #[must_use]
     pub fn takes_gradients(self) -> bool {
         matches!(self, Self::Gradient | Self::GradientSharing)
     }
 }
 
-/// How the router comes to be.
+/// What the router is made from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RouterKind {
-    /// All zero: the first experts always.
+    /// All values are zero, so that the first experts are always chosen.
     Zero,
-    /// Normal values.
+    /// Values are drawn from a normal distribution.
     Random,
-    /// The mean of each expert's gate rows.
+    /// Each row is the mean of the expert's gate rows.
     GateMean,
-    /// The centre of the inputs that matter to each expert.
+    /// Each row is the mean input of the tokens that the expert matters most to; of copies a cluster of windows.
     HiddenKmeans,
-    /// Least squares on the root of each expert's share in the energy of the output, in closed form.
+    /// Ridge regression predicts the root of each expert's share in the energy of the output, in closed form.
     #[default]
     Ridge,
-    /// From least squares on the logarithm of energies on, by gradient descent towards their shares.
+    /// Gradient descent on the shares of energy, starting from a regression on their logarithms.
     Logistic,
-    /// The mean hidden state of given prompts.
+    /// Each row is the mean hidden state of the prompts that are given for the expert.
     Prompts,
 }
 
-/// What the down projections are fitted to once more, so that they make up for what is not active.
+/// What the down projections are fitted to, so that the active neurons make up for the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Refit {
-    /// Nothing: they stay slices of the dense model's.
+    /// They are not fitted and stay slices of the dense model's.
     None,
-    /// What the dense network gives for the same input.
+    /// The output of the dense network for the same input.
     #[default]
     Local,
-    /// What brings the residual stream back to the dense model's.
+    /// The difference to the residual stream of the dense model.
     Stream,
 }
 
@@ -124,12 +124,13 @@ impl Default for KeepDense {
 }
 
 impl KeepDense {
-    /// For each of `layers` layers whether it stays dense.
+    /// For each of `layers` layers whether it stays dense. Where `every` is 0, all of them do.
     #[must_use]
     pub fn of(self, layers: usize) -> Vec<bool> {
         let end = layers.saturating_sub(self.last);
         let converted = |layer: usize| {
-            layer >= self.first && layer < end && (layer - self.first) % self.every == self.every - 1
+            let of_the_rest = layer.checked_sub(self.first).filter(|_| layer < end && self.every > 0);
+            of_the_rest.is_some_and(|layer| layer % self.every == self.every - 1)
         };
         (0..layers).map(|layer| !converted(layer)).collect()
     }
@@ -140,15 +141,15 @@ impl KeepDense {
 pub struct Settings {
     /// What becomes of the neurons.
     pub method: Method,
-    /// Slices of a split, the shared ones counted in; or copies; or the experts that a mixture gets more.
+    /// Slices of a split, the shared ones counted in; or copies; or how many experts are added to a mixture.
     pub experts: usize,
     /// Slices that are always on.
     pub shared: usize,
-    /// Routed experts of a token; a mixture that gets experts more keeps its number.
+    /// Routed experts of a token; an expanded mixture keeps its number.
     pub active: usize,
     /// How neurons are shared out.
     pub partition: Partition,
-    /// How the router comes to be.
+    /// What the router is made from.
     pub router: RouterKind,
     /// What the down projections are fitted to.
     pub refit: Refit,
@@ -162,7 +163,7 @@ pub struct Settings {
     pub format: Option<MixtureFormat>,
     /// Whether what is written is read back, and whether promises hold.
     pub verify: bool,
-    /// Whether static pruning and a router that knows are measured beside a split.
+    /// Whether static pruning and an oracle router are measured beside a split.
     pub baselines: bool,
     /// The seed of everything random.
     pub seed: u64,
@@ -206,6 +207,14 @@ impl SplitShape {
     pub fn of(settings: &Settings, config: &DecoderConfig) -> Result<Self> {
         let (neurons, activation) = dense_network(config)?;
         let Settings { experts, shared, active, .. } = *settings;
+        if active == 0 || shared.checked_add(active).is_none_or(|both| both > experts) {
+            return Err(Error::request(format!(
+                "{experts} slices, of which {shared} are shared and {active} active, are no split"
+            ))
+            .with_hint(
+                "`upcycle.active` is at least 1, and `shared` and `active` together are at most `experts`",
+            ));
+        }
         if experts > neurons {
             return Err(Error::request(format!(
                 "`upcycle.experts` is {experts}, and the networks of the model have {neurons} neurons"
@@ -293,4 +302,19 @@ pub fn choose_format(
             .collect();
         Error::request(format!("no family can hold a mixture of this model: {}", reasons.join("; ")))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_stay_dense_as_asked_whatever_the_numbers() {
+        let of = |first, last, every| KeepDense { first, last, every }.of(5);
+        assert_eq!(of(0, 0, 1), [false; 5]);
+        assert_eq!(of(1, 1, 2), [true, true, false, true, true]);
+        assert_eq!(of(0, 0, 0), [true; 5]);
+        assert_eq!(of(usize::MAX, usize::MAX, usize::MAX), [true; 5]);
+        assert!(KeepDense::default().of(0).is_empty());
+    }
 }

@@ -63,6 +63,15 @@ impl Slices {
     pub(super) fn choose(&self, x: &Tensor) -> Result<Vec<u32>> {
         Ok(top(&values(&self.router.apply(x)?)?, self.experts.len(), self.active))
     }
+
+    /// How many tokens of these inputs the router sends to each expert.
+    pub(super) fn load<'a>(&self, inputs: impl Iterator<Item = &'a Tensor>) -> Result<Vec<usize>> {
+        let mut load = vec![0; self.experts.len()];
+        for x in inputs {
+            self.choose(x)?.into_iter().for_each(|expert| load[expert as usize] += 1);
+        }
+        Ok(load)
+    }
 }
 
 /// The `active` largest of each row, `[tokens * active]`; of equal ones the first.

@@ -64,8 +64,7 @@ pub(super) fn split(
     };
     let (mut mixture, mut pruned_streams) = (refitted(compared.mixture), refitted(compared.pruned));
     let begin_rivals = |text| Rivals::new(model, text, compared);
-    let texts = std::iter::once(&calibration.held_out).chain(&calibration.further);
-    let mut rivals: Vec<Rivals<'_>> = texts.map(begin_rivals).collect::<Result<_>>()?;
+    let mut rivals: Vec<Rivals<'_>> = calibration.texts().map(begin_rivals).collect::<Result<_>>()?;
     let importance = match is_mixture && settings.partition.takes_gradients() {
         true => Some(Importance::of(model, shape, &calibration.fitted, settings.seed, watch)?),
         false => None,
@@ -129,6 +128,8 @@ pub(super) fn split(
         let made = if is_mixture { Some(cut.slices(layer, shape, settings)?) } else { None };
         let (mut slices, power) = made.unzip();
         let kept = scores.ranked()[..shape.active_width()].to_vec();
+        let load =
+            slices.as_ref().map(|slices| slices.load(observed.iter().map(|seen| &seen.x))).transpose()?;
         drop(observed);
 
         let goal = (settings.refit == Refit::Stream).then_some(dense.as_slice());
@@ -155,6 +156,7 @@ pub(super) fn split(
         // Layers are reported on the held-out text, which comes first.
         split.reports.extend(reports.into_iter().next().flatten().map(|report| LayerReport {
             refit_left: left,
+            calibration_load: load.unwrap_or_default(),
             guarded: scores.guarded.iter().filter(|guarded| **guarded).count().min(shape.shared_width()),
             ..report
         }));

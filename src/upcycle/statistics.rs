@@ -31,7 +31,8 @@ pub(super) struct Observed {
     pub(super) y: Tensor,
     /// `|y|` of each token.
     pub(super) norms: Vec<f32>,
-    /// Whether a token is the first of its window, on which models lay what they need not say.
+    /// Whether a token starts its window. Models use the first token as an attention sink, so its activations are not
+    /// typical.
     pub(super) first: Vec<bool>,
 }
 

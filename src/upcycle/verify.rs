@@ -1,6 +1,7 @@
-//! What was written, read back: is it the dense model with all experts on, and does it do what was measured?
+//! Checks of what was written, read back from disk: with all experts on it has to be the dense model, and its loss has to
+//! be the one that was measured.
 //!
-//! One model is in memory at a time: the dense one leaves its logits on some tokens behind.
+//! One model is in memory at a time: of the dense one its logits on some tokens are kept.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,13 +19,13 @@ use crate::model::config::{FeedForwardConfig, Scoring};
 use crate::model::family::Layout;
 use crate::model::{Decoder, DecoderConfig, Pretrained};
 
-/// What rounding of f32 sums in another order comes to, as a share of the largest logit.
+/// Sums of f32 values in another order may change logits by this share of the largest one.
 const ROUNDING: f64 = 4e-6;
-/// The same of the mean loss.
+/// Sums of f32 values in another order may change the mean loss by this much.
 const NLL_ROUNDING: f64 = 1e-6;
-/// What even but not equal weights of experts may change of the loss.
+/// The loss may change by this much because stored routers give experts nearly, not exactly, equal weights.
 const EVEN: f64 = 5e-3;
-/// What choices between experts of equal scores may change of the loss.
+/// The loss may change by this much where experts of nearly equal scores are chosen differently.
 const TIES: f64 = 5e-3;
 /// Tokens whose logits are compared.
 const COMPARED: usize = 512;
@@ -163,13 +164,12 @@ pub(super) fn split(
     });
     mixture.set_routers(&zeros.collect::<Result<BTreeMap<_, _>>>()?)?;
     let even = expected.compare(&mixture)?;
-    let when = if refit == Refit::None { "" } else { "before the fit, " };
-    let what = format!("{when}all {} experts on with equal weights is the dense model", shape.routed);
+    let when = if refit == Refit::None { "" } else { " before down projections are fitted" };
+    let what = format!("with all {} experts on and equal weights it is the dense model{when}", shape.routed);
+    let nearly =
+        format!("with all {} experts on and the stored router it is nearly the dense model", shape.routed);
     let (is_rounding, is_even) = (even.is_rounding(), stored.nll.abs() <= EVEN);
-    Ok(vec![
-        even.guarantee(what, is_exact, is_rounding),
-        stored.guarantee("the same with the router as it is stored".to_string(), is_exact, is_even),
-    ])
+    Ok(vec![even.guarantee(what, is_exact, is_rounding), stored.guarantee(nearly, is_exact, is_even)])
 }
 
 /// The promise that the files compute what was `measured` in `dtype` while they were made; activations that were rounded then
@@ -185,7 +185,7 @@ pub(super) fn read_back(
     let nll = evaluate(&model, &batches(&calibration.held_out.windows))?.nll();
     let loss = measured.map_or(0.0, |measured| nll - measured.nll);
     Ok(Guarantee {
-        what: format!("read back, it predicts as measured (nll {nll:.4})"),
+        what: format!("read back from disk, it predicts as was measured before (nll {nll:.4})"),
         promised: dtype == DType::F32,
         holds: nll.is_finite() && loss.abs() <= TIES,
         max_logit_difference: None,

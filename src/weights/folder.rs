@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use safetensors::tensor::{Metadata, SafeTensors};
 use serde_json::Value;
 
+use super::mapped::MappedFile;
 use super::{StoredType, TensorInfo};
 use crate::error::{Context, Error, Result};
 
@@ -17,14 +17,8 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub(super) struct Folder {
     pub(super) path: PathBuf,
-    shards: Vec<Shard>,
+    shards: Vec<MappedFile>,
     places: BTreeMap<String, Place>,
-}
-
-#[derive(Debug)]
-struct Shard {
-    path: PathBuf,
-    map: Mmap,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -55,12 +49,12 @@ impl Folder {
     /// The bytes of a tensor as they are stored.
     pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
         let place = self.places.get(name)?;
-        Some(&self.shards[place.shard].map[place.start..place.end])
+        Some(&self.shards[place.shard][place.start..place.end])
     }
 
     /// The file that holds a tensor.
     pub(super) fn file_of(&self, name: &str) -> Option<&Path> {
-        Some(&self.shards[self.places.get(name)?.shard].path)
+        Some(self.shards[self.places.get(name)?.shard].path())
     }
 
     /// Where in its file a tensor is.
@@ -71,20 +65,24 @@ impl Folder {
     /// Lets go of the pages that reading a tensor brought in.
     pub(super) fn release(&self, name: &str) {
         if let Some(place) = self.places.get(name) {
-            super::release(&self.shards[place.shard].map, place.start, place.end);
+            self.shards[place.shard].release(place.start, place.end);
         }
     }
 
     /// Lets go of all pages of all files.
     pub(super) fn release_all(&self) {
         for shard in &self.shards {
-            super::release(&shard.map, 0, shard.map.len());
+            shard.release(0, shard.len());
         }
+    }
+
+    pub(super) fn refuse_changed(&self) -> Result<()> {
+        self.shards.iter().try_for_each(MappedFile::refuse_changed)
     }
 
     fn add_shard(&mut self, name: &str, tensors: &mut BTreeMap<String, TensorInfo>) -> Result<()> {
         let path = self.path.join(name);
-        let map = super::map(&path)?;
+        let map = MappedFile::open(&path)?;
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| explain(error, &map)).at(&path)?;
         let data = 8 + header;
@@ -94,7 +92,7 @@ impl Folder {
             if let Some(earlier) = self.places.insert(tensor.clone(), Place { shard, start, end }) {
                 return Err(Error::invalid(format!(
                     "tensor `{tensor}` is also in `{}`; one of the two files does not belong here",
-                    self.shards[earlier.shard].path.display()
+                    self.shards[earlier.shard].path().display()
                 )))
                 .at(&path);
             }
@@ -105,7 +103,7 @@ impl Folder {
             };
             tensors.insert(tensor, info);
         }
-        self.shards.push(Shard { path, map });
+        self.shards.push(map);
         Ok(())
     }
 

@@ -11,9 +11,9 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::{CpuStorage, DType, Device, Tensor};
 use half::f16;
-use memmap2::Mmap;
 use rayon::prelude::*;
 
+use super::mapped::MappedFile;
 use super::{StoredType, TensorInfo, convert};
 use crate::error::{Context, Error, Result};
 
@@ -25,13 +25,13 @@ pub type GgufMetadata = HashMap<String, Value>;
 pub(super) struct Gguf {
     pub(super) path: PathBuf,
     pub(super) metadata: GgufMetadata,
-    map: Arc<Mmap>,
+    map: Arc<MappedFile>,
     places: BTreeMap<String, (usize, usize)>,
 }
 
 impl Gguf {
     pub(super) fn open(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
-        let map = super::map(path)?;
+        let map = MappedFile::open(path)?;
         let content = read_header(&map).at(path)?;
         refuse_part(&content.metadata).at(path)?;
         let mut tensors = BTreeMap::new();
@@ -61,10 +61,14 @@ impl Gguf {
         Some(MappedBytes { map: Arc::clone(&self.map), start, end })
     }
 
+    pub(super) fn refuse_changed(&self) -> Result<()> {
+        self.map.refuse_changed()
+    }
+
     /// Lets go of the pages that reading a tensor brought in.
     pub(super) fn release(&self, name: &str) {
         if let Some((start, end)) = self.places.get(name) {
-            super::release(&self.map, *start, *end);
+            self.map.release(*start, *end);
         }
     }
 }
@@ -72,7 +76,7 @@ impl Gguf {
 /// Bytes of a mapped file.
 #[derive(Debug, Clone)]
 pub struct MappedBytes {
-    map: Arc<Mmap>,
+    map: Arc<MappedFile>,
     start: usize,
     end: usize,
 }

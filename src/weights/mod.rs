@@ -15,22 +15,22 @@
 
 mod convert;
 mod digest;
+mod finite;
 mod folder;
 mod gguf;
 mod gguf_text;
 mod hub;
+mod mapped;
 mod shards;
 mod text;
 mod write;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result, nearest};
@@ -38,6 +38,7 @@ use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
 pub use hub::{HubSettings, OnProgress, report_downloads};
+pub use mapped::mapped_path_at;
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
 };
@@ -342,6 +343,24 @@ impl Checkpoint {
         }
     }
 
+    /// An error that names a file of the weights which is not what it was when it was opened: call it before anything that
+    /// was computed from them is published.
+    pub fn refuse_changed(&self) -> Result<()> {
+        match &self.store {
+            Store::Folder(folder) => folder.refuse_changed(),
+            Store::Gguf(gguf) => gguf.refuse_changed(),
+        }
+    }
+
+    /// The error of work that read these weights; where a file of them has changed meanwhile, that is its cause.
+    #[must_use]
+    pub fn explain(&self, error: Error) -> Error {
+        match error {
+            Error::Interrupted { .. } => error,
+            error => self.refuse_changed().err().unwrap_or(error),
+        }
+    }
+
     /// The safetensors file that holds a tensor and where in it its bytes are; `None` in a GGUF file.
     #[must_use]
     pub fn place_of(&self, name: &str) -> Option<(&Path, std::ops::Range<usize>)> {
@@ -357,14 +376,6 @@ impl Checkpoint {
             Store::Gguf(gguf) => &gguf.path,
         }
     }
-}
-
-/// Maps a file.
-fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).at(path)?;
-    // SAFETY: the map is read-only. Another process that cuts the file while it is mapped could end this one with a
-    // bus error; every program that maps weights takes that risk, and files here are replaced by renaming.
-    unsafe { Mmap::map(&file) }.at(path)
 }
 
 /// Reads a JSON file.
@@ -383,16 +394,4 @@ fn read_json(path: &Path) -> Result<Value> {
 /// Reads a JSON file, or gives null where there is none.
 fn read_json_if_there(path: &Path) -> Result<Value> {
     if path.is_file() { read_json(path) } else { Ok(Value::Null) }
-}
-
-/// Drops the pages of a mapped range, so that what was read and converted is not in memory twice.
-fn release(map: &Mmap, start: usize, end: usize) {
-    #[cfg(unix)]
-    if end > start {
-        // SAFETY: the map is a read-only view of a file; dropped pages are read from the file again when touched.
-        // An error leaves the pages where they are, which is correct too.
-        let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
-    }
-    #[cfg(not(unix))]
-    let _ = (map, start, end);
 }

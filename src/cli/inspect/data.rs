@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::row;
-use crate::data::{self, Conversation, Format, Message, Record};
+use crate::data::{self, Conversation, Format, Key, Message, Record, Records};
 use crate::error::Result;
 use crate::recipe::figures::count;
 
@@ -19,6 +19,8 @@ pub(super) struct Data {
     /// Messages of all records together.
     messages: usize,
     characters: Characters,
+    /// Keys with text that nothing reads.
+    unused: Vec<Key>,
     /// Who says what in the first record.
     first: Vec<Said>,
 }
@@ -41,7 +43,7 @@ struct Said {
 
 impl Data {
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let (records, format) = data::read(path, Format::Auto)?;
+        let Records { records, format, unused } = data::read(path, Format::Auto)?;
         let parts: Vec<Vec<Said>> = records.iter().map(said).collect();
         let lengths: Vec<usize> =
             parts.iter().map(|said| said.iter().map(|part| part.content.chars().count()).sum()).collect();
@@ -56,6 +58,7 @@ impl Data {
                 max: longest.map_or(0, |(_, length)| *length),
                 longest_line: longest.map_or(0, |(index, _)| records[index].line),
             },
+            unused,
             first: parts.into_iter().next().unwrap_or_default(),
         })
     }
@@ -84,6 +87,10 @@ impl Display for Data {
         row(f, "messages", count(self.messages as u64))?;
         let (mean, max) = (count(*mean as u64), count(*max as u64));
         row(f, "characters", format_args!("{mean} on average, {max} at most (line {longest_line})"))?;
+        for Key { key, records, line } in &self.unused {
+            let records = count(*records as u64);
+            row(f, "not used", format_args!("`{key}` of {records} records (the first in line {line})"))?;
+        }
         for Said { role, content } in &self.first {
             row(f, role, content.trim().replace('\n', "\n               "))?;
         }

@@ -43,7 +43,7 @@ pub(super) fn backward_blocks<T: Element>(
         let compute = |scratch: &mut Scratch<T>, (range, part_number): &(Range<usize>, usize)| {
             let (first, len, kv_head) = (range.start, range.len(), part_number / group);
             let own = (part_number * tokens + first) * d;
-            // SAFETY: the rows of this document in this part belong to this task alone.
+            // SAFETY: the rows of this document in this part belong to this task alone: `Documents` never overlap.
             let (dk, dv) = unsafe { (dk_parts.part(own, len * d), dv_parts.part(own, len * d)) };
             let blocks: Vec<Block> = blocks(heads, len, 0, size).collect();
             // The last block sees most keys, if there is no window: it writes what the others add to.
@@ -90,7 +90,7 @@ pub(super) fn backward_blocks<T: Element>(
                 let out = part(&mut scratch.rows, rows * d);
                 product(out, 0.0, 1.0, ds, k);
                 for (row, out) in out.chunks_exact(d).enumerate() {
-                    // SAFETY: every task writes its own tokens in the columns of its own heads.
+                    // SAFETY: every task writes its own tokens in the columns of its own heads, as above.
                     let dq = unsafe { dq.part((token(row) * heads.num_heads + head(row)) * d, d) };
                     scale_into(dq, out, heads.scale as f32);
                 }

@@ -58,14 +58,14 @@ pub(super) fn forward_blocks<T: Element>(
                 let seen = block.seen(row % rows, start, heads);
                 let (max, sum) = powers(p, scores, seen, heads.scale as f32);
                 inverse[row] = 1.0 / sum;
-                // SAFETY: a value for each head and token, and each pair belongs to one task.
+                // SAFETY: a value for each head and token, and each pair belongs to one task: `Documents` never overlap.
                 unsafe { sums.part(head(row) * tokens + token(row), 1)[0] = max + sum.ln() };
             }
             let out = part(&mut scratch.rows, group * rows * d);
             let values = vs.head(first + block.low, width, kv_head);
             product(out, 0.0, 1.0, Matrix::rows(p, group * rows, width, width), values);
             for (row, out) in out.chunks_exact(d).enumerate() {
-                // SAFETY: every task writes its own tokens in the columns of its own heads.
+                // SAFETY: every task writes its own tokens in the columns of its own heads, as above.
                 let o = unsafe { o.part((token(row) * heads.num_heads + head(row)) * d, d) };
                 scale_into(o, out, inverse[row]);
             }

@@ -16,7 +16,7 @@ use candle_core::{D, DType, Tensor};
 
 use super::kernel::{Element, Matrix, dispatch, vectorized};
 use super::{Documents, Op, differentiate};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use backward::backward_blocks;
 use decode::forward_one;
 use forward::forward_blocks;
@@ -48,6 +48,10 @@ pub struct Saved {
 }
 
 /// `o`, and what the backward needs.
+///
+/// # Errors
+///
+/// Where shapes, heads and documents do not belong together.
 pub fn forward(
     q: Tensor,
     k: Tensor,
@@ -56,6 +60,7 @@ pub fn forward(
     documents: &Documents,
 ) -> Result<(Tensor, Saved)> {
     let _time = Op::Attention.begin();
+    heads.check(&q, &k, &v, documents)?;
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
     let (o, logsumexp) = if q.device().is_cpu() && documents.num_tokens() == 1 && documents.start() > 0 {
         // Behind a cache nothing is trained, so nothing is kept for it.
@@ -72,6 +77,10 @@ pub fn forward(
 ///
 /// With `p = softmax(scale q k^T)` row by row and `o = p v`: `dv = p^T do`, `dp = do v^T`,
 /// `ds = scale p (dp - sum(do o))`, `dq = ds k` and `dk = ds^T q`; the scores are computed again from `logsumexp`.
+///
+/// # Errors
+///
+/// Where `heads`, `documents` or the shape of `d_o` are not those of the forward, or keys came from a cache.
 pub fn backward(
     saved: &Saved,
     heads: &Heads,
@@ -79,6 +88,16 @@ pub fn backward(
     d_o: &Tensor,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let _time = Op::Attention.begin();
+    heads.check(&saved.q, &saved.k, &saved.v, documents)?;
+    if documents.start() > 0 {
+        return Err(Error::invalid("keys that come from a cache have no gradient"));
+    }
+    if d_o.dims() != saved.q.dims() {
+        let (found, expected) = (d_o.dims(), saved.q.dims());
+        return Err(Error::invalid(format!(
+            "the gradient of attention has shape {found:?}, expected {expected:?}"
+        )));
+    }
     let d_o = d_o.contiguous()?;
     if saved.q.device().is_cpu() {
         return dispatch!(saved.q.dtype(), backward_blocks(saved, heads, documents, &d_o));
@@ -125,6 +144,42 @@ pub fn reference(q: &Tensor, k: &Tensor, v: &Tensor, heads: &Heads, documents: &
 }
 
 impl Heads {
+    /// Holds inputs to these heads and to documents: tasks write the rows of documents and heads without further looks.
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents) -> Result<()> {
+        let Self { num_heads, num_kv_heads, head_dim, window, .. } = *self;
+        if num_kv_heads == 0 || num_heads == 0 || head_dim == 0 || !num_heads.is_multiple_of(num_kv_heads) {
+            return Err(Error::invalid(format!(
+                "{num_heads} query heads over {num_kv_heads} key heads of width {head_dim}; expected none of them zero, and \
+                 whole groups"
+            )));
+        }
+        if window == Some(0) {
+            return Err(Error::invalid("a window of 0 tokens; a query sees at least itself"));
+        }
+        let (tokens, start) = (documents.num_tokens(), documents.start());
+        if start > 0 && documents.ranges().len() != 1 {
+            return Err(Error::invalid("only a single document continues behind a cache"));
+        }
+        let expect = |name: &str, x: &Tensor, rows: Option<usize>, heads: usize| {
+            let shape = rows.zip(heads.checked_mul(head_dim));
+            match (shape, x.dims()) {
+                (Some((rows, width)), [found_rows, found_width])
+                    if (rows, width) == (*found_rows, *found_width) =>
+                {
+                    Ok(())
+                }
+                (_, found) => Err(Error::invalid(format!(
+                    "`{name}` of attention has shape {found:?}, expected {} rows of {heads} heads of width {head_dim}",
+                    rows.map_or_else(|| "countless".to_string(), |rows| rows.to_string())
+                ))),
+            }
+        };
+        let keys = start.checked_add(tokens);
+        expect("q", q, Some(tokens), num_heads)?;
+        expect("k", k, keys, num_kv_heads)?;
+        expect("v", v, keys, num_kv_heads)
+    }
+
     /// The key positions that the query at `position` sees.
     fn sees(&self, position: usize) -> std::ops::Range<usize> {
         let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));

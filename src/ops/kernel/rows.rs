@@ -2,6 +2,7 @@
 //! the number of threads.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
@@ -33,9 +34,16 @@ pub(crate) fn is_alone() -> bool {
     ALONE.get()
 }
 
+/// Whether there is anything to do for rows of `width` values. Panics where the rows are not whole: those who fill
+/// a buffer rely on every value being in a row.
+fn has_rows(values: usize, width: usize) -> bool {
+    assert!(values == 0 || values.is_multiple_of(width), "{values} values in rows of {width}");
+    values > 0
+}
+
 /// Calls `f(index, row)` for every row of `width` values in `out`, on all threads, unless this one computes [`alone`].
 pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
-    if width == 0 {
+    if !has_rows(out.len(), width) {
         return;
     }
     if out.len() <= width * ROWS || is_alone() {
@@ -64,16 +72,30 @@ pub(crate) fn ask_for<T>(values: &[T], count: usize) {
     }
 }
 
-/// A vector of `len` values, all of which `write` writes before anything is read: fresh memory need not be zeroed first.
+/// A vector of `len` values for `write` to fill in, which gets them with any content: large results need not be zeroed first.
 pub(crate) fn written<T: Target>(len: usize, write: impl FnOnce(&mut [T])) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
-    // SAFETY: the memory is this vector's own. Its values are plain numbers, for which any bits will do; they are written
-    // before they are read.
-    unsafe {
-        write(std::slice::from_raw_parts_mut(values.as_mut_ptr(), len));
-        values.set_len(len);
-    }
+    settle(&mut values.spare_capacity_mut()[..len]);
+    // SAFETY: so many values have room, and each holds bits that are settled; any bits are an f32 or a bf16.
+    unsafe { values.set_len(len) };
+    write(&mut values);
     values
+}
+
+/// Gives memory that nobody has written whatever content it happens to have, so that it may be read.
+#[cfg(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(any(test, miri))))]
+fn settle<T: Target>(memory: &mut [MaybeUninit<T>]) {
+    // SAFETY: no instruction is run. The compiler does not look inside, so it has to assume that the assembly has stored
+    // values in the memory whose address it was given; the machine itself knows no uninitialised memory.
+    unsafe {
+        std::arch::asm!("/* {0} */", in(reg) memory.as_mut_ptr(), options(nostack, preserves_flags));
+    }
+}
+
+/// In tests and under Miri every value is NaN at first, so that one that is never written is found.
+#[cfg(not(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(any(test, miri)))))]
+fn settle<T: Target>(memory: &mut [MaybeUninit<T>]) {
+    memory.fill(MaybeUninit::new(T::narrow(f32::NAN)));
 }
 
 /// As [`for_rows`] for two buffers of the same shape.
@@ -83,7 +105,8 @@ pub(crate) fn for_row_pairs<T: Send>(
     width: usize,
     f: impl Fn(usize, &mut [T], &mut [T]) + Sync,
 ) {
-    if width == 0 {
+    assert_eq!(first.len(), second.len(), "two buffers of one shape");
+    if !has_rows(first.len(), width) {
         return;
     }
     let pairs = first.par_chunks_mut(width * ROWS).zip(second.par_chunks_mut(width * ROWS));
@@ -100,7 +123,8 @@ pub(crate) fn for_row_triples<T: Send>(
     width: usize,
     f: impl Fn(usize, [&mut [T]; 3]) + Sync,
 ) {
-    if width == 0 {
+    assert!(first.len() == second.len() && second.len() == third.len(), "three buffers of one shape");
+    if !has_rows(first.len(), width) {
         return;
     }
     let chunk = width * ROWS;
@@ -162,13 +186,57 @@ impl<T> Disjoint<T> {
     /// The buffer is still alive, and no other part in use at the same time overlaps this one.
     #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
     pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
-        assert!(start + len <= self.len, "part {start}+{len} of a buffer of {}", self.len);
+        // Without a sum, which could wrap.
+        assert!(
+            start <= self.len && len <= self.len - start,
+            "part {start}+{len} of a buffer of {}",
+            self.len
+        );
         // SAFETY: in bounds by the assertion; alive and not overlapping by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
+
     /// Where value `index` lies; writing there is for who might have it as a [`part`](Self::part).
     pub(crate) fn address(&self, index: usize) -> *mut T {
         assert!(index < self.len, "value {index} of a buffer of {}", self.len);
         self.start.wrapping_add(index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::catch_unwind;
+
+    use super::*;
+
+    #[test]
+    fn a_part_outside_of_its_buffer_is_refused_where_a_sum_would_wrap() {
+        let mut values = [1.0f32; 8];
+        let all = Disjoint::new(&mut values);
+        // SAFETY: no other part is in use.
+        let part = |start, len| unsafe { all.part(start, len).len() };
+        assert_eq!([part(0, 8), part(8, 0), part(3, 5)], [8, 0, 5]);
+        for (start, len) in [(0, 9), (9, 0), (usize::MAX, 2), (8, usize::MAX - 7), (4, usize::MAX - 3)] {
+            // SAFETY: as above.
+            let refused = catch_unwind(|| unsafe { Disjoint { ..all }.part(start, len).len() });
+            assert!(refused.is_err(), "{start}+{len}");
+        }
+    }
+
+    #[test]
+    fn every_value_that_a_row_covers_is_written_and_others_show() {
+        let whole: Vec<f32> = written(6, |values| for_rows(values, 3, |row, values| values.fill(row as f32)));
+        assert_eq!(whole, [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]);
+        let holed: Vec<half::bf16> = written(3, |values| values[1] = half::bf16::ONE);
+        assert!(holed[0].is_nan() && holed[1] == half::bf16::ONE && holed[2].is_nan());
+    }
+
+    #[test]
+    fn rows_that_are_not_whole_are_refused() {
+        for (len, width) in [(7, 3), (2, 0)] {
+            let refused = catch_unwind(|| for_rows(&mut vec![0f32; len], width, |_, _| ()));
+            assert!(refused.is_err(), "{len} values in rows of {width}");
+        }
+        for_rows(&mut [0f32; 0], 0, |_, _| panic!("there is no row"));
     }
 }

@@ -26,11 +26,13 @@ impl Plain for f32 {}
 impl<T: Plain> Aligned<T> {
     /// The first `len` values, whatever they are.
     pub(super) fn at_least(&mut self, len: usize) -> &mut [T] {
-        let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
+        const { assert!(size_of::<Line>().is_multiple_of(size_of::<T>())) };
+        // Divided before it is compared: a product could wrap.
+        let lines = len.div_ceil(size_of::<Line>() / size_of::<T>());
         if self.lines.len() < lines {
             self.lines.resize(lines, Line([0; 64]));
         }
-        // SAFETY: that many bytes are there and written, and any bits are a value of `T`.
+        // SAFETY: so many lines are there and written, each aligned for `T`, and any bits are a value of `T`.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
     }
 }

@@ -20,7 +20,8 @@ pub(crate) enum Source<'a> {
     Fill(&'a dyn Fill),
 }
 
-/// A matrix as one side of a product.
+/// A matrix as one side of a product. Its constructors hold `(rows - 1) * stride + columns` to the values that are there,
+/// or, where these are produced, to `isize::MAX`: no offset of a value that it has can wrap.
 #[derive(Clone, Copy)]
 pub(crate) struct Factor<'a> {
     pub(super) source: Source<'a>,
@@ -45,17 +46,22 @@ impl<'a> Factor<'a> {
 
     /// Rows of `columns` values that begin `stride` apart, as those of one head among several.
     pub(crate) fn strided<T: Target>(values: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
-        let ends = rows == 0 || columns == 0 || (rows - 1) * stride + columns <= values.len();
+        let end = rows.saturating_sub(1).checked_mul(stride).and_then(|start| start.checked_add(columns));
+        let ends = rows == 0 || columns == 0 || end.is_some_and(|end| end <= values.len());
         assert!(
             ends && (rows <= 1 || columns <= stride),
             "{rows} rows of {columns} values, {stride} apart, in {} values",
             values.len()
         );
+        // The distance to a row that is not there is never used, and might be anything.
+        let stride = if rows <= 1 { columns } else { stride };
         Self { stride, ..Self::stored(T::source(values), rows, columns) }
     }
 
     /// A matrix whose values are produced while they are packed.
     pub(crate) fn filled(fill: &'a dyn Fill, rows: usize, columns: usize) -> Self {
+        let values = rows.checked_mul(columns).filter(|values| isize::try_from(*values).is_ok());
+        assert!(values.is_some(), "a matrix of {rows}x{columns} values");
         Self::stored(Source::Fill(fill), rows, columns)
     }
 

@@ -49,7 +49,7 @@ use factor::Side;
 pub(crate) fn multiply<T: Target>(c: &mut [T], beta: f32, alpha: f32, terms: &[(Factor<'_>, Factor<'_>)]) {
     let [(a, b), ..] = terms else { panic!("a product without terms") };
     let (m, n) = (a.rows(), b.columns());
-    assert_eq!(c.len(), m * n, "values of a {m}x{n} product");
+    assert_eq!(Some(c.len()), m.checked_mul(n), "values of a {m}x{n} product");
     multiply_by(best(terms), Crew::All, Out::rows(c, n), beta, alpha, terms);
 }
 

@@ -20,25 +20,30 @@ impl<'a, T> Out<'a, T> {
         Self { values: Disjoint::new(values), stride, borrowed: PhantomData }
     }
 
-    /// Whether a result of `m` by `n` has room.
+    /// Panics unless a result of `m` by `n` has room. After it `row * stride + column` cannot wrap for any of its values.
     pub(super) fn check(&self, m: usize, n: usize) {
         if m > 0 && n > 0 {
             assert!(m == 1 || n <= self.stride, "rows of {n} values, {} apart", self.stride);
-            self.values.address((m - 1) * self.stride + n - 1);
+            assert!(self.stride <= isize::MAX as usize / size_of::<T>(), "rows {} apart", self.stride);
+            // Checked, because a product that wraps would name a value inside the buffer.
+            let last = (m - 1).checked_mul(self.stride).and_then(|start| start.checked_add(n - 1));
+            let last = last.unwrap_or_else(|| panic!("a {m}x{n} result with rows {} apart", self.stride));
+            self.values.address(last);
         }
     }
 
     /// Part of a row.
     ///
     /// # Safety
-    /// The result has this part, and nobody else uses it.
+    /// The result has this part, as [`check`](Self::check) has found, and nobody else uses it.
     #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
     pub(super) unsafe fn part(&self, row: usize, columns: Range<usize>) -> &mut [T] {
-        // SAFETY: the values are borrowed for the result, and the caller promises that they are in use once.
+        // SAFETY: the values are borrowed for the result, and the caller promises that they are in use once. `Disjoint::part`
+        // holds what is asked for to the buffer.
         unsafe { self.values.part(row * self.stride + columns.start, columns.len()) }
     }
 
-    /// Where a value lies.
+    /// Where a value of the result lies; panics outside the buffer.
     pub(super) fn address(&self, row: usize, column: usize) -> *mut T {
         self.values.address(row * self.stride + column)
     }

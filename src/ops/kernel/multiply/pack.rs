@@ -41,11 +41,14 @@ impl Blocks {
         strip / self.strips * self.stride + steps * STEP * STRIP
     }
 
-    /// Whether a panel has room for `lines x depth`.
+    /// Panics unless a panel of `room` values holds `lines x depth`. After it no offset inside a block can wrap.
     pub(super) fn check(self, lines: &Range<usize>, depth: &Range<usize>, room: usize, parts: usize) {
-        let depth = self.before + depth.len().next_multiple_of(STEP);
-        assert!(self.stride >= depth * self.strips * parts * STRIP);
-        assert!(lines.len().div_ceil(self.strips * STRIP) * self.stride <= room);
+        assert!(self.before.is_multiple_of(STEP));
+        let padded = depth.len().checked_next_multiple_of(STEP).and_then(|len| len.checked_add(self.before));
+        let used = padded.and_then(|depth| depth.checked_mul(self.strips * parts * STRIP));
+        assert!(used.is_some_and(|used| used <= self.stride), "a block of {used:?} in {}", self.stride);
+        let all = lines.len().div_ceil(self.strips * STRIP).checked_mul(self.stride);
+        assert!(all.is_some_and(|all| all <= room), "blocks of {all:?} in {room}");
     }
 }
 
@@ -153,7 +156,7 @@ pub(super) unsafe fn left(
 ) {
     const BLOCK: usize = 2 * STRIP * STEP;
     let count = depth.len();
-    assert!(lines.len() <= 2 * STRIP && count.div_ceil(STEP) * BLOCK <= out.len());
+    assert!(lines.len() <= 2 * STRIP && count.div_ceil(STEP) <= out.len() / BLOCK);
     let out = out.as_mut_ptr();
     if side.along {
         side.pieces(lines.clone(), depth, scratch, |rows, values, row_stride| {
@@ -295,7 +298,7 @@ pub(super) fn transpose(rows: &mut [__m512i; 16]) {
 /// `to [columns][to_stride] = from [rows][from_stride]` transposed, in blocks of 16 by 16 values.
 #[target_feature(enable = "avx512f")]
 pub(super) fn turn(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
-    assert!(from.len() == from_stride * to_stride && to.len() == from.len());
+    assert!(from_stride.checked_mul(to_stride) == Some(from.len()) && to.len() == from.len());
     assert!(from_stride.is_multiple_of(16) && to_stride.is_multiple_of(16));
     for row in (0..to_stride).step_by(16) {
         for column in (0..from_stride).step_by(16) {

@@ -109,7 +109,7 @@ pub(super) unsafe fn left(
     scratch: &mut Scratch,
 ) {
     const STEP_SIZE: usize = 2 * PARTS * TILE;
-    assert!(lines.len() <= 2 * STRIP && depth.len().div_ceil(STEP) * STEP_SIZE <= out.len());
+    assert!(lines.len() <= 2 * STRIP && depth.len().div_ceil(STEP) <= out.len() / STEP_SIZE);
     let out = out.as_mut_ptr();
     if side.along {
         side.wide_pieces(lines, depth.clone(), &mut scratch.wide, |rows, values, stride| {

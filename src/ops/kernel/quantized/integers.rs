@@ -34,7 +34,7 @@ pub(super) fn dot(kind: Kind, row: &[u8], x: &Row) -> Option<f32> {
     let (values, bytes) = kind.block();
     let len = x.narrow.len();
     assert!(
-        len.is_multiple_of(values) && row.len() == len / values * bytes,
+        len.is_multiple_of(values) && (len / values).checked_mul(bytes) == Some(row.len()),
         "a row of {kind:?} for {len} values"
     );
     if !*IS_THERE {

@@ -1,0 +1,227 @@
+//! What no error can tell, because it strikes where nothing can return: memory that the system refuses, and a mapped file
+//! that can no longer be read. Both end the program with status 1 and a message; what was being written has a temporary
+//! name still, and is removed by the next command that writes there.
+
+use std::alloc::Layout;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::report::Log;
+use crate::error::{Error, Result};
+
+/// Whether messages are JSON.
+static AS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Ends the program because the system has no memory for `layout`. The binary's allocator calls it.
+pub fn out_of_memory(layout: Layout) {
+    let mut message = Message::error();
+    message.text(b"out of memory: the system refused ");
+    message.number(layout.size());
+    message.text(b" bytes");
+    message.hint();
+    message.text(b"for training, lower `train.memory_budget`, `train.batch_size` or `data.max_length`, and go on from the last ");
+    message.text(b"checkpoint with `--resume`; otherwise take a smaller model or prompt, or raise the limit (`ulimit -v`)");
+    message.end()
+}
+
+/// Bytes that a handler's own work takes at most, beside what the system saves before it.
+#[cfg(target_os = "linux")]
+const HANDLER: usize = 64 << 10;
+
+/// Listens for mapped files that cannot be read, and starts the threads that compute.
+pub(super) fn begin(log: Log) -> Result<()> {
+    AS_JSON.store(log == Log::Json, Ordering::Relaxed);
+    #[cfg(target_os = "linux")]
+    bus::listen();
+    let threads = rayon::ThreadPoolBuilder::new().start_handler(|_| {
+        #[cfg(target_os = "linux")]
+        bus::make_room();
+    });
+    threads.build_global().map_err(|error| {
+        Error::invalid(format!("the threads that compute cannot be started: {error}")).with_hint(
+            "allow more memory or processes (`ulimit -v`, `ulimit -u`), or set `RAYON_NUM_THREADS=1`",
+        )
+    })
+}
+
+fn is_json() -> bool {
+    AS_JSON.load(Ordering::Relaxed)
+}
+
+/// A message that is put together without allocating, for where nothing else works.
+struct Message {
+    bytes: [u8; 2048],
+    len: usize,
+}
+
+impl Message {
+    /// The beginning of an error, in the form that messages have.
+    fn error() -> Self {
+        let mut message = Self { bytes: [0; 2048], len: 0 };
+        // A progress bar may stand there.
+        #[cfg(unix)]
+        // SAFETY: asks about a descriptor, and may be asked at any place.
+        if unsafe { libc::isatty(libc::STDERR_FILENO) } == 1 {
+            message.text(b"\r\x1b[2K");
+        }
+        message.text(if is_json() { b"{\"event\":\"error\",\"text\":\"" } else { b"error: " });
+        message
+    }
+
+    /// What follows is the hint.
+    fn hint(&mut self) {
+        self.text(if is_json() { b"\",\"hint\":\"" } else { b"\nhint: " });
+    }
+
+    /// Adds a byte of a name that somebody else has chosen.
+    fn foreign(&mut self, byte: u8) {
+        match byte {
+            b'"' | b'\\' if is_json() => self.text(&[b'\\', byte]),
+            0..b' ' | 127 => self.byte(b'?'),
+            byte => self.byte(byte),
+        }
+    }
+
+    /// Adds a byte; what does not fit is left out.
+    fn byte(&mut self, byte: u8) {
+        if let Some(free) = self.bytes.get_mut(self.len) {
+            *free = byte;
+            self.len += 1;
+        }
+    }
+
+    fn text(&mut self, text: &[u8]) {
+        text.iter().for_each(|byte| self.byte(*byte));
+    }
+
+    fn number(&mut self, number: usize) {
+        let mut digits = [0; 20];
+        let (mut rest, mut count) = (number, 0);
+        while rest > 0 || count == 0 {
+            digits[count] = b'0' + (rest % 10) as u8;
+            (rest, count) = (rest / 10, count + 1);
+        }
+        digits[..count].iter().rev().for_each(|digit| self.byte(*digit));
+    }
+
+    fn last(&mut self) {
+        self.text(if is_json() { b"\",\"exit_code\":1}\n" } else { b"\n" });
+    }
+
+    /// Writes the message to stderr, once in a program however many threads fail, and ends the program with status 1.
+    #[cfg(unix)]
+    fn end(&mut self) -> ! {
+        static ENDED: AtomicBool = AtomicBool::new(false);
+        if ENDED.swap(true, Ordering::SeqCst) {
+            // Another thread is writing. It ends the program, and with it this wait.
+            loop {
+                std::hint::spin_loop();
+            }
+        }
+        self.last();
+        // SAFETY: the bytes are this message's, and both calls may be made at any place, signal handlers included.
+        unsafe {
+            libc::write(libc::STDERR_FILENO, self.bytes.as_ptr().cast(), self.len);
+            libc::_exit(1)
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn end(&mut self) -> ! {
+        use std::io::Write;
+
+        self.last();
+        // Stderr is not buffered. Where even that fails, the status has to do.
+        let _ = std::io::stderr().write_all(&self.bytes[..self.len]);
+        std::process::exit(1)
+    }
+}
+
+/// SIGBUS: the pages of a mapped file are gone, because somebody cut the file or its disk failed.
+#[cfg(target_os = "linux")]
+mod bus {
+    use std::ptr;
+    use std::sync::OnceLock;
+
+    use super::{HANDLER, Message};
+    use crate::weights::mapped_path_at;
+
+    /// What was done with the signal before, for addresses that are in no mapped file of ours.
+    static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+
+    /// Installs the handler, and room for it on the calling thread.
+    pub(super) fn listen() {
+        make_room();
+        // SAFETY: all zeros are an action; the handler has the signature that `SA_SIGINFO` asks for and calls nothing that
+        // may not be called in a handler.
+        unsafe {
+            let mut before: libc::sigaction = std::mem::zeroed();
+            if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) != 0 {
+                return;
+            }
+            // Set before the handler can run, so that it never waits for it.
+            let _ = BEFORE.set(before);
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handle as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            libc::sigemptyset(&raw mut action.sa_mask);
+            libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut());
+        }
+    }
+
+    extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        // SAFETY: the system hands over a valid `info` of this signal.
+        let address = unsafe { (*info).si_addr() } as usize;
+        let mut message = Message::error();
+        message.text(b"`");
+        if !mapped_path_at(address, |byte| message.foreign(byte)) {
+            return pass_on(signal, info, context);
+        }
+        message.text(b"` can no longer be read: the file was cut while it was in use, or its disk failed");
+        message.hint();
+        message.text(b"begin again with a whole file that stays as it is; a training run goes on from its last checkpoint with ");
+        message.text(b"`--resume`");
+        message.end()
+    }
+
+    /// Does what would have been done without this handler.
+    fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        let before = BEFORE.get().filter(|before| {
+            before.sa_flags & libc::SA_SIGINFO != 0
+                && before.sa_sigaction != libc::SIG_DFL
+                && before.sa_sigaction != libc::SIG_IGN
+        });
+        // SAFETY: with `SA_SIGINFO` the action is a function of these three arguments. The default action is always valid;
+        // the instruction that failed runs again and meets it.
+        unsafe {
+            match before {
+                Some(before) => {
+                    type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+                    let handler = std::mem::transmute::<usize, Handler>(before.sa_sigaction);
+                    handler(signal, info, context);
+                }
+                None => {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
+            }
+        }
+    }
+
+    /// Gives the calling thread a stack for handlers. That of the standard library is as large as what the system saves on it,
+    /// tiles of AMX included, and has no room for a handler's own work.
+    pub(super) fn make_room() {
+        // SAFETY: asks for a number.
+        let saved = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+        let size = (saved + HANDLER).next_multiple_of(4 << 10);
+        // SAFETY: the mapping is new and stays for as long as the thread, that is, to the end of the program. Where there is
+        // no memory for it, the stack that the thread has has to do.
+        unsafe {
+            let (access, flags) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let stack = libc::mmap(ptr::null_mut(), size, access, flags, -1, 0);
+            if stack != libc::MAP_FAILED {
+                let stack = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: size };
+                libc::sigaltstack(&raw const stack, ptr::null_mut());
+            }
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! What users are told about their data that is not an error.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use super::source::Key;
+
+/// Something odd about the data that is not an error.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Warning {
+    /// The model would not learn to stop.
+    EosNeverSupervised,
+    /// There is one distinct document only, so none was held out.
+    NothingToHoldOut,
+    /// So many of the documents to evaluate on are also trained on.
+    EvalInTrain(usize),
+    /// Nothing reads the text that a file's records have under these keys.
+    Unused {
+        /// The file.
+        path: PathBuf,
+        /// The keys, and how many records have them.
+        keys: Vec<Key>,
+    },
+    /// The chat template does not read these keys, which records hand to it.
+    Unread {
+        /// The file.
+        path: PathBuf,
+        /// The keys, and how many records have them.
+        keys: Vec<Key>,
+    },
+}
+
+/// Keys with the number of their records, the first ones of many.
+struct Keys<'a>(&'a [Key]);
+
+impl fmt::Display for Keys<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MOST: usize = 8;
+        for (i, Key { key, records, line }) in self.0.iter().take(MOST).enumerate() {
+            let comma = if i > 0 { ", " } else { "" };
+            match records {
+                1 => write!(f, "{comma}`{key}` (line {line})")?,
+                _ => write!(f, "{comma}`{key}` ({records} records, the first in line {line})")?,
+            }
+        }
+        match self.0.len().checked_sub(MOST) {
+            None | Some(0) => Ok(()),
+            Some(more) => write!(f, " and {more} more keys"),
+        }
+    }
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EosNeverSupervised => f.write_str(
+                "no document has an end-of-sequence token to learn, so the model will not learn to stop",
+            ),
+            Self::NothingToHoldOut => {
+                f.write_str("there is only one distinct document, so none was held out for evaluation")
+            }
+            Self::EvalInTrain(1) => f.write_str("1 document to evaluate on is also trained on"),
+            Self::EvalInTrain(count) => write!(f, "{count} documents to evaluate on are also trained on"),
+            Self::Unused { path, keys } => {
+                write!(f, "{}: text under these keys is not used: {}", path.display(), Keys(keys))
+            }
+            Self::Unread { path, keys } => {
+                write!(f, "{}: the chat template does not read these keys: {}", path.display(), Keys(keys))
+            }
+        }
+    }
+}

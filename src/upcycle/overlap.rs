@@ -1,0 +1,60 @@
+//! How much of a text is in another: what a model was fitted to says little about how it takes other text.
+
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use super::windows::Windows;
+
+/// Tokens in a row that, found in the other text, are no coincidence: phrases of one kind of text are shorter.
+const RUN: usize = 32;
+
+/// How many windows of `text` are for the most part in `other` too: most of their runs, or all of a shorter window.
+pub(super) fn repeated(text: &[Windows], other: &[Windows]) -> usize {
+    let known: HashSet<u64> =
+        windows(other).flat_map(|window| window.windows(RUN.min(window.len().max(1))).map(digest)).collect();
+    let is_repeated = |window: &&[u32]| {
+        let runs = window.chunks_exact(RUN.min(window.len().max(1)));
+        let (all, found) = runs
+            .fold((0, 0), |(all, found), run| (all + 1, found + usize::from(known.contains(&digest(run)))));
+        2 * found > all
+    };
+    windows(text).filter(is_repeated).count()
+}
+
+fn windows(batches: &[Windows]) -> impl Iterator<Item = &[u32]> {
+    batches.iter().flat_map(|batch| batch.offsets.windows(2).map(|span| &batch.tokens[span[0]..span[1]]))
+}
+
+fn digest(run: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    run.hash(&mut hasher);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(documents: &[std::ops::Range<u32>]) -> Vec<Windows> {
+        let one = |range: &std::ops::Range<u32>| Windows {
+            tokens: range.clone().collect(),
+            offsets: vec![0, range.len()],
+        };
+        documents.iter().map(one).collect()
+    }
+
+    #[test]
+    fn a_window_is_repeated_when_most_of_it_is_found_at_any_place() {
+        let fitted = text(&[0..500, 1000..1010]);
+        assert_eq!(repeated(&text(&[0..500]), &fitted), 1, "the same");
+        assert_eq!(repeated(&text(&[77..400]), &fitted), 1, "a part of it");
+        assert_eq!(repeated(&text(&[300..600]), &fitted), 1, "the larger half");
+        assert_eq!(repeated(&text(&[400..800]), &fitted), 0, "the smaller half");
+        assert_eq!(
+            repeated(&text(&[1000..1010, 1000..1009, 2000..2500]), &fitted),
+            1,
+            "a short one, all of it"
+        );
+        assert_eq!(repeated(&[], &fitted) + repeated(&fitted, &[]), 0);
+    }
+}

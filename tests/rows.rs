@@ -1,0 +1,175 @@
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::place::{Place, told};
+
+/// A place whose training data are these records, and which evaluates on the same.
+fn place(records: &[Value]) -> Place {
+    let place = Place::new();
+    let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+    fs::write(place.path("rows.jsonl"), lines).unwrap();
+    place
+}
+
+const DATA: [&str; 6] = [
+    "--set",
+    "data.train=[{ path = \"rows.jsonl\" }]",
+    "--set",
+    "data.eval=[{ path = \"rows.jsonl\" }]",
+    "--set",
+    "data.max_length=128",
+];
+
+fn check(place: &Place) -> Value {
+    place.json(&[&["check", "recipe.toml", "--json"], &DATA[..]].concat())
+}
+
+/// The first document, what is learned of it in brackets.
+fn sample(record: Value) -> String {
+    let report = check(&place(&[record]));
+    let segments = report["sample"].as_array().unwrap().iter();
+    segments
+        .map(|segment| {
+            let text = segment["text"].as_str().unwrap();
+            if segment["learned"] == true { format!("[{text}]") } else { text.to_string() }
+        })
+        .collect()
+}
+
+/// What the program says to data that it refuses.
+fn refused(name: &str, bytes: &[u8]) -> String {
+    let place = Place::new();
+    fs::write(place.path(name), bytes).unwrap();
+    let data = format!("data.train=[{{ path = \"{name}\" }}]");
+    told(&place, &place.command(&["check", "recipe.toml", "--set", &data]).output().unwrap())
+}
+
+#[test]
+fn all_that_a_row_says_is_trained_on() {
+    let talk = json!([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]);
+    let learned = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[a<|im_end|>]\n";
+    for record in [
+        json!({"system": "Be a sailor.", "conversations": talk}),
+        json!({"system": "Be a sailor.", "messages": talk}),
+        json!({"system": "Be a sailor.", "instruction": "q", "output": "a"}),
+        json!({"messages": [{"role": "developer", "content": "Be a sailor."}, talk[0], talk[1]]}),
+    ] {
+        assert_eq!(sample(record), format!("<|im_start|>system\nBe a sailor.<|im_end|>\n{learned}"));
+    }
+    assert_eq!(
+        sample(json!({"instruction": "q", "output": "a", "history": [["q0", "a0"]], "system": null})),
+        format!("<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n[a0<|im_end|>]\n{learned}")
+    );
+}
+
+#[test]
+fn turns_that_are_switched_off_are_not_learned() {
+    for mark in ["weight", "train", "training", "loss"] {
+        let off = if mark == "weight" { json!(0) } else { json!(false) };
+        let mut bad = json!({"role": "assistant", "content": "bad"});
+        bad[mark] = off;
+        let good = json!({"role": "assistant", "content": "good", "weight": 1});
+        let question = json!({"role": "user", "content": "q"});
+        assert_eq!(
+            sample(json!({"messages": [question, bad, question, good]})),
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nbad<|im_end|>\n\
+             <|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[good<|im_end|>]\n",
+            "{mark}"
+        );
+    }
+}
+
+#[test]
+fn text_that_is_not_used_is_told_by_every_command() {
+    let row = |n: usize| json!({"prompt": format!("Where is kite {n}?"), "completion": " Here.", "context": "In the sky.", "id": "k"});
+    let place = place(&(0..8).map(row).collect::<Vec<_>>());
+    let expected =
+        "rows.jsonl: text under these keys is not used: `context` (8 records, the first in line 1)";
+    let report = check(&place);
+    let warnings: Vec<&Value> = report["warnings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|warning| warning.as_str().unwrap().contains("rows.jsonl"))
+        .collect();
+    assert_eq!(warnings, [expected], "once, though the file is named twice");
+    assert_eq!(report["train"][0]["unused"], json!([{"key": "context", "records": 8, "line": 1}]));
+
+    let finetune = ["finetune", "recipe.toml", "--set", "train.steps=1"];
+    let (_, said) = place.run(&[&finetune[..], &DATA].concat());
+    assert!(said.contains(expected), "{said}");
+    let (_, said) = place.run(&["eval", "perplexity", "--model", "model", "--data", "rows.jsonl", "--json"]);
+    assert!(said.contains(expected), "{said}");
+    let said = place.json(&["inspect", "rows.jsonl", "--json"]);
+    assert_eq!(said["unused"][0]["key"], "context");
+    let place = super::upcycle::place();
+    let text = fs::read_to_string(place.path("text.jsonl")).unwrap();
+    fs::write(place.path("text.jsonl"), text.replacen("{\"text\"", "{\"note\": \"n\", \"text\"", 1)).unwrap();
+    let said = place.json(&["check", "upcycle.toml", "--json"]);
+    let expected = "text.jsonl: text under these keys is not used: `note` (line 1)";
+    assert!(said["warnings"].as_array().unwrap().contains(&json!(expected)), "{said}");
+}
+
+#[test]
+fn tools_that_the_template_does_not_read_are_told() {
+    let record = json!({"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": false},
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]});
+    let said = check(&place(&[record]))["warnings"].to_string();
+    let keys = "`enable_thinking` (line 1), `tools` (line 1)";
+    assert!(said.contains(&format!("the chat template does not read these keys: {keys}")), "{said}");
+}
+
+#[test]
+fn files_that_are_no_json_are_named_for_what_they_are() {
+    insta::assert_snapshot!(refused("data.csv", b"instruction,output\nq,a\n"), @r###"
+    exit 1
+    error: data.csv:1: the file looks like a CSV file, expected JSON Lines or JSON
+    hint: write it as JSON Lines first: `pandas.read_csv(old).to_json(new, orient="records", lines=True)`
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"PAR1\x15\x04"), @r###"
+    exit 1
+    error: data.jsonl: the file is a Parquet file, expected JSON Lines or JSON
+    hint: write it as JSON Lines first: `pandas.read_parquet(old).to_json(new, orient="records", lines=True)`
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"\x1f\x8b\x08\0\0"), @r###"
+    exit 1
+    error: data.jsonl: the file is compressed with gzip, expected JSON Lines or JSON
+    hint: decompress it first, with `gunzip`
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"- text: a\n"), @r###"
+    exit 1
+    error: data.jsonl:1: the file looks like YAML, expected JSON Lines or JSON
+    hint: write it as JSON first: `json.dump(yaml.safe_load(open(old)), open(new, "w"))`
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n"), @r###"
+    exit 1
+    error: data.jsonl:2: not valid UTF-8: the byte 0xe9 at column 14
+    hint: data files are UTF-8; convert one that a Windows program wrote with `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW`
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"{\"text\": \"\\ud83d\"}\n"), @r###"
+    exit 1
+    error: data.jsonl:1: not valid JSON at column 11: `\ud83d` is half of a surrogate pair, which is no character
+    hint: the string was cut inside an emoji, or was no valid text before; remove the half
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"{\"text\": \"a\", \"score\": NaN}\n"), @r###"
+    exit 1
+    error: data.jsonl:1: not valid JSON at column 24: found `NaN`, which Python writes and JSON does not have
+    hint: write null, or leave the key out; `json.dumps(…, allow_nan=False)` finds such values
+    "###);
+    insta::assert_snapshot!(refused("data.json", b"{\"train\": [{\"text\": \"a\"}]}\n"), @r###"
+    exit 1
+    error: data.json: the file is one object with a list of records under `train`
+    hint: write the list alone, or call it one of `data`, `records`, `rows`, `examples`, `instances`, `items`
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"{\"messages\": [{\"role\": \"user\", \"text\": \"q\"}]}\n"), @r###"
+    exit 1
+    error: data.jsonl:1: message 1 of 1: the `user` message has no `content`; it has the key `text`
+    hint: what is said goes under `content` (or `value`, beside `from`), and may not be null
+    "###);
+    insta::assert_snapshot!(refused("data.jsonl", b"{\"text\": \"a\"}\n{\"prompt\": \"p\", \"completion\": \"c\"}\n"), @r###"
+    exit 1
+    error: data.jsonl:2: the record has the keys `prompt`, `completion`, expected `text` (format text)
+    hint: all records of a file have the format of its first, or the one that the recipe names; this one has the format prompt-completion: put it into a file of its own
+    "###);
+}
