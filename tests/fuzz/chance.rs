@@ -1,7 +1,7 @@
 //! Choices of chance, and mutations of plain bytes and text.
 
 /// Numbers at the edges of types, as text; some are no JSON.
-pub(super) const EXTREMES: [&str; 18] = [
+const EXTREMES: [&str; 18] = [
     "0",
     "-1",
     "1",
@@ -23,7 +23,7 @@ pub(super) const EXTREMES: [&str; 18] = [
 ];
 
 /// Text that has ended programs, in strings and between them.
-pub(super) const PHRASES: [&str; 16] = [
+const PHRASES: [&str; 16] = [
     "",
     "\0",
     "\n",
@@ -74,6 +74,15 @@ impl Chance {
         &of[self.below(of.len())]
     }
 
+    /// A number at the edge of a type, as text.
+    pub(super) fn extreme(&mut self) -> &'static str {
+        EXTREMES[self.below(EXTREMES.len())]
+    }
+
+    pub(super) fn phrase(&mut self) -> &'static str {
+        PHRASES[self.below(PHRASES.len())]
+    }
+
     /// A part of `0..length` that is mostly short.
     fn part(&mut self, length: usize) -> std::ops::Range<usize> {
         let start = self.below(length + 1);
@@ -109,7 +118,7 @@ pub(super) fn mutate_bytes(bytes: &mut Vec<u8>, chance: &mut Chance) {
             let again = bytes[part.clone()].to_vec();
             bytes.splice(part.end..part.end, again);
         }
-        5 => drop(bytes.splice(part, (*chance.pick(&PHRASES)).bytes())),
+        5 => drop(bytes.splice(part, chance.phrase().bytes())),
         6 => {
             let more = vec![*chance.pick(&[0, b' ', b'[', b'a', 0xff]); 1 << chance.below(12)];
             bytes.splice(part.start..part.start, more);
@@ -124,7 +133,7 @@ fn mutate_number(bytes: &mut Vec<u8>, chance: &mut Chance) {
     let is_digit = |byte: &u8| byte.is_ascii_digit();
     let start = bytes[from..].iter().position(is_digit).map_or(from, |at| from + at);
     let digits = bytes[start..].iter().take_while(|byte| is_digit(byte)).count();
-    bytes.splice(start..start + digits, (*chance.pick(&EXTREMES)).bytes());
+    bytes.splice(start..start + digits, chance.extreme().bytes());
 }
 
 /// Changes text: also lines, and brackets and marks repeated until they are deep.

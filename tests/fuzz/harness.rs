@@ -42,7 +42,9 @@ impl Class for Misdeeds {
             "a panic" => panic!("on purpose"),
             "an abort" => std::process::abort(),
             "a stack" => assert!(deep(0) > 0),
-            "a large allocation" => assert!(Vec::<u8>::with_capacity(1 << 31).is_empty()),
+            "a large allocation" => {
+                assert!(std::hint::black_box(Vec::<u8>::with_capacity(1 << 31)).is_empty());
+            }
             "a long time" => loop {
                 std::hint::spin_loop();
             },

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::Files;
-use super::chance::{Chance, EXTREMES, PHRASES, mutate_bytes};
+use super::chance::{Chance, mutate_bytes};
 
 /// Stands before text that is to be written into the JSON as it is.
 const RAW: &str = "\u{1}raw:";
@@ -63,7 +63,7 @@ pub(super) fn mutate(value: &mut Value, chance: &mut Chance) {
             let now = number.as_u64().unwrap_or_default();
             *picked = match chance.below(3) {
                 0 => json!(chance.integer(now)),
-                _ => raw(*chance.pick(&EXTREMES)),
+                _ => raw(chance.extreme()),
             };
         }
         Value::String(text) => change_string(text, chance),
@@ -97,10 +97,10 @@ fn any(chance: &mut Chance) -> Value {
         1 => json!(chance.one_in(2)),
         2 => json!([]),
         3 => json!({}),
-        4 => json!(*chance.pick(&PHRASES)),
+        4 => json!(chance.phrase()),
         5 => raw(&nested(chance)),
         6 => json!("a".repeat(1 << chance.below(17))),
-        _ => raw(*chance.pick(&EXTREMES)),
+        _ => raw(chance.extreme()),
     }
 }
 
@@ -118,7 +118,7 @@ fn change_map(map: &mut Map<String, Value>, other: Value, chance: &mut Chance) {
     match chance.below(4) {
         0 | 1 => drop(map.remove(&key)),
         2 => {
-            let name = *chance.pick(&PHRASES);
+            let name = chance.phrase();
             let value = map.remove(&key).unwrap_or_default();
             map.insert(if chance.one_in(2) { name.to_string() } else { key + name }, value);
         }
@@ -142,10 +142,10 @@ fn change_string(text: &mut String, chance: &mut Chance) {
     let at = text.char_indices().nth(chance.below(text.chars().count())).map_or(0, |(at, _)| at);
     match chance.below(6) {
         0 => text.truncate(at),
-        1 => text.insert_str(at, *chance.pick(&PHRASES)),
-        2 => *text = (*chance.pick(&PHRASES)).to_string(),
+        1 => text.insert_str(at, chance.phrase()),
+        2 => *text = chance.phrase().to_string(),
         3 => *text = text.repeat(1 << chance.below(8)),
-        4 => *text = (*chance.pick(&EXTREMES)).to_string(),
+        4 => *text = chance.extreme().to_string(),
         _ => *text = text.chars().rev().collect(),
     }
 }

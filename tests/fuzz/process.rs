@@ -11,6 +11,8 @@ use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
+use peft::Error;
+
 use super::chance::Chance;
 use super::{Class, Files};
 
@@ -31,8 +33,10 @@ const MEMORY: u64 = 1 << 30;
 const CPU_SECONDS: u64 = 5;
 /// Nothing that waits for a device or another process gets longer than this.
 const SILENCE: Duration = Duration::from_secs(120);
-/// A message of more bytes hides what it says.
+/// A message of more characters hides what it says.
 const MESSAGE: usize = 4096;
+/// What a message without a file is about: something that it names, or one of the things that a command has one of.
+const SUBJECTS: [&str; 4] = ["`", "the model", "the tokenizer", "the chat template"];
 /// After so many failures a class ends: each one costs a process.
 const ENOUGH: usize = 12;
 
@@ -115,7 +119,7 @@ impl Parent {
                             break None;
                         }
                     }
-                    _ if line == "@done" => break None,
+                    Some(("@done", _)) => break None,
                     _ => {}
                 },
                 Err(RecvTimeoutError::Disconnected) => break Some(self.ending(child.wait().unwrap())),
@@ -136,6 +140,7 @@ impl Parent {
             .env(CHILD, start.to_string())
             .env(COUNT.0, self.count.to_string())
             .env(PLACE, self.place.path())
+            .env("RUST_BACKTRACE", "0")
             .env("RAYON_NUM_THREADS", "2")
             // What looks like the name of a model on the Hub must not be asked for.
             .env("HF_HUB_OFFLINE", "1")
@@ -151,7 +156,8 @@ impl Parent {
     fn ending(&self, status: ExitStatus) -> String {
         let errors = fs::read(self.place.path().join("stderr")).unwrap();
         let errors = String::from_utf8_lossy(&errors);
-        let said: Vec<&str> = errors.lines().filter(|line| !line.is_empty()).collect();
+        let said: Vec<&str> =
+            errors.lines().filter(|line| !line.is_empty() && !line.starts_with("note: ")).collect();
         let last = said[said.len().saturating_sub(3)..].join(" / ");
         #[cfg(unix)]
         if std::os::unix::process::ExitStatusExt::signal(&status) == Some(libc::SIGXCPU) {
@@ -264,8 +270,8 @@ fn read_all(name: &str, class: &dyn Class, start: u64) {
 
 /// A line for the first process. The line before may be unfinished.
 fn say(word: &str, text: &str) {
-    let line = format!("\n@{word} {}", text.replace('\n', "\\n"));
-    writeln!(std::io::stdout(), "{}", line.trim_end()).unwrap();
+    let line = format!("\n@{word} {}\n", text.replace('\n', "\\n"));
+    std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
 }
 
 /// What is wrong with the way in which reading these files ended.
@@ -284,11 +290,11 @@ fn fault(class: &dyn Class, folder: &Path, files: &Files) -> Option<String> {
     let text = error.to_string();
     let complaint = if text.trim().is_empty() {
         "has an empty message"
-    } else if text.len() > MESSAGE {
+    } else if text.chars().count() > MESSAGE {
         "has a message without end"
     } else if ["panicked", "unwrap()", "RUST_BACKTRACE"].iter().any(|word| text.contains(word)) {
         "shows the inside"
-    } else if !text.contains(&*folder.to_string_lossy()) && !text.contains('`') {
+    } else if !says_where(&error) && !SUBJECTS.iter().any(|subject| text.contains(subject)) {
         "does not say what it is about"
     } else if !matches!(error.exit_code(), 1 | 2) {
         "has another exit status than 1 and 2"
@@ -296,6 +302,10 @@ fn fault(class: &dyn Class, folder: &Path, files: &Files) -> Option<String> {
         return None;
     };
     Some(format!("the error {complaint}: {}", text.chars().take(300).collect::<String>()))
+}
+
+fn says_where(error: &Error) -> bool {
+    matches!(error, Error::At { .. } | Error::AtLine { .. } | Error::InTensor { .. })
 }
 
 fn message(panic: &(dyn Any + Send)) -> &str {

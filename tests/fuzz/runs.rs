@@ -10,7 +10,7 @@ use peft::recipe::{Document, Plan, Recipe, Work, check, check_upcycle, finetune}
 use peft::train::{Event, Reporter};
 use serde_json::json;
 
-use super::chance::{Chance, EXTREMES, PHRASES, mutate_bytes, mutate_text};
+use super::chance::{Chance, mutate_bytes, mutate_text};
 use super::containers::mutate_safetensors;
 use super::json::mutate_file;
 use super::process::place;
@@ -165,7 +165,7 @@ impl Class for Recipes {
         let is_mark = |byte: &u8| b",}\n".contains(byte);
         let end = text[start..].iter().position(is_mark).map_or(text.len(), |at| start + at);
         let value = match chance.below(8) {
-            0 => json!(*chance.pick(&PHRASES)).to_string(),
+            0 => json!(chance.phrase()).to_string(),
             1 => {
                 (*chance.pick(&["true", "[]", "{}", "inf", "nan", "1979-05-27", "[[1]]", "\"\""])).to_string()
             }
@@ -175,7 +175,7 @@ impl Class for Recipes {
                 let end = text[other..].iter().position(is_mark).map_or(text.len(), |at| other + at);
                 String::from_utf8_lossy(&text[other..end]).into_owned()
             }
-            _ => (*chance.pick(&EXTREMES)).to_lowercase(),
+            _ => chance.extreme().to_lowercase(),
         };
         text.splice(start..end, value.bytes());
     }
@@ -248,7 +248,8 @@ impl Class for Checkpoints {
         let name = chance.pick(&names).clone();
         let file = files.get_mut(&name).unwrap();
         match name.rsplit('.').next() {
-            _ if chance.one_in(12) => drop(files.remove(&name)),
+            // A recipe that is gone is written anew, which is no harm.
+            _ if name != "recipe.toml" && chance.one_in(12) => drop(files.remove(&name)),
             Some("safetensors") => mutate_safetensors(file, chance),
             Some("json") => mutate_file(files, &name, chance),
             _ => mutate_text(file, chance),
