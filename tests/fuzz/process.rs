@@ -37,6 +37,8 @@ const SILENCE: Duration = Duration::from_secs(120);
 const MESSAGE: usize = 4096;
 /// What a message without a file is about: something that it names, or one of the things that a command has one of.
 const SUBJECTS: [&str; 4] = ["`", "the model", "the tokenizer", "the chat template"];
+/// One input of so many has to be accepted at least.
+const REACH: u64 = 50;
 /// After so many failures a class ends: each one costs a process.
 const ENOUGH: usize = 12;
 
@@ -46,7 +48,8 @@ pub(super) fn run(name: &str, class: &dyn Class) {
         read_all(name, class, start);
         return;
     }
-    let faults = faults(name, variable(COUNT.0).unwrap_or(COUNT.1));
+    let count = variable(COUNT.0).unwrap_or(COUNT.1);
+    let (faults, accepted) = faults(name, count);
     let mut text = String::new();
     for Fault { case, what, kept } in &faults {
         write!(text, "\ninput {case}: {what}\n  kept in {}\n", kept.display()).unwrap();
@@ -58,13 +61,22 @@ pub(super) fn run(name: &str, class: &dyn Class) {
         faults.len(),
         seed(),
     );
+    // A class that refuses nearly everything at its door tests the door alone.
+    let few = count < 1000 || replayed().is_some();
+    let enough = accepted.is_none_or(|accepted| few || accepted * REACH >= count);
+    assert!(enough, "only {} of {count} inputs of `{name}` were accepted", accepted.unwrap_or(0));
 }
 
-/// Where the first `count` inputs of a class go wrong.
-pub(super) fn faults(name: &str, count: u64) -> Vec<Fault> {
+/// Where the first `count` inputs of a class go wrong, and how many are accepted by a process that comes to the end.
+pub(super) fn faults(name: &str, count: u64) -> (Vec<Fault>, Option<u64>) {
     // Files that are synced cost nothing in memory.
     let place = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-    Parent { name: name.to_string(), count, place }.faults()
+    let mut parent = Parent { name: name.to_string(), count, place, faults: Vec::new(), accepted: None };
+    let mut next = Some(0);
+    while let Some(start) = next.filter(|_| parent.faults.len() < ENOUGH) {
+        next = parent.watch(start);
+    }
+    (parent.faults, parent.accepted)
 }
 
 /// Whether this is the process that reads; it has to call [`run`].
@@ -92,20 +104,13 @@ struct Parent {
     name: String,
     count: u64,
     place: tempfile::TempDir,
+    faults: Vec<Fault>,
+    accepted: Option<u64>,
 }
 
 impl Parent {
-    fn faults(&self) -> Vec<Fault> {
-        let mut faults = Vec::new();
-        let mut next = Some(0);
-        while let Some(start) = next.filter(|_| faults.len() < ENOUGH) {
-            next = self.watch(start, &mut faults);
-        }
-        faults
-    }
-
     /// Follows a process to its end, or past enough faults; gives the input to go on with where it died.
-    fn watch(&self, start: u64, faults: &mut Vec<Fault>) -> Option<u64> {
+    fn watch(&mut self, start: u64) -> Option<u64> {
         let mut child = self.start(start);
         let lines = lines(child.stdout.take().unwrap());
         let mut case = None;
@@ -114,12 +119,15 @@ impl Parent {
                 Ok(line) => match line.split_once(' ') {
                     Some(("@case", number)) => case = Some(number.parse().unwrap()),
                     Some(("@fault", what)) => {
-                        faults.push(self.keep(case.unwrap(), &what.replace("\\n", "\n")));
-                        if faults.len() >= ENOUGH {
+                        self.keep(case.unwrap(), &what.replace("\\n", "\n"));
+                        if self.faults.len() >= ENOUGH {
                             break None;
                         }
                     }
-                    Some(("@done", _)) => break None,
+                    Some(("@done", accepted)) => {
+                        self.accepted = Some(accepted.parse().unwrap());
+                        break None;
+                    }
                     _ => {}
                 },
                 Err(RecvTimeoutError::Disconnected) => break Some(self.ending(child.wait().unwrap())),
@@ -129,13 +137,17 @@ impl Parent {
         child.kill().unwrap();
         child.wait().unwrap();
         let (what, case) = (found?, case.unwrap_or(start));
-        faults.push(self.keep(case, &what));
+        self.keep(case, &what);
         Some(case + 1)
     }
 
     fn start(&self, start: u64) -> Child {
         let errors = fs::File::create(self.place.path().join("stderr")).unwrap();
-        Command::new(std::env::current_exe().unwrap())
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        if let Some(folder) = replayed() {
+            command.env(REPLAY, folder);
+        }
+        command
             .args(["--exact", &format!("fuzz::{}", self.name), "--nocapture", "--test-threads=1"])
             .env(CHILD, start.to_string())
             .env(COUNT.0, self.count.to_string())
@@ -167,7 +179,7 @@ impl Parent {
     }
 
     /// Puts the input where it can be read again.
-    fn keep(&self, case: u64, what: &str) -> Fault {
+    fn keep(&mut self, case: u64, what: &str) {
         let replayed = replayed();
         let kept = replayed.clone().unwrap_or_else(|| {
             let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/fuzz");
@@ -177,7 +189,7 @@ impl Parent {
             let _ = fs::remove_dir_all(&kept);
             write(&kept, &files_of(&input_folder(self.place.path(), case)));
         }
-        Fault { case, what: what.to_string(), kept }
+        self.faults.push(Fault { case, what: what.to_string(), kept });
     }
 }
 
@@ -191,7 +203,9 @@ pub(super) fn place() -> PathBuf {
 }
 
 fn replayed() -> Option<PathBuf> {
-    std::env::var_os(REPLAY).map(PathBuf::from)
+    // A class may change the current folder.
+    let folder = std::env::var_os(REPLAY).map(PathBuf::from)?;
+    Some(fs::canonicalize(&folder).unwrap_or(folder))
 }
 
 fn lines(stdout: ChildStdout) -> Receiver<String> {
@@ -226,10 +240,12 @@ impl<'a> Inputs<'a> {
         }
         let mut chance = Chance::new(self.name, seed(), case);
         let mut files = chance.pick(&self.seeds).clone();
-        for _ in 0..=chance.below(3) {
+        loop {
             self.class.mutate(&mut files, &mut chance);
+            if !chance.one_in(3) {
+                return files;
+            }
         }
-        files
     }
 }
 
@@ -249,6 +265,7 @@ fn read_all(name: &str, class: &dyn Class, start: u64) {
         fs::remove_dir_all(&folder).unwrap();
     }
     let end = if replayed().is_some() { 1 } else { variable(COUNT.0).unwrap_or(COUNT.1) };
+    let mut accepted = 0;
     for case in start..end {
         say("case", &case.to_string());
         let folder = input_folder(&place, case);
@@ -258,14 +275,15 @@ fn read_all(name: &str, class: &dyn Class, start: u64) {
         };
         write(&folder, &files);
         limit_time();
-        let fault = fault(class, &folder, &files);
+        let (is_accepted, fault) = outcome(class, &folder, &files);
+        accepted += u64::from(is_accepted);
         let _ = fs::remove_dir_all(&folder);
         if let Some(fault) = fault {
             write(&folder, &files);
             say("fault", &fault);
         }
     }
-    say("done", "");
+    say("done", &accepted.to_string());
 }
 
 /// A line for the first process. The line before may be unfinished.
@@ -274,12 +292,15 @@ fn say(word: &str, text: &str) {
     std::io::stdout().lock().write_all(line.as_bytes()).unwrap();
 }
 
-/// What is wrong with the way in which reading these files ended.
-fn fault(class: &dyn Class, folder: &Path, files: &Files) -> Option<String> {
-    let result = match catch_unwind(AssertUnwindSafe(|| class.read(folder))) {
-        Ok(result) => result,
-        Err(panic) => return Some(format!("panicked: {}", message(&*panic))),
-    };
+/// Whether these files are accepted, and what is wrong with the way in which reading them ended.
+fn outcome(class: &dyn Class, folder: &Path, files: &Files) -> (bool, Option<String>) {
+    match catch_unwind(AssertUnwindSafe(|| class.read(folder))) {
+        Ok(result) => (result.is_ok(), complaint(&result, folder, files)),
+        Err(panic) => (false, Some(format!("panicked: {}", message(&*panic)))),
+    }
+}
+
+fn complaint(result: &peft::Result<()>, folder: &Path, files: &Files) -> Option<String> {
     let added = names(folder).into_iter().find(|name| !files.contains_key(name));
     let Err(error) = result else {
         return added.filter(|name| name.contains("partial")).map(|name| format!("left `{name}` behind"));
@@ -294,7 +315,7 @@ fn fault(class: &dyn Class, folder: &Path, files: &Files) -> Option<String> {
         "has a message without end"
     } else if ["panicked", "unwrap()", "RUST_BACKTRACE"].iter().any(|word| text.contains(word)) {
         "shows the inside"
-    } else if !says_where(&error) && !SUBJECTS.iter().any(|subject| text.contains(subject)) {
+    } else if !says_where(error) && !SUBJECTS.iter().any(|subject| text.contains(subject)) {
         "does not say what it is about"
     } else if !matches!(error.exit_code(), 1 | 2) {
         "has another exit status than 1 and 2"

@@ -151,6 +151,27 @@ impl Class for Recipes {
         RECIPES.map(|text| Files::from([("recipe.toml".to_string(), text.into())])).into()
     }
 
+    fn attacks(&self, _seeds: &[Files]) -> Vec<Files> {
+        let replaced = |(from, to): (&str, &str)| {
+            assert!(RECIPES[0].contains(from));
+            Files::from([("recipe.toml".to_string(), RECIPES[0].replace(from, to).into())])
+        };
+        [
+            // No epoch would ever show a document.
+            ("weight = 2.0", "weight = 1e-320"),
+            ("accumulate = 2", "accumulate = 9223372036854775807"),
+            ("batch_size = 2", "batch_size = 9223372036854775807"),
+            ("steps = 3", "steps = 9223372036854775807"),
+            ("rank = 4", "rank = 9223372036854775807"),
+            ("steps = 3", "epochs = 10000"),
+            ("learning_rate = 1e-3", "learning_rate = 1e10"),
+            ("path = \"data.jsonl\"", "path = \"/dev/zero\""),
+            ("output = \"run\"", "output = \"/\""),
+        ]
+        .map(replaced)
+        .into()
+    }
+
     fn mutate(&self, files: &mut Files, chance: &mut Chance) {
         let text = files.get_mut("recipe.toml").unwrap();
         if chance.one_in(3) {
