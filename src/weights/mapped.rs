@@ -126,17 +126,18 @@ struct Slot {
     path: [AtomicU8; PATH],
 }
 
-static TABLE: [Slot; FILES] = [const { Slot::EMPTY }; FILES];
+static TABLE: [Slot; FILES] = [const { Slot::empty() }; FILES];
 
 impl Slot {
-    #[expect(clippy::declare_interior_mutable_const, reason = "what entries of a static begin as")]
-    const EMPTY: Self = Self {
-        taken: AtomicBool::new(false),
-        start: AtomicUsize::new(0),
-        end: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        path: [const { AtomicU8::new(0) }; PATH],
-    };
+    const fn empty() -> Self {
+        Self {
+            taken: AtomicBool::new(false),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            path: [const { AtomicU8::new(0) }; PATH],
+        }
+    }
 }
 
 /// A place in the table, given back when it is dropped.
