@@ -10,12 +10,18 @@ use std::sync::Once;
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong.
+/// The most characters of a message or a hint.
+const LONGEST: usize = 2000;
+/// The most characters of a path or a tensor's name in front of a message.
+const LONGEST_NAME: usize = 500;
+
+/// Everything that can go wrong. Values that a message quotes come from files and may be of any length, so long messages
+/// lose their middle.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The request itself is wrong: a recipe key, a flag, a path, a target.
-    #[error("{message}")]
+    #[error("{}", bounded(message, LONGEST))]
     Request {
         /// What was found and what was expected.
         message: String,
@@ -23,7 +29,7 @@ pub enum Error {
         hint: Option<String>,
     },
     /// A file or a tensor is not what it has to be.
-    #[error("{message}")]
+    #[error("{}", bounded(message, LONGEST))]
     Invalid {
         /// What was found and what was expected.
         message: String,
@@ -31,7 +37,7 @@ pub enum Error {
         hint: Option<String>,
     },
     /// An error inside a file or folder.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     At {
         /// The file or folder.
         path: PathBuf,
@@ -39,7 +45,7 @@ pub enum Error {
         source: Box<Self>,
     },
     /// An error in one line of a file.
-    #[error("{}:{line}: {source}", path.display())]
+    #[error("{}:{line}: {source}", shown(path))]
     AtLine {
         /// The file.
         path: PathBuf,
@@ -49,7 +55,7 @@ pub enum Error {
         source: Box<Self>,
     },
     /// An error about one tensor.
-    #[error("tensor `{name}`: {source}")]
+    #[error("tensor `{}`: {source}", bounded(name, LONGEST_NAME))]
     InTensor {
         /// The tensor's name as its file has it.
         name: String,
@@ -60,16 +66,16 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] std::io::Error),
     /// A safetensors file is broken.
-    #[error("not a readable safetensors file: {0}")]
+    #[error("not a readable safetensors file: {}", bounded(&.0.to_string(), LONGEST))]
     Safetensors(#[from] safetensors::SafeTensorError),
     /// JSON that does not parse.
-    #[error("not valid JSON: {0}")]
+    #[error("not valid JSON: {}", bounded(&.0.to_string(), LONGEST))]
     Json(#[from] serde_json::Error),
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
     /// The run was interrupted; what it has done so far is saved.
-    #[error("{message}")]
+    #[error("{}", bounded(message, LONGEST))]
     Interrupted {
         /// What was saved and where.
         message: String,
@@ -94,7 +100,7 @@ impl Error {
     pub fn with_hint(mut self, remedy: impl Into<String>) -> Self {
         match &mut self {
             Self::Request { hint, .. } | Self::Invalid { hint, .. } | Self::Interrupted { hint, .. } => {
-                *hint = Some(remedy.into());
+                *hint = Some(bounded(&remedy.into(), LONGEST));
                 self
             }
             Self::At { source, .. } | Self::AtLine { source, .. } | Self::InTensor { source, .. } => {
@@ -102,7 +108,7 @@ impl Error {
                 **source = inner.with_hint(remedy);
                 self
             }
-            _ => Self::Invalid { message: self.to_string(), hint: Some(remedy.into()) },
+            _ => Self::invalid(self.to_string()).with_hint(remedy),
         }
     }
 
@@ -152,6 +158,26 @@ impl Error {
             }
             _ => 1,
         }
+    }
+}
+
+/// Leaves out the middle of a text that is longer than about `most` characters. What it gives is short enough to stay as it
+/// is when it becomes a part of another message.
+fn bounded(text: &str, most: usize) -> String {
+    let limit = most + 64;
+    let count = if text.len() <= limit { text.len() } else { text.chars().count() };
+    if count <= limit {
+        return text.to_string();
+    }
+    let start: String = text.chars().take(most / 2).collect();
+    let end: String = text.chars().skip(count - most / 2).collect();
+    format!("{start} [.. {} characters left out ..] {end}", count - most / 2 * 2)
+}
+
+fn shown(path: &Path) -> String {
+    match path.as_os_str().is_empty() {
+        true => "the path ``".to_string(),
+        false => bounded(&path.display().to_string(), LONGEST_NAME),
     }
 }
 
@@ -239,4 +265,32 @@ pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
             panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref().copied());
         said.unwrap_or("it panics").lines().next().unwrap_or_default().to_string()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_values_of_a_file_leave_both_ends_of_a_message() {
+        let value = "é".repeat(100_000);
+        let message = format!("`model_type` is `{value}`, expected `llama`");
+        let text = Err::<(), _>(Error::invalid(&message)).at("config.json").unwrap_err().to_string();
+        assert!(text.starts_with("config.json: `model_type` is `éé"), "{text}");
+        assert!(text.ends_with("éé`, expected `llama`"), "{text}");
+        let left_out = message.chars().count() - LONGEST;
+        assert!(text.contains(&format!(" [.. {left_out} characters left out ..] ")), "{text}");
+
+        let json = serde_json::from_str::<bool>(&format!("\"{value}\"")).unwrap_err();
+        let wrapped = Err::<(), _>(json).in_tensor(&value).at(&value).unwrap_err();
+        assert!(wrapped.to_string().chars().count() < LONGEST + 2 * LONGEST_NAME + 200, "{wrapped}");
+        let hint = wrapped.with_hint(&value).hint().map(|hint| hint.chars().count());
+        assert!(hint.is_some_and(|count| count < LONGEST + 50), "{hint:?}");
+    }
+
+    #[test]
+    fn an_empty_path_is_named() {
+        let error = Err::<(), _>(Error::request("there is no such file")).at("").unwrap_err();
+        assert_eq!(error.to_string(), "the path ``: there is no such file");
+    }
 }

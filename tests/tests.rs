@@ -20,6 +20,8 @@ mod experts;
 mod faults;
 /// A fixture folder made by transformers and PEFT.
 mod fixture;
+/// Mutated files of every kind are read or refused, with bounded time and memory, and leave nothing behind.
+mod fuzz;
 /// Tokens generated with a cache are those of a forward over everything.
 mod generate;
 /// Each op's value and gradients against its reference, differentiated by candle, and against finite differences.

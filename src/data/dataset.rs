@@ -55,6 +55,7 @@ impl Dataset {
         for source in train {
             let weight = mix::check_weight(source.weight)?;
             let (rows, counts) = load(source, text, preparation.max_length, preparation.train_on, first)?;
+            mix::check_seen(weight, rows.len()).at(&source.path)?;
             first += counts.records as u64;
             parts.push(Part { rows, weight });
             train_counts.push(counts);

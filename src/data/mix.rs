@@ -31,6 +31,20 @@ pub(crate) fn check_weight(weight: f64) -> Result<f64> {
     .with_hint("1 sees every document once per epoch; leave the source out to see none"))
 }
 
+/// The most epochs in which a source shows nothing at all.
+const MOST_EPOCHS: f64 = 1000.0;
+
+/// Refuses a weight that shows none of `documents` for so long that training would look for the next one without end.
+pub(crate) fn check_seen(weight: f64, documents: usize) -> Result<()> {
+    if documents == 0 || weight * documents as f64 >= 1.0 / MOST_EPOCHS {
+        return Ok(());
+    }
+    Err(Error::request(format!(
+        "the weight `{weight}` shows none of its {documents} documents in {MOST_EPOCHS} epochs"
+    ))
+    .with_hint("raise `weight`, or leave the source out"))
+}
+
 /// What epoch number `epoch` sees, as (part, row) pairs in a fixed order.
 ///
 /// Weight `w` gives `floor(w)` copies of the part, and the fraction `f` that is left the next `f * n` places of an
@@ -151,6 +165,8 @@ mod tests {
     #[test]
     fn weights_are_positive_numbers() {
         assert!(check_weight(0.5).is_ok());
+        assert!(check_seen(1e-6, 1000).is_ok() && check_seen(1e-6, 0).is_ok());
+        assert_eq!(check_seen(1e-6, 999).unwrap_err().exit_code(), 2);
         for weight in [0.0, -1.0, 1e9, f64::NAN, f64::INFINITY] {
             assert_eq!(check_weight(weight).unwrap_err().exit_code(), 2);
         }
