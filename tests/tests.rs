@@ -3,6 +3,8 @@
 
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
+/// A checkpoint that changed on disk is named, and the newest whole one is used.
+mod broken;
 /// Commands, help and messages as a user sees them.
 mod cli;
 /// Every command on a tiny model, from the recipe to the run directory.
@@ -36,6 +38,8 @@ mod merge;
 mod moe;
 /// The published toy outputs of a course, from the seeds alone.
 mod nju;
+/// An output is understood before the work, and nothing that others made is removed or written over.
+mod outputs;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
 /// A tiny model, its data and a recipe in a folder of their own.

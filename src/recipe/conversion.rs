@@ -17,7 +17,7 @@ use crate::model::family::MixtureFormat;
 use crate::upcycle::{
     self, Calibration, Event, Job, Method, Refit, Report, Settings, SplitShape, choose_format, dense_network,
 };
-use crate::weights::refuse_occupied;
+use crate::weights::output::{new_folder, refuse_full_disk};
 
 /// What is known of a conversion before it begins.
 #[derive(Debug, Clone, Serialize)]
@@ -48,7 +48,7 @@ struct Prepared {
 impl Prepared {
     fn of(plan: &UpcyclePlan) -> Result<Self> {
         refuse_base(&plan.model.source, &plan.output)?;
-        refuse_occupied(&plan.output)?;
+        new_folder(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
@@ -142,6 +142,10 @@ impl Prepared {
                     tokens.0
                 ));
             }
+        }
+        // What cannot be written at all is refused by the conversion, with its reason.
+        if let Ok(bytes) = upcycle::written_bytes(&base, sources.len(), &plan.settings) {
+            refuse_full_disk(&plan.output, bytes)?;
         }
         let check =
             UpcycleCheck { lines, recipe: plan.to_toml()?, format, expert_width: width, tokens, warnings };

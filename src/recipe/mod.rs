@@ -35,6 +35,7 @@ mod choice;
 mod continued;
 mod conversion;
 mod describe;
+mod disk;
 mod distill;
 mod document;
 pub mod figures;

@@ -23,7 +23,7 @@ use super::{Event, Job, Watch, verify};
 use crate::data::{generator, shuffle};
 use crate::error::{Error, Result};
 use crate::model::family::{self, MixtureFormat, MixtureShape};
-use crate::model::{Decoder, Stream};
+use crate::model::{Decoder, Pretrained, Stream};
 use crate::ops::{Documents, Pass};
 
 /// The deviation of a router that begins at random.
@@ -40,17 +40,7 @@ pub(super) fn copy(
     let base = job.base;
     let (neurons, _) = dense_network(base.config())?;
     refuse_unfit(job, settings, neurons)?;
-    let dense = settings.dense_layers(base.config().layers.len())?;
-    let groups = if settings.method == Method::VirtualGroups { settings.groups } else { 1 };
-    let copies = if settings.method == Method::Mix { job.sources.len() + 1 } else { settings.experts };
-    let shape = MixtureShape {
-        experts: copies * groups,
-        active: settings.active * groups,
-        width: neurons / groups,
-        shared: 0,
-        averaged: true,
-        dense,
-    };
+    let (shape, copies, groups) = shape_of(base, job.sources.len(), settings)?;
     let format = choose_format(settings.format, base.config(), &shape)?;
     let layout = format.layout(base.config_json(), base.config(), &shape)?;
     let stored = base.compute_dtype();
@@ -93,6 +83,26 @@ pub(super) fn copy(
         report.guarantees = guarantees(job, settings, folder, groups)?;
     }
     Ok(report)
+}
+
+/// The shape of the mixture, how many copies it has, and into how many groups each is cut.
+pub(super) fn shape_of(
+    base: &Pretrained,
+    sources: usize,
+    settings: &Settings,
+) -> Result<(MixtureShape, usize, usize)> {
+    let (neurons, _) = dense_network(base.config())?;
+    let groups = if settings.method == Method::VirtualGroups { settings.groups.max(1) } else { 1 };
+    let copies = if settings.method == Method::Mix { sources + 1 } else { settings.experts };
+    let shape = MixtureShape {
+        experts: copies * groups,
+        active: settings.active * groups,
+        width: neurons / groups,
+        shared: 0,
+        averaged: true,
+        dense: settings.dense_layers(base.config().layers.len())?,
+    };
+    Ok((shape, copies, groups))
 }
 
 fn refuse_unfit(job: &Job<'_>, settings: &Settings, neurons: usize) -> Result<()> {

@@ -117,7 +117,7 @@ fn refuse_unfit(job: &Job<'_>, settings: &Settings) -> Result<MoeConfig> {
 }
 
 /// The `config.json` for `more` experts than the `experts` there are.
-fn grown(json: &Value, experts: usize, more: usize) -> Result<Value> {
+pub(super) fn grown(json: &Value, experts: usize, more: usize) -> Result<Value> {
     let mut json = json.clone();
     let keys = ["n_routed_experts", "num_experts", "num_local_experts"];
     let keys: Vec<&str> = keys.into_iter().filter(|key| json.get(key) == Some(&json!(experts))).collect();

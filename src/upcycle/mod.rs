@@ -46,7 +46,8 @@ pub use settings::{
 pub use windows::{Calibration, Text, WINDOW, Windows};
 
 use crate::error::{Context, Result};
-use crate::model::{Decoder, Pretrained};
+use crate::model::family::{self, MixtureShape};
+use crate::model::{Decoder, DecoderConfig, Pretrained};
 use crate::weights::{Staged, write_atomic};
 
 /// The account of a conversion, beside its weights.
@@ -134,6 +135,31 @@ pub fn upcycle(job: &Job<'_>, settings: &Settings, watch: &mut Watch<'_>) -> Res
     watch(Event::note("writing the account"))?;
     staged.commit().at(job.output)?;
     Ok(report)
+}
+
+/// Bytes of the weights that a conversion of `base`, with `sources` further checkpoints, writes.
+///
+/// # Errors
+///
+/// Where the conversion itself would fail for what the configuration says.
+pub fn written_bytes(base: &Pretrained, sources: usize, settings: &Settings) -> Result<u64> {
+    let format = |shape: &MixtureShape| -> Result<DecoderConfig> {
+        let format = choose_format(settings.format, base.config(), shape)?;
+        family::read(&format.layout(base.config_json(), base.config(), shape)?.config)
+    };
+    let numbers = match settings.method {
+        Method::Split => format(&SplitShape::of(settings, base.config())?.mixture())?.num_parameters(),
+        // A pruned model is smaller than the one that it is made of.
+        Method::Prune => base.config().num_parameters(),
+        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
+            format(&copies::shape_of(base, sources, settings)?.0)?.num_parameters()
+        }
+        Method::Expand => {
+            let experts = base.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts);
+            family::read(&expand::grown(base.config_json(), experts, settings.experts)?)?.num_parameters()
+        }
+    };
+    Ok(numbers as u64 * base.compute_dtype().size_in_bytes() as u64)
 }
 
 /// The methods that cut neurons apart.

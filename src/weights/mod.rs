@@ -19,6 +19,7 @@ mod folder;
 mod gguf;
 mod gguf_text;
 mod hub;
+pub mod output;
 mod shards;
 mod text;
 mod write;
@@ -41,8 +42,8 @@ pub use hub::{HubSettings, OnProgress, report_downloads};
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
 };
-pub use text::TextFiles;
-pub use write::{Staged, refuse_below_file, refuse_occupied, remove_folder, remove_stale, write_atomic};
+pub use text::{TextFiles, is_companion};
+pub use write::{Staged, remove_folder, remove_stale, write_atomic};
 
 /// A tensor as its file has it, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
