@@ -54,6 +54,8 @@ mod refusals;
 mod resume;
 /// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.
 mod routers;
+/// Control characters from files and models are shown, not obeyed.
+mod terminal;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.
