@@ -14,7 +14,7 @@ fn refused(place: &Place, arguments: &[&str]) -> String {
     said
 }
 
-fn finetune<'a>(output: &'a str) -> [&'a str; 6] {
+fn finetune(output: &str) -> [&str; 6] {
     ["finetune", "recipe.toml", "--log", "silent", "--output", output]
 }
 
@@ -302,4 +302,54 @@ fn a_disk_that_is_too_small_is_known_before_a_merge() {
         "{said}"
     );
     assert!(!place.path("merged").exists());
+}
+
+/// `check` refuses what a run would be refused for later: a folder that may not be written, a disk without room.
+#[cfg(unix)]
+#[test]
+fn what_the_file_system_shows_is_known_to_check() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+
+    let place = Place::new();
+    let said = refused(&place, &["check", "recipe.toml", "--set", "adapter.rank=100000000"]);
+    assert!(said.starts_with("exit 1\nerror: run: the disk has "), "{said}");
+    assert!(
+        said.contains("hint: free some space, keep fewer checkpoints with `train.keep`, or choose"),
+        "{said}"
+    );
+
+    let closed = place.path("closed");
+    fs::create_dir(&closed).unwrap();
+    fs::set_permissions(place.path(""), PermissionsExt::from_mode(0o755)).unwrap();
+    fs::set_permissions(&closed, PermissionsExt::from_mode(0o555)).unwrap();
+    for command in ["check", "finetune"] {
+        let mut command = place.command(&[command, "recipe.toml", "--set", "output=closed/run"]);
+        // Root may write everywhere; nobody may not.
+        if fs::create_dir(closed.join("try")).is_ok() {
+            fs::remove_dir(closed.join("try")).unwrap();
+            command.uid(65534);
+        }
+        let Ok(output) = command.output() else { return };
+        assert_eq!(
+            told(&place, &output),
+            "exit 1\nerror: closed/run: Permission denied (os error 13)\nhint: change the permissions, or choose an output \
+             folder that can be written with `--output`"
+        );
+    }
+}
+
+/// `check` says that a run is there, and refuses what neither a new run nor a resumed one would do.
+#[test]
+fn check_knows_the_run_that_is_there() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let (_, said) = place.run(&["check", "recipe.toml"]);
+    assert_eq!(
+        said,
+        "warning: `run` holds a run of this recipe already: `peft finetune` goes on with it with `--resume`, or writes to \
+         another folder with `--output`\n"
+    );
+    let said = refused(&place, &["check", "recipe.toml", "--set", "seed=1"]);
+    assert!(said.starts_with("exit 2\nerror: run: the run was started with another recipe: "), "{said}");
 }
