@@ -5,6 +5,8 @@
 mod account;
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
+/// A checkpoint that changed on disk is named, and the newest whole one is used.
+mod broken;
 /// Commands, help and messages as a user sees them.
 mod cli;
 /// Every command on a tiny model, from the recipe to the run directory.
@@ -42,6 +44,8 @@ mod merge;
 mod moe;
 /// The published toy outputs of a course, from the seeds alone.
 mod nju;
+/// An output is understood before the work, and nothing that others made is removed or written over.
+mod outputs;
 /// Logits, losses and every gradient against transformers and PEFT, for each family.
 mod parity;
 /// Tensors that merging and upcycling copy hold numbers, or nothing is written; those of odd types are named.
@@ -62,6 +66,8 @@ mod routers;
 mod rows;
 /// Templates and tokenizers of strangers run within bounds, and what becomes of the text of the data is said.
 mod templates;
+/// Control characters from files and models are shown, not obeyed.
+mod terminal;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::report::{Log, can_draw};
-use super::terminal::{message, note};
+use super::terminal::{escaped, message, note};
 use crate::recipe::figures::bytes;
 use crate::weights::OnProgress;
 
@@ -47,5 +47,5 @@ fn bar(name: &str) -> ProgressBar {
     let style = ProgressStyle::with_template("fetching {msg} {bar:20} {bytes}/{total_bytes} eta {eta}");
     // The template is a literal; the default is as good should indicatif come to refuse it.
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━─");
-    ProgressBar::new(0).with_style(style).with_message(name.to_string())
+    ProgressBar::new(0).with_style(style).with_message(escaped(name).into_owned())
 }

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::routing::table;
-use super::terminal::Label;
+use super::terminal::{Label, escaped};
 use crate::recipe::figures::{bytes, count, duration};
 use crate::train::{Event, Reporter, Sample, StepReport};
 
@@ -77,10 +77,11 @@ impl Bar {
         Self { bar: None, progress: Progress::new(), coloured }
     }
 
-    fn print(&self, line: &str) {
+    fn print(&self, event: &Event) {
+        let write = || write_event(&mut io::stderr(), event, self.coloured);
         match &self.bar {
-            Some(bar) => bar.suspend(|| write_line(&mut io::stderr(), line)),
-            None => write_line(&mut io::stderr(), line),
+            Some(bar) => bar.suspend(write),
+            None => write(),
         }
     }
 }
@@ -105,13 +106,9 @@ impl Reporter for Bar {
                 if let Some(bar) = self.bar.take() {
                     bar.abandon();
                 }
-                self.print(&line(event, self.coloured).unwrap_or_default());
+                self.print(event);
             }
-            _ => {
-                if let Some(line) = line(event, self.coloured) {
-                    self.print(&line);
-                }
-            }
+            _ => self.print(event),
         }
     }
 }
@@ -200,11 +197,7 @@ impl<W: Write> Reporter for Lines<W> {
                     write_line(&mut self.out, &step_line(step, self.progress.left(step.step)));
                 }
             }
-            _ => {
-                if let Some(line) = line(event, self.coloured) {
-                    write_line(&mut self.out, &line);
-                }
-            }
+            _ => write_event(&mut self.out, event, self.coloured),
         }
     }
 }
@@ -249,17 +242,16 @@ struct Silent<W> {
 
 impl<W: Write> Reporter for Silent<W> {
     fn report(&mut self, event: &Event) {
-        if let (Event::Warning { .. }, Some(line)) = (event, line(event, self.coloured)) {
-            write_line(&mut self.out, &line);
+        if matches!(event, Event::Warning { .. }) {
+            write_event(&mut self.out, event, self.coloured);
         }
     }
 }
 
 /// An event that is no step in words; `None` for those that only move the bar.
-fn line(event: &Event, coloured: bool) -> Option<String> {
+fn line(event: &Event) -> Option<String> {
     Some(match event {
-        Event::Note { text } => text.clone(),
-        Event::Warning { text } => format!("{} {text}", Label::warning(coloured)),
+        Event::Note { text } | Event::Warning { text } => text.clone(),
         Event::Evaluation { step, eval_loss, best } => {
             let best = if *best { "  best so far" } else { "" };
             format!("step {step}  eval loss {eval_loss:.4}  perplexity {:.2}{best}", eval_loss.exp())
@@ -280,9 +272,19 @@ fn indented(text: &str) -> String {
     text.trim().replace('\n', "\n    ")
 }
 
-/// When stderr is gone there is nobody left to tell.
+/// When stderr is gone there is nobody left to tell. Control characters are shown; only our labels are coloured.
 fn write_line(out: &mut impl Write, line: &str) {
-    let _ = writeln!(out, "{line}");
+    let _ = writeln!(out, "{}", escaped(line));
+}
+
+/// Writes an event that is no step, if it is told in words.
+fn write_event(out: &mut impl Write, event: &Event, coloured: bool) {
+    match event {
+        Event::Warning { text } => {
+            let _ = writeln!(out, "{} {}", Label::warning(coloured), escaped(text));
+        }
+        _ => line(event).iter().for_each(|line| write_line(out, line)),
+    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! How a mixture of experts spreads its tokens, as `peft eval routing` and the end of a run tell it.
 
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::eval::{heatmap, routing};
 use crate::model::Spread;
+use crate::weights::output::{refuse_below_file, refuse_unexpanded, refuse_unwritable};
 use crate::weights::write_atomic;
 
 use super::Eval;
@@ -18,6 +19,11 @@ const LOAD: usize = 48;
 const NUMBERED: usize = 8;
 
 pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
+    if let Some(path) = &arguments.svg {
+        refuse_unexpanded(path)?;
+        refuse_below_file(path)?;
+        refuse_unwritable(path).at(path)?;
+    }
     let loaded = open(&arguments.model, terminal)?;
     let rows = rows(arguments, &loaded, terminal)?;
     let spreads = routing(&loaded.model, &eval_batches(&rows, super::models::EVAL_TOKENS))?;

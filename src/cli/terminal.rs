@@ -1,5 +1,6 @@
 //! The two streams of the terminal: data on stdout, messages on stderr.
 
+use std::borrow::Cow;
 use std::fmt::Arguments;
 use std::io::{self, IsTerminal, Write};
 
@@ -54,7 +55,12 @@ impl Terminal {
     /// Writes data to stdout and flushes it, so that streamed text is seen at once.
     pub(super) fn write(&mut self, data: Arguments<'_>) -> Result<()> {
         let mut stdout = io::stdout().lock();
-        let written = stdout.write_fmt(data).and_then(|()| stdout.flush());
+        // A file or another program gets the data as they are; a terminal would obey what is in them.
+        let written = match stdout.is_terminal() {
+            true => stdout.write_all(escaped(&data.to_string()).as_bytes()),
+            false => stdout.write_fmt(data),
+        };
+        let written = written.and_then(|()| stdout.flush());
         // A reader such as `head` has what it wanted; that is not an error worth a message.
         self.stdout_is_closed |= matches!(&written, Err(error) if error.kind() == io::ErrorKind::BrokenPipe);
         written.map_err(Error::from)
@@ -88,7 +94,7 @@ impl Terminal {
             let event = serde_json::json!({ "event": "warning", "text": text });
             return message(format_args!("{event}"));
         }
-        message(format_args!("{} {text}", Label::warning(self.coloured)));
+        labelled(Label::warning(self.coloured), format_args!("{text}"));
     }
 
     /// A message in the form that was asked for, to be said from another thread when the time comes.
@@ -121,10 +127,10 @@ impl Terminal {
         // What was interrupted on request is no error.
         match error.exit_code() {
             130 => message(format_args!("{error}")),
-            _ => message(format_args!("{} {error}", Label::new("error", AnsiColor::Red, self.coloured))),
+            _ => labelled(Label::new("error", AnsiColor::Red, self.coloured), format_args!("{error}")),
         }
         if let Some(hint) = error.hint() {
-            message(format_args!("{} {hint}", Label::new("hint", AnsiColor::Cyan, self.coloured)));
+            labelled(Label::new("hint", AnsiColor::Cyan, self.coloured), format_args!("{hint}"));
         }
     }
 }
@@ -140,9 +146,32 @@ pub(super) fn note(log: Log, text: Arguments<'_>) {
     }
 }
 
-/// Writes a line to stderr. When that is gone there is nobody left to tell.
+/// Writes a line to stderr, with control characters shown. When that is gone there is nobody left to tell.
 pub(super) fn message(line: Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{line}");
+    let _ = writeln!(io::stderr().lock(), "{}", escaped(&line.to_string()));
+}
+
+/// Writes a line to stderr that begins with a label, which may be coloured.
+fn labelled(label: Label, text: Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{label} {}", escaped(&text.to_string()));
+}
+
+/// Shows the control characters in a text, but not tab and newline, as JSON writes them: `\u001b`. Names, paths, data and
+/// what models say could otherwise move the cursor, rename the window or hide what was said. In lines of JSON this changes
+/// no value.
+pub(super) fn escaped(text: &str) -> Cow<'_, str> {
+    let obeyed = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if !text.contains(obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match obeyed(c) {
+            true => shown += &format!("\\u{:04x}", c as u32),
+            false => shown.push(c),
+        }
+    }
+    Cow::Owned(shown)
 }
 
 /// What a message begins with: `error:`.
@@ -166,5 +195,33 @@ impl Label {
 impl std::fmt::Display for Label {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}{}:{:#}", self.style, self.text, self.style)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_shown() {
+        assert_eq!(
+            escaped("\u{1b}]0;title\u{7}a\rb\u{7f}\u{9b}2J"),
+            "\\u001b]0;title\\u0007a\\u000db\\u007f\\u009b2J"
+        );
+    }
+
+    #[test]
+    fn text_stays_what_it_is() {
+        for text in ["plain", "two\n\tlines", "ö 漢 🙂 \u{a0}"] {
+            assert!(matches!(escaped(text), Cow::Borrowed(same) if same == text));
+        }
+    }
+
+    #[test]
+    fn json_keeps_its_values() {
+        let event = serde_json::json!({ "text": "\u{1b}[2J \u{9b}2J \u{7f}\n" });
+        let shown = escaped(&event.to_string()).into_owned();
+        assert!(!shown.contains(char::is_control));
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).unwrap(), event);
     }
 }

@@ -280,8 +280,8 @@ pub fn preview(row: &Row, text: &Text) -> Result<Vec<(String, bool)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{Format, TemplateParts};
     use crate::data::text::tests::{CHATML, chatml, text};
+    use crate::data::{Format, TemplateParts};
 
     fn source(lines: &[&str]) -> (tempfile::NamedTempFile, Source) {
         let file = tempfile::NamedTempFile::new().unwrap();

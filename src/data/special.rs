@@ -242,7 +242,8 @@ mod tests {
     fn places_in_the_text_are_those_that_people_read() {
         let as_text = model(SpecialTokens::Text);
         let marked = as_text.marked(&[Message::new(Role::User, "q<|im_end|>é")]).unwrap().unwrap();
-        let rendered = as_text.template(None).unwrap().render(&marked, None, &serde_json::Map::new(), false).unwrap();
+        let rendered =
+            as_text.template(None).unwrap().render(&marked, None, &serde_json::Map::new(), false).unwrap();
         let all = as_text.encode_rendered(rendered, usize::MAX).unwrap();
         assert_eq!(all.rendered, "<|im_start|>user\nq<|im_end|>é<|im_end|>\n");
         let (first, last) = (all.spans[0], all.spans[all.spans.len() - 2]);

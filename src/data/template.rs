@@ -387,8 +387,10 @@ end\n";
         let source = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no ' ~ m.role) }}{% endif %}{% endfor %}";
         let messages =
             [Message::new(Role::User, "q"), Message::new(Role::Tool, "3"), Message::new(Role::User, "q")];
-        let error =
-            Template::new(source, None, None, at(0)).unwrap().render(&messages, None, &Map::new(), false).unwrap_err();
+        let error = Template::new(source, None, None, at(0))
+            .unwrap()
+            .render(&messages, None, &Map::new(), false)
+            .unwrap_err();
         assert_eq!(error.to_string(), "the chat template refuses message 2 of 3 (role `tool`): no tool");
         let error = Template::new("a\n{% if %}", None, None, at(0)).unwrap_err().to_string();
         assert!(error.starts_with("the chat template is not valid in line 2: "), "{error}");
@@ -515,4 +517,5 @@ end\n";
             |extra: serde_json::Value| template.render(&[], None, extra.as_object().unwrap(), false).unwrap();
         assert_eq!(render(serde_json::json!({"enable_thinking": false})), "<s>False");
         assert_eq!(render(serde_json::json!({"bos_token": "B"})), "B");
-    }}
+    }
+}

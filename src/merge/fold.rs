@@ -18,6 +18,7 @@ use super::{Progress, RECEIPT_FILE};
 use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
+use crate::weights::output::refuse_full_disk;
 use crate::weights::{Checkpoint, Staged, write_atomic};
 
 /// The share of the delta whose loss one is warned of: its error is then half as large as itself.
@@ -48,6 +49,7 @@ fn write(
 ) -> Result<Receipt> {
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
+    refuse_full_disk(output, plan.bytes(model)?)?;
     let mut done = Progress { done: 0, total: plan.tensors.len() * 2 };
     let mut sink = Sink::new(model, &plan, staged.path(), &mut || go_on(progress(done)))?;
     let mut advance = || {

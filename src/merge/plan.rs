@@ -153,6 +153,17 @@ impl<'a> MergePlan<'a> {
         Ok(plan)
     }
 
+    /// Bytes of all tensors of the output.
+    pub(super) fn bytes(&self, model: &Pretrained) -> Result<u64> {
+        let size = |output: &Output<'_>| -> Result<usize> {
+            match output.dtype {
+                Some(dtype) => Ok(output.shape.iter().product::<usize>() * dtype.size_in_bytes()),
+                None => Ok(model.checkpoint().info(&output.from)?.size_in_bytes()),
+            }
+        };
+        self.tensors.values().map(|output| Ok(size(output)? as u64)).sum()
+    }
+
     /// Whether every file can be the base's, with some bytes changed.
     pub(super) fn keeps_layout(&self, model: &Pretrained) -> bool {
         !self.untied && !model.checkpoint().is_gguf() && self.tensors.values().all(Output::is_copied)

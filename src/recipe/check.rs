@@ -3,7 +3,9 @@
 use serde::Serialize;
 
 use super::describe::{describe, warnings};
+use super::disk::Disk;
 use super::fitting::Memory;
+use super::output::RunDirectory;
 use super::plan::Plan;
 use super::prepared::{Prepared, Trainable, Trainee};
 use crate::data::{Counts, preview};
@@ -30,6 +32,8 @@ pub struct Report {
     pub steps: u64,
     /// What the run takes at its peak, and what was chosen for it.
     pub memory: Memory,
+    /// Bytes that the run directory holds at most.
+    pub disk_bytes: u64,
     /// What to look at before starting.
     pub warnings: Vec<String>,
     /// The first document that is trained on, in pieces; the learned ones are marked.
@@ -54,10 +58,14 @@ pub struct Segment {
     pub learned: bool,
 }
 
-/// Opens what `plan` names and reports on it.
+/// Opens what `plan` names and reports on it. What a run would be refused for because of its directory or the disk is
+/// refused here.
 pub fn check(plan: &Plan) -> Result<Report> {
+    let of_directory = RunDirectory::foresee(plan)?;
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
+    let disk = Disk::of(plan, &prepared);
+    disk.refuse_excess(&plan.output)?;
     let targets = match &prepared.trained {
         Trainee::Full => Vec::new(),
         Trainee::Adapter(adapter) => {
@@ -76,7 +84,8 @@ pub fn check(plan: &Plan) -> Result<Report> {
         eval: prepared.dataset.eval_counts.clone(),
         eval_documents: prepared.dataset.eval.len(),
         steps: prepared.steps,
-        warnings: warnings(plan, &prepared, &memory),
+        disk_bytes: disk.bytes,
+        warnings: warnings(plan, &prepared, &memory).into_iter().chain(of_directory).collect(),
         memory,
         sample: pieces.into_iter().map(|(text, learned)| Segment { text, learned }).collect(),
     })

@@ -19,7 +19,7 @@ use crate::upcycle::{
     self, Calibration, Event, Job, Method, Outline, Refit, Report, RouterKind, Settings, SplitShape,
     dense_network,
 };
-use crate::weights::refuse_occupied;
+use crate::weights::output::{new_folder, refuse_full_disk};
 
 /// What is known of a conversion before it begins.
 #[derive(Debug, Clone, Serialize)]
@@ -50,7 +50,7 @@ struct Prepared {
 impl Prepared {
     fn of(plan: &UpcyclePlan) -> Result<Self> {
         refuse_base(&plan.model.source, &plan.output)?;
-        refuse_occupied(&plan.output)?;
+        new_folder(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
         let text = text_of(&base, &TemplateVariables::fixed(), SpecialTokens::default())?;
@@ -79,6 +79,10 @@ impl Prepared {
             tokens: read.calibration.num_tokens(),
             warnings,
         };
+        // What cannot be written at all is refused by the conversion, with its reason.
+        if let Ok(bytes) = upcycle::written_bytes(&base, &sources, &plan.settings) {
+            refuse_full_disk(&plan.output, bytes)?;
+        }
         Ok(Self { base, sources, prompts, calibration: read.calibration, check })
     }
 }

@@ -8,6 +8,7 @@ use candle_core::{Device, Var};
 
 use super::artifact::{AdapterFiles, ModelFiles, Unchanged, publish};
 use super::describe::{describe, warnings};
+use super::disk::Disk;
 use super::fitting::Memory;
 use super::memory::Way;
 use super::output::RunDirectory;
@@ -39,6 +40,7 @@ pub fn finetune(
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
     memory.refuse_excess(plan)?;
+    Disk::of(plan, &prepared).refuse_excess(&plan.output)?;
     let fingerprint = prepared.fingerprint(plan)?;
     let directory = RunDirectory::take(&plan.output, resume)?;
     if resume {
@@ -60,15 +62,12 @@ pub fn finetune(
     directory.write_recipe(plan, prepared.text.template_asks_for("strftime_now"))?;
 
     let sample_row = prepared.dataset.eval.first();
-    let resumed = train::checkpoints(&plan.output)?.pop().filter(|_| resume);
-    if resume {
-        let text = match &resumed {
-            Some((_, path)) => format!("going on from {}", path.display()),
-            None => format!("no checkpoint in {}: starting from the beginning", plan.output.display()),
-        };
+    let goes_on = resume && !train::checkpoints(&plan.output)?.is_empty();
+    if resume && !goes_on {
+        let text = format!("no checkpoint in {}: starting from the beginning", plan.output.display());
         reporter.report(&Event::Note { text });
     }
-    if resumed.is_none() {
+    if !goes_on {
         sample(&prepared, &model, sample_row, 0, reporter)?;
     }
     let eval = prepared.eval_batches(plan);
@@ -90,6 +89,7 @@ pub fn finetune(
         let is_failure = !matches!(error, Error::Interrupted { .. });
         is_failure.then(|| prepared.refuse_changed().err()).flatten().unwrap_or(error)
     })?;
+    directory.refuse_moved()?;
     publish(&artifact, &plan.output)?;
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     if !summary.routing.is_empty() {

@@ -36,6 +36,7 @@ mod choice;
 mod continued;
 mod conversion;
 mod describe;
+mod disk;
 mod distill;
 mod document;
 pub mod figures;

@@ -9,11 +9,13 @@ use toml::{Table, Value};
 use super::Recipe;
 use super::artifact::RESULT;
 use super::document::{Document, written};
-use super::plan::Plan;
+use super::plan::{Evaluation, Plan, Trained};
 use super::template::{Date, TemplateVariables};
+use crate::data::Source;
 use crate::error::{Context, Error, Result};
-use crate::train;
-use crate::weights::{refuse_below_file, remove_stale, write_atomic};
+use crate::train::{self, BEST};
+use crate::weights::output::{OpenPath, output_folder, refuse_below_file, refuse_unwritable};
+use crate::weights::{is_companion, remove_stale, write_atomic};
 
 /// The resolved recipe.
 const RECIPE: &str = "recipe.toml";
@@ -33,60 +35,85 @@ const RESULTS: [&str; 7] = [
 ];
 
 /// A run directory that no other process writes to.
-pub(super) struct RunDirectory<'a> {
-    path: &'a Path,
+pub(super) struct RunDirectory {
+    path: PathBuf,
     /// Folders that were not there before, the outermost first.
     made: Vec<PathBuf>,
-    _lock: Option<File>,
+    lock: Option<File>,
+    place: Option<OpenPath>,
 }
 
-impl<'a> RunDirectory<'a> {
-    /// Says whether a run of `plan` may be written to its directory; looks at names only.
+impl RunDirectory {
+    /// Says whether a run of `plan` may be written to its directory; looks at names, links and permissions only.
     pub(super) fn check(plan: &Plan, resume: bool) -> Result<()> {
-        let output = &plan.output;
-        if output.as_os_str().is_empty() {
+        if plan.output.as_os_str().is_empty() {
             return Err(Error::request("`output` is empty").with_hint("name a folder, such as `runs/first`"));
         }
-        if output.is_file() {
+        let output = &output_folder(&plan.output)?;
+        if output.exists() && !output.is_dir() {
             return Err(Error::request("is a file, where the run directory would be")
                 .with_hint("choose another folder with `--output`"))
             .at(output);
         }
         refuse_below_file(output)?;
-        let holds = |name: &&&str| output.join(name).exists();
-        if MARKS.iter().any(|name| holds(&name)) {
-            if !resume {
-                return Err(Error::request("holds a run already")
-                    .with_hint("go on with `--resume`, or choose another folder with `--output`"))
+        if !MARKS.iter().any(|name| output.join(name).exists()) {
+            refuse_strangers(output)?;
+            refuse_sources(plan, output)?;
+        } else if !resume {
+            return Err(Error::request("holds a run already")
+                .with_hint("go on with `--resume`, or choose another folder with `--output`"))
+            .at(output);
+        } else {
+            check_recipe(plan).map_err(|error| name_the_way_on(error, plan))?;
+            train::refuse_foreign(output)?;
+            // The recipe is what shows that the best evaluation is of this run: it is written before.
+            if output.join(BEST).exists() && !output.join(RECIPE).exists() {
+                return Err(Error::request(format!(
+                    "holds `{BEST}` and no `{RECIPE}` of a run that made it"
+                ))
+                .with_hint("move it to another folder, or choose another run directory with `--output`"))
                 .at(output);
             }
-            return check_recipe(plan);
         }
-        match RESULTS.iter().find(holds) {
-            None => Ok(()),
-            Some(name) => {
-                Err(Error::request(format!("holds `{name}` and no run, and the run would write over it"))
-                    .with_hint("choose another folder with `--output`"))
-                .at(output)
-            }
+        refuse_unwritable(output).at(output)
+    }
+
+    /// Says what a run of `plan` would be refused for, except that it would have to go on with the run that is there; that
+    /// is given as a sentence.
+    pub(super) fn foresee(plan: &Plan) -> Result<Option<String>> {
+        if !MARKS.iter().any(|name| plan.output.join(name).exists()) {
+            return Self::check(plan, false).map(|()| None);
         }
+        Self::check(plan, true)?;
+        Ok(Some(format!(
+            "`{}` holds a run of this recipe already: `peft finetune` goes on with it with `--resume`, or writes to \
+             another folder with `--output`",
+            plan.output.display()
+        )))
     }
 
     /// Makes the directory where there is none and takes it; removes what a killed run was writing.
-    pub(super) fn take(path: &'a Path, resume: bool) -> Result<Self> {
+    pub(super) fn take(output: &Path, resume: bool) -> Result<Self> {
+        let path = output_folder(output)?;
         let missing =
             path.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists());
         let mut made: Vec<PathBuf> = missing.map(Path::to_path_buf).collect();
         made.reverse();
         // From here on, dropping it removes what was made.
-        let mut directory = Self { path, made, _lock: None };
-        fs::create_dir_all(path).at(path)?;
-        directory._lock = lock(path)?;
+        let mut directory = Self { path: path.clone(), made, lock: None, place: None };
+        fs::create_dir_all(&path).at(&path)?;
+        directory.lock = lock(&path)?;
+        directory.place = Some(OpenPath::of(&path));
         if resume {
             let is_ours = |name: &str| name == RECIPE || name == RESULT || train::is_of_run(name);
-            remove_stale(path, is_ours)?;
+            remove_stale(&path, is_ours)?;
         }
         Ok(directory)
+    }
+
+    /// Refuses to write the result when the directory was removed or renamed while the run went on.
+    pub(super) fn refuse_moved(&self) -> Result<()> {
+        self.place.iter().try_for_each(OpenPath::refuse_moved)
     }
 
     /// The plan with the date of the run that it goes on with; runs that name none had this one.
@@ -112,7 +139,7 @@ impl<'a> RunDirectory<'a> {
     }
 }
 
-impl Drop for RunDirectory<'_> {
+impl Drop for RunDirectory {
     /// A run that failed before it wrote anything leaves no empty folders. Others cannot be removed in this way.
     fn drop(&mut self) {
         for folder in self.made.iter().rev() {
@@ -141,6 +168,83 @@ fn recorded(plan: &Plan) -> Option<Recipe> {
     let path = plan.output.join(RECIPE);
     let document = Document::parse(&path, &fs::read_to_string(&path).ok()?).ok()?;
     Recipe::read(&document).ok()
+}
+
+/// Refuses a folder that holds what the run would write over or remove, which nobody but its owner may.
+fn refuse_strangers(output: &Path) -> Result<()> {
+    let mut others = Vec::new();
+    if output.is_dir() {
+        for entry in fs::read_dir(output).at(output)? {
+            others.extend(entry.at(output)?.file_name().into_string().ok());
+        }
+    }
+    others.retain(|name| {
+        let is_shard = name.starts_with("model-") && name.ends_with(".safetensors");
+        is_shard || is_companion(name) || train::is_of_run(name)
+    });
+    others.sort();
+    let results = RESULTS.iter().copied().filter(|name| output.join(name).exists());
+    let is_folder = |name: &str| output.join(name).is_dir();
+    let verb = |name: &str| if is_folder(name) { "remove it" } else { "write over it" };
+    match results.chain(others.iter().map(String::as_str)).next() {
+        None => Ok(()),
+        Some(name) => {
+            Err(Error::request(format!("holds `{name}` and no run, and the run would {}", verb(name)))
+                .with_hint("choose another folder with `--output`"))
+            .at(output)
+        }
+    }
+}
+
+/// Refuses the folder of a file that the run reads.
+fn refuse_sources(plan: &Plan, output: &Path) -> Result<()> {
+    let Ok(output) = fs::canonicalize(output) else { return Ok(()) };
+    let eval: &[Source] = match &plan.data.eval {
+        Evaluation::Files(files) => files,
+        Evaluation::Share(_) => &[],
+    };
+    let model = Some(Path::new(&plan.model.source));
+    let from = match &plan.trained {
+        Trained::Adapter(adapter) => adapter.from.as_deref(),
+        Trained::Full => None,
+    };
+    let teacher = plan.distill.as_ref().map(|distill| Path::new(&distill.teacher));
+    let data = plan.data.train.iter().chain(eval).map(|source| source.path.as_path());
+    let read = [("the model", model), ("the adapter", from), ("the teacher", teacher)];
+    let read = read.into_iter().filter_map(|(what, path)| Some((what, path?)));
+    for (what, path) in read.chain(data.map(|path| ("the data", path))) {
+        let Ok(found) = fs::canonicalize(path) else { continue };
+        let folder = if found.is_dir() { Some(found.as_path()) } else { found.parent() };
+        if folder == Some(&output) {
+            return Err(Error::request(format!(
+                "the output `{}` is the folder of {what} `{}`",
+                plan.output.display(),
+                path.display()
+            ))
+            .with_hint("name a folder of its own, such as `runs/first`"));
+        }
+    }
+    Ok(())
+}
+
+/// Of a run that has ended, more steps are another run, which goes on from the result of the first.
+fn name_the_way_on(error: Error, plan: &Plan) -> Error {
+    let lengths = |train: &Value| ["steps", "epochs"].map(|key| train.get(key).map(Value::to_string));
+    let of = |text: String| Some(lengths(text.parse::<Table>().ok()?.get("train")?));
+    let then = fs::read_to_string(plan.output.join(RECIPE)).ok().and_then(of);
+    let now = plan.to_toml().ok().and_then(of);
+    let output = plan.output.display();
+    let (result, key) = match plan.trained {
+        Trained::Full => ("config.json", "model.source"),
+        Trained::Adapter(_) => ("adapter_config.json", "adapter.from"),
+    };
+    if then == now || !plan.output.join(result).is_file() {
+        return error;
+    }
+    error.with_hint(format!(
+        "the run has ended; to train its result further, start another run with `--set {key}={output}` and another \
+         `--output`"
+    ))
 }
 
 /// Says which keys were others when the run was started.

@@ -5,11 +5,11 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
-use serde::{Deserialize, Serialize};
+use candle_core::{DType, Device, Tensor};
 
 use super::metrics::FILE as METRICS;
 use super::optimizer::AdamW;
+use super::record::{self, Record, TrainerState};
 use crate::error::{Context, Error, Result};
 use crate::ops::Trainables;
 use crate::weights::{Staged, remove_folder};
@@ -28,35 +28,6 @@ pub trait Artifact {
     fn is_exact(&self) -> bool;
 }
 
-/// Where a run stands.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct TrainerState {
-    /// Updates made.
-    pub step: u64,
-    /// Tokens seen.
-    pub tokens: u64,
-    /// Of these, the tokens that carried a label.
-    pub supervised_tokens: u64,
-    /// The loss on the evaluation data before the first step.
-    pub first_eval_loss: Option<f64>,
-    /// The evaluation with the lowest loss.
-    pub best: Option<Best>,
-    /// The most tokens that are computed at once, as the run began with: another cut would round sums otherwise, and the
-    /// memory that it was chosen for may be another when the run goes on.
-    pub piece_tokens: usize,
-    /// What must not change when the run goes on: a digest of data and settings.
-    pub fingerprint: String,
-}
-
-/// The best evaluation of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Best {
-    /// After so many updates.
-    pub step: u64,
-    /// Mean loss per labelled token.
-    pub eval_loss: f64,
-}
-
 /// A number with 15 digits, as many as survive being written as JSON and read again.
 pub(super) fn restorable(number: f64) -> f64 {
     format!("{number:.14e}").parse().unwrap_or(number)
@@ -64,7 +35,7 @@ pub(super) fn restorable(number: f64) -> f64 {
 
 const PREFIX: &str = "checkpoint-";
 /// The folder of the best evaluation.
-pub(super) const BEST: &str = "best";
+pub const BEST: &str = "best";
 
 /// The checkpoints in a run folder with their steps, oldest first.
 pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
@@ -84,7 +55,10 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
 }
 
 fn step_of(name: &str) -> Option<u64> {
-    name.strip_prefix(PREFIX)?.parse().ok()
+    let digits = name.strip_prefix(PREFIX)?;
+    let step: u64 = digits.parse().ok()?;
+    // A name that the loop would write differently is not its own.
+    (step.to_string() == digits).then_some(step)
 }
 
 /// Whether the loop writes something of this name into the run folder.
@@ -101,15 +75,17 @@ pub fn is_run(folder: &Path) -> bool {
 
 /// The fingerprint of the run in `output`; one without a checkpoint has none and may go on with anything.
 pub fn fingerprint(output: &Path) -> Result<Option<String>> {
-    match list(output)?.pop() {
-        None => Ok(None),
-        Some((_, path)) => Ok(Some(read_state(&path)?.fingerprint)),
-    }
+    Ok(list(output)?.iter().rev().find_map(|(_, path)| record::fingerprint(path)))
 }
 
-fn read_state(path: &Path) -> Result<TrainerState> {
-    let file = path.join("trainer_state.json");
-    serde_json::from_slice(&std::fs::read(&file).at(&file)?).at(&file)
+/// Refuses a run folder with a checkpoint that this program did not make. Other trainers use the same names.
+pub fn refuse_foreign(output: &Path) -> Result<()> {
+    match list(output)?.into_iter().find(|(_, path)| record::is_foreign(path)) {
+        None => Ok(()),
+        Some((_, path)) => Err(Error::request("is not a checkpoint of this program")
+            .with_hint("move it to another folder, or choose another run directory with `--output`"))
+        .at(path),
+    }
 }
 
 /// Writes a checkpoint and removes all but the last `keep`.
@@ -121,20 +97,34 @@ pub(super) fn save(
     keep: usize,
 ) -> Result<PathBuf> {
     let path = output.join(format!("{PREFIX}{}", state.step));
+    let is_of_other = record::fingerprint(&path).is_some_and(|found| found != state.fingerprint);
+    if path.exists() && (is_of_other || record::is_foreign(&path)) {
+        return Err(Error::invalid("was not made by this run, and the run would write over it")
+            .with_hint("move it to another folder and go on with `--resume`"))
+        .at(path);
+    }
     replace_folder(&path, |folder| {
         artifact.write(folder)?;
         optimizer.write(&folder.join("optimizer.safetensors"))?;
-        let file = folder.join("trainer_state.json");
-        std::fs::write(&file, serde_json::to_vec_pretty(state)?).at(&file)
+        Record::write(state, folder)
     })?;
-    prune(output, keep)?;
+    prune(output, keep, &state.fingerprint)?;
     Ok(path)
 }
 
-/// Removes all checkpoints but the last `keep`.
-pub(super) fn prune(output: &Path, keep: usize) -> Result<()> {
+/// Removes all checkpoints of the run with this fingerprint but the last `keep`, and empty folders before these.
+pub(super) fn prune(output: &Path, keep: usize, fingerprint: &str) -> Result<()> {
     let all = list(output)?;
-    all[..all.len().saturating_sub(keep.max(1))].iter().try_for_each(|(_, old)| remove_folder(old))
+    let is_own = |path: &Path| record::fingerprint(path).is_some_and(|found| found == fingerprint);
+    let own: Vec<&(u64, PathBuf)> = all.iter().filter(|(_, path)| is_own(path)).collect();
+    let (old, kept) = own.split_at(own.len().saturating_sub(keep.max(1)));
+    old.iter().try_for_each(|(_, path)| remove_folder(path))?;
+    let first = kept.first().map_or(0, |(step, _)| *step);
+    for (_, path) in all.iter().filter(|(step, _)| *step < first) {
+        // This removes nothing but an empty folder.
+        let _ = std::fs::remove_dir(path);
+    }
+    Ok(())
 }
 
 /// Removes the best evaluation of a run that was killed before its first checkpoint, and begins again.
@@ -146,26 +136,42 @@ pub(super) fn forget_best(output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Restores what is trained and the optimizer from the checkpoint at `path`, and gives the run's state.
+/// Restores what is trained and the optimizer from the checkpoint of `step` at `path`, and gives the run's state. Nothing
+/// that changed on disk is taken: an error of exit status 1 says what is wrong with this checkpoint.
 pub(super) fn restore(
-    path: &Path,
+    (step, path): (u64, &Path),
     artifact: &dyn Artifact,
     optimizer: &mut AdamW,
     trainables: &Trainables,
     fingerprint: &str,
 ) -> Result<TrainerState> {
-    let state = read_state(path)?;
-    if state.fingerprint != fingerprint {
+    let record = Record::read(path)?;
+    if record.state.fingerprint != fingerprint {
         return Err(Error::request("the run was started with other data or other settings").with_hint(
             "resume with the recipe and the files it was started with, or start anew with another `--output`",
         ))
         .at(path);
     }
+    if record.state.step != step {
+        return Err(Error::invalid(format!("`{}` says step {}", record::FILE, record.state.step))).at(path);
+    }
+    record.verify_files(path)?;
     artifact.restore(path)?;
+    trainables.iter().try_for_each(|(name, value)| refuse_not_finite(name, value)).at(path)?;
     let file = path.join("optimizer.safetensors");
     let tensors = candle_core::safetensors::load(&file, &Device::Cpu).at(&file)?;
-    optimizer.restore(state.step, tensors.into_iter().collect(), trainables).at(&file)?;
-    Ok(state)
+    tensors.iter().try_for_each(|(name, value)| refuse_not_finite(name, value)).at(&file)?;
+    optimizer.restore(step, tensors.into_iter().collect(), trainables).at(&file)?;
+    Ok(record.state)
+}
+
+/// Training that goes on from NaN or infinity fails a step later, for a reason that looks like another.
+fn refuse_not_finite(name: &str, values: &Tensor) -> Result<()> {
+    let values: Vec<f32> = values.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    match values.iter().find(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(value) => Err(Error::invalid(format!("holds {value}, expected finite numbers"))).in_tensor(name),
+    }
 }
 
 /// Writes a folder beside `path` and puts it in its place when it is whole.

@@ -6,14 +6,16 @@ mod event;
 mod memory;
 mod metrics;
 mod optimizer;
+mod record;
 mod run;
 mod schedule;
 mod step;
 
-pub use checkpoint::{Artifact, Best, TrainerState, fingerprint, is_of_run, is_run, list as checkpoints};
+pub use checkpoint::{Artifact, BEST, fingerprint, is_of_run, is_run, list as checkpoints, refuse_foreign};
 pub use event::{Event, Reporter, Sample, StepReport};
 pub use memory::{available_bytes, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWConfig};
+pub use record::{Best, TrainerState};
 pub use run::{Job, Settings, Summary, run};
 pub use schedule::Schedule;
 pub use step::{

@@ -10,18 +10,19 @@ use candle_core::{Tensor, Var};
 use serde_json::json;
 
 use super::arrival::Arrival;
-use super::checkpoint::{self, Artifact, Best, TrainerState};
+use super::checkpoint::{self, Artifact};
 use super::event::{Event, Reporter, StepReport};
 use super::memory::peak_rss_bytes;
-use super::metrics::Metrics;
+use super::metrics::{FILE as METRICS, Metrics};
 use super::optimizer::{AdamW, AdamWConfig};
+use super::record::{Best, TrainerState};
 use super::schedule::Schedule;
 use super::step::{Objective, Teacher, objective_gradients};
 use crate::data::{Batch, Sampler};
 use crate::error::{Context, Error, Result};
 use crate::eval::evaluate;
 use crate::model::{Decoder, Recompute, RouterLosses, Spread, balanced};
-use crate::ops::Trainables;
+use crate::ops::{Trainables, kernel_path};
 
 /// How a run trains.
 #[derive(Debug, Clone, PartialEq)]
@@ -108,11 +109,9 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     }
     let begin = Instant::now();
     let mut optimizer = AdamW::new(settings.optimizer, job.trainables, !job.artifact.is_exact())?;
-    let mut state = match checkpoint::list(job.output)?.pop().filter(|_| job.resume) {
-        Some((_, path)) => {
-            checkpoint::prune(job.output, settings.keep)?;
-            checkpoint::restore(&path, job.artifact, &mut optimizer, job.trainables, &job.fingerprint)?
-        }
+    let taken_up = if job.resume { take_up(&job, &mut optimizer, settings, reporter)? } else { None };
+    let mut state = match taken_up {
+        Some(state) => state,
         None => {
             checkpoint::forget_best(job.output)?;
             TrainerState {
@@ -122,7 +121,15 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
             }
         }
     };
+    state.kernel = kernel_path();
     let mut metrics = Metrics::open(job.output, state.step)?;
+    if !metrics.unreadable.is_empty() {
+        let lines: Vec<String> = metrics.unreadable.iter().map(usize::to_string).collect();
+        let path = job.output.join(METRICS);
+        let text =
+            format!("{}: lines that could not be read are left out: {}", path.display(), lines.join(", "));
+        reporter.report(&Event::Warning { text });
+    }
     reporter.report(&Event::Start { step: state.step, steps: settings.steps });
     let (mut last_eval_loss, mut routing) = (None, Vec::new());
     if state.step == 0
@@ -136,6 +143,7 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     let mut saved_at = state.step;
     while state.step < settings.steps {
         if job.interrupt.load(Ordering::Relaxed) {
+            metrics.refuse_moved()?;
             metrics.sync()?;
             return Err(interrupted(&job, &optimizer, &state, settings, saved_at, reporter)?);
         }
@@ -150,6 +158,7 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
             (last_eval_loss, routing) = (Some(loss), spreads);
         }
         if last || is_due(state.step, settings.save_every) {
+            metrics.refuse_moved()?;
             metrics.sync()?;
             let path = checkpoint::save(job.output, job.artifact, &optimizer, &state, settings.keep)?;
             saved_at = state.step;
@@ -157,6 +166,52 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
         }
     }
     Ok(Summary { state, last_eval_loss, routing, seconds: begin.elapsed().as_secs_f64() })
+}
+
+/// Restores the newest checkpoint that is whole, and says which newer ones are not. A run without checkpoints has nothing
+/// to go on from.
+fn take_up(
+    job: &Job<'_>,
+    optimizer: &mut AdamW,
+    settings: &Settings,
+    reporter: &mut dyn Reporter,
+) -> Result<Option<TrainerState>> {
+    let mut broken: Vec<Error> = Vec::new();
+    for (step, path) in checkpoint::list(job.output)?.into_iter().rev() {
+        let restored =
+            checkpoint::restore((step, &path), job.artifact, optimizer, job.trainables, &job.fingerprint);
+        match restored {
+            Ok(state) => {
+                for error in broken {
+                    let text = format!("a newer checkpoint is not whole and is not used: {error}");
+                    reporter.report(&Event::Warning { text });
+                }
+                reporter.report(&Event::Note { text: format!("going on from {}", path.display()) });
+                let now = kernel_path();
+                if !state.kernel.is_empty() && state.kernel != now {
+                    reporter.report(&Event::Warning {
+                        text: format!(
+                            "the run was computed with {} so far, and this machine has {now}: the last bits will differ \
+                             from those of a run on one machine",
+                            state.kernel
+                        ),
+                    });
+                }
+                checkpoint::prune(job.output, settings.keep, &job.fingerprint)?;
+                return Ok(Some(state));
+            }
+            // What was asked for is wrong, whatever the older ones hold.
+            Err(error) if error.exit_code() == 2 => return Err(error),
+            Err(error) => broken.push(error),
+        }
+    }
+    if broken.is_empty() {
+        return Ok(None);
+    }
+    let each: Vec<String> = broken.iter().map(ToString::to_string).collect();
+    Err(Error::invalid(format!("none of the checkpoints is whole: {}", each.join("; ")))
+        .with_hint("start anew with another `--output`"))
+    .at(job.output)
 }
 
 /// What to do about a loss that is not a number.
@@ -258,6 +313,7 @@ fn evaluation(
     if best {
         // The model before the first step is what the user has already.
         if state.step > 0 {
+            metrics.refuse_moved()?;
             checkpoint::replace_folder(&job.output.join(checkpoint::BEST), |folder| {
                 job.artifact.write_result(folder)
             })?;

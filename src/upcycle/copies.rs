@@ -93,7 +93,7 @@ pub(super) fn copy(
 pub(super) fn shape(base: &Pretrained, sources: &[Pretrained], settings: &Settings) -> Result<MixtureShape> {
     let (neurons, _) = dense_network(base.config())?;
     refuse_unfit(base, sources, settings, neurons)?;
-    let groups = if settings.method == Method::VirtualGroups { settings.groups } else { 1 };
+    let groups = if settings.method == Method::VirtualGroups { settings.groups.max(1) } else { 1 };
     let copies = if settings.method == Method::Mix { sources.len() + 1 } else { settings.experts };
     Ok(MixtureShape {
         experts: copies * groups,

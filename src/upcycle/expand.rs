@@ -128,7 +128,7 @@ pub(super) fn refuse_unfit(base: &Pretrained, settings: &Settings) -> Result<Moe
 }
 
 /// The `config.json` for `more` experts than the `experts` there are.
-fn grown(json: &Value, experts: usize, more: usize) -> Result<Value> {
+pub(super) fn grown(json: &Value, experts: usize, more: usize) -> Result<Value> {
     let mut json = json.clone();
     let keys = ["n_routed_experts", "num_experts", "num_local_experts"];
     let keys: Vec<&str> = keys.into_iter().filter(|key| json.get(key) == Some(&json!(experts))).collect();

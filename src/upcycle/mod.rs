@@ -52,7 +52,7 @@ pub use windows::{Calibration, Origin, Text, WINDOW, Windows};
 use self::conclusion::Conclusion;
 use crate::error::{Context, Result};
 use crate::model::family::{self, MixtureFormat, MixtureShape};
-use crate::model::{Decoder, Pretrained};
+use crate::model::{Decoder, DecoderConfig, Pretrained};
 use crate::weights::{Checkpoint, Staged, write_atomic};
 
 /// The account of a conversion, beside its weights.
@@ -207,6 +207,31 @@ fn write(
     refuse_changed()?;
     staged.commit().at(job.output)?;
     Ok(report)
+}
+
+/// Bytes of the weights that a conversion of `base`, with `sources` further checkpoints, writes.
+///
+/// # Errors
+///
+/// Where the conversion itself would fail for what the configuration says.
+pub fn written_bytes(base: &Pretrained, sources: &[Pretrained], settings: &Settings) -> Result<u64> {
+    let format = |shape: &MixtureShape| -> Result<DecoderConfig> {
+        let format = choose_format(settings.format, base.config(), shape)?;
+        family::read(&format.layout(base.config_json(), base.config(), shape)?.config)
+    };
+    let numbers = match settings.method {
+        Method::Split => format(&SplitShape::of(settings, base.config())?.mixture())?.num_parameters(),
+        // A pruned model is smaller than the one that it is made of.
+        Method::Prune => base.config().num_parameters(),
+        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
+            format(&copies::shape(base, sources, settings)?)?.num_parameters()
+        }
+        Method::Expand => {
+            let experts = base.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts);
+            family::read(&expand::grown(base.config_json(), experts, settings.experts)?)?.num_parameters()
+        }
+    };
+    Ok(numbers as u64 * base.compute_dtype().size_in_bytes() as u64)
 }
 
 /// The methods that cut neurons apart.

@@ -21,6 +21,7 @@ mod gguf;
 mod gguf_text;
 mod hub;
 mod mapped;
+pub mod output;
 mod shards;
 mod text;
 mod tokenizer;
@@ -43,8 +44,8 @@ pub use mapped::mapped_path_at;
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
 };
-pub use text::TextFiles;
-pub use write::{Staged, refuse_below_file, refuse_occupied, remove_folder, remove_stale, write_atomic};
+pub use text::{TextFiles, is_companion};
+pub use write::{Staged, remove_folder, remove_stale, write_atomic};
 
 /// A tensor as its file has it, without its values.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -110,7 +110,8 @@ impl TextFiles {
 }
 
 /// Whether a file belongs to a copy of the model with other weights: tokenizer, templates, generation settings.
-pub(super) fn is_companion(name: &str) -> bool {
+#[must_use]
+pub fn is_companion(name: &str) -> bool {
     const EXACT: [&str; 7] = [
         "generation_config.json",
         "special_tokens_map.json",

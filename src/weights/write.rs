@@ -10,13 +10,14 @@
 //! # Ok::<(), peft::Error>(())
 //! ```
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempDir};
 
-use crate::error::{Context, Error, Result};
+use super::output::{new_folder, parent, refuse_below_file, refuse_occupied};
+use crate::error::{Context, Result};
 
 /// How the names of temporaries end: `.checkpoint-20.Ab12Cd.partial`.
 const SUFFIX: &str = ".partial";
@@ -33,6 +34,8 @@ pub struct Staged {
     target: PathBuf,
     temporary: TempDir,
     replace: bool,
+    /// The lock that tells others that the temporary folder is in use, where folders can be locked.
+    _lock: Option<File>,
 }
 
 impl Staged {
@@ -46,15 +49,27 @@ impl Staged {
         Self::new(target.as_ref(), true)
     }
 
-    fn new(target: &Path, replace: bool) -> Result<Self> {
-        refuse_below_file(target)?;
+    fn new(asked: &Path, replace: bool) -> Result<Self> {
+        let target = match replace {
+            true => asked.to_path_buf(),
+            false => new_folder(asked)?,
+        };
+        refuse_below_file(&target)?;
+        let parent = parent(&target)?;
         if !replace {
-            refuse_occupied(target)?;
+            fs::create_dir_all(parent).at(parent)?;
+            let name = target.file_name();
+            // Room is all that is gained by this: what cannot be removed stays.
+            let _ = remove_stale(parent, |stale| name.is_some_and(|name| name == stale));
         }
-        let parent = parent(target)?;
-        fs::create_dir_all(parent).at(parent)?;
-        let temporary = named(target, &mut |builder| shared(builder, 0o777).tempdir_in(parent))?;
-        Ok(Self { target: target.to_path_buf(), temporary, replace })
+        loop {
+            let temporary = named(&target, &mut |builder| shared(builder, 0o777).tempdir_in(parent))?;
+            let lock = File::open(temporary.path()).ok().filter(|folder| folder.lock().is_ok());
+            // Before it was locked, somebody else may have taken it for the rest of a killed process.
+            if temporary.path().exists() {
+                return Ok(Self { target, temporary, replace, _lock: lock });
+            }
+        }
     }
 
     /// Where to write until [`Self::commit`].
@@ -119,7 +134,8 @@ pub fn remove_folder(path: impl AsRef<Path>) -> Result<()> {
 }
 
 /// Removes the temporaries that a killed process left in `folder`; `is_ours` is asked for the names of what they were to
-/// become. A folder that had been put aside for another, which then did not come, gets its name back.
+/// become. A folder that had been put aside for another, which then did not come, gets its name back. What a process that
+/// still runs is writing stays.
 pub fn remove_stale(folder: impl AsRef<Path>, is_ours: impl Fn(&str) -> bool) -> Result<()> {
     let folder = folder.as_ref();
     for entry in fs::read_dir(folder).at(folder)? {
@@ -131,6 +147,10 @@ pub fn remove_stale(folder: impl AsRef<Path>, is_ours: impl Fn(&str) -> bool) ->
         let (path, target) = (entry.path(), folder.join(target));
         if !entry.file_type().at(&path)?.is_dir() {
             fs::remove_file(&path).at(&path)?;
+            continue;
+        }
+        let held = File::open(&path);
+        if held.as_ref().is_ok_and(|folder| matches!(folder.try_lock(), Err(TryLockError::WouldBlock))) {
             continue;
         }
         let previous = path.join(PREVIOUS);
@@ -186,43 +206,6 @@ fn shared<'a, 'b, 'c>(
     #[cfg(not(unix))]
     let _ = mode;
     builder
-}
-
-/// Refuses a folder that cannot be made because something above it is a file.
-pub fn refuse_below_file(target: &Path) -> Result<()> {
-    let above = target.ancestors().skip(1).find_map(|folder| Some((folder, fs::metadata(folder).ok()?)));
-    match above {
-        Some((file, found)) if !found.is_dir() => {
-            Err(Error::request("is a file, so there can be no folder in it")
-                .with_hint("choose another folder with `--output`"))
-            .at(file)
-        }
-        _ => Ok(()),
-    }
-}
-
-/// An error if `target` is there and holds something.
-pub fn refuse_occupied(target: &Path) -> Result<()> {
-    match fs::read_dir(target).map(Iterator::count) {
-        Ok(0) => Ok(()),
-        Ok(_) => Err(Error::request(format!("`{}` exists and is not empty", target.display()))
-            .with_hint("choose another folder with `--output`, or remove this one")),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(_) if target.exists() => {
-            Err(Error::request(format!("`{}` exists and is not a folder", target.display()))
-                .with_hint("choose another folder with `--output`"))
-        }
-        Err(error) => Err(error).at(target),
-    }
-}
-
-/// The folder something is in; `.` for a bare name.
-fn parent(path: &Path) -> Result<&Path> {
-    match path.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Ok(Path::new(".")),
-        Some(parent) => Ok(parent),
-        None => Err(Error::request(format!("`{}` cannot be written to", path.display()))),
-    }
 }
 
 fn sync_all(folder: &Path) -> Result<()> {

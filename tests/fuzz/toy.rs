@@ -7,10 +7,11 @@ use std::sync::OnceLock;
 
 use candle_core::quantized::gguf_file::Value as Entry;
 use candle_core::{DType, Device};
+use peft::data::SpecialTokens;
 use peft::data::{Batch, Text};
 use peft::generate::{Limits, Sampling, Session};
 use peft::model::{Decoder, Pretrained};
-use peft::recipe::text_of;
+use peft::recipe::{TemplateVariables, text_of};
 use serde_json::json;
 
 use super::Files;
@@ -144,7 +145,7 @@ pub(super) fn read_values(model: &Pretrained) -> peft::Result<()> {
 
 /// Tokenizes, renders and decodes.
 pub(super) fn speak(model: &Pretrained) -> peft::Result<()> {
-    let text = text_of(model, Some(0))?;
+    let text = text_of(model, &TemplateVariables::default(), SpecialTokens::default())?;
     for said in ["", "the end", "  A é\u{1f600}\r\n\t<|im_end|>0123456789", "a\u{300}\0\u{feff}"] {
         let tokens = text.encode(said)?;
         text.encode_document(said)?;

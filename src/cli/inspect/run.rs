@@ -54,14 +54,19 @@ struct Line {
 impl Run {
     pub(super) fn read(path: &Path) -> Result<Self> {
         let metrics = path.join(METRICS_FILE);
-        let text = fs::read_to_string(&metrics).at(&metrics)?;
+        let text = fs::read(&metrics).at(&metrics)?;
         let mut lines = Vec::new();
-        for (index, line) in text.lines().enumerate() {
-            match serde_json::from_str::<Line>(line) {
+        for (index, line) in text.split_inclusive(|byte| *byte == b'\n').enumerate() {
+            match serde_json::from_slice::<Line>(line) {
                 Ok(line) => lines.push(line),
-                // A run that is killed may leave half a line; nothing can follow it.
-                Err(_) if index + 1 == text.lines().count() => {}
-                Err(error) => return Err(Error::from(error)).at_line(&metrics, index + 1),
+                // A run that is killed may leave half a line at the end.
+                Err(_) if !line.ends_with(b"\n") => {}
+                Err(error) => {
+                    return Err(
+                        Error::from(error).with_hint("`peft finetune --resume` leaves out such lines")
+                    )
+                    .at_line(&metrics, index + 1);
+                }
             }
         }
         let steps: Vec<&Line> = lines.iter().filter(|line| line.loss.is_some()).collect();

@@ -17,3 +17,17 @@ pub(super) use rows::{
 #[cfg(test)]
 pub(super) use vectorized::with_each_vectors;
 pub(super) use vectorized::{Vectors, exp, largest, sum, sum_of_pairs, sum_of_triples, vectorized};
+
+/// Names the instructions that products and loops over rows use on this machine, such as `amx and avx512`. Machines of
+/// another name round differently.
+#[must_use]
+pub fn kernel_path() -> String {
+    let vectors = match Vectors::best() {
+        Vectors::Base => "base",
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx2 => "avx2",
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx512 => "avx512",
+    };
+    format!("{} and {vectors}", multiply::Path::best().name())
+}

@@ -36,6 +36,17 @@ impl Path {
     pub(crate) fn best() -> Self {
         Self::all()[0]
     }
+
+    /// The name by which a run remembers what it was computed with.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512-bf16",
+            Self::Portable => "portable",
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,179 @@
+//! `trainer_state.json`: where a run stands, and digests by which a checkpoint that changed on disk is found.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Context, Error, Result};
+
+/// The file in the folder of a checkpoint.
+pub(super) const FILE: &str = "trainer_state.json";
+
+/// Bytes of a file that are read at once.
+const PART: usize = 1 << 20;
+
+/// Where a run stands.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Updates made.
+    pub step: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Of these, the tokens that carried a label.
+    pub supervised_tokens: u64,
+    /// The loss on the evaluation data before the first step.
+    pub first_eval_loss: Option<f64>,
+    /// The evaluation with the lowest loss.
+    pub best: Option<Best>,
+    /// The most tokens that are computed at once, as the run began with: another cut would round sums otherwise, and the
+    /// memory that it was chosen for may be another when the run goes on.
+    pub piece_tokens: usize,
+    /// What must not change when the run goes on: a digest of data and settings.
+    pub fingerprint: String,
+    /// The instructions that the run was computed with, which decide its last bits; version 0.1.0 wrote none.
+    #[serde(default)]
+    pub kernel: String,
+}
+
+/// The best evaluation of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// After so many updates.
+    pub step: u64,
+    /// Mean loss per labelled token.
+    pub eval_loss: f64,
+}
+
+/// What the file holds.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    #[serde(flatten)]
+    pub(super) state: TrainerState,
+    /// SHA-256 of the other files of the checkpoint by name; version 0.1.0 wrote none.
+    #[serde(default)]
+    files: BTreeMap<String, String>,
+    /// SHA-256 of the text of this file with an empty string in this place.
+    #[serde(default)]
+    sha256: String,
+}
+
+impl Record {
+    /// Writes the record of a checkpoint whose other files are in `folder`.
+    pub(super) fn write(state: &TrainerState, folder: &Path) -> Result<()> {
+        let files = digests(folder)?;
+        let record = Self { state: state.clone(), files, sha256: String::new() };
+        let text = serde_json::to_string_pretty(&record)?;
+        let digest = hex(&Sha256::digest(&text));
+        let file = folder.join(FILE);
+        fs::write(&file, serde_json::to_string_pretty(&Self { sha256: digest, ..record })?).at(&file)
+    }
+
+    /// Reads the record in `folder` and finds out whether it is as it was written.
+    pub(super) fn read(folder: &Path) -> Result<Self> {
+        if fs::read_dir(folder).at(folder)?.next().is_none() {
+            return Err(Error::invalid("is empty")).at(folder);
+        }
+        let path = folder.join(FILE);
+        if !path.is_file() {
+            return Err(Error::invalid(format!("has no `{FILE}`"))).at(folder);
+        }
+        let text = fs::read(&path).at(&path)?;
+        let text = String::from_utf8(text).map_err(|_| Error::invalid("is not valid UTF-8")).at(&path)?;
+        let record: Self = serde_json::from_str(&text).at(&path)?;
+        record.verify_itself(&text).at(&path)?;
+        Ok(record)
+    }
+
+    fn verify_itself(&self, text: &str) -> Result<()> {
+        let is_as_written = match text.rfind(&self.sha256) {
+            // Earlier versions knew no digests.
+            _ if self.sha256.is_empty() => self.files.is_empty(),
+            None => false,
+            Some(at) => {
+                let end = at + self.sha256.len();
+                hex(&Sha256::digest(format!("{}{}", &text[..at], &text[end..]))) == self.sha256
+            }
+        };
+        if !is_as_written {
+            return Err(Error::invalid("was changed after it was written: its SHA-256 is another"));
+        }
+        match self.state.piece_tokens {
+            0 => Err(Error::invalid("`piece_tokens` is 0, expected a whole number above 0")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Finds out whether the other files in `folder` are as they were written.
+    pub(super) fn verify_files(&self, folder: &Path) -> Result<()> {
+        self.files.par_iter().try_for_each(|(name, digest)| {
+            let path = folder.join(name);
+            if !path.is_file() {
+                return Err(Error::invalid("is missing")).at(&path);
+            }
+            if digest_of(&path)? == *digest {
+                return Ok(());
+            }
+            Err(Error::invalid("was changed after it was written: its SHA-256 is another")).at(&path)
+        })
+    }
+}
+
+/// The fingerprint that the record in `folder` holds, whatever else became of it.
+pub(super) fn fingerprint(folder: &Path) -> Option<String> {
+    let record: Value = serde_json::from_slice(&fs::read(folder.join(FILE)).ok()?).ok()?;
+    record.get("fingerprint")?.as_str().map(str::to_string)
+}
+
+/// Whether a folder of the name of a checkpoint shows no sign of this program. Other trainers use the same names.
+pub(super) fn is_foreign(folder: &Path) -> bool {
+    let Ok(mut entries) = fs::read_dir(folder) else { return true };
+    if entries.next().is_none() || folder.join("optimizer.safetensors").is_file() {
+        return false;
+    }
+    match fs::read(folder.join(FILE)) {
+        Err(_) => true,
+        Ok(text) => {
+            serde_json::from_slice::<Value>(&text).is_ok_and(|state| state.get("fingerprint").is_none())
+        }
+    }
+}
+
+/// SHA-256 of each file in `folder`, by name.
+fn digests(folder: &Path) -> Result<BTreeMap<String, String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).at(folder)? {
+        let entry = entry.at(folder)?;
+        if entry.file_type().at(folder)?.is_file() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    names
+        .into_par_iter()
+        .map(|name| {
+            let digest = digest_of(&folder.join(&name))?;
+            Ok((name, digest))
+        })
+        .collect()
+}
+
+fn digest_of(path: &Path) -> Result<String> {
+    let mut file = File::open(path).at(path)?;
+    let mut part = vec![0; PART];
+    let mut hash = Sha256::new();
+    loop {
+        match file.read(&mut part).at(path)? {
+            0 => return Ok(hex(&hash.finalize())),
+            count => hash.update(&part[..count]),
+        }
+    }
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,355 @@
+use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::place::{Place, assert_same, refusal, told, tree};
+
+/// What a command says that is refused and changes nothing.
+fn refused(place: &Place, arguments: &[&str]) -> String {
+    let before = tree(&place.path(""));
+    let said = refusal(place, arguments);
+    assert_same(&tree(&place.path("")), &before);
+    said
+}
+
+fn finetune(output: &str) -> [&str; 6] {
+    ["finetune", "recipe.toml", "--log", "silent", "--output", output]
+}
+
+/// Other trainers use the names `checkpoint-N` and `best` too.
+#[test]
+fn folders_of_others_are_refused_by_name() {
+    for (made, named) in [
+        ("theirs/checkpoint-1/model.safetensors", "checkpoint-1"),
+        ("theirs/best/model.safetensors", "best"),
+        ("theirs/model-00001-of-00002.safetensors", "model-00001-of-00002.safetensors"),
+        ("theirs/tokenizer_config.json", "tokenizer_config.json"),
+    ] {
+        let place = Place::new();
+        let file = place.path(made);
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, "theirs").unwrap();
+        for resume in [&[][..], &["--resume"][..]] {
+            let said = refused(&place, &[&finetune("theirs")[..], resume].concat());
+            let wanted = format!("exit 2\nerror: theirs: holds `{named}` and no run, and the run would ");
+            assert!(said.starts_with(&wanted), "{said}");
+        }
+        let said = refused(&place, &["check", "recipe.toml", "--set", "output=theirs"]);
+        assert!(said.contains(&format!("holds `{named}` and no run")), "{said}");
+    }
+}
+
+/// A folder of metrics alone is no run that `best` could be of, and a checkpoint of another trainer is not resumed.
+#[test]
+fn a_run_does_not_take_what_others_made_for_its_own() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("theirs/best")).unwrap();
+    fs::write(place.path("theirs/metrics.jsonl"), "").unwrap();
+    fs::write(place.path("theirs/best/config.json"), "{}").unwrap();
+    insta::assert_snapshot!(refused(&place, &[&finetune("theirs")[..], &["--resume"]].concat()), @"
+    exit 2
+    error: theirs: holds `best` and no `recipe.toml` of a run that made it
+    hint: move it to another folder, or choose another run directory with `--output`
+    ");
+
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    fs::create_dir(place.path("run/checkpoint-500")).unwrap();
+    fs::write(place.path("run/checkpoint-500/trainer_state.json"), "{\"global_step\": 500}").unwrap();
+    insta::assert_snapshot!(refused(&place, &["finetune", "recipe.toml", "--resume"]), @"
+    exit 2
+    error: run/checkpoint-500: is not a checkpoint of this program
+    hint: move it to another folder, or choose another run directory with `--output`
+    ");
+}
+
+/// Of checkpoints that are there, only those of the run are removed.
+#[test]
+fn only_checkpoints_of_the_run_are_pruned() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let copy = |from: &str, to: &str| {
+        fs::create_dir(place.path(to)).unwrap();
+        for name in place.names_in(from) {
+            fs::copy(place.path(from).join(&name), place.path(to).join(&name)).unwrap();
+        }
+    };
+    copy("run/checkpoint-4", "run/checkpoint-1");
+    copy("run/checkpoint-4", "run/checkpoint-2");
+    let state = place.path("run/checkpoint-2/trainer_state.json");
+    let other = fs::read_to_string(&state).unwrap().replace("settings ", "settings 0");
+    fs::write(&state, other).unwrap();
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--resume"]);
+    let names = place.names_in("run");
+    let left: Vec<&String> = names.iter().filter(|name| name.starts_with("checkpoint-")).collect();
+    assert_eq!(left, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn names_that_cannot_be_meant_are_refused_by_every_command_that_writes() {
+    let place = crate::upcycle::place();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    for (output, wanted) in [
+        ("/", "the output `/` is the root of the file system"),
+        ("~/runs/x", "the output `~/runs/x` begins with `~`, which only a shell replaces with a home folder"),
+        ("~/..", "the output `~/..` begins with `~`, which"),
+        ("$HOME/x", "the output `$HOME/x` has `$HOME` in it, and only a shell replaces variables"),
+        (".", "the output `.` is the folder that the command runs in"),
+        ("..", "the output `..` is no name of a folder, for it ends with `..`"),
+    ] {
+        let set = format!("output={output}");
+        for command in [
+            &finetune(output)[..],
+            &["check", "recipe.toml", "--set", &set],
+            &["check", "upcycle.toml", "--set", &set],
+            &["upcycle", "upcycle.toml", "--output", output],
+            &["merge", "--model", "model", "--adapter", "run", "--output", output],
+        ] {
+            let said = refused(&place, command);
+            assert!(said.starts_with(&format!("exit 2\nerror: {wanted}")), "{command:?}: {said}");
+            assert!(said.contains("\nhint: "), "{command:?}: {said}");
+        }
+    }
+    std::os::unix::fs::symlink("nowhere", place.path("dangling")).unwrap();
+    for output in ["dangling", "dangling/x"] {
+        for command in [
+            &finetune(output)[..],
+            &["upcycle", "upcycle.toml", "--output", output],
+            &["merge", "--model", "model", "--adapter", "run", "--output", output],
+        ] {
+            let said = refusal(&place, command);
+            let wanted = "exit 2\nerror: dangling: is a link to `nowhere`, which is not there\nhint: ";
+            assert!(said.starts_with(wanted), "{command:?}: {said}");
+        }
+    }
+    assert!(!place.path("nowhere").exists());
+}
+
+#[test]
+fn the_home_folder_and_folders_that_are_read_are_no_outputs() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("home")).unwrap();
+    let output = place.path("home");
+    let output = place.command(&finetune(output.to_str().unwrap())).env("HOME", &output).output().unwrap();
+    let said = told(&place, &output);
+    assert!(said.starts_with("exit 2\nerror: the output `[place]/home` is your home folder\n"), "{said}");
+
+    fs::create_dir_all(place.path("texts")).unwrap();
+    fs::copy(place.path("data.jsonl"), place.path("texts/data.jsonl")).unwrap();
+    let data = ["--set", "data.train=[{ path = \"texts/data.jsonl\" }]"];
+    insta::assert_snapshot!(refused(&place, &[&finetune("texts")[..], &data].concat()), @"
+    exit 2
+    error: the output `texts` is the folder of the data `texts/data.jsonl`
+    hint: name a folder of its own, such as `runs/first`
+    ");
+}
+
+/// A link to a folder and a last `.` are other names of a folder.
+#[cfg(unix)]
+#[test]
+fn other_names_of_a_folder_are_understood() {
+    let place = Place::new();
+    for name in ["real", "real-merged"] {
+        fs::create_dir(place.path(name)).unwrap();
+    }
+    std::os::unix::fs::symlink("real", place.path("link")).unwrap();
+    std::os::unix::fs::symlink("real-merged", place.path("link-merged")).unwrap();
+    place.run(&finetune("link"));
+    place.run(&finetune("new/run/."));
+    for (adapter, output) in [("real", "link-merged"), ("new/run", "new/merged/.")] {
+        place.run(&[
+            "merge",
+            "--model",
+            "model",
+            "--adapter",
+            adapter,
+            "--output",
+            output,
+            "--log",
+            "silent",
+        ]);
+    }
+    // The receipt names the adapter, which differs.
+    let merged = |folder: &str| {
+        let mut files = tree(&place.path(folder));
+        assert!(files.remove("merge.json").is_some());
+        files
+    };
+    assert_same(&merged("real-merged"), &merged("new/merged"));
+    assert!(place.path("link-merged").is_symlink(), "the link stays a link");
+    assert!(!place.names_in("").iter().any(|name| name.ends_with(".partial")));
+}
+
+/// What a killed merge was writing is removed by the next one of that name, and what a running one writes is not.
+#[cfg(unix)]
+#[test]
+fn rests_of_killed_merges_are_removed() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let merge =
+        |output| ["merge", "--model", "model", "--adapter", "run", "--output", output, "--log", "silent"];
+    for name in [
+        ".merged.Ab12Cd.partial",
+        ".merged.running.partial",
+        ".merged.held00.partial",
+        ".other.Ab12Cd.partial",
+    ] {
+        fs::create_dir(place.path(name)).unwrap();
+        fs::write(place.path(name).join("model.safetensors"), "half").unwrap();
+    }
+    let held = fs::File::open(place.path(".merged.held00.partial")).unwrap();
+    held.lock().unwrap();
+    place.run(&merge("merged"));
+    let partial = |place: &Place| -> Vec<String> {
+        place.names_in("").into_iter().filter(|name| name.ends_with(".partial")).collect()
+    };
+    assert_eq!(
+        partial(&place),
+        [".merged.held00.partial", ".merged.running.partial", ".other.Ab12Cd.partial"]
+    );
+
+    // A merge that is really killed leaves its folder, without a lock.
+    for name in partial(&place) {
+        fs::remove_dir_all(place.path(&name)).unwrap();
+    }
+    let begin = Instant::now();
+    while partial(&place).is_empty() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "the merge is always over before the kill");
+        let _ = fs::remove_dir_all(place.path("killed"));
+        let mut child = place.command(&merge("killed")).stderr(Stdio::null()).spawn().unwrap();
+        while partial(&place).is_empty() && child.try_wait().unwrap().is_none() {
+            std::hint::spin_loop();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let _ = fs::remove_dir_all(place.path("killed"));
+    place.run(&merge("killed"));
+    assert_eq!(partial(&place), [""; 0]);
+}
+
+/// Renamed while the run goes on, the directory is not made again without its recipe, metrics and lock.
+#[cfg(unix)]
+#[test]
+fn a_run_directory_that_is_gone_is_noticed() {
+    let place = Place::new();
+    let long = ["--set", "train.steps=100000", "--set", "train.save_every=20", "--set", "train.eval_every=0"];
+    let run = ["finetune", "recipe.toml", "--log", "silent"];
+    let child = place.command(&[&run[..], &long].concat()).stderr(Stdio::piped()).spawn().unwrap();
+    let begin = Instant::now();
+    while !place.path("run/checkpoint-20").exists() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "the run does not begin");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    fs::rename(place.path("run"), place.path("moved")).unwrap();
+    insta::assert_snapshot!(told(&place, &child.wait_with_output().unwrap()), @"
+    exit 1
+    error: run: was removed or renamed while the run went on, and nothing more is saved
+    hint: put it back under this name and go on with `--resume`, or start anew
+    ");
+    assert!(!place.path("run").exists(), "{:?}", place.names_in("run"));
+    assert!(place.path("moved/checkpoint-20").exists());
+}
+
+#[test]
+fn what_a_run_will_write_is_known_before() {
+    let place = Place::new();
+    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
+    let full = recipe
+        .replace("adapter = { rank = 4, dropout = 0.1 }", "")
+        .replace("steps = 6", "full = true, steps = 6");
+    for (output, recipe) in [("adapter", recipe), ("full", full)] {
+        fs::write(place.path("recipe.toml"), recipe).unwrap();
+        let set = format!("output={output}");
+        let report: Value = place.json(&["check", "recipe.toml", "--json", "--set", &set]);
+        let predicted = report["disk_bytes"].as_u64().unwrap();
+        place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", &set]);
+        let found: usize = tree(&place.path(output)).values().flatten().map(Vec::len).sum();
+        let found = found as u64;
+        assert!((found..=2 * found).contains(&predicted), "{output}: {predicted} predicted, {found} found");
+    }
+}
+
+/// A tensor of zeros that takes no room where it is, and would where it is copied to.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_disk_that_is_too_small_is_known_before_a_merge() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let path = place.path("model/model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Map<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let end = (bytes.len() - 8 - length) as u64;
+    // 12 TiB, which is more than is free and less than a file can have.
+    let more = 12_u64 << 40;
+    let tensor =
+        serde_json::json!({ "dtype": "F32", "shape": [more / 4], "data_offsets": [end, end + more] });
+    header.insert("model.rotary_emb.inv_freq".to_string(), tensor);
+    let header = serde_json::to_vec(&header).unwrap();
+    let file = fs::File::create(&path).unwrap();
+    let whole = [&(header.len() as u64).to_le_bytes()[..], &header, &bytes[8 + length..]].concat();
+    std::io::Write::write_all(&mut &file, &whole).unwrap();
+    if file.set_len(whole.len() as u64 + more).is_err() {
+        return;
+    }
+    let said = refusal(&place, &["merge", "--model", "model", "--adapter", "run", "--output", "merged"]);
+    let wanted = "exit 1\nerror: merged: the disk has ";
+    assert!(
+        said.starts_with(wanted) && said.contains(" free, and 12288.0 GiB are going to be written\n"),
+        "{said}"
+    );
+    assert!(!place.path("merged").exists());
+}
+
+/// `check` refuses what a run would be refused for later: a folder that may not be written, a disk without room.
+#[cfg(unix)]
+#[test]
+fn what_the_file_system_shows_is_known_to_check() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+
+    let place = Place::new();
+    let said = refused(&place, &["check", "recipe.toml", "--set", "adapter.rank=100000000"]);
+    assert!(said.starts_with("exit 1\nerror: run: the disk has "), "{said}");
+    assert!(
+        said.contains("hint: free some space, keep fewer checkpoints with `train.keep`, or choose"),
+        "{said}"
+    );
+
+    let closed = place.path("closed");
+    fs::create_dir(&closed).unwrap();
+    fs::set_permissions(place.path(""), PermissionsExt::from_mode(0o755)).unwrap();
+    fs::set_permissions(&closed, PermissionsExt::from_mode(0o555)).unwrap();
+    for command in ["check", "finetune"] {
+        let mut command = place.command(&[command, "recipe.toml", "--set", "output=closed/run"]);
+        // Root may write everywhere; nobody may not.
+        if fs::create_dir(closed.join("try")).is_ok() {
+            fs::remove_dir(closed.join("try")).unwrap();
+            command.uid(65534);
+        }
+        let Ok(output) = command.output() else { return };
+        assert_eq!(
+            told(&place, &output),
+            "exit 1\nerror: closed/run: Permission denied (os error 13)\nhint: change the permissions, or choose an output \
+             folder that can be written with `--output`"
+        );
+    }
+}
+
+/// `check` says that a run is there, and refuses what neither a new run nor a resumed one would do.
+#[test]
+fn check_knows_the_run_that_is_there() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let (_, said) = place.run(&["check", "recipe.toml"]);
+    assert_eq!(
+        said,
+        "warning: `run` holds a run of this recipe already: `peft finetune` goes on with it with `--resume`, or writes to \
+         another folder with `--output`\n"
+    );
+    let said = refused(&place, &["check", "recipe.toml", "--set", "seed=1"]);
+    assert!(said.starts_with("exit 2\nerror: run: the run was started with another recipe: "), "{said}");
+}
