@@ -42,6 +42,8 @@ mod parity;
 mod place;
 /// GGUF models whose matrices stay quantized compute what their values compute, and are trained beside, never themselves.
 mod quantized;
+/// What files say twice, or beside weights, is read as transformers reads it, and said.
+mod readings;
 /// Recipes as they are written, planned and written again.
 mod recipes;
 /// Bad input is refused with what is wrong and what to do, and leaves nothing behind.
@@ -50,6 +52,8 @@ mod refusals;
 mod resume;
 /// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.
 mod routers;
+/// Sizes that no file can hold and values that no model can have are refused before anything is made of them.
+mod sizes;
 /// Slices are the dense model when all are on; what is written is seeded, whole, and of the bits it came from.
 mod upcycle;
 /// Checkpoints are read to the last bit, refused by what is wrong with them, written whole or not at all.

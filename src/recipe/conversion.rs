@@ -56,7 +56,7 @@ impl Prepared {
         let (neurons, network) = network_of(&base, method)?;
         let mut lines =
             vec![format!("model {}: {} layers of {network}", base.name(), base.config().layers.len())];
-        let (mut format, mut width, mut warnings) = (None, neurons, Vec::new());
+        let (mut format, mut width, mut warnings) = (None, neurons, base.warnings().to_vec());
         if method.cuts() {
             let shape = SplitShape::of(&plan.settings, base.config())?;
             width = shape.width;
@@ -95,6 +95,7 @@ impl Prepared {
         let sources: Vec<Pretrained> =
             plan.sources.iter().map(|source| Pretrained::open(source)).collect::<Result<_>>()?;
         for source in &sources {
+            warnings.extend(source.warnings().iter().cloned());
             refuse_other_tokens(source, "source", text.tokenizer())?;
         }
         let encode =

@@ -32,11 +32,11 @@ pub struct UpcycleRecipe {
 #[serde(default, deny_unknown_fields, expecting = "a table")]
 struct UpcycleTable {
     method: Option<Method>,
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
     experts: Option<usize>,
-    #[serde(deserialize_with = "bounds::count::<_, 0>")]
+    #[serde(deserialize_with = "bounds::count::<_, 0, { bounds::EXPERTS }>")]
     shared: Option<usize>,
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
     active: Option<usize>,
     partition: Option<Partition>,
     router: Option<RouterKind>,
@@ -44,7 +44,7 @@ struct UpcycleTable {
     keep_dense: Option<KeepDense>,
     #[serde(deserialize_with = "bounds::share")]
     drop_ratio: Option<f64>,
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
     groups: Option<usize>,
     sources: Option<Vec<String>>,
     prompts: Option<Vec<Vec<String>>>,
@@ -86,9 +86,9 @@ impl FormatChoice {
 struct CalibrationTable {
     data: Vec<SourceRecipe>,
     eval: Option<Vec<SourceRecipe>>,
-    #[serde(default, deserialize_with = "bounds::count::<_, 64>")]
+    #[serde(default, deserialize_with = "bounds::count::<_, 64, { bounds::TOKENS }>")]
     tokens: Option<usize>,
-    #[serde(default, deserialize_with = "bounds::count::<_, 32>")]
+    #[serde(default, deserialize_with = "bounds::count::<_, 32, { bounds::TOKENS }>")]
     held_out: Option<usize>,
 }
 
