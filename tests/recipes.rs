@@ -161,6 +161,65 @@ fn names_are_listed_when_one_is_wrong() {
     "#);
 }
 
+/// Every numeric key ends somewhere; the largest value is taken.
+#[test]
+fn numbers_have_largest_values() {
+    let finetune = [
+        ("adapter.rank", "65536", "65537"),
+        ("adapter.alpha", "1e6", "1.1e6"),
+        ("data.max_length", "134217728", "134217729"),
+        ("train.steps", "1099511627776", "1099511627777"),
+        ("train.epochs", "10000", "10001"),
+        ("train.batch_size", "65536", "65537"),
+        ("train.accumulate", "65536", "1000000000"),
+        ("train.learning_rate", "10", "1e10"),
+        ("train.weight_decay", "100", "101"),
+        ("train.max_grad_norm", "1e9", "2e9"),
+        ("train.eval_every", "1099511627776", "9223372036854775807"),
+        ("train.save_every", "1099511627776", "1099511627777"),
+        ("train.keep", "1000000", "1000001"),
+        ("train.memory_budget", "\"1024TiB\"", "\"1025TiB\""),
+        ("routing.active", "65536", "65537"),
+        ("routing.capacity_factor", "65536", "1e9"),
+        ("routing.capacity_warmup", "1099511627776", "1099511627777"),
+        ("losses.switch", "1e6", "1e7"),
+        ("losses.importance", "1e6", "1e7"),
+        ("losses.load", "1e6", "1e7"),
+        ("losses.load_std", "1e6", "1e7"),
+        ("losses.z", "1e6", "1e7"),
+        ("losses.bias_update", "1e6", "1e7"),
+        ("distill.kl", "1e6", "1e7"),
+        ("distill.temperature", "1000", "1001"),
+        ("distill.hidden", "1e6", "1e7"),
+    ];
+    for (key, most, more) in finetune {
+        let read = |value: &str| {
+            let adapter = if key.starts_with("adapter.") { "" } else { "adapter = {}" };
+            let capacity = if key == "routing.capacity_warmup" { "routing.capacity_factor = 2" } else { "" };
+            let text = SHORTEST.replace("adapter = {}", adapter);
+            plan(&format!("{text}{key} = {value}\n{capacity}"))
+        };
+        read(most).unwrap_or_else(|error| panic!("{key}: {error}"));
+        let error = read(more).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{key}`: expected a")), "{error}");
+    }
+    for key in ["experts", "shared", "active", "groups"] {
+        let error = upcycle_refusal(&format!("upcycle.{key} = 1000000000"));
+        let expected =
+            format!("`upcycle.{key}`: expected a whole number of at most 65536, found `1000000000`");
+        assert!(error.ends_with(&expected), "{error}");
+    }
+    for key in ["tokens", "held_out"] {
+        let error = upcycle_refusal(&format!("calibration.{key} = 1000000000000"));
+        assert!(
+            error.contains(&format!("`calibration.{key}`: expected a whole number of at most 134217728")),
+            "{error}"
+        );
+    }
+    let weight = SHORTEST.replace("path =", "weight = 1e18, path =");
+    insta::assert_snapshot!(refusal(&weight), @"test.toml:5: `data.train.weight`: expected a number of at most 10000, found `1e18`");
+}
+
 #[test]
 fn numbers_have_ranges() {
     insta::assert_snapshot!(refusal_of("train.learning_rate = 0"), @"test.toml:6: `train.learning_rate`: expected a number above 0, found `0`");

@@ -54,6 +54,8 @@ mod passed_on;
 mod place;
 /// GGUF models whose matrices stay quantized compute what their values compute, and are trained beside, never themselves.
 mod quantized;
+/// What files say twice, or beside weights, is read as transformers reads it, and said.
+mod readings;
 /// Recipes as they are written, planned and written again.
 mod recipes;
 /// Bad input is refused with what is wrong and what to do, and leaves nothing behind.
@@ -64,6 +66,8 @@ mod resume;
 mod routers;
 /// All that a row of data says is trained on or named, and files that are no rows are named for what they are.
 mod rows;
+/// Sizes that no file can hold and values that no model can have are refused before anything is made of them.
+mod sizes;
 /// Templates and tokenizers of strangers run within bounds, and what becomes of the text of the data is said.
 mod templates;
 /// Control characters from files and models are shown, not obeyed.

@@ -246,7 +246,7 @@ fn warnings(
     totals: &Totals,
     plan: &MergePlan<'_>,
 ) -> Vec<String> {
-    let mut warnings = Vec::new();
+    let mut warnings = model.warnings().to_vec();
     for (adapter, receipt) in adapters.iter().zip(receipts) {
         warnings.extend(adapter.warnings.iter().cloned());
         warnings.extend(adapter.base_mismatch(model.name()));

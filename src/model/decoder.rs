@@ -9,7 +9,7 @@ use super::block::{self, Block, scaled};
 use super::cache::Cache;
 use super::config::{DecoderConfig, Multipliers};
 use super::linear::Linear;
-use super::load::{load_block, parameter};
+use super::load::{in_shape, load_block, parameter};
 use super::norm::Norm;
 use super::pretrained::Pretrained;
 use super::rotary::Rotary;
@@ -85,8 +85,9 @@ impl Decoder {
     pub fn load(
         config: &DecoderConfig,
         device: &Device,
-        mut read: impl FnMut(&str) -> Result<Weight>,
+        read: impl FnMut(&str) -> Result<Weight>,
     ) -> Result<Self> {
+        let mut read = in_shape(config, read);
         let embedding = read("model.embed_tokens.weight")?;
         let blocks = config
             .layers

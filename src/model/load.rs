@@ -1,5 +1,7 @@
 //! The parts of a layer, from the tensors that the configuration names.
 
+use std::collections::BTreeMap;
+
 use super::attention::Attention;
 use super::block::Block;
 use super::config::{AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, MoeConfig, Projection};
@@ -13,6 +15,27 @@ use super::rule::Rule;
 use crate::error::{Context, Error, Result};
 use crate::ops::attention::Heads;
 use crate::ops::{Parameter, Weight};
+
+/// As `read`, and refuses a tensor of another shape than the configuration says: sizes of products follow from it.
+pub(super) fn in_shape(
+    config: &DecoderConfig,
+    mut read: impl FnMut(&str) -> Result<Weight>,
+) -> impl FnMut(&str) -> Result<Weight> {
+    let shapes: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
+    move |name| {
+        let weight = read(name)?;
+        let found = match &weight {
+            Weight::Dense(parameter) => parameter.tensor().dims().to_vec(),
+            Weight::Quantized(quantized) => <[usize; 2]>::from(quantized.dims()).to_vec(),
+        };
+        match shapes.get(name) {
+            Some(expected) if *expected != found => {
+                Err(Error::invalid(format!("has shape {found:?}, expected {expected:?}"))).in_tensor(name)
+            }
+            _ => Ok(weight),
+        }
+    }
+}
 
 /// Plain values: those of norms and biases.
 pub(super) fn parameter(read: &mut impl FnMut(&str) -> Result<Weight>, name: &str) -> Result<Parameter> {

@@ -3,8 +3,10 @@
 //! Shape legend of this room: `tokens` of a flat batch, `hidden` the residual stream, `d` a head, `width` the neurons
 //! of a feed-forward network.
 
+mod agreement;
 mod attention;
 mod block;
+mod buffers;
 mod cache;
 pub mod config;
 mod decoder;
@@ -24,6 +26,7 @@ mod router_loss;
 mod rule;
 mod shared;
 mod spread;
+mod tied;
 mod walk;
 
 pub use cache::Cache;

@@ -13,15 +13,17 @@
 //! # Ok::<(), peft::Error>(())
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
+use super::buffers;
 use super::config::{DecoderConfig, PackedTensor};
-use super::family;
+use super::family::{self, Capacity};
+use super::tied::same_values;
 use crate::error::{Context, Error, Result};
 use crate::ops::{Parameter, Quantized, SharedBytes, Weight};
 use crate::weights::{Checkpoint, StoredType, TensorInfo, TextFiles, write_atomic};
@@ -35,10 +37,15 @@ pub struct Pretrained {
     /// Where each tensor is, by Hugging Face's name.
     places: BTreeMap<String, Place>,
     interleaved: bool,
+    warnings: Vec<String>,
 }
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
 impl Pretrained {
-    /// Opens a folder, a `.gguf` file or a Hub id (`org/name[@revision]`). Reads no weight values.
+    /// Opens a folder, a `.gguf` file or a Hub id (`org/name[@revision]`). Reads no weight values, but for those of a head
+    /// that is stored although the configuration ties it: whether it is the embedding decides which model this is.
     pub fn open(source: &str) -> Result<Self> {
         Self::new(Checkpoint::open(source)?)
     }
@@ -47,12 +54,16 @@ impl Pretrained {
     pub fn new(checkpoint: Checkpoint) -> Result<Self> {
         let path = checkpoint.path().to_path_buf();
         let gguf = checkpoint.gguf_metadata();
-        let config_json = match gguf {
-            Some(metadata) => family::gguf::config(&checkpoint, metadata).at(&path)?,
+        let capacity = Capacity::of(checkpoint.tensors().values());
+        let mut config_json = match gguf {
+            Some(metadata) => family::gguf::config(&checkpoint, metadata, &capacity).at(&path)?,
             None => checkpoint.config_json()?,
         };
         let config_path = if gguf.is_some() { path } else { path.join("config.json") };
-        let config = family::read(&config_json).at(config_path)?;
+        let mut config = family::read_within(&config_json, &capacity).at(config_path)?;
+        let mut warnings = checkpoint.warnings().to_vec();
+        warnings.extend(family::warnings(&config_json));
+        warnings.extend(buffers::warning(checkpoint.tensors().values()));
         let interleaved = gguf.is_some_and(family::gguf::is_interleaved);
         let mut places: BTreeMap<String, Place> = checkpoint
             .tensors()
@@ -65,7 +76,27 @@ impl Pretrained {
         for packed in config.packed_tensors() {
             unpack(&packed, &mut places);
         }
-        Ok(Self { checkpoint, config, config_json, places, interleaved })
+        if config.tie_word_embeddings && places.contains_key(HEAD) {
+            if !places.contains_key(EMBEDDING) {
+                // The one of the two that there is stands for both.
+                let head = places[HEAD].info.clone();
+                places.insert(EMBEDDING.to_string(), Place { info: head, first: 0 });
+            } else if !same_values(&checkpoint, HEAD, EMBEDDING)? {
+                config.tie_word_embeddings = false;
+                config_json["tie_word_embeddings"] = Value::Bool(false);
+                warnings.push(format!(
+                    "`tie_word_embeddings` is true, and `{HEAD}` has other values than the embedding: the model computes with \
+                     `{HEAD}`, as in transformers 5"
+                ));
+            }
+        }
+        Ok(Self { checkpoint, config, config_json, places, interleaved, warnings })
+    }
+
+    /// What the user should know of how the files are understood.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// What it was opened from.
@@ -144,6 +175,11 @@ impl Pretrained {
     pub fn stored_in(&self, name: &str) -> Result<(&str, usize)> {
         let place = self.place(name)?;
         Ok((&place.info.name, place.first))
+    }
+
+    /// Shape and type of a tensor, where there is one.
+    pub(super) fn find(&self, name: &str) -> Option<&TensorInfo> {
+        self.places.get(name).map(|place| &place.info)
     }
 
     fn place(&self, name: &str) -> Result<&Place> {
@@ -229,48 +265,7 @@ impl Pretrained {
 
     /// The tensors that the decoder reads.
     fn infos(&self) -> impl Iterator<Item = &TensorInfo> {
-        self.config.tensors().into_iter().filter_map(|(name, _)| self.info(&name).ok())
-    }
-
-    /// Every tensor of the configuration is on disk in its shape and in a type that can be read, and nothing is there
-    /// that would be left out. Names all that is wrong at once; reads no values.
-    pub fn check(&self) -> Result<()> {
-        let wanted = self.config.tensors();
-        let (mut missing, mut shapes, mut types) = (Vec::new(), Vec::new(), Vec::new());
-        for (name, shape) in &wanted {
-            let Ok(info) = self.info(name) else {
-                missing.push(format!("`{}`", self.stored_name(name)));
-                continue;
-            };
-            if info.shape != *shape {
-                shapes.push(format!("`{name}` should be {shape:?} and is {:?}", info.shape));
-            }
-            if let StoredType::Other(_) = info.dtype {
-                types.push(format!("`{name}` is {}", info.dtype));
-            }
-        }
-        let known: BTreeSet<&str> = wanted.iter().map(|(name, _)| name.as_str()).collect();
-        let unexpected: Vec<String> = self
-            .names()
-            .filter(|name| !known.contains(name) && !is_harmless(name) && !self.config.is_spare(name))
-            .map(|name| format!("`{name}`"))
-            .collect();
-        let problems: Vec<String> = [
-            ("missing", missing),
-            ("of another shape than the configuration says", shapes),
-            ("stored in a type that weights cannot have", types),
-            ("unknown to the configuration", unexpected),
-        ]
-        .into_iter()
-        .filter(|(_, tensors)| !tensors.is_empty())
-        .map(|(what, tensors)| format!("{} {what}: {}", counted(tensors.len()), listed(&tensors)))
-        .collect();
-        if problems.is_empty() {
-            return Ok(());
-        }
-        Err(Error::invalid(problems.join("; "))
-            .with_hint("the weights and the configuration are of different models"))
-        .at(self.checkpoint.path())
+        self.config.tensors().into_iter().filter_map(|(name, _)| self.find(&name))
     }
 
     /// The type to compute in when none is asked for: bf16 where most weights are stored in bf16 or quantized, which has
@@ -292,7 +287,7 @@ impl Pretrained {
     }
 
     /// The file's name of a tensor, whether it is there or only should be.
-    fn stored_name(&self, name: &str) -> String {
+    pub(super) fn stored_name(&self, name: &str) -> String {
         let guess = || if self.checkpoint.is_gguf() { family::gguf::to_gguf(name) } else { None };
         let there = self.places.get(name).map(|place| place.info.name.clone());
         there.or_else(guess).unwrap_or_else(|| name.to_string())
@@ -342,22 +337,5 @@ fn stays_quantized(info: &TensorInfo) -> bool {
     match info.dtype {
         StoredType::Quantized(stored) => info.shape.len() == 2 && Quantized::supports(stored),
         StoredType::Float(_) | StoredType::Other(_) => false,
-    }
-}
-
-/// What old programs saved although it follows from the configuration, and the copy of a tied head.
-fn is_harmless(name: &str) -> bool {
-    name.ends_with("rotary_emb.inv_freq") || name == "rope_freqs.weight" || name == "lm_head.weight"
-}
-
-fn counted(count: usize) -> String {
-    if count == 1 { "1 tensor is".to_string() } else { format!("{count} tensors are") }
-}
-
-fn listed(tensors: &[String]) -> String {
-    const SHOWN: usize = 8;
-    match tensors.len().checked_sub(SHOWN) {
-        None | Some(0) => tensors.join(", "),
-        Some(more) => format!("{} and {more} more", tensors[..SHOWN].join(", ")),
     }
 }

@@ -74,6 +74,9 @@ pub struct Bytes(pub u64);
 const UNITS: [(&str, u64); 5] =
     [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 
+/// Far more than a machine has.
+const MOST_MEMORY: u64 = 1 << 50;
+
 impl FromStr for Bytes {
     type Err = String;
 
@@ -86,7 +89,7 @@ impl FromStr for Bytes {
             Ok(number) => number.checked_mul(unit).ok_or_else(unfit)?,
             Err(_) => (number.parse::<f64>().map_err(|_| unfit())? * unit as f64) as u64,
         };
-        if bytes == 0 { Err(unfit()) } else { Ok(Self(bytes)) }
+        if (1..=MOST_MEMORY).contains(&bytes) { Ok(Self(bytes)) } else { Err(unfit()) }
     }
 }
 

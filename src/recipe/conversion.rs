@@ -63,6 +63,7 @@ impl Prepared {
         let outline = Outline::of(&base, &sources, &plan.settings)?;
         let mut lines = described(&base, plan, &outline)?;
         let mut warnings = warnings_of(plan, &outline);
+        warnings.extend(sources.iter().chain([&base]).flat_map(Pretrained::warnings).cloned());
         let prompts = encoded(&plan.prompts, &text, base.config().max_position_embeddings)?;
         let read = calibration::read(plan, &base, &text, outline.slices.as_ref())?;
         let Settings { method, experts, router, .. } = plan.settings;

@@ -39,13 +39,30 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
 
 /// What to look at before starting.
 pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
+    let teacher = prepared.teacher.iter().flat_map(|teacher| teacher.base.warnings());
+    let model = prepared.base.warnings().iter().chain(teacher).cloned();
     let unread = plan.data.template.unread(&prepared.text);
     let unread =
         unread.iter().map(|name| format!("no chat template of the model reads `data.template.{name}`"));
     let data = prepared.dataset.warnings.iter().map(ToString::to_string).chain(unread);
     let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
     let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
-    data.chain(excess).chain(of_mixture).collect()
+    let rate = high_rate(plan);
+    model.chain(data).chain(excess).chain(of_mixture).chain(rate).collect()
+}
+
+/// A learning rate that ends in the same loss whatever the data.
+fn high_rate(plan: &Plan) -> Option<String> {
+    /// No published recipe for AdamW has as much.
+    const HIGH: f64 = 0.1;
+
+    let rate = plan.train.learning_rate;
+    (rate > HIGH).then(|| {
+        format!(
+            "`train.learning_rate` is {rate}: each step moves every trained value by about as much, and training will \
+             not converge; adapters learn with 1e-4 to 1e-2"
+        )
+    })
 }
 
 /// An adapter has no place for a number of experts.

@@ -16,11 +16,17 @@ use crate::ops::distillation::Terms;
 pub(super) struct Distill {
     #[serde(skip_serializing_if = "Option::is_none")]
     teacher: Option<String>,
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     kl: Option<f64>,
-    #[serde(deserialize_with = "bounds::positive", skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "bounds::positive::<_, 1000>", skip_serializing_if = "Option::is_none")]
     temperature: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     hidden: Option<f64>,
 }
 

@@ -50,7 +50,7 @@ impl Loaded {
         let text = text_of(&base, &told, SpecialTokens::default())?;
         let notes = told.told(&text).map(|told| format!("the chat template is told {told}"));
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
-        let (mut warnings, mut layout) = (Vec::new(), None);
+        let (mut warnings, mut layout) = (base.warnings().to_vec(), None);
         if let Some((placements, adapter)) = adapter {
             attach(model.linears_mut(), &placements.placements, &adapter.tensors, 0.0, 0)?;
             model.set_routers(&adapter.routers)?;

@@ -164,12 +164,18 @@ impl MixturePlan {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a table")]
 pub(super) struct Routing {
-    #[serde(deserialize_with = "bounds::count::<_, 1>", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>",
+        skip_serializing_if = "Option::is_none"
+    )]
     active: Option<usize>,
     noise: RouterNoise,
-    #[serde(deserialize_with = "bounds::positive", skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "bounds::positive::<_, 65_536>", skip_serializing_if = "Option::is_none")]
     capacity_factor: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::between::<_, 0, { bounds::STEPS }>",
+        skip_serializing_if = "Option::is_none"
+    )]
     capacity_warmup: Option<u64>,
     overflow: Overflow,
     kind: RoutingKind,
@@ -185,17 +191,35 @@ impl Routing {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, expecting = "a table")]
 pub(super) struct Losses {
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     switch: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     importance: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     load: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     load_std: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     z: Option<f64>,
-    #[serde(deserialize_with = "bounds::not_negative", skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
+        skip_serializing_if = "Option::is_none"
+    )]
     bias_update: Option<f64>,
     pooled: bool,
 }

@@ -118,10 +118,10 @@ pub struct AdapterRecipe {
     /// The kind of adapter.
     pub method: Option<Method>,
     /// Columns of the low-rank factors; 0: no adapter.
-    #[serde(deserialize_with = "bounds::count::<_, 0>")]
+    #[serde(deserialize_with = "bounds::count::<_, 0, { bounds::RANK }>")]
     pub rank: Option<usize>,
     /// The numerator of the scale.
-    #[serde(deserialize_with = "bounds::positive")]
+    #[serde(deserialize_with = "bounds::positive::<_, 1_000_000>")]
     pub alpha: Option<f64>,
     /// Share of the inputs dropped in training.
     #[serde(deserialize_with = "bounds::below_one")]
@@ -158,7 +158,7 @@ pub struct DataRecipe {
     #[serde(default, deserialize_with = "bounds::part")]
     pub eval_share: Option<f64>,
     /// Tokens of the longest document.
-    #[serde(default, deserialize_with = "bounds::count::<_, 2>")]
+    #[serde(default, deserialize_with = "bounds::count::<_, 2, { bounds::TOKENS }>")]
     pub max_length: Option<usize>,
     /// Whether a batch is filled with as many documents as fit.
     pub pack: Option<bool>,
@@ -177,7 +177,7 @@ pub struct SourceRecipe {
     /// A `.jsonl` or `.json` file.
     pub path: PathBuf,
     /// How often each document is seen per epoch.
-    #[serde(default, deserialize_with = "bounds::positive")]
+    #[serde(default, deserialize_with = "bounds::positive::<_, 10_000>")]
     pub weight: Option<f64>,
     /// What its records look like.
     pub format: Option<Format>,
@@ -190,19 +190,19 @@ pub struct TrainRecipe {
     /// Whether all weights are trained, without an adapter.
     pub full: Option<bool>,
     /// Optimizer steps.
-    #[serde(deserialize_with = "bounds::at_least::<_, 1>")]
+    #[serde(deserialize_with = "bounds::between::<_, 1, { bounds::STEPS }>")]
     pub steps: Option<u64>,
     /// Passes over the training data, instead of `steps`.
     #[serde(deserialize_with = "bounds::epochs")]
     pub epochs: Option<f64>,
     /// Rows of a batch.
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::ROWS }>")]
     pub batch_size: Option<usize>,
     /// Batches of a step.
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::ROWS }>")]
     pub accumulate: Option<usize>,
     /// The highest learning rate.
-    #[serde(deserialize_with = "bounds::positive")]
+    #[serde(deserialize_with = "bounds::positive::<_, 10>")]
     pub learning_rate: Option<f64>,
     /// Its course.
     pub schedule: Option<Schedule>,
@@ -210,19 +210,19 @@ pub struct TrainRecipe {
     #[serde(deserialize_with = "bounds::share")]
     pub warmup: Option<f64>,
     /// Decoupled weight decay.
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative::<_, 100>")]
     pub weight_decay: Option<f64>,
     /// Gradients are scaled down to this norm; 0: never.
-    #[serde(deserialize_with = "bounds::not_negative")]
+    #[serde(deserialize_with = "bounds::not_negative::<_, 1_000_000_000>")]
     pub max_grad_norm: Option<f64>,
     /// Steps between evaluations, one before the first step and one at the end; 0: only at the end.
-    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
+    #[serde(deserialize_with = "bounds::between::<_, 0, { bounds::STEPS }>")]
     pub eval_every: Option<u64>,
     /// Steps between checkpoints, one at the end; 0: only at the end.
-    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
+    #[serde(deserialize_with = "bounds::between::<_, 0, { bounds::STEPS }>")]
     pub save_every: Option<u64>,
     /// Checkpoints that are kept, the newest.
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::CHECKPOINTS }>")]
     pub keep: Option<usize>,
     /// What is recomputed in the backward pass.
     pub checkpoint: Option<RecomputeChoice>,

@@ -43,13 +43,13 @@ struct UpcycleTable {
     method: Option<Method>,
     /// Slices of each network, shared ones included (16 unless told); of copies how many (8); for `expand` how many are
     /// added (1).
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
     experts: Option<usize>,
     /// Slices that every token goes through: a quarter of `experts`, rounded, unless told.
-    #[serde(deserialize_with = "bounds::count::<_, 0>")]
+    #[serde(deserialize_with = "bounds::count::<_, 0, { bounds::EXPERTS }>")]
     shared: Option<usize>,
     /// Slices that a token is sent to besides: a quarter of `experts`, rounded and at least 1, unless told; of copies 2.
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
     active: Option<usize>,
     partition: Option<Partition>,
     router: Option<RouterKind>,
@@ -57,7 +57,7 @@ struct UpcycleTable {
     keep_dense: Option<KeepDense>,
     #[serde(deserialize_with = "bounds::share")]
     drop_ratio: Option<f64>,
-    #[serde(deserialize_with = "bounds::count::<_, 1>")]
+    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
     groups: Option<usize>,
     sources: Option<Vec<String>>,
     prompts: Option<Vec<Vec<String>>>,
@@ -99,9 +99,9 @@ impl FormatChoice {
 struct CalibrationTable {
     data: Vec<SourceRecipe>,
     eval: Option<Vec<SourceRecipe>>,
-    #[serde(default, deserialize_with = "bounds::count::<_, 64>")]
+    #[serde(default, deserialize_with = "bounds::count::<_, 64, { bounds::TOKENS }>")]
     tokens: Option<usize>,
-    #[serde(default, deserialize_with = "bounds::count::<_, 32>")]
+    #[serde(default, deserialize_with = "bounds::count::<_, 32, { bounds::TOKENS }>")]
     held_out: Option<usize>,
 }
 

@@ -17,9 +17,14 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub(super) struct Folder {
     pub(super) path: PathBuf,
+    /// What the user should know of the files.
+    pub(super) warnings: Vec<String>,
     shards: Vec<MappedFile>,
     places: BTreeMap<String, Place>,
 }
+
+/// Tensors of names that a later shard has too, with their shapes and types.
+type Overlaid = BTreeMap<String, Vec<(Place, TensorInfo)>>;
 
 #[derive(Debug, Clone, Copy)]
 struct Place {
@@ -30,16 +35,22 @@ struct Place {
 
 impl Folder {
     pub(super) fn open(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
-        let mut folder = Self { path: path.to_path_buf(), shards: Vec::new(), places: BTreeMap::new() };
-        let mut tensors = BTreeMap::new();
+        let mut folder = Self {
+            path: path.to_path_buf(),
+            warnings: Vec::new(),
+            shards: Vec::new(),
+            places: BTreeMap::new(),
+        };
+        let (mut tensors, mut overlaid) = (BTreeMap::new(), Overlaid::new());
         if path.join(SINGLE).is_file() {
-            folder.add_shard(SINGLE, &mut tensors)?;
+            folder.add_shard(SINGLE, &mut tensors, &mut overlaid)?;
         } else if path.join(INDEX).is_file() {
             let promised = read_index(&path.join(INDEX))?;
             for shard in promised.values().collect::<BTreeSet<_>>() {
-                folder.add_shard(shard, &mut tensors)?;
+                folder.add_shard(shard, &mut tensors, &mut overlaid)?;
             }
-            folder.check_promised(&promised).at(path.join(INDEX))?;
+            folder.check_promised(&promised)?;
+            folder.check_overlaid(&overlaid, &promised, &tensors).at(path.join(INDEX))?;
         } else {
             return Err(no_weights(path)).at(path);
         }
@@ -48,8 +59,7 @@ impl Folder {
 
     /// The bytes of a tensor as they are stored.
     pub(super) fn bytes(&self, name: &str) -> Option<&[u8]> {
-        let place = self.places.get(name)?;
-        Some(&self.shards[place.shard][place.start..place.end])
+        self.places.get(name).map(|place| self.bytes_at(place))
     }
 
     /// The file that holds a tensor.
@@ -80,30 +90,33 @@ impl Folder {
         self.shards.iter().try_for_each(MappedFile::refuse_changed)
     }
 
-    fn add_shard(&mut self, name: &str, tensors: &mut BTreeMap<String, TensorInfo>) -> Result<()> {
+    /// Adds the tensors of a file; of two of one name the later file's counts, as in transformers.
+    fn add_shard(
+        &mut self,
+        name: &str,
+        tensors: &mut BTreeMap<String, TensorInfo>,
+        overlaid: &mut Overlaid,
+    ) -> Result<()> {
         let path = self.path.join(name);
         let map = MappedFile::open(&path)?;
+        super::refuse_repeated_names(&map).at(&path)?;
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| explain(error, &map)).at(&path)?;
         let data = 8 + header;
         let shard = self.shards.len();
         for (tensor, info) in metadata.tensors() {
             let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
-            if let Some(earlier) = self.places.insert(tensor.clone(), Place { shard, start, end }) {
-                return Err(Error::invalid(format!(
-                    "tensor `{tensor}` is also in `{}`; one of the two files does not belong here",
-                    self.shards[earlier.shard].path().display()
-                )))
-                .at(&path);
-            }
             let info = TensorInfo {
                 name: tensor.clone(),
                 shape: info.shape.clone(),
                 dtype: StoredType::from(info.dtype),
             };
-            tensors.insert(tensor, info);
+            let earlier = self.places.insert(tensor.clone(), Place { shard, start, end });
+            let earlier = earlier.zip(tensors.insert(tensor.clone(), info));
+            overlaid.entry(tensor).or_default().extend(earlier);
         }
         self.shards.push(map);
+        overlaid.retain(|_, earlier| !earlier.is_empty());
         Ok(())
     }
 
@@ -116,6 +129,47 @@ impl Folder {
         };
         Err(Error::invalid(format!("tensor `{name}` should be in `{shard}`, but is not there{more}"))
             .with_hint("the index and the shards are of different models, or a shard is incomplete; fetch them again"))
+        .at(self.path.join(shard))
+    }
+
+    /// Refuses shards of which the index names one for a tensor and transformers reads another, with other values.
+    fn check_overlaid(
+        &mut self,
+        overlaid: &Overlaid,
+        promised: &BTreeMap<String, String>,
+        tensors: &BTreeMap<String, TensorInfo>,
+    ) -> Result<()> {
+        let Some(first) = overlaid.keys().next() else { return Ok(()) };
+        for (name, earlier) in overlaid {
+            let last = self.places[name];
+            let is_named =
+                |place: &Place| promised.get(name).is_some_and(|named| *named == self.file_name(place));
+            let Some((place, info)) = earlier.iter().find(|(place, _)| is_named(place)) else { continue };
+            if *info == tensors[name] && self.bytes_at(place) == self.bytes_at(&last) {
+                continue;
+            }
+            let (named, last) = (self.file_name(place), self.file_name(&last));
+            return Err(Error::invalid(format!(
+                "tensor `{name}` should be in `{named}`, and `{last}` has another one of that name, which transformers reads"
+            ))
+            .with_hint(format!("name `{last}` for it in the index, or take it out of `{last}`")));
+        }
+        let (name, last) = (first, self.file_name(&self.places[first]));
+        let what = match overlaid.len() {
+            1 => format!("tensor `{name}` is in several files and is read from `{last}`"),
+            many => format!("{many} tensors are in several files; `{name}` is read from `{last}`"),
+        };
+        self.warnings.push(format!("{what}, the last by name, as in transformers"));
+        Ok(())
+    }
+
+    fn file_name(&self, place: &Place) -> String {
+        let name = self.shards[place.shard].path().file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    fn bytes_at(&self, place: &Place) -> &[u8] {
+        &self.shards[place.shard][place.start..place.end]
     }
 }
 

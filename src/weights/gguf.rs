@@ -14,8 +14,8 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::mapped::MappedFile;
-use super::{StoredType, TensorInfo, convert};
-use crate::error::{Context, Error, Result, caught};
+use super::{StoredType, TensorInfo, convert, gguf_header};
+use crate::error::{Context, Error, Result};
 
 /// The metadata of a GGUF file.
 pub type GgufMetadata = HashMap<String, Value>;
@@ -152,13 +152,9 @@ fn read_header(map: &[u8]) -> Result<Content> {
         return Err(Error::invalid("does not begin with `GGUF`")
             .with_hint("give a .gguf file, or the folder of a model"));
     }
-    // candle divides by the alignment that the file states, which may be zero.
-    let read = caught(|| Content::read(&mut Cursor::new(map)));
-    match read {
-        Ok(Ok(content)) => Ok(content),
-        Ok(Err(error)) => Err(explain(&error)),
-        Err(_) => Err(Error::invalid("the header states an impossible alignment")),
-    }
+    // candle divides by the alignment that the file states, and of two entries of one name it keeps the last.
+    gguf_header::check(map)?;
+    Content::read(&mut Cursor::new(map)).map_err(|error| explain(&error))
 }
 
 /// First and last byte of a tensor.
@@ -206,8 +202,7 @@ fn explain(error: &candle_core::Error) -> Error {
     let message = error.to_string();
     let message = message.lines().next().unwrap_or_default();
     let Some((_, number)) = message.split_once("unknown dtype for tensor ") else {
-        return Error::invalid(format!("not a readable GGUF file: {message}"))
-            .with_hint("a download or copy may have been cut short; fetch the file again");
+        return gguf_header::unreadable(message.to_string());
     };
     let name = LATER.iter().find(|(code, _)| *code == number.trim()).map_or(number, |(_, name)| name);
     Error::invalid(format!(

@@ -18,20 +18,21 @@ mod digest;
 mod finite;
 mod folder;
 mod gguf;
+mod gguf_header;
 mod gguf_text;
+mod header;
 mod hub;
 mod mapped;
 pub mod output;
 mod shards;
+mod tensor;
 mod text;
 mod tokenizer;
 mod write;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
@@ -39,88 +40,15 @@ use crate::error::{Context, Error, Result, nearest};
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
+pub use header::refuse_repeated_names;
 pub use hub::{HubSettings, OnProgress, report_downloads};
 pub use mapped::mapped_path_at;
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
 };
+pub use tensor::{StoredType, TensorInfo};
 pub use text::{TextFiles, is_companion};
 pub use write::{Staged, remove_folder, remove_stale, write_atomic};
-
-/// A tensor as its file has it, without its values.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// The name in the file.
-    pub name: String,
-    /// The shape, rows first.
-    pub shape: Vec<usize>,
-    /// How the values are stored.
-    pub dtype: StoredType,
-}
-
-impl TensorInfo {
-    /// How many values there are.
-    #[must_use]
-    pub fn num_values(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// How many bytes the values take in the file.
-    #[must_use]
-    pub fn size_in_bytes(&self) -> usize {
-        match self.dtype {
-            StoredType::Float(dtype) => self.num_values() * dtype.size_in_bytes(),
-            StoredType::Quantized(dtype) => self.num_values() / dtype.block_size() * dtype.type_size(),
-            StoredType::Other(dtype) => self.num_values() * dtype.bitsize() / 8,
-        }
-    }
-}
-
-/// How values are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StoredType {
-    /// f32, f16 or bf16: what can be read as it is.
-    Float(DType),
-    /// One of ggml's block formats.
-    Quantized(GgmlDType),
-    /// What a safetensors file may hold besides: copied, never read.
-    Other(safetensors::Dtype),
-}
-
-impl StoredType {
-    /// The type in a safetensors file; quantized values have none.
-    #[must_use]
-    pub fn safetensors(self) -> Option<safetensors::Dtype> {
-        match self {
-            Self::Float(DType::F32) => Some(safetensors::Dtype::F32),
-            Self::Float(DType::F16) => Some(safetensors::Dtype::F16),
-            Self::Float(DType::BF16) => Some(safetensors::Dtype::BF16),
-            Self::Other(dtype) => Some(dtype),
-            Self::Float(_) | Self::Quantized(_) => None,
-        }
-    }
-}
-
-impl From<safetensors::Dtype> for StoredType {
-    fn from(dtype: safetensors::Dtype) -> Self {
-        match dtype {
-            safetensors::Dtype::F32 => Self::Float(DType::F32),
-            safetensors::Dtype::F16 => Self::Float(DType::F16),
-            safetensors::Dtype::BF16 => Self::Float(DType::BF16),
-            other => Self::Other(other),
-        }
-    }
-}
-
-impl fmt::Display for StoredType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Float(dtype) => f.write_str(dtype.as_str()),
-            Self::Quantized(dtype) => f.write_str(&format!("{dtype:?}").to_lowercase()),
-            Self::Other(dtype) => f.write_str(&dtype.to_string().to_lowercase()),
-        }
-    }
-}
 
 /// An open checkpoint: names, shapes and types are known, values are read when asked for.
 #[derive(Debug)]
@@ -241,6 +169,15 @@ impl Checkpoint {
             std::fs::copy(&file, &copy).at(&copy)?;
         }
         Ok(())
+    }
+
+    /// What the user should know of how the files are read.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        match &self.store {
+            Store::Folder(folder) => &folder.warnings,
+            Store::Gguf(_) => &[],
+        }
     }
 
     /// Every tensor, by its name in the file.

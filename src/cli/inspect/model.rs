@@ -27,6 +27,8 @@ pub(super) struct Model {
     /// Bytes on disk by the type they are stored as.
     stored: BTreeMap<String, u64>,
     chat_template: bool,
+    /// How its files are understood where they say several things.
+    warnings: Vec<String>,
     /// Why it cannot be used as it is.
     problems: Vec<String>,
 }
@@ -87,6 +89,7 @@ impl Model {
             tensors: pretrained.checkpoint().tensors().len(),
             stored,
             chat_template,
+            warnings: pretrained.warnings().to_vec(),
             problems: problems.map(|error| error.to_string()).collect(),
         })
     }
@@ -161,6 +164,7 @@ impl Display for Model {
         for group in &self.linears {
             row(f, &group.name, group)?;
         }
+        self.warnings.iter().try_for_each(|warning| row(f, "warning", warning))?;
         self.problems.iter().try_for_each(|problem| row(f, "problem", problem))
     }
 }

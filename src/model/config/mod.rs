@@ -237,16 +237,17 @@ impl DecoderConfig {
 }
 
 impl AttentionConfig {
-    /// Columns of q: all query heads side by side.
+    /// Columns of q: all query heads side by side. A product that is too large for the type stays the largest number, which
+    /// no tensor has.
     #[must_use]
     pub fn q_width(&self) -> usize {
-        self.num_heads * self.head_dim
+        self.num_heads.saturating_mul(self.head_dim)
     }
 
-    /// Columns of k and of v.
+    /// Columns of k and of v, bounded in the same way.
     #[must_use]
     pub fn kv_width(&self) -> usize {
-        self.num_kv_heads * self.head_dim
+        self.num_kv_heads.saturating_mul(self.head_dim)
     }
 
     /// Values in the weights of the norms of q and k, where there are any.

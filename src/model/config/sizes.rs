@@ -1,6 +1,11 @@
-//! How much of what a layer has, for the prediction of memory.
+//! How much of what a layer has, for the prediction of memory, and the bound below which all of it can be computed.
 
-use super::{FeedForwardConfig, LayerConfig, Projection};
+use super::{DecoderConfig, FeedForwardConfig, LayerConfig, Projection};
+use crate::error::{Error, Result};
+
+/// Weights of the largest configuration that is read, some hundred times the largest model: bytes of anything that is
+/// computed from so many fit into 64 bits.
+const MOST_VALUES: u128 = 1 << 48;
 
 /// What a token takes in a feed-forward network.
 pub(in crate::model) struct Widths {
@@ -48,5 +53,39 @@ impl LayerConfig {
             sizes.push((Projection::Down, hidden, width, copies));
         }
         sizes
+    }
+}
+
+impl DecoderConfig {
+    /// Refuses sizes of which products could not be computed.
+    pub(in crate::model) fn refuse_excess(&self) -> Result<()> {
+        let hidden = self.hidden_size as u128;
+        let layers = self.layers.iter().map(|layer| layer.num_values(hidden));
+        let values = layers.fold(2 * self.vocab_size as u128 * hidden, u128::saturating_add);
+        if values <= MOST_VALUES {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "the sizes come to a model of {values} weights, expected at most {MOST_VALUES}"
+        )))
+    }
+}
+
+impl LayerConfig {
+    /// Weights of the linear layers, in numbers that do not wrap.
+    fn num_values(&self, hidden: u128) -> u128 {
+        let product =
+            |numbers: &[u128]| numbers.iter().fold(1, |product: u128, n| product.saturating_mul(*n));
+        let heads = 2 * (self.attention.num_heads as u128 + self.attention.num_kv_heads as u128);
+        let attention = product(&[heads, self.attention.head_dim as u128, hidden]);
+        let feed_forward = match &self.feed_forward {
+            FeedForwardConfig::Dense { width, .. } => product(&[3, *width as u128, hidden]),
+            FeedForwardConfig::Sparse(moe) => {
+                let shared = moe.shared.map_or(0, |shared| shared.width as u128);
+                let experts = product(&[moe.experts as u128, 3 * moe.width as u128 + 1, hidden]);
+                experts.saturating_add(product(&[3 * shared, hidden]))
+            }
+        };
+        attention.saturating_add(feed_forward)
     }
 }

@@ -3,17 +3,22 @@
 
 use serde_json::{Map, Value};
 
+use super::capacity::Capacity;
 use crate::error::{Error, Result, nearest};
 use crate::model::config::{
-    Activation, AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, Multipliers, RotaryConfig,
-    RotaryScaling,
+    Activation, AttentionConfig, DecoderConfig, FeedForwardConfig, LayerConfig, Multipliers,
 };
 
 /// The fields of a `config.json`.
 pub(super) struct Fields<'a> {
-    map: &'a Map<String, Value>,
+    pub(super) map: &'a Map<String, Value>,
     model_type: &'a str,
+    /// What the model's files can hold.
+    pub(super) capacity: Capacity,
 }
+
+/// No count of a model is larger, so that the product of two can be computed.
+pub(super) const LARGEST_COUNT: usize = 1 << 31;
 
 /// The defaults that differ from family to family: what its configuration class has where a file says nothing.
 pub(super) struct Defaults {
@@ -42,11 +47,11 @@ impl Default for Defaults {
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn new(config: &'a Value, model_type: &'a str) -> Result<Self> {
+    pub(super) fn new(config: &'a Value, model_type: &'a str, capacity: Capacity) -> Result<Self> {
         let map = config
             .as_object()
             .ok_or_else(|| Error::invalid(format!("expected a JSON object, found {}", shorten(config))))?;
-        Ok(Self { map, model_type })
+        Ok(Self { map, model_type, capacity })
     }
 
     /// The field, unless it is absent or null.
@@ -69,19 +74,16 @@ impl<'a> Fields<'a> {
     /// A positive integer, where the file has one.
     pub(super) fn optional_count(&self, name: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(name) else { return Ok(None) };
-        match value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0) {
-            Some(n) => Ok(Some(n)),
-            None => Err(wrong(name, "a positive integer", value)),
+        match count_of(name, value)? {
+            Some(n) if n > 0 => Ok(Some(n)),
+            _ => Err(wrong(name, "a positive integer", value)),
         }
     }
 
     /// An integer that may be zero.
     pub(super) fn index(&self, name: &str, default: usize) -> Result<usize> {
         let Some(value) = self.get(name) else { return Ok(default) };
-        value
-            .as_u64()
-            .and_then(|n| usize::try_from(n).ok())
-            .ok_or_else(|| wrong(name, "an integer of at least zero", value))
+        count_of(name, value)?.ok_or_else(|| wrong(name, "an integer of at least zero", value))
     }
 
     /// A flag.
@@ -117,6 +119,8 @@ impl<'a> Fields<'a> {
                 "a head must have an even width for rotary embedding, found {head_dim}"
             )));
         }
+        let num_layers = self.count("num_hidden_layers")?;
+        self.capacity.refuse_layers("num_hidden_layers", num_layers)?;
         let max_position_embeddings =
             self.optional_count("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
         let layer = LayerConfig {
@@ -139,9 +143,10 @@ impl<'a> Fields<'a> {
         Ok(DecoderConfig {
             vocab_size: self.count("vocab_size")?,
             hidden_size,
-            layers: vec![layer; self.count("num_hidden_layers")?],
-            norm_eps: number(self.get("rms_norm_eps"), "rms_norm_eps")?.unwrap_or(defaults.norm_eps),
-            rotary: self.rotary(max_position_embeddings, defaults)?,
+            layers: vec![layer; num_layers],
+            norm_eps: bounded(self.get("rms_norm_eps"), "rms_norm_eps", 1e-12, 0.1)?
+                .unwrap_or(defaults.norm_eps),
+            rotary: self.rotary(max_position_embeddings, head_dim, defaults)?,
             tie_word_embeddings: self.flag("tie_word_embeddings", false)?,
             max_position_embeddings,
             multipliers: Multipliers::NONE,
@@ -188,67 +193,6 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// `rope_parameters` as transformers 5 writes it, or `rope_theta` and `rope_scaling` as it did before.
-    fn rotary(&self, max_position_embeddings: usize, defaults: &Defaults) -> Result<RotaryConfig> {
-        const KNOWN: [&str; 3] = ["default", "linear", "llama3"];
-        let (field, value) = match self.get("rope_parameters") {
-            Some(value) => ("rope_parameters", Some(value)),
-            None => ("rope_scaling", self.get("rope_scaling")),
-        };
-        let empty = Map::new();
-        let scaling = match value {
-            None => &empty,
-            Some(Value::Object(map)) => map,
-            Some(other) => return Err(wrong(field, "a table", other)),
-        };
-        let entry = |name: &str| scaling.get(name).filter(|value| !value.is_null());
-        let required = |name: &str| {
-            number(entry(name), &format!("{field}.{name}"))?
-                .ok_or_else(|| Error::invalid(format!("`{field}.{name}` is missing")))
-        };
-        if let Some(nested) = scaling.values().find(|value| value.is_object()) {
-            return Err(wrong(field, "one set of values for all layers", nested));
-        }
-        let mut share = defaults.rotary_share.unwrap_or(1.0);
-        // The value among the rope parameters is the one that counts.
-        for value in [self.get("partial_rotary_factor"), entry("partial_rotary_factor")].into_iter().flatten()
-        {
-            share = match value.as_f64() {
-                Some(found) if found == 1.0 => found,
-                Some(found) if defaults.rotary_share.is_some() && found > 0.0 && found < 1.0 => found,
-                _ if defaults.rotary_share.is_some() => {
-                    return Err(wrong("partial_rotary_factor", "above 0 and at most 1", value));
-                }
-                _ => return Err(wrong("partial_rotary_factor", "1, the only value supported", value)),
-            };
-        }
-        let theta = match number(entry("rope_theta"), "rope_theta")? {
-            Some(theta) => theta,
-            None => number(self.get("rope_theta"), "rope_theta")?.unwrap_or(defaults.theta),
-        };
-        let scaling = match entry("rope_type").or_else(|| entry("type")) {
-            None => RotaryScaling::None,
-            Some(kind) => match kind.as_str() {
-                Some("default") => RotaryScaling::None,
-                Some("linear") => RotaryScaling::Linear { factor: required("factor")? },
-                Some("llama3") => {
-                    let original = match self.get("original_max_position_embeddings") {
-                        Some(value) => number(Some(value), "original_max_position_embeddings")?,
-                        None => number(entry("original_max_position_embeddings"), field)?,
-                    };
-                    RotaryScaling::Llama3 {
-                        factor: required("factor")?,
-                        low_freq_factor: required("low_freq_factor")?,
-                        high_freq_factor: required("high_freq_factor")?,
-                        original_length: original.unwrap_or(max_position_embeddings as f64),
-                    }
-                }
-                _ => return Err(unsupported(&format!("{field}.rope_type"), kind, &KNOWN)),
-            },
-        };
-        Ok(RotaryConfig { theta, scaling, share })
-    }
-
     /// Fields that change what the layers compute, in ways that this crate has no code for.
     fn refuse_unknown_mathematics(&self) -> Result<()> {
         if let Some(value) = self.get("quantization_config") {
@@ -266,6 +210,36 @@ pub(super) fn number(value: Option<&Value>, name: &str) -> Result<Option<f64>> {
     match value.as_f64().filter(|number| *number > 0.0 && number.is_finite()) {
         Some(number) => Ok(Some(number)),
         None => Err(wrong(name, "a positive number", value)),
+    }
+}
+
+/// A number between two that no model has a reason to go beyond, where there is one.
+pub(super) fn bounded(value: Option<&Value>, name: &str, least: f64, most: f64) -> Result<Option<f64>> {
+    match (number(value, name)?, value) {
+        (Some(number), Some(value)) if !(least..=most).contains(&number) => {
+            Err(wrong(name, &format!("from {} to {}", short(least), short(most)), value))
+        }
+        (number, _) => Ok(number),
+    }
+}
+
+/// A number without a row of zeros.
+fn short(number: f64) -> String {
+    if (1e-3..1e6).contains(&number) { number.to_string() } else { format!("{number:e}") }
+}
+
+/// What something is multiplied with, where there is a number.
+pub(super) fn multiplier(value: Option<&Value>, name: &str) -> Result<Option<f64>> {
+    bounded(value, name, 1e-6, 1e6)
+}
+
+/// An integer of at least zero; `None`: it is something else.
+fn count_of(name: &str, value: &Value) -> Result<Option<usize>> {
+    let is_integer = value.as_number().is_some_and(|number| number.is_u64());
+    match value.as_u64().and_then(|n| usize::try_from(n).ok()) {
+        Some(n) if n <= LARGEST_COUNT => Ok(Some(n)),
+        _ if is_integer => Err(wrong(name, &format!("at most {LARGEST_COUNT}"), value)),
+        _ => Ok(None),
     }
 }
 

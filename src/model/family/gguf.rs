@@ -7,7 +7,8 @@ use candle_core::quantized::gguf_file::Value as Entry;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::fields::unsupported;
+use super::capacity::Capacity;
+use super::fields::{LARGEST_COUNT, unsupported};
 use crate::error::{Error, Result};
 use crate::weights::{Checkpoint, GgufMetadata};
 
@@ -84,7 +85,11 @@ pub(in crate::model) fn restore_blocks(blocks: &[u8], rows: usize, heads: usize)
 }
 
 /// The `config.json` that the metadata amounts to.
-pub(in crate::model) fn config(checkpoint: &Checkpoint, metadata: &GgufMetadata) -> Result<Value> {
+pub(in crate::model) fn config(
+    checkpoint: &Checkpoint,
+    metadata: &GgufMetadata,
+    capacity: &Capacity,
+) -> Result<Value> {
     const KNOWN: [(&str, &str); 3] =
         [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")];
     let name = architecture(metadata);
@@ -119,13 +124,15 @@ pub(in crate::model) fn config(checkpoint: &Checkpoint, metadata: &GgufMetadata)
         None => return Err(Error::invalid("has no tensor `token_embd.weight`")),
     };
     let length = keys.required("context_length")?;
+    let layers = keys.required("block_count")?;
+    capacity.refuse_layers(&format!("{name}.block_count"), layers)?;
     let mut config = json!({
         "architectures": [class],
         "model_type": name,
         "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": keys.required("feed_forward_length")?,
-        "num_hidden_layers": keys.required("block_count")?,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": keys.optional("attention.head_count_kv")?.unwrap_or(heads),
         "head_dim": head_dim,
@@ -249,7 +256,11 @@ impl Keys<'_> {
             entry => count(entry),
         };
         match found {
-            Some(count) => Ok(Some(count)),
+            Some(count) if count <= LARGEST_COUNT => Ok(Some(count)),
+            Some(count) => Err(Error::invalid(format!(
+                "`{}.{key}` must be at most {LARGEST_COUNT}, found `{count}`",
+                self.architecture
+            ))),
             None => Err(Error::invalid(format!(
                 "`{}.{key}` must be a number of at least zero, the same for all layers",
                 self.architecture

@@ -1,7 +1,7 @@
 //! GLM 4 with experts: sigmoid scores and a bias that only the choice sees, shared experts without a gate, dense first
 //! layers, part of each head rotated.
 
-use super::fields::{Defaults, Fields, number};
+use super::fields::{Defaults, Fields, multiplier};
 use super::sparse::{Keys, NAMES, place};
 use crate::error::{Error, Result};
 use crate::model::config::{DecoderConfig, MoeConfig, MoeNames, QkNorm, Scoring, SharedConfig};
@@ -37,7 +37,7 @@ pub(super) fn read(fields: &Fields<'_>) -> Result<DecoderConfig> {
     let moe = MoeConfig {
         scoring: Scoring::Sigmoid,
         renormalise: fields.flag("norm_topk_prob", true)?,
-        scale: number(fields.get("routed_scaling_factor"), "routed_scaling_factor")?.unwrap_or(1.0),
+        scale: multiplier(fields.get("routed_scaling_factor"), "routed_scaling_factor")?.unwrap_or(1.0),
         selection_bias: true,
         shared: (shared > 0).then_some(SharedConfig { width: shared * moe.width, gated: false }),
         names: GLM_NAMES,

@@ -1,7 +1,7 @@
 //! Granite with experts: multipliers on the residual stream, softmax over the chosen logits, experts stored in one
 //! tensor; in the `shared` variant an expert for every token.
 
-use super::fields::{Defaults, Fields, number};
+use super::fields::{Defaults, Fields, multiplier};
 use super::sparse::{Keys, NAMES, place};
 use crate::error::Result;
 use crate::model::config::{
@@ -27,7 +27,7 @@ const GRANITE_NAMES: MoeNames = MoeNames {
 
 pub(super) fn read(fields: &Fields<'_>, may_share: bool) -> Result<DecoderConfig> {
     let mut config = fields.decoder(&Defaults::default())?;
-    let multiplier = |name: &str| Ok::<_, crate::Error>(number(fields.get(name), name)?.unwrap_or(1.0));
+    let multiplier = |name: &str| Ok::<_, crate::Error>(multiplier(fields.get(name), name)?.unwrap_or(1.0));
     config.multipliers = Multipliers {
         embedding: multiplier("embedding_multiplier")?,
         residual: multiplier("residual_multiplier")?,

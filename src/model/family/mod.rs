@@ -1,6 +1,7 @@
 //! Families: `config.json` to [`DecoderConfig`], one file each, and the names and layout that GGUF
 //! files use. Nothing else in this crate names a vendor.
 
+mod capacity;
 mod fields;
 pub(super) mod gguf;
 mod glm4_moe;
@@ -14,12 +15,14 @@ mod qwen2;
 mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
+mod rotary;
 mod sparse;
 
 use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::model::config::DecoderConfig;
+pub(super) use capacity::{Capacity, layer_of};
 use fields::{Fields, unsupported};
 pub use mixture::{Layout, MixtureFormat, MixtureShape};
 pub(super) use sparse::ACTIVE;
@@ -41,12 +44,17 @@ pub const SUPPORTED: [&str; 11] = [
 
 /// Reads a `config.json`; the only place that looks at `model_type`.
 pub fn read(config: &Value) -> Result<DecoderConfig> {
+    read_within(config, &Capacity::MOST)
+}
+
+/// Reads the `config.json` of files that can hold no more than `capacity`.
+pub(super) fn read_within(config: &Value, capacity: &Capacity) -> Result<DecoderConfig> {
     let Some(model_type) = config.get("model_type") else {
         return Err(Error::invalid("`model_type` is missing")
             .with_hint("give the folder of a causal language model as transformers saves it"));
     };
     let name = model_type.as_str().unwrap_or_default();
-    let fields = Fields::new(config, name)?;
+    let fields = Fields::new(config, name, *capacity)?;
     let mut config = match name {
         "llama" => llama::read(&fields),
         "mistral" => mistral::read(&fields),
@@ -61,6 +69,13 @@ pub fn read(config: &Value) -> Result<DecoderConfig> {
         "granitemoeshared" => granitemoe::read(&fields, true),
         _ => Err(unsupported("model_type", model_type, &SUPPORTED)),
     }?;
+    capacity.refuse_all_experts(&config)?;
+    config.refuse_excess()?;
     sparse::read_exponents(&fields, &mut config)?;
     Ok(config)
+}
+
+/// What a `config.json` says twice and not alike, and which of the two counts.
+pub(super) fn warnings(config: &Value) -> Vec<String> {
+    rotary::warnings(config)
 }

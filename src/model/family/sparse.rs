@@ -1,5 +1,7 @@
 //! What the sparse families share: numbers of experts that fit each other, and which layers have any.
 
+use std::collections::BTreeSet;
+
 use super::fields::{Fields, wrong};
 use crate::error::{Error, Result};
 use crate::model::config::{
@@ -34,10 +36,11 @@ impl Fields<'_> {
         let count =
             |(name, default): (&str, usize)| Ok::<_, Error>(self.optional_count(name)?.unwrap_or(default));
         // Two names of one field; the newer class writes either.
-        let experts = match self.optional_count("num_local_experts")? {
-            Some(experts) if !self.has(keys.experts.0) => experts,
-            _ => count(keys.experts)?,
+        let (key, experts) = match self.optional_count("num_local_experts")? {
+            Some(experts) if !self.has(keys.experts.0) => ("num_local_experts", experts),
+            _ => (keys.experts.0, count(keys.experts)?),
         };
+        self.capacity.refuse_experts(key, experts)?;
         let active = count((ACTIVE, keys.active))?;
         if active > experts {
             return Err(Error::invalid(format!(
@@ -64,10 +67,11 @@ impl Fields<'_> {
     /// `mlp_only_layers`.
     pub(super) fn sparse_by_step(&self) -> Result<impl Fn(usize) -> bool + use<>> {
         let step = self.optional_count("decoder_sparse_step")?.unwrap_or(1);
-        let mut dense = Vec::new();
+        let mut dense = BTreeSet::new();
         if let Some(value) = self.get("mlp_only_layers") {
             let layer = |value: &serde_json::Value| value.as_u64().and_then(|n| usize::try_from(n).ok());
-            let layers = value.as_array().and_then(|list| list.iter().map(layer).collect::<Option<Vec<_>>>());
+            let layers =
+                value.as_array().and_then(|list| list.iter().map(layer).collect::<Option<BTreeSet<_>>>());
             dense = layers.ok_or_else(|| wrong("mlp_only_layers", "a list of layer numbers", value))?;
         }
         Ok(move |layer: usize| !dense.contains(&layer) && (layer + 1).is_multiple_of(step))
