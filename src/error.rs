@@ -2,7 +2,11 @@
 //!
 //! Messages are lower case, without a full stop, names in backticks; a remedy goes into the hint.
 
+mod files;
+
 use std::path::{Path, PathBuf};
+
+pub(crate) use files::{is_there, open_regular, read_regular, read_regular_text};
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -46,6 +46,8 @@ mod quantized;
 mod recipes;
 /// Bad input is refused with what is wrong and what to do, and leaves nothing behind.
 mod refusals;
+/// Devices, pipes and huge files are refused at once, and nothing from outside of a model gets into a copy of it.
+mod regular;
 /// A killed or interrupted run goes on to the same bits, and leaves nothing half-written.
 mod resume;
 /// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.

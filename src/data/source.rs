@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::conversation::{Conversation, expected, keys, kind};
-use crate::error::{Context, Error, Result, nearest_path};
+use crate::error::{Context, Error, Result, nearest_path, read_regular};
 
 /// A data file of the recipe.
 #[derive(Debug, Clone, PartialEq)]
@@ -68,10 +68,13 @@ pub struct Record {
     pub line: usize,
 }
 
+/// The most bytes of a data file, which is read whole: 64 GiB.
+const LARGEST: u64 = 1 << 36;
+
 /// Reads all records of a file, and says which format they have.
 pub fn read(path: &Path, format: Format) -> Result<(Vec<Record>, Format)> {
-    let bytes = match std::fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+    let bytes = match read_regular(path, LARGEST) {
+        Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
             let hint = match nearest_path(path, Path::is_file) {
                 Some(near) => format!("did you mean `{}`?", near.display()),
                 None => "relative paths are relative to the folder that the command runs in".to_string(),

@@ -36,6 +36,7 @@ pub fn merge(
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Receipt> {
     folder::refuse_base(model, output)?;
+    model.check_companions()?;
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
     let mut done = Progress { done: 0, total: plan.tensors.len() * 2 };

@@ -51,6 +51,7 @@ impl Prepared {
         refuse_occupied(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
+        base.check_companions()?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
         let Settings { method, shared, active, .. } = plan.settings;
         let (neurons, network) = network_of(&base, method)?;

@@ -72,6 +72,7 @@ impl Prepared {
         let name = base.name().to_string();
         plan.mixture.apply(base.config_mut(), &name, plan.seed, plan.trained == Trained::Full)?;
         base.check()?;
+        base.check_companions()?;
         let trained = Trainee::of(plan, &base)?;
         let text = text_of(&base, Some(TRAINING_DATE))?;
         let dtype = plan.model.dtype.of(&base);

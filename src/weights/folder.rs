@@ -8,7 +8,7 @@ use safetensors::tensor::{Metadata, SafeTensors};
 use serde_json::Value;
 
 use super::{StoredType, TensorInfo};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, is_there};
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -38,9 +38,9 @@ impl Folder {
     pub(super) fn open(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
         let mut folder = Self { path: path.to_path_buf(), shards: Vec::new(), places: BTreeMap::new() };
         let mut tensors = BTreeMap::new();
-        if path.join(SINGLE).is_file() {
+        if is_there(&path.join(SINGLE)) {
             folder.add_shard(SINGLE, &mut tensors)?;
-        } else if path.join(INDEX).is_file() {
+        } else if is_there(&path.join(INDEX)) {
             let promised = read_index(&path.join(INDEX))?;
             for shard in promised.values().collect::<BTreeSet<_>>() {
                 folder.add_shard(shard, &mut tensors)?;
@@ -140,7 +140,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
             )))
             .at(path);
         }
-        if !folder.join(shard).is_file() {
+        if !folder.join(shard).exists() {
             return Err(Error::invalid(format!("shard `{shard}`, which holds tensor `{name}`, is missing"))
                 .with_hint("copy or fetch all files of the model"))
             .at(path);

@@ -262,7 +262,7 @@ fn wanted_files(names: &[String]) -> Result<Vec<&str>, Unusable> {
     }
     let in_root = names.iter().map(String::as_str).filter(|name| !name.contains('/'));
     let mut wanted = vec!["config.json"];
-    wanted.extend(in_root.clone().filter(|name| super::text::is_companion(name)));
+    wanted.extend(in_root.clone().filter(|name| super::companion::is_companion(name)));
     if has(super::folder::SINGLE) {
         wanted.push(super::folder::SINGLE);
     } else if has(super::folder::INDEX) {

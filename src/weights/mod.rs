@@ -13,19 +13,20 @@
 //! # Ok::<(), peft::Error>(())
 //! ```
 
+mod companion;
 mod convert;
 mod digest;
 mod folder;
 mod gguf;
 mod gguf_text;
 mod hub;
+mod json;
 mod shards;
 mod text;
 mod write;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
@@ -33,11 +34,12 @@ use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
 use serde_json::Value;
 
-use crate::error::{Context, Error, Result, nearest};
+use crate::error::{Context, Error, Result, is_there, nearest, open_regular};
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
 pub use hub::{HubSettings, OnProgress, report_downloads};
+use json::{LARGEST_JSON, LARGEST_TOKENIZER, read_json, read_json_if_there};
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
 };
@@ -154,7 +156,7 @@ impl Checkpoint {
         } else if path.is_file() && path.extension().is_some_and(|extension| extension == "safetensors") {
             return Err(Error::request(format!("`{source}` is a single file of weights"))
                 .with_hint("give the folder it is in, which has the model's `config.json` too"));
-        } else if path.is_file() {
+        } else if is_there(path) {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
         } else {
@@ -223,7 +225,7 @@ impl Checkpoint {
     /// The files of a folder that belong to a copy with other weights: tokenizer, templates, generation settings.
     pub fn companions(&self) -> Result<Vec<PathBuf>> {
         match &self.store {
-            Store::Folder(folder) => text::companions(&folder.path),
+            Store::Folder(folder) => companion::companions(&folder.path),
             Store::Gguf(_) => Ok(Vec::new()),
         }
     }
@@ -235,9 +237,15 @@ impl Checkpoint {
         }
         for file in self.companions()? {
             let copy = target.join(file.file_name().unwrap_or_default());
-            std::fs::copy(&file, &copy).at(&copy)?;
+            // Not `fs::copy`, which would follow any link, and make a read-only copy of a read-only file.
+            std::fs::write(&copy, companion::read(&file)?).at(&copy)?;
         }
         Ok(())
+    }
+
+    /// Refuses companions that [`Self::write_companions`] would not copy, so that long work does not end with that.
+    pub fn check_companions(&self) -> Result<()> {
+        self.companions()?.iter().try_for_each(|file| companion::read(file).map(drop))
     }
 
     /// Every tensor, by its name in the file.
@@ -361,28 +369,10 @@ impl Checkpoint {
 
 /// Maps a file.
 fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).at(path)?;
+    let file = open_regular(path).at(path)?;
     // SAFETY: the map is read-only. Another process that cuts the file while it is mapped could end this one with a
     // bus error; every program that maps weights takes that risk, and files here are replaced by renaming.
     unsafe { Mmap::map(&file) }.at(path)
-}
-
-/// Reads a JSON file.
-fn read_json(path: &Path) -> Result<Value> {
-    let text = match std::fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::request("there is no such file")
-                .with_hint("give the folder of a model as transformers saves it, with all its files"))
-            .at(path);
-        }
-        read => read.at(path)?,
-    };
-    serde_json::from_slice(&text).at(path)
-}
-
-/// Reads a JSON file, or gives null where there is none.
-fn read_json_if_there(path: &Path) -> Result<Value> {
-    if path.is_file() { read_json(path) } else { Ok(Value::Null) }
 }
 
 /// Drops the pages of a mapped range, so that what was read and converted is not in memory twice.

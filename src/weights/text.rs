@@ -1,11 +1,12 @@
 //! What belongs to the text side of a model: tokenizer, chat template, special tokens.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use crate::error::{Context, Error, Result};
+use super::{LARGEST_JSON, LARGEST_TOKENIZER};
+use crate::error::{Context, Error, Result, is_there, read_regular, read_regular_text};
 
 /// Tokenizer, chat template and special tokens of a model.
 #[derive(Debug, Clone)]
@@ -32,13 +33,13 @@ impl TextFiles {
     /// From a Hugging Face folder. `config` is its `config.json`.
     pub(super) fn from_folder(folder: &Path, config: &Value) -> Result<Self> {
         let path = folder.join("tokenizer.json");
-        if !path.is_file() {
+        if !is_there(&path) {
             return Err(Error::invalid("holds no `tokenizer.json`").with_hint(
                 "load the tokenizer with transformers and save it; that writes `tokenizer.json`",
             ))
             .at(folder);
         }
-        let tokenizer = Tokenizer::from_file(&path)
+        let tokenizer = Tokenizer::from_bytes(read_regular(&path, LARGEST_TOKENIZER).at(&path)?)
             .map_err(|error| Error::invalid(format!("not a readable tokenizer: {error}")))
             .at(&path)?;
         let settings = super::read_json_if_there(&folder.join("tokenizer_config.json"))?;
@@ -48,8 +49,8 @@ impl TextFiles {
 
         // transformers reads the file after the settings, so the file wins.
         let jinja = folder.join("chat_template.jinja");
-        let chat_template = if jinja.is_file() {
-            Some(std::fs::read_to_string(&jinja).at(&jinja)?)
+        let chat_template = if is_there(&jinja) {
+            Some(read_regular_text(&jinja, LARGEST_JSON).at(&jinja)?)
         } else {
             chat_template(&settings).at(folder.join("tokenizer_config.json"))?
         };
@@ -105,36 +106,6 @@ impl TextFiles {
         }
         self
     }
-}
-
-/// Whether a file belongs to a copy of the model with other weights: tokenizer, templates, generation settings.
-pub(super) fn is_companion(name: &str) -> bool {
-    const EXACT: [&str; 7] = [
-        "generation_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-    ];
-    name.starts_with("tokenizer")
-        || name.starts_with("chat_template")
-        || name.ends_with(".jinja")
-        || EXACT.contains(&name)
-}
-
-/// Those files of a folder, sorted.
-pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).at(folder)? {
-        let path = entry.at(folder)?.path();
-        if path.is_file() && path.file_name().and_then(|name| name.to_str()).is_some_and(is_companion) {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
 }
 
 /// A special token: a string, or a table with its `content`.
