@@ -11,6 +11,8 @@ mod commands;
 mod copies;
 /// Conversations, labels and order of training data, as transformers has them.
 mod data;
+/// Bytes from a server that errs or means harm: the token stays at home, nothing is written elsewhere, nothing hangs.
+mod downloads;
 /// The order of experts means nothing, room enough is no limit, idle experts learn nothing; bad mixtures are refused, and
 /// adapters on all experts together are read in every layout.
 mod experts;
