@@ -2,10 +2,14 @@
 //!
 //! Messages are lower case, without a full stop, names in backticks; a remedy goes into the hint.
 
+mod files;
+
 use std::cell::Cell;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
+
+pub(crate) use files::{is_there, open_regular, read_regular, read_regular_text};
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

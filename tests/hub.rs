@@ -132,12 +132,22 @@ fn answer(stream: TcpStream, site: &mut Site) {
     if name.ends_with(".safetensors") && !path.starts_with("/elsewhere/") {
         let head = format!(
             "302 Found\r\nLocation: http://{}/elsewhere/{name}\r\nx-repo-commit: {}\r\nx-linked-etag: \"{name}-tag\"\r\n\
-             Content-Length: 0\r\n",
-            headers["host"], site.commit
+             x-linked-size: {}\r\nContent-Length: 0\r\n",
+            headers["host"],
+            site.commit,
+            bytes.len()
         );
         return send(head, b"");
     }
-    let range = headers["range"].trim_start_matches("bytes=");
+    let Some(range) = headers.get("range").map(|range| range.trim_start_matches("bytes=")) else {
+        let promised = site.short.get(name).copied().unwrap_or(bytes.len());
+        let sent = site.cut.get(name).copied().unwrap_or(promised);
+        let head = format!(
+            "200 OK\r\nContent-Length: {promised}\r\nETag: \"{name}-tag\"\r\nx-repo-commit: {}\r\n",
+            site.commit
+        );
+        return send(head, &bytes[..sent]);
+    };
     let (start, end) = range.split_once('-').unwrap();
     let start: usize = start.parse().unwrap();
     let end = end.parse().map_or(bytes.len(), |end: usize| (end + 1).min(bytes.len()));
@@ -267,7 +277,7 @@ fn what_another_program_has_fetched_is_not_fetched_again() {
     let cache = tempfile::tempdir().unwrap();
     let settings = server.settings(&cache);
     open("org/name", &settings).unwrap();
-    fs::remove_file(settings.cache.join("models--org--name/refs").join(COMMIT)).unwrap();
+    assert!(!settings.cache.join("models--org--name/refs").join(COMMIT).exists());
     server.requests();
     open("org/name", &settings).unwrap();
     assert_eq!(server.requests().len(), 1);
@@ -338,8 +348,11 @@ fn a_part_that_has_all_bytes_is_fetched_anew() {
     let settings = server.settings(&cache);
     let blobs = settings.cache.join("models--org--name/blobs");
     fs::create_dir_all(&blobs).unwrap();
-    // The client makes the name of a part from that of the blob, whose tag here has a point in it.
-    fs::write(blobs.join("model.part"), vec![7; server.site().files["model.safetensors"].len()]).unwrap();
+    fs::write(
+        blobs.join("model.safetensors-tag.part"),
+        vec![7; server.site().files["model.safetensors"].len()],
+    )
+    .unwrap();
     let model = open("org/name", &settings).unwrap();
     model.check().unwrap();
     model.read("model.norm.weight", DType::F32, &Device::Cpu).unwrap();

@@ -15,6 +15,8 @@ mod commands;
 mod copies;
 /// Conversations, labels and order of training data, as transformers has them.
 mod data;
+/// Bytes from a server that errs or means harm: the token stays at home, nothing is written elsewhere, nothing hangs.
+mod downloads;
 /// The order of experts means nothing, room enough is no limit, idle experts learn nothing; bad mixtures are refused, and
 /// adapters on all experts together are read in every layout.
 mod experts;
@@ -60,6 +62,8 @@ mod readings;
 mod recipes;
 /// Bad input is refused with what is wrong and what to do, and leaves nothing behind.
 mod refusals;
+/// Devices, pipes and huge files are refused at once, and nothing from outside of a model gets into a copy of it.
+mod regular;
 /// A killed or interrupted run goes on to the same bits, and leaves nothing half-written.
 mod resume;
 /// What of routers and experts an adapter is, from run to run; what of routing cannot work is refused.

@@ -10,11 +10,14 @@ use super::interrupt::{self, BeginsWithTraining};
 use super::overrides::{lay_over, lay_string};
 use super::terminal::Terminal;
 use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype};
-use crate::error::{Context, Error, Result, nearest};
+use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
 use crate::recipe::{self, Document, Segment, UpcyclePlan, Work, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
+
+/// The most bytes of a recipe: 16 MiB.
+const LARGEST_RECIPE: u64 = 16 << 20;
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
     let plan = match work(&arguments.recipe, arguments.output.as_deref(), terminal)? {
@@ -192,8 +195,8 @@ fn recipe_text(recipe: &str) -> Result<(PathBuf, String)> {
         })
         .at(path);
     }
-    if path.exists() {
-        let text = String::from_utf8(std::fs::read(path).at(path)?)
+    if is_there(path) {
+        let text = String::from_utf8(read_regular(path, LARGEST_RECIPE).at(path)?)
             .map_err(|_| Error::request("not valid UTF-8, expected a recipe in TOML"))
             .at(path)?;
         return Ok((path.to_path_buf(), text));

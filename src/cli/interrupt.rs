@@ -2,8 +2,10 @@
 //! Whichever it was, the exit status is 130: a script has one number to ask for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::terminal::Terminal;
+use super::report::Log;
+use super::terminal::{Terminal, note};
 use crate::error::{Error, Result};
 use crate::train::{Event, Reporter};
 
@@ -11,24 +13,70 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Whether there is something to leave in order.
 static BEGUN: AtomicBool = AtomicBool::new(false);
 
+/// What a signal makes the program say, from the thread that waits for signals.
+type Say = Box<dyn Fn() + Send>;
+
+/// What the one handler of the process says; commands and downloads set it.
+struct Words {
+    /// Whether there is a handler. A process can set one only once.
+    listening: bool,
+    /// What the first signal leads to.
+    promise: Option<Say>,
+    /// What is said where there is nothing to save.
+    nothing: Option<Say>,
+    /// What is said of a download that is cut off, instead of `nothing`.
+    kept: Option<(Log, String)>,
+}
+
+static WORDS: Mutex<Words> = Mutex::new(Words { listening: false, promise: None, nothing: None, kept: None });
+
 /// Listens from now on; `promise` says what the first signal leads to. Before [`begin`] it stops the program at once.
 pub(super) fn listen(terminal: &Terminal, promise: &'static str) -> Result<&'static AtomicBool> {
-    let (say, at_once) =
-        (terminal.note(promise), terminal.note("interrupted before there was anything to save"));
+    let mut words = words();
+    words.promise = Some(Box::new(terminal.note(promise)));
+    words.nothing = Some(Box::new(terminal.note("interrupted before there was anything to save")));
+    handle(&mut words)?;
+    Ok(&INTERRUPTED)
+}
+
+/// Notes what a signal would leave of a download; `None` once the file is whole.
+pub(super) fn keeps(log: Log, text: Option<String>) {
+    let mut words = words();
+    words.kept = text.map(|text| (log, text));
+    // Without a handler the download is kept all the same, and nobody says so.
+    let _ = handle(&mut words);
+}
+
+fn words() -> MutexGuard<'static, Words> {
+    WORDS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn handle(words: &mut Words) -> Result<()> {
+    if std::mem::replace(&mut words.listening, true) {
+        return Ok(());
+    }
     let hangup = Hangup::now();
-    ctrlc::set_handler(move || {
+    ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        if !BEGUN.load(Ordering::SeqCst) {
-            at_once();
-            std::process::exit(130);
+        let words = self::words();
+        // While a download is on its way nothing else is being written, whether work has begun or not.
+        if words.kept.is_none() && BEGUN.load(Ordering::SeqCst) {
+            return words.promise.iter().for_each(|say| say());
         }
-        say();
+        match (&words.kept, &words.nothing) {
+            // The bar, or the `^C` that the terminal echoes, stands where the cursor is.
+            (Some((Log::Auto, text)), _) => note(Log::Auto, format_args!("\n{text}")),
+            (Some((log, text)), _) => note(*log, format_args!("{text}")),
+            (None, Some(say)) => say(),
+            (None, None) => {}
+        }
+        std::process::exit(130);
     })
     .map_err(|error| Error::invalid(format!("cannot listen for Ctrl-C: {error}")))?;
     hangup.restore_if_ignored();
-    Ok(&INTERRUPTED)
+    Ok(())
 }
 
 /// Says that from now on a signal has to wait until things are in order.

@@ -18,7 +18,7 @@ use super::conversation::Conversation;
 pub use super::record::Format;
 use super::value::would_be_missed;
 use super::{container, record};
-use crate::error::{Context, Error, Result, nearest_path};
+use crate::error::{Context, Error, Result, nearest_path, read_regular};
 
 /// A data file of the recipe.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +39,9 @@ pub struct Record {
     /// Its line in the file, counted from one.
     pub line: usize,
 }
+
+/// The most bytes of a data file, which is read whole: 64 GiB.
+const LARGEST: u64 = 1 << 36;
 
 /// What a data file holds.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,8 +86,8 @@ impl Key {
 
 /// Reads all records of a file. Without a format, the first record tells it.
 pub fn read(path: &Path, format: Format) -> Result<Records> {
-    let bytes = match std::fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+    let bytes = match read_regular(path, LARGEST) {
+        Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
             let hint = match nearest_path(path, Path::is_file) {
                 Some(near) => format!("did you mean `{}`?", near.display()),
                 None => "relative paths are relative to the folder that the command runs in".to_string(),

@@ -47,6 +47,7 @@ fn write(
     dtype: Option<DType>,
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Receipt> {
+    model.check_companions()?;
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
     refuse_full_disk(output, plan.bytes(model)?)?;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::plan::MergePlan;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, open_regular};
 use crate::model::Pretrained;
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, StoredType, TensorSpec, write_atomic};
 
@@ -74,7 +74,7 @@ impl<'m> Sink<'m> {
             let to = folder.join(from.file_name().unwrap_or_default());
             // Not `fs::copy`: it would make a read-only copy of a read-only file, and cannot be interrupted.
             let mut file = File::create(&to).at(&to)?;
-            let mut original = File::open(from).at(from)?;
+            let mut original = open_regular(from).at(from)?;
             while std::io::copy(&mut (&mut original).take(PART), &mut file).at(&to)? == PART {
                 go_on()?;
             }
@@ -148,6 +148,6 @@ fn no_place(name: &str) -> Error {
 
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let mut file = File::create(to).at(to)?;
-    std::io::copy(&mut File::open(from).at(from)?, &mut file).at(to)?;
+    std::io::copy(&mut open_regular(from).at(from)?, &mut file).at(to)?;
     Ok(())
 }

@@ -138,6 +138,11 @@ impl Pretrained {
         self.checkpoint.write_companions(folder)
     }
 
+    /// Refuses companions that could not be put into a result.
+    pub fn check_companions(&self) -> Result<()> {
+        self.checkpoint.check_companions()
+    }
+
     /// Writes the `config.json` for weights of another type, and for as many experts of a token as [`Self::config_mut`] has
     /// made it.
     pub fn write_config(&self, folder: &Path, dtype: DType) -> Result<()> {

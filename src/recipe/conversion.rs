@@ -53,6 +53,7 @@ impl Prepared {
         new_folder(&plan.output)?;
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
+        base.check_companions()?;
         let text = text_of(&base, &TemplateVariables::fixed(), SpecialTokens::default())?;
         refuse_same_checkpoints(plan)?;
         let sources: Vec<Pretrained> =

@@ -75,6 +75,7 @@ impl Prepared {
         let name = base.name().to_string();
         plan.mixture.apply(base.config_mut(), &name, plan.seed, plan.trained == Trained::Full)?;
         base.check()?;
+        base.check_companions()?;
         let trained = Trainee::of(plan, &base)?;
         let text = text_of(&base, &plan.data.template, plan.data.special_tokens)?;
         let dtype = plan.model.dtype.of(&base);

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::mapped::MappedFile;
 use super::{StoredType, TensorInfo};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, is_there};
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -42,9 +42,9 @@ impl Folder {
             places: BTreeMap::new(),
         };
         let (mut tensors, mut overlaid) = (BTreeMap::new(), Overlaid::new());
-        if path.join(SINGLE).is_file() {
+        if is_there(&path.join(SINGLE)) {
             folder.add_shard(SINGLE, &mut tensors, &mut overlaid)?;
-        } else if path.join(INDEX).is_file() {
+        } else if is_there(&path.join(INDEX)) {
             let promised = read_index(&path.join(INDEX))?;
             for shard in promised.values().collect::<BTreeSet<_>>() {
                 folder.add_shard(shard, &mut tensors, &mut overlaid)?;
@@ -192,7 +192,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
             )))
             .at(path);
         }
-        if !folder.join(shard).is_file() {
+        if !folder.join(shard).exists() {
             return Err(Error::invalid(format!("shard `{shard}`, which holds tensor `{name}`, is missing"))
                 .with_hint("copy or fetch all files of the model"))
             .at(path);

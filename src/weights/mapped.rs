@@ -4,7 +4,7 @@
 //! with what it was before anything that was computed from it is published, and the addresses of all mapped files are in a
 //! table: a read that fails raises a signal, whose handler knows an address and nothing else.
 
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use memmap2::Mmap;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, open_regular};
 
 /// A read-only view of a file.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub(super) struct MappedFile {
 
 impl MappedFile {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).at(path)?;
+        let file = open_regular(path).at(path)?;
         let identity = Identity::of(&file.metadata().at(path)?);
         // SAFETY: the map is read-only, and files are replaced by renaming here. A file that another process cuts raises a
         // signal, which ends the program; one that it overwrites changes values, never memory of ours, and is noticed by
@@ -214,7 +214,7 @@ mod tests {
             write(&path, 1, 100);
             // Times have steps of some milliseconds.
             let earlier = SystemTime::now() - std::time::Duration::from_secs(60);
-            File::options().write(true).open(&path).unwrap().set_modified(earlier).unwrap();
+            std::fs::File::options().write(true).open(&path).unwrap().set_modified(earlier).unwrap();
             MappedFile::open(&path).unwrap()
         };
         let found = |file: &MappedFile| file.refuse_changed().unwrap_err().to_string();

@@ -13,6 +13,7 @@
 //! # Ok::<(), peft::Error>(())
 //! ```
 
+mod companion;
 mod convert;
 mod digest;
 mod finite;
@@ -22,6 +23,7 @@ mod gguf_header;
 mod gguf_text;
 mod header;
 mod hub;
+mod json;
 mod mapped;
 pub mod output;
 mod shards;
@@ -36,18 +38,20 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use crate::error::{Context, Error, Result, nearest};
+use crate::error::{Context, Error, Result, is_there, nearest};
+pub use companion::is_companion;
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
 pub use header::refuse_repeated_names;
 pub use hub::{HubSettings, OnProgress, report_downloads};
+use json::{LARGEST_JSON, LARGEST_TOKENIZER, read_json, read_json_if_there};
 pub use mapped::mapped_path_at;
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
 };
 pub use tensor::{StoredType, TensorInfo};
-pub use text::{TextFiles, is_companion};
+pub use text::TextFiles;
 pub use write::{Staged, remove_folder, remove_stale, write_atomic};
 
 /// An open checkpoint: names, shapes and types are known, values are read when asked for.
@@ -85,7 +89,7 @@ impl Checkpoint {
         } else if path.is_file() && path.extension().is_some_and(|extension| extension == "safetensors") {
             return Err(Error::request(format!("`{source}` is a single file of weights"))
                 .with_hint("give the folder it is in, which has the model's `config.json` too"));
-        } else if path.is_file() {
+        } else if is_there(path) {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
         } else {
@@ -154,7 +158,7 @@ impl Checkpoint {
     /// The files of a folder that belong to a copy with other weights: tokenizer, templates, generation settings.
     pub fn companions(&self) -> Result<Vec<PathBuf>> {
         match &self.store {
-            Store::Folder(folder) => text::companions(&folder.path),
+            Store::Folder(folder) => companion::companions(&folder.path),
             Store::Gguf(_) => Ok(Vec::new()),
         }
     }
@@ -166,7 +170,8 @@ impl Checkpoint {
         }
         for file in self.companions()? {
             let copy = target.join(file.file_name().unwrap_or_default());
-            std::fs::copy(&file, &copy).at(&copy)?;
+            // Not `fs::copy`, which would follow any link, and make a read-only copy of a read-only file.
+            std::fs::write(&copy, companion::read(&file)?).at(&copy)?;
         }
         Ok(())
     }
@@ -178,6 +183,11 @@ impl Checkpoint {
             Store::Folder(folder) => &folder.warnings,
             Store::Gguf(_) => &[],
         }
+    }
+
+    /// Refuses companions that [`Self::write_companions`] would not copy, so that long work does not end with that.
+    pub fn check_companions(&self) -> Result<()> {
+        self.companions()?.iter().try_for_each(|file| companion::read(file).map(drop))
     }
 
     /// Every tensor, by its name in the file.
@@ -315,22 +325,4 @@ impl Checkpoint {
             Store::Gguf(gguf) => &gguf.path,
         }
     }
-}
-
-/// Reads a JSON file.
-fn read_json(path: &Path) -> Result<Value> {
-    let text = match std::fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::request("there is no such file")
-                .with_hint("give the folder of a model as transformers saves it, with all its files"))
-            .at(path);
-        }
-        read => read.at(path)?,
-    };
-    serde_json::from_slice(&text).at(path)
-}
-
-/// Reads a JSON file, or gives null where there is none.
-fn read_json_if_there(path: &Path) -> Result<Value> {
-    if path.is_file() { read_json(path) } else { Ok(Value::Null) }
 }

@@ -1,11 +1,12 @@
 //! What belongs to the text side of a model: tokenizer, chat template, special tokens.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use crate::error::{Context, Error, Result, caught};
+use super::{LARGEST_JSON, LARGEST_TOKENIZER};
+use crate::error::{Context, Error, Result, caught, is_there, read_regular, read_regular_text};
 
 /// Tokenizer, chat template and special tokens of a model.
 #[derive(Debug, Clone)]
@@ -34,13 +35,14 @@ impl TextFiles {
     /// From a Hugging Face folder. `config` is its `config.json`.
     pub(super) fn from_folder(folder: &Path, config: &Value) -> Result<Self> {
         let path = folder.join("tokenizer.json");
-        if !path.is_file() {
+        if !is_there(&path) {
             return Err(Error::invalid("holds no `tokenizer.json`").with_hint(
                 "load the tokenizer with transformers and save it; that writes `tokenizer.json`",
             ))
             .at(folder);
         }
-        let tokenizer = super::tokenizer::read(&std::fs::read(&path).at(&path)?).at(&path)?;
+        let tokenizer =
+            super::tokenizer::read(&read_regular(&path, LARGEST_TOKENIZER).at(&path)?).at(&path)?;
         let settings = super::read_json_if_there(&folder.join("tokenizer_config.json"))?;
         let special = super::read_json_if_there(&folder.join("special_tokens_map.json"))?;
         let generation = super::read_json_if_there(&folder.join("generation_config.json"))?;
@@ -48,9 +50,9 @@ impl TextFiles {
 
         // transformers reads the file after the settings, so the file wins.
         let jinja = folder.join("chat_template.jinja");
-        let (chat_template, tool_template) = if jinja.is_file() {
+        let (chat_template, tool_template) = if is_there(&jinja) {
             let of_tools = folder.join(TEMPLATES).join("tool_use.jinja");
-            let of_tools = if of_tools.is_file() { Some(read_template(&of_tools)?) } else { None };
+            let of_tools = if is_there(&of_tools) { Some(read_template(&of_tools)?) } else { None };
             (Some(read_template(&jinja)?), of_tools)
         } else {
             chat_templates(&settings).at(folder.join("tokenizer_config.json"))?
@@ -109,37 +111,6 @@ impl TextFiles {
     }
 }
 
-/// Whether a file belongs to a copy of the model with other weights: tokenizer, templates, generation settings.
-#[must_use]
-pub fn is_companion(name: &str) -> bool {
-    const EXACT: [&str; 7] = [
-        "generation_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-    ];
-    name.starts_with("tokenizer")
-        || name.starts_with("chat_template")
-        || name.ends_with(".jinja")
-        || EXACT.contains(&name)
-}
-
-/// Those files of a folder, sorted.
-pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).at(folder)? {
-        let path = entry.at(folder)?.path();
-        if path.is_file() && path.file_name().and_then(|name| name.to_str()).is_some_and(is_companion) {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
-}
-
 /// A special token: a string, or a table with its `content`.
 fn token(settings: &Value, name: &str) -> Option<String> {
     let value = settings.get(name)?;
@@ -160,7 +131,7 @@ fn read_template(path: &Path) -> Result<String> {
         ))
         .at(path);
     }
-    std::fs::read_to_string(path).at(path)
+    read_regular_text(path, LARGEST_JSON).at(path)
 }
 
 /// A template; or of a list of named ones the default, and the one for conversations with tools, as transformers chooses.

@@ -10,7 +10,7 @@ use super::super::config::{Exclude, Init, LoraConfig, Targets};
 use super::super::target::{Placements, few, is_named};
 use super::fields::{Fields, NamesOrText, is_neutral};
 use super::{Provenance, experts};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, read_regular_text};
 
 /// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
 const LARGEST: u64 = 16 << 20;
@@ -73,11 +73,7 @@ pub(super) struct Read {
 
 /// Reads and checks the file.
 pub(super) fn read(path: &Path) -> Result<Read> {
-    let size = std::fs::metadata(path).at(path)?.len();
-    if size > LARGEST {
-        return Err(Error::invalid(format!("has {size} bytes, expected at most {LARGEST}"))).at(path);
-    }
-    parse(&std::fs::read_to_string(path).at(path)?).at(path)
+    parse(&read_regular_text(path, LARGEST).at(path)?).at(path)
 }
 
 fn parse(text: &str) -> Result<Read> {

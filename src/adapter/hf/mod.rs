@@ -21,7 +21,7 @@ use candle_core::{DType, Device, Tensor};
 use super::config::LoraConfig;
 use super::lora::tensor_names;
 use super::target::{Placements, few, place};
-use crate::error::{Error, Result, nearest_path};
+use crate::error::{Error, Result, is_there, nearest_path};
 use crate::model::Pretrained;
 use crate::model::config::DecoderConfig;
 use crate::weights::write_atomic;
@@ -71,12 +71,12 @@ impl Adapter {
     /// Reads the folder; says nothing yet about a model.
     pub fn read(folder: &Path, device: &Device) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
-        if !path.is_file() {
+        if !is_there(&path) {
             return Err(no_adapter(folder));
         }
         let read = config::read(&path)?;
         let path = folder.join(TENSORS_FILE);
-        if !path.exists() {
+        if !is_there(&path) {
             return Err(missing_tensors(folder));
         }
         let tensors::Read { tensors, copies, routers, metadata } =

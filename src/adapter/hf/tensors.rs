@@ -9,11 +9,14 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::super::target::few;
 use super::{EMBEDDING, HEAD};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, read_regular};
 use crate::weights::write_safetensors;
 
 const PREFIX: &str = "base_model.model.";
 const SUFFIXES: [&str; 3] = [".lora_A.weight", ".lora_B.weight", ".lora_B.bias"];
+
+/// The most bytes of an adapter's tensors, which are read whole: 64 GiB.
+const LARGEST: u64 = 1 << 36;
 
 /// Whether the tensor `name` belongs to the layer at `path`.
 pub(super) fn is_of(name: &str, path: &str) -> bool {
@@ -34,7 +37,7 @@ pub(super) struct Read {
 
 /// Every tensor of the file.
 pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<Read> {
-    let bytes = std::fs::read(path).at(path)?;
+    let bytes = read_regular(path, LARGEST).at(path)?;
     let file = SafeTensors::deserialize(&bytes).at(path)?;
     let names = canonical_names(file.names(), lora_bias).at(path)?;
     let (mut tensors, mut copies, mut routers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());

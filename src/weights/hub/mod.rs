@@ -1,17 +1,25 @@
 //! Models from the Hugging Face Hub, by id, into the cache that Python's tools use too.
 //!
 //! A revision is resolved to a commit first, and every file is taken from that commit, so that a model that changes
-//! during a download is never mixed. Only what a model needs is fetched; pickled weights never are.
+//! during a download is never mixed. Only what a model needs is fetched; pickled weights never are. A server is not
+//! trusted: `client` has the rules of its answers, `cache` those of names, and `download` checks the bytes.
+
+mod cache;
+mod client;
+mod download;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use hf_hub::api::Progress;
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use cache::{Repository, check_name, is_commit};
+use client::{Client, Failure, describe, encoded};
+use download::Download;
 
-use crate::error::{Context, Error, Result, nearest_path};
+use crate::error::{Error, Result, nearest_path};
+
+/// The most bytes of the Hub's description of a repository.
+const LARGEST_ANSWER: u64 = 32 << 20;
 
 /// Told about a download: the file, the bytes that are there, and the bytes it will have.
 pub type OnProgress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
@@ -36,6 +44,8 @@ pub struct HubSettings {
     pub token: Option<String>,
     /// Use only what is in the cache.
     pub offline: bool,
+    /// How long a server may say nothing: while connecting, before its answer, and within a file.
+    pub silence: Duration,
     /// Told about downloads.
     pub on_progress: Option<OnProgress>,
 }
@@ -48,6 +58,7 @@ impl std::fmt::Debug for HubSettings {
             .field("cache", &self.cache)
             .field("token", &self.token.as_ref().map(|_| "..."))
             .field("offline", &self.offline)
+            .field("silence", &self.silence)
             .finish_non_exhaustive()
     }
 }
@@ -83,6 +94,7 @@ impl HubSettings {
             cache: get("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
             token,
             offline,
+            silence: Duration::from_secs(30),
             on_progress: None,
         }
     }
@@ -105,13 +117,12 @@ impl HubId {
                 && !word.starts_with(['.', '-'])
                 && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
         };
-        let is_revision = !revision.is_empty() && !revision.contains("..") && !revision.starts_with('/');
+        // Like git's names of branches and tags, which a reference in the cache is a path of.
+        let is_revision = revision.split('/').all(|part| !part.is_empty() && !part.starts_with('.'))
+            && !revision.contains("..")
+            && !revision.contains(|c: char| c.is_control() || r#" ~^:?*[\<>|""#.contains(c));
         (is_word(organisation) && is_word(name) && is_revision)
             .then(|| Self { id: id.to_string(), revision: revision.to_string() })
-    }
-
-    fn at(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.id.clone(), RepoType::Model, revision.to_string())
     }
 }
 
@@ -152,9 +163,9 @@ fn is_below_what_is_here(source: &str) -> bool {
 
 /// The folder of a model in the cache, all of its files there.
 fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
-    let cache = Cache::new(settings.cache.clone());
+    let cache = Repository::new(settings, hub);
     if settings.offline {
-        return cached(&cache, hub).ok_or_else(|| {
+        return cache.cached().ok_or_else(|| {
             Error::request(format!(
                 "`{}` at `{}` is not in the cache, and HF_HUB_OFFLINE is set",
                 hub.id, hub.revision
@@ -162,17 +173,12 @@ fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
             .with_hint("unset HF_HUB_OFFLINE to fetch it, or give a local folder")
         });
     }
-    let api = ApiBuilder::from_cache(cache.clone())
-        .with_endpoint(settings.endpoint.clone())
-        .with_token(settings.token.clone())
-        .with_progress(false)
-        .build()
-        .map_err(|error| Error::invalid(error.to_string()))?;
-    let (commit, names) = match resolve(&api, hub, settings)? {
+    let client = Client::new(settings)?;
+    let (commit, names) = match resolve(&client, hub, settings)? {
         Answer::Revision { commit, names } => (commit, names),
         // Like Python's tools: without a network, what the cache has is good enough.
         Answer::Unreachable(reason) => {
-            return cached(&cache, hub).ok_or_else(|| {
+            return cache.cached().ok_or_else(|| {
                 Error::invalid(format!(
                     "{} cannot be reached ({reason}), and `{}` is not in the cache",
                     settings.endpoint, hub.id
@@ -181,15 +187,15 @@ fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
             });
         }
     };
-    let (repo, local) = (api.repo(hub.at(&commit)), cache.repo(hub.at(&commit)));
     let wanted = wanted_files(&names).map_err(|reason| reason.at(hub, &names))?;
+    wanted.iter().try_for_each(|name| check_name(name))?;
+    let download = Download { client: &client, cache: &cache, settings, id: hub, commit: &commit };
     for name in &wanted {
-        download(&api, &repo, &local, &commit, name, settings)
-            .map_err(|error| denied(error, hub, settings))?;
+        download.file(name).map_err(|failure| explain(failure, hub, settings))?;
     }
     // Only now, so that a reference means that everything is there.
-    cache.repo(hub.at(&hub.revision)).create_ref(&commit).at(&settings.cache)?;
-    Ok(local.pointer_path(&commit))
+    cache.refer(&commit)?;
+    Ok(cache.snapshot(&commit))
 }
 
 /// What the Hub says about a revision.
@@ -198,14 +204,13 @@ enum Answer {
     Unreachable(String),
 }
 
-fn resolve(api: &Api, hub: &HubId, settings: &HubSettings) -> Result<Answer> {
-    let request = api.repo(hub.at(&hub.revision)).info_request();
-    let patience = Some(Duration::from_secs(20));
-    let request = request.config().http_status_as_error(false);
-    let request = request.timeout_resolve(patience).timeout_connect(patience).timeout_recv_response(patience);
-    let mut response = match request.build().call() {
+fn resolve(client: &Client<'_>, hub: &HubId, settings: &HubSettings) -> Result<Answer> {
+    let mut request =
+        client.request(&format!("api/models/{}/revision/{}", hub.id, encoded(&hub.revision)))?;
+    let mut response = match request.answer(0, |_| Ok(())) {
         Ok(response) => response,
-        Err(error) => return Ok(Answer::Unreachable(error.to_string())),
+        Err(Failure::Transport(reason)) => return Ok(Answer::Unreachable(reason)),
+        Err(failure) => return Err(explain(failure, hub, settings)),
     };
     let status = response.status().as_u16();
     match status {
@@ -221,11 +226,40 @@ fn resolve(api: &Api, hub: &HubId, settings: &HubSettings) -> Result<Answer> {
         500.. => return Ok(Answer::Unreachable(format!("status {status}"))),
         _ => return Err(Error::invalid(format!("{} answered {status} for `{}`", settings.endpoint, hub.id))),
     }
-    let info: hf_hub::api::RepoInfo = response.body_mut().read_json().map_err(|error| {
-        Error::invalid(format!("{} sent an unreadable answer: {error}", settings.endpoint))
-    })?;
+    let info = response.body_mut().with_config().limit(LARGEST_ANSWER).read_json();
+    let info: hf_hub::api::RepoInfo = match info {
+        Ok(info) => info,
+        Err(error @ (ureq::Error::Timeout(_) | ureq::Error::Io(_))) => {
+            return Ok(Answer::Unreachable(describe(&error, settings.silence)));
+        }
+        Err(error) => {
+            return Err(Error::invalid(format!("{} sent an unreadable answer: {error}", settings.endpoint)));
+        }
+    };
+    let is_other = is_commit(&hub.revision) && !info.sha.eq_ignore_ascii_case(&hub.revision);
+    if !is_commit(&info.sha) || is_other {
+        let sha: String = info.sha.chars().take(80).collect();
+        return Err(Error::invalid(format!(
+            "{} says that `{}` at `{}` is the commit `{}`, expected 40 hexadecimal digits",
+            settings.endpoint,
+            hub.id,
+            hub.revision,
+            sha.escape_debug()
+        ))
+        .with_hint("the server is broken or means harm; check HF_ENDPOINT"));
+    }
     let names = info.siblings.into_iter().map(|file| file.rfilename).collect();
     Ok(Answer::Revision { commit: info.sha, names })
+}
+
+/// Says what a failed download is to the user.
+fn explain(failure: Failure, hub: &HubId, settings: &HubSettings) -> Error {
+    match failure {
+        Failure::Refused(error) => error,
+        Failure::Denied(status) => forbidden(hub, settings, status),
+        Failure::Transport(text) => Error::invalid(format!("`{}` could not be fetched: {text}", hub.id))
+            .with_hint("try again; what has arrived is kept. Or give a local folder"),
+    }
 }
 
 /// Why a repository's files are no model that can be read.
@@ -262,7 +296,7 @@ fn wanted_files(names: &[String]) -> Result<Vec<&str>, Unusable> {
     }
     let in_root = names.iter().map(String::as_str).filter(|name| !name.contains('/'));
     let mut wanted = vec!["config.json"];
-    wanted.extend(in_root.clone().filter(|name| super::text::is_companion(name)));
+    wanted.extend(in_root.clone().filter(|name| super::companion::is_companion(name)));
     if has(super::folder::SINGLE) {
         wanted.push(super::folder::SINGLE);
     } else if has(super::folder::INDEX) {
@@ -274,59 +308,6 @@ fn wanted_files(names: &[String]) -> Result<Vec<&str>, Unusable> {
     Ok(wanted)
 }
 
-/// Fetches one file unless it is there, and keeps it only if it is whole.
-fn download(
-    api: &Api,
-    repo: &ApiRepo,
-    local: &CacheRepo,
-    commit: &str,
-    name: &str,
-    settings: &HubSettings,
-) -> Result<(), Failure> {
-    if local.pointer_path(commit).join(name).exists() {
-        return Ok(());
-    }
-    let metadata = api.metadata(&repo.url(name)).map_err(Failure::Api)?;
-    let blob = local.blob_path(metadata.etag());
-    let part = blob.with_extension("part");
-    // An interrupted download goes on where it stopped; one that has all bytes or more cannot.
-    if std::fs::metadata(&part).is_ok_and(|part| part.len() >= metadata.size() as u64) {
-        std::fs::remove_file(&part).map_err(|error| Failure::Ours(Error::from(error)))?;
-    }
-    let watch = Watch { name: name.to_string(), done: 0, total: 0, told: settings.on_progress.clone() };
-    let path = repo.download_with_progress(name, watch).map_err(Failure::Api)?;
-    let found = std::fs::metadata(&path).map_err(|error| Failure::Ours(Error::from(error)))?.len();
-    if found == metadata.size() as u64 {
-        return Ok(());
-    }
-    for leftover in [&path, &blob] {
-        std::fs::remove_file(leftover).map_err(|error| Failure::Ours(Error::from(error)))?;
-    }
-    Err(Failure::Ours(
-        Error::invalid(format!("`{name}` came with {found} bytes instead of {}", metadata.size()))
-            .with_hint("try again; the connection was cut"),
-    ))
-}
-
-enum Failure {
-    Api(ApiError),
-    Ours(Error),
-}
-
-fn denied(failure: Failure, hub: &HubId, settings: &HubSettings) -> Error {
-    let error = match failure {
-        Failure::Ours(error) => return error,
-        Failure::Api(error) => error,
-    };
-    // The client's own type for a status is not reachable from here; its words are, and a test holds them.
-    let text = error.to_string();
-    match ["401", "403"].iter().find(|status| text.contains(&format!("http status: {status}"))) {
-        Some(status) => forbidden(hub, settings, status.parse().unwrap_or(403)),
-        None => Error::invalid(format!("`{}` could not be fetched: {text}", hub.id))
-            .with_hint("try again; what has arrived is kept. Or give a local folder"),
-    }
-}
-
 fn forbidden(hub: &HubId, settings: &HubSettings, status: u16) -> Error {
     let error = Error::request(format!(
         "{} does not let {} read `{}` (status {status})",
@@ -335,37 +316,4 @@ fn forbidden(hub: &HubId, settings: &HubSettings, status: u16) -> Error {
         hub.id
     ));
     error.with_hint("check the spelling; for a gated model accept its terms on its page, and set HF_TOKEN to a token that may read it")
-}
-
-/// The folder in the cache, if the model is there as a whole.
-fn cached(cache: &Cache, hub: &HubId) -> Option<PathBuf> {
-    let repo = cache.repo(hub.at(&hub.revision));
-    // A commit that Python's tools fetched by its hash has no reference of its own.
-    let folder = match repo.get("config.json") {
-        Some(config) => config.parent()?.to_path_buf(),
-        None => repo.pointer_path(&hub.revision),
-    };
-    let has = |name: &str| folder.join(name).is_file();
-    let whole = has("config.json") && (has(super::folder::SINGLE) || has(super::folder::INDEX));
-    whole.then_some(folder)
-}
-
-struct Watch {
-    name: String,
-    done: u64,
-    total: u64,
-    told: Option<OnProgress>,
-}
-
-impl Progress for Watch {
-    fn init(&mut self, size: usize, _filename: &str) {
-        (self.done, self.total) = (0, size as u64);
-    }
-    fn update(&mut self, size: usize) {
-        self.done += size as u64;
-        if let Some(told) = &self.told {
-            told(&self.name, self.done, self.total);
-        }
-    }
-    fn finish(&mut self) {}
 }

@@ -1,0 +1,168 @@
+#![cfg(unix)]
+//! Devices, pipes and huge files are refused at once by every reader, and nothing from outside of a model's folder gets
+//! into a copy of it.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use peft::weights::Checkpoint;
+
+use super::place::{Place, told, tree};
+
+/// Puts a link into the place of a file.
+fn relink(path: &Path, target: impl AsRef<Path>) {
+    let _ = fs::remove_file(path);
+    symlink(target, path).unwrap();
+}
+
+fn pipe(path: &Path) {
+    let _ = fs::remove_file(path);
+    assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+/// Exit status and stderr of a command that must neither wait nor swell.
+fn refused(place: &Place, arguments: &[&str]) -> String {
+    let mut command = place.command(arguments);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let begun = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if begun.elapsed() > Duration::from_secs(10) {
+            child.kill().unwrap();
+            panic!("peft {} waits", arguments.join(" "));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let output: Output = child.wait_with_output().unwrap();
+    told(place, &output)
+}
+
+#[test]
+fn every_reader_refuses_devices_pipes_and_huge_files() {
+    const CHECK: &[&str] = &["check", "recipe.toml"];
+    const EVAL: &[&str] = &["eval", "--model", "model", "--adapter", "adapter", "--data", "data.jsonl"];
+    let cases: [(&str, &[&str]); 10] = [
+        ("recipe.toml", CHECK),
+        ("data.jsonl", CHECK),
+        ("model/config.json", CHECK),
+        ("model/model.safetensors", CHECK),
+        ("model/tokenizer.json", CHECK),
+        ("model/tokenizer_config.json", CHECK),
+        ("model/generation_config.json", CHECK),
+        ("model/chat_template.jinja", CHECK),
+        ("adapter/adapter_config.json", EVAL),
+        ("adapter/adapter_model.safetensors", EVAL),
+    ];
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--set", "train.steps=1", "--output", "adapter"]);
+    for (name, arguments) in cases {
+        let path = place.path(name);
+        let original = fs::read(&path).ok();
+        relink(&path, "/dev/zero");
+        let error = refused(&place, arguments);
+        assert!(error.starts_with("exit 1\n"), "{name}: {error}");
+        assert!(
+            error.contains(&format!("{name}: is a character device, expected a regular file")),
+            "{error}"
+        );
+        pipe(&path);
+        let error = refused(&place, arguments);
+        assert!(error.contains(&format!("{name}: is a named pipe, expected a regular file")), "{error}");
+        assert!(error.contains("\nhint: "), "{error}");
+        relink(&path, "nowhere");
+        let error = refused(&place, arguments);
+        assert!(error.contains(&format!("{name}: is a link to `nowhere`, which is not there")), "{error}");
+        fs::remove_file(&path).unwrap();
+        // Weights are mapped, not read, and may have any size.
+        if name != "model/model.safetensors" {
+            fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
+            let error = refused(&place, arguments);
+            assert!(
+                error.contains(&format!("{name}: has 1099511627776 bytes, expected at most ")),
+                "{error}"
+            );
+        }
+        let _ = fs::remove_file(&path);
+        if let Some(original) = original {
+            fs::write(&path, original).unwrap();
+        }
+    }
+    place.run(CHECK);
+}
+
+#[test]
+fn a_link_out_of_the_model_is_not_copied_into_a_result() {
+    let place = Place::new();
+    fs::write(place.path("secret.json"), "{\"key\": 1}").unwrap();
+    let companion = place.path("model/generation_config.json");
+    relink(&companion, "../secret.json");
+    place.run(&["inspect", "model"]);
+    let before = tree(&place.path("."));
+    for command in ["check", "finetune"] {
+        let error = refused(&place, &[command, "recipe.toml"]);
+        assert!(error.starts_with("exit 1\n"), "{error}");
+        let link =
+            "model/generation_config.json: is a link to `../secret.json`, outside of the model's folder";
+        assert!(error.contains(link), "{error}");
+        assert!(error.contains("hint: replace the link with a copy of the file"), "{error}");
+        assert!(tree(&place.path(".")) == before, "`{command}` leaves nothing behind");
+    }
+
+    // What is linked within the folder is the model's, and weights may be anywhere.
+    fs::write(place.path("model/settings.json"), "{}").unwrap();
+    relink(&companion, "settings.json");
+    fs::rename(place.path("model/model.safetensors"), place.path("weights")).unwrap();
+    relink(&place.path("model/model.safetensors"), "../weights");
+    place.run(&["finetune", "recipe.toml", "--set", "train.steps=1"]);
+    assert_eq!(fs::read_to_string(place.path("run/generation_config.json")).unwrap(), "{}");
+    let copied = fs::symlink_metadata(place.path("run/generation_config.json")).unwrap();
+    assert!(copied.is_file());
+
+    let merge = ["merge", "--model", "model", "--adapter", "run", "--output", "merged"];
+    relink(&companion, "../secret.json");
+    let error = refused(&place, &merge);
+    assert!(error.contains("outside of the model's folder"), "{error}");
+    assert!(!place.path("merged").exists());
+    relink(&companion, "settings.json");
+    place.run(&merge);
+    assert!(!fs::symlink_metadata(place.path("merged/model.safetensors")).unwrap().is_symlink());
+}
+
+#[test]
+fn companions_that_are_no_json_are_refused_before_the_work() {
+    let place = Place::new();
+    fs::write(place.path("model/added_tokens.json"), "root:x:0:0").unwrap();
+    let error = refused(&place, &["check", "recipe.toml"]);
+    assert!(error.contains("model/added_tokens.json: not valid JSON: "), "{error}");
+}
+
+#[test]
+fn the_blobs_of_a_hub_cache_belong_to_its_snapshots() {
+    let place = Place::new();
+    let repository = place.path("hub/models--org--name");
+    let snapshot = repository.join("snapshots/0123456789abcdef0123456789abcdef01234567");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir(repository.join("blobs")).unwrap();
+    for entry in fs::read_dir(place.path("model")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        fs::copy(&path, repository.join("blobs").join(format!("{name}-blob"))).unwrap();
+        symlink(format!("../../blobs/{name}-blob"), snapshot.join(name)).unwrap();
+    }
+    let target = place.path("copy");
+    fs::create_dir(&target).unwrap();
+    let checkpoint = Checkpoint::open(snapshot.to_str().unwrap()).unwrap();
+    checkpoint.write_companions(&target).unwrap();
+    assert_eq!(
+        fs::read(target.join("tokenizer.json")).unwrap(),
+        fs::read(place.path("model/tokenizer.json")).unwrap()
+    );
+    // Another repository's blobs are not this one's.
+    fs::create_dir_all(place.path("hub/models--org--other/blobs")).unwrap();
+    fs::write(place.path("hub/models--org--other/blobs/x"), "{}").unwrap();
+    relink(&snapshot.join("tokenizer.json"), "../../../models--org--other/blobs/x");
+    let error = checkpoint.write_companions(&target).unwrap_err().to_string();
+    assert!(error.contains("outside of the model's folder"), "{error}");
+}
