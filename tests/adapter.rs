@@ -114,8 +114,12 @@ fn files_of_a_new_adapter() {
 #[test]
 fn what_changes_the_mathematics_is_refused_by_name() {
     for (name, message, hint) in [
-        ("dora", "`use_dora` is true: DoRA, not supported", None),
-        ("modules_to_save", "`modules_to_save` is [\"lm_head\"]: whole trained modules", None),
+        ("dora", "`use_dora` is true: DoRA, not built yet", Some("merge_and_unload")),
+        (
+            "modules_to_save",
+            "`modules_to_save` is [\"lm_head\"]: whole trained modules",
+            Some("merge_and_unload"),
+        ),
         ("pissa", "`init_lora_weights` is \"pissa\"", Some("path_initial_model_for_weight_conversion")),
         ("pickle", "has `adapter_model.bin`, a pickle", Some("`save_pretrained`")),
     ] {
@@ -188,11 +192,13 @@ fn spellings_in_the_wild_are_read() {
 #[test]
 fn what_peft_lets_pass_is_refused() {
     type Change = fn(&mut Value, &mut BTreeMap<String, Tensor>);
-    let cases: [(Change, &str); 22] = [
+    let cases: [(Change, &str); 24] = [
         (|config, _| config["peft_type"] = json!("IA3"), "`peft_type` is \"IA3\""),
         (|config, _| config["peft_type"] = json!(null), "has no `peft_type`"),
         (|config, _| config["bias"] = json!("all"), "`bias` is \"all\""),
         (|config, _| config["r"] = json!(0), "`r` is 0, expected a whole number above 0"),
+        (|config, _| config["r"] = json!(1_000_000_000), "`r` is 1000000000, expected at most 65536"),
+        (|config, _| config["lora_alpha"] = json!(1e300), "`lora_alpha` is 1e+300, expected at most 1e6"),
         (|config, _| config["use_rslora"] = json!("yes"), "`use_rslora` is \"yes\", expected true or false"),
         (|config, _| config["some_variant"] = json!(true), "`some_variant` is true, which is not known here"),
         (|config, _| config["layer_replication"] = json!([[0, 2]]), "replicated layers"),
@@ -202,7 +208,7 @@ fn what_peft_lets_pass_is_refused() {
                 config["use_dora"] = json!(true);
                 config["alora_invocation_tokens"] = json!([1]);
             },
-            "`use_dora` is true: DoRA, not supported; `alora_invocation_tokens` is [1]: activated LoRA",
+            "`use_dora` is true: DoRA, not built yet; `alora_invocation_tokens` is [1]: activated LoRA",
         ),
         (
             |config, _| {
@@ -253,7 +259,7 @@ fn what_peft_lets_pass_is_refused() {
                 let tensor = Tensor::zeros(8, DType::F32, &Device::Cpu).unwrap();
                 tensors.insert("base_model.model.model.embed_tokens.weight".to_string(), tensor);
             },
-            "`model.embed_tokens.weight` is a whole tensor of the model; trained embeddings are not supported",
+            "`model.embed_tokens.weight` is a whole tensor of the model; trained embeddings and heads are not built yet",
         ),
         (
             |_, tensors| {

@@ -3,6 +3,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use peft::adapter::hf::Adapter;
 use peft::model::config::RotaryScaling;
 use peft::model::{Decoder, Pretrained};
 use serde_json::{Value, json};
@@ -268,23 +269,36 @@ fn types_that_weights_cannot_have_are_the_cause_that_is_told() {
     ");
 }
 
+/// Adds an empty tensor of a name that the file has already.
+fn name_twice(path: &Path, name: &str) {
+    let whole = fs::read(path).unwrap();
+    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    let header = std::str::from_utf8(&whole[8..8 + length]).unwrap().trim_end();
+    let entry = format!(r#""{name}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#);
+    let header = format!("{{{entry},{}", &header[1..]);
+    let twice = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &whole[8 + length..]].concat();
+    fs::write(path, twice).unwrap();
+}
+
 /// JSON readers keep the last of two entries of one name.
 #[test]
 fn a_tensor_named_twice_is_refused() {
     let place = Place::new();
     let path = place.path("model/model.safetensors");
-    let whole = fs::read(&path).unwrap();
-    let length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-    let header = std::str::from_utf8(&whole[8..8 + length]).unwrap().trim_end();
-    let entry = r#""model.norm.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}"#;
-    let header = format!("{{{entry},{}", &header[1..]);
-    let twice = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &whole[8 + length..]].concat();
-    fs::write(&path, twice).unwrap();
+    name_twice(&path, "model.norm.weight");
     insta::assert_snapshot!(refusal(&place, &["inspect", "model"]), @"
     exit 1
     error: model/model.safetensors: the header names tensor `model.norm.weight` twice
     hint: one of the two would be ignored; write the file again with each tensor once
     ");
+    let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama/adapter");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(adapter.join(file), place.path(file)).unwrap();
+    }
+    let name = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight";
+    name_twice(&place.path("adapter_model.safetensors"), name);
+    let error = Adapter::read(&place.path(""), &Device::Cpu).unwrap_err().to_string();
+    assert!(error.contains(&format!("the header names tensor `{name}` twice")), "{error}");
     let nested = format!("{{\"a\":{}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
     fs::write(&path, [&(nested.len() as u64).to_le_bytes()[..], nested.as_bytes()].concat()).unwrap();
     assert!(refusal(&place, &["inspect", "model"]).contains("not a readable safetensors file"));

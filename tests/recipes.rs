@@ -217,7 +217,7 @@ fn numbers_have_largest_values() {
         );
     }
     let weight = SHORTEST.replace("path =", "weight = 1e18, path =");
-    insta::assert_snapshot!(refusal(&weight), @"test.toml:5: `data.train.weight`: expected a number of at most 10000, found `1e18`");
+    insta::assert_snapshot!(refusal(&weight), @"test.toml:5: `data.train.weight`: expected a number of at most 1000, found `1e18`");
 }
 
 #[test]
@@ -562,7 +562,7 @@ fn sources() -> impl Strategy<Value = Vec<Source>> {
         Just(Format::PromptCompletion),
         Just(Format::Text)
     ];
-    let source = (".{1,20}", number(0.01..1e6), format).prop_map(|(path, weight, format)| Source {
+    let source = (".{1,20}", number(0.01..1e3), format).prop_map(|(path, weight, format)| Source {
         path: path.into(),
         weight,
         format,

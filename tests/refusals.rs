@@ -362,11 +362,13 @@ fn ranks_that_cannot_be() {
 fn kinds_of_adapters_that_are_not_built() {
     insta::assert_snapshot!(refused_adapter(&fixture("adapters/dora")), @"
     exit 1
-    error: [fixtures]/adapters/dora/adapter_config.json: `use_dora` is true: DoRA, not supported
+    error: [fixtures]/adapters/dora/adapter_config.json: `use_dora` is true: DoRA, not built yet
+    hint: PEFT can put it into the weights: `model.merge_and_unload()`, save that model, and give it without the adapter
     ");
     insta::assert_snapshot!(refused_adapter(&fixture("adapters/modules_to_save")), @r#"
     exit 1
-    error: [fixtures]/adapters/modules_to_save/adapter_config.json: `modules_to_save` is ["lm_head"]: whole trained modules, not supported
+    error: [fixtures]/adapters/modules_to_save/adapter_config.json: `modules_to_save` is ["lm_head"]: whole trained modules, not built yet
+    hint: PEFT can put it into the weights: `model.merge_and_unload()`, save that model, and give it without the adapter
     "#);
     insta::assert_snapshot!(refused_adapter(&fixture("adapters/pissa")), @r#"
     exit 1

@@ -72,8 +72,13 @@ pub fn attach<'m>(
         let dropout = Dropout { probability: dropout, seed: dropout_seed, module: placement.module };
         linear.low_rank = Some(LowRank { a, b, bias, scale: placement.scale, dropout });
     }
-    match waiting.keys().min() {
+    match waiting.keys().copied().min() {
         None => Ok(trainables),
+        // The decoder applies its head outside the layers that adapters go beside.
+        Some("lm_head") => {
+            Err(Error::invalid("the adapter is on `lm_head`, beside which nothing is computed yet")
+                .with_hint("`peft merge` puts it into the weights; use the merged model without the adapter"))
+        }
         Some(path) => Err(Error::invalid(format!("the model has no linear layer `{path}`"))),
     }
 }

@@ -177,7 +177,7 @@ pub struct SourceRecipe {
     /// A `.jsonl` or `.json` file.
     pub path: PathBuf,
     /// How often each document is seen per epoch.
-    #[serde(default, deserialize_with = "bounds::positive::<_, 10_000>")]
+    #[serde(default, deserialize_with = "bounds::positive::<_, 1000>")]
     pub weight: Option<f64>,
     /// What its records look like.
     pub format: Option<Format>,

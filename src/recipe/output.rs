@@ -78,18 +78,23 @@ impl RunDirectory {
         refuse_unwritable(output).at(output)
     }
 
-    /// Says what a run of `plan` would be refused for, except that it would have to go on with the run that is there; that
-    /// is given as a sentence.
+    /// Refuses what a run of `plan` would be refused for. Where its directory holds a run already, a sentence says whether
+    /// the new one could go on with it: whoever looks at a changed recipe has not chosen another directory yet.
     pub(super) fn foresee(plan: &Plan) -> Result<Option<String>> {
         if !MARKS.iter().any(|name| plan.output.join(name).exists()) {
             return Self::check(plan, false).map(|()| None);
         }
-        Self::check(plan, true)?;
-        Ok(Some(format!(
-            "`{}` holds a run of this recipe already: `peft finetune` goes on with it with `--resume`, or writes to \
-             another folder with `--output`",
-            plan.output.display()
-        )))
+        match Self::check(plan, true) {
+            Ok(()) => Ok(Some(format!(
+                "`{}` holds a run of this recipe already: `peft finetune` goes on with it with `--resume`, or writes to \
+                 another folder with `--output`",
+                plan.output.display()
+            ))),
+            Err(error) if error.exit_code() == 2 => {
+                Ok(Some(format!("`peft finetune` needs another folder with `--output`: {error}")))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Makes the directory where there is none and takes it; removes what a killed run was writing.
@@ -229,16 +234,22 @@ fn refuse_sources(plan: &Plan, output: &Path) -> Result<()> {
 
 /// Of a run that has ended, more steps are another run, which goes on from the result of the first.
 fn name_the_way_on(error: Error, plan: &Plan) -> Error {
-    let lengths = |train: &Value| ["steps", "epochs"].map(|key| train.get(key).map(Value::to_string));
-    let of = |text: String| Some(lengths(text.parse::<Table>().ok()?.get("train")?));
-    let then = fs::read_to_string(plan.output.join(RECIPE)).ok().and_then(of);
-    let now = plan.to_toml().ok().and_then(of);
+    // The recipe without what may differ: how long the run is, and where it is written to.
+    let others = |text: String| -> Option<Table> {
+        let mut recipe: Table = text.parse().ok()?;
+        recipe.remove("output");
+        let train = recipe.get_mut("train")?.as_table_mut()?;
+        ["steps", "epochs"].iter().for_each(|key| drop(train.remove(*key)));
+        Some(recipe)
+    };
+    let then = fs::read_to_string(plan.output.join(RECIPE)).ok().and_then(others);
+    let now = plan.to_toml().ok().and_then(others);
     let output = plan.output.display();
     let (result, key) = match plan.trained {
         Trained::Full => ("config.json", "model.source"),
         Trained::Adapter(_) => ("adapter_config.json", "adapter.from"),
     };
-    if then == now || !plan.output.join(result).is_file() {
+    if then.is_none() || then != now || !plan.output.join(result).is_file() {
         return error;
     }
     error.with_hint(format!(

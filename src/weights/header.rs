@@ -37,12 +37,14 @@ impl<'de> Visitor<'de> for FirstRepeated {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut seen: HashSet<Cow<'de, str>> = HashSet::new();
-        while let Some((name, IgnoredAny)) = map.next_entry::<Name<'de>, IgnoredAny>()? {
-            if let Some(repeated) = seen.replace(name.0) {
-                return Ok(Some(repeated.into_owned()));
+        let mut first = None;
+        // To the end: what is left of a map is an error to its reader.
+        while let Some((Name(name), IgnoredAny)) = map.next_entry::<Name<'de>, IgnoredAny>()? {
+            if let Some(repeated) = seen.replace(name) {
+                first.get_or_insert_with(|| repeated.into_owned());
             }
         }
-        Ok(None)
+        Ok(first)
     }
 }
 
@@ -63,7 +65,7 @@ mod tests {
     #[test]
     fn a_name_counts_as_it_is_read_not_as_it_is_escaped() {
         assert!(refuse_repeated_names(&file(r#"{"a":{},"b":{"a":1},"__metadata__":{"a":"b"}}"#)).is_ok());
-        for twice in [r#"{"a":{},"b":1,"a":{}}"#, r#"{"a":{},"\u0061":{}}"#] {
+        for twice in [r#"{"a":{},"b":1,"a":{},"c":{}}"#, r#"{"a":{},"\u0061":{},"b":1,"b":2}"#] {
             let error = refuse_repeated_names(&file(twice)).unwrap_err();
             assert_eq!(error.to_string(), "the header names tensor `a` twice");
         }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
 use super::super::target::{Placements, few, is_named};
 use super::fields::{Fields, NamesOrText, is_neutral};
-use super::{Provenance, experts};
+use super::{MERGED_FORM, Provenance, experts};
 use crate::error::{Context, Error, Result, read_regular_text};
 
 /// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
@@ -56,6 +56,7 @@ const REFUSED: [(&str, &str); 14] = [
 const CHANGE_THE_BASE: [&str; 6] = ["pissa", "olora", "corda", "lora_ga", "loftq", "kasa"];
 
 const CHANGED_BASE: &str = "the adapter belongs to base weights that were changed";
+const NOT_BUILT: &str = "not built yet";
 const PLAIN_FORM: &str = "save it again from PEFT with `save_pretrained(.., path_initial_model_for_weight_conversion=..)`, \
      which makes a plain LoRA of it";
 
@@ -96,7 +97,7 @@ fn parse(text: &str) -> Result<Read> {
     let targets = fields.targets();
     let config = LoraConfig {
         rank: fields.rank(),
-        alpha: Some(fields.number("lora_alpha").unwrap_or(8.0)),
+        alpha: Some(fields.alpha()),
         dropout: fields.dropout(),
         targets,
         exclude: match fields.names_or_text("exclude_modules") {
@@ -104,9 +105,7 @@ fn parse(text: &str) -> Result<Read> {
             Some(NamesOrText::Names(names)) => Exclude::Names(names),
             Some(NamesOrText::Text(pattern)) => Exclude::Pattern(pattern),
         },
-        rank_pattern: fields.patterns("rank_pattern", "a whole number above 0", |value| {
-            value.as_u64().filter(|rank| *rank > 0).and_then(|rank| usize::try_from(rank).ok())
-        }),
+        rank_pattern: fields.patterns("rank_pattern", "a whole number above 0 and at most 65536", rank_of),
         alpha_pattern: fields.patterns("alpha_pattern", "a number", Value::as_f64),
         layers_to_transform: fields.layers(),
         layers_pattern: match fields.names_or_text("layers_pattern") {
@@ -125,10 +124,19 @@ fn parse(text: &str) -> Result<Read> {
     let warnings = fields.leftovers();
     if !fields.problems.is_empty() {
         let error = Error::invalid(few(&fields.problems));
-        let changed_base = fields.problems.iter().any(|problem| problem.ends_with(CHANGED_BASE));
-        return Err(if changed_base { error.with_hint(PLAIN_FORM) } else { error });
+        let any_ends = |end: &str| fields.problems.iter().any(|problem| problem.ends_with(end));
+        return Err(match (any_ends(CHANGED_BASE), any_ends(NOT_BUILT)) {
+            (true, _) => error.with_hint(PLAIN_FORM),
+            (false, true) => error.with_hint(MERGED_FORM),
+            (false, false) => error,
+        });
     }
     Ok(Read { config, base_model, revision, warnings, parameters, peft_version })
+}
+
+/// A rank that a layer can have.
+fn rank_of(value: &Value) -> Option<usize> {
+    value.as_u64().and_then(|rank| usize::try_from(rank).ok()).filter(|rank| (1..=65_536).contains(rank))
 }
 
 impl Fields {
@@ -155,11 +163,20 @@ impl Fields {
 
     fn rank(&mut self) -> usize {
         let Some(value) = self.take("r") else { return 8 };
-        let rank = value.as_u64().filter(|rank| *rank > 0).and_then(|rank| usize::try_from(rank).ok());
-        rank.unwrap_or_else(|| {
-            self.wrong("r", &value, "a whole number above 0");
+        rank_of(&value).unwrap_or_else(|| {
+            let is_large = value.as_u64().is_some_and(|rank| rank > 0);
+            let expected = if is_large { "at most 65536" } else { "a whole number above 0" };
+            self.wrong("r", &value, expected);
             8
         })
+    }
+
+    fn alpha(&mut self) -> f64 {
+        let alpha = self.number("lora_alpha").unwrap_or(8.0);
+        if alpha.abs() > 1e6 {
+            self.wrong("lora_alpha", &json!(alpha), "at most 1e6");
+        }
+        alpha
     }
 
     fn dropout(&mut self) -> f64 {
@@ -223,11 +240,11 @@ impl Fields {
     fn refuse_unsupported(&mut self) {
         for (key, what) in REFUSED {
             if let Some(value) = self.take(key).filter(|value| !is_neutral(value)) {
-                self.problems.push(format!("`{key}` is {value}: {what}, not supported"));
+                self.problems.push(format!("`{key}` is {value}: {what}, {NOT_BUILT}"));
             }
         }
         if let Some(bias) = self.take("bias").filter(|bias| bias != "none") {
-            self.problems.push(format!("`bias` is {bias}: trained biases of the model, not supported"));
+            self.problems.push(format!("`bias` is {bias}: trained biases of the model, {NOT_BUILT}"));
         }
     }
 

@@ -36,6 +36,9 @@ pub const CARD_FILE: &str = "README.md";
 /// Metadata of the tensors' file of an adapter that this program has written: its version.
 pub const WRITER: &str = "peft_rs_version";
 
+/// What can be done with what is refused.
+const MERGED_FORM: &str = "PEFT can put it into the weights: `model.merge_and_unload()`, save that model, and give it without the adapter";
+
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
@@ -179,9 +182,10 @@ impl Adapter {
     fn not_a_copy(&self, name: &str, what: &str) -> Error {
         Error::At {
             path: self.source.clone().into(),
-            source: Box::new(Error::invalid(format!(
-                "`{name}` {what}; trained embeddings are not supported"
-            ))),
+            source: Box::new(
+                Error::invalid(format!("`{name}` {what}; trained embeddings and heads are not built yet"))
+                    .with_hint(MERGED_FORM),
+            ),
         }
     }
 

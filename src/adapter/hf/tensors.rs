@@ -8,9 +8,9 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 
 use super::super::target::few;
-use super::{EMBEDDING, HEAD};
+use super::{EMBEDDING, HEAD, MERGED_FORM};
 use crate::error::{Context, Error, Result, read_regular};
-use crate::weights::write_safetensors;
+use crate::weights::{refuse_repeated_names, write_safetensors};
 
 const PREFIX: &str = "base_model.model.";
 const SUFFIXES: [&str; 3] = [".lora_A.weight", ".lora_B.weight", ".lora_B.bias"];
@@ -38,6 +38,7 @@ pub(super) struct Read {
 /// Every tensor of the file.
 pub(super) fn read(path: &Path, lora_bias: bool, device: &Device) -> Result<Read> {
     let bytes = read_regular(path, LARGEST).at(path)?;
+    refuse_repeated_names(&bytes).at(path)?;
     let file = SafeTensors::deserialize(&bytes).at(path)?;
     let names = canonical_names(file.names(), lora_bias).at(path)?;
     let (mut tensors, mut copies, mut routers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
@@ -115,7 +116,9 @@ fn canonical_names(stored: Vec<&str>, lora_bias: bool) -> Result<BTreeMap<String
         }
     }
     if !wrong.is_empty() {
-        return Err(Error::invalid(format!("not the tensors of a plain LoRA: {}", few(&wrong))));
+        let error = Error::invalid(format!("not the tensors of a plain LoRA: {}", few(&wrong)));
+        let not_built = wrong.iter().any(|problem| problem.ends_with("not built yet"));
+        return Err(if not_built { error.with_hint(MERGED_FORM) } else { error });
     }
     if !names.keys().any(|name| !is_copy(name)) {
         return Err(Error::invalid("has no tensors of an adapter"));
@@ -156,17 +159,17 @@ fn canonical(stored: &str) -> std::result::Result<String, &'static str> {
         return Ok(whole);
     }
     Err(if name.contains("lora_magnitude_vector") {
-        "a magnitude of DoRA, which is not supported"
+        "a magnitude of DoRA, which is not built yet"
     } else if name.contains("lora_embedding_") {
-        "an adapter on an embedding, which is not supported"
+        "an adapter on an embedding, which is not built yet"
     } else if name.contains("trainable_tokens_delta") {
-        "a set of trained embedding rows, which is not supported"
+        "a set of trained embedding rows, which is not built yet"
     } else if name.ends_with(".lora_A") || name.ends_with(".lora_B") {
         "a packed adapter, which is read of experts only"
     } else if name.contains(".lora_") {
         "of a variant of LoRA that is not supported"
     } else {
-        "a whole tensor of the model (as `modules_to_save` leaves it), which is not supported"
+        "a whole tensor of the model (as `modules_to_save` leaves it), which is not built yet"
     })
 }
 

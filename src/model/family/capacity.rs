@@ -60,7 +60,9 @@ impl Capacity {
         // Numbers are what names say; there cannot be more experts than names.
         let named = numbers.last().map_or(0, |last| last.saturating_add(1)).min(count);
         let found = Found { tensors: count, last_layer, experts: named.max(stacked) };
-        Self { layers: count, experts: found.experts, all_experts: values.max(count), found: Some(found) }
+        // A few more than there are pass here, and what is missing of them is listed later.
+        let experts = stacked.max(count);
+        Self { layers: count, experts, all_experts: values.max(count), found: Some(found) }
     }
 
     /// Refuses a number of layers that the configuration states under `key`.
