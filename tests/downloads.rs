@@ -433,7 +433,9 @@ fn a_server_that_falls_silent_is_given_up() {
     let cache = tempfile::tempdir().unwrap();
     for silent in ["/revision/main", "config.json"] {
         let server = Server::start(move |request| {
-            request.is_for(silent).then(|| Reply::new(&["200 OK", "content-length: 9", "etag: x"], b"").silent())
+            request
+                .is_for(silent)
+                .then(|| Reply::new(&["200 OK", "content-length: 9", "etag: x"], b"").silent())
         });
         let error = refused(&server.settings(&cache));
         assert!(error.contains("nothing came for 0.3 s"), "{error}");
