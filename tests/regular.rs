@@ -42,7 +42,8 @@ fn refused(place: &Place, arguments: &[&str]) -> String {
 #[test]
 fn every_reader_refuses_devices_pipes_and_huge_files() {
     const CHECK: &[&str] = &["check", "recipe.toml"];
-    const EVAL: &[&str] = &["eval", "--model", "model", "--adapter", "adapter", "--data", "data.jsonl"];
+    const EVAL: &[&str] =
+        &["eval", "perplexity", "--model", "model", "--adapter", "adapter", "--data", "data.jsonl"];
     let cases: [(&str, &[&str]); 10] = [
         ("recipe.toml", CHECK),
         ("data.jsonl", CHECK),

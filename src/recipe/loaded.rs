@@ -10,7 +10,7 @@ use super::prepared::text_of;
 use super::template::TemplateVariables;
 use crate::adapter::{attach, hf};
 use crate::data::{Layout, SpecialTokens, Text};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, is_there};
 use crate::model::{Decoder, Pretrained};
 use crate::train;
 
@@ -70,7 +70,7 @@ pub fn read_adapter(folder: &Path) -> Result<hf::Adapter> {
 
 /// A run leaves its result at its end; until then there are checkpoints, which hold the same files.
 fn refuse_unfinished(folder: &Path, file: &str, what: &str) -> Result<()> {
-    let has_ended = [hf::CONFIG_FILE, "config.json"].iter().any(|result| folder.join(result).is_file());
+    let has_ended = [hf::CONFIG_FILE, "config.json"].iter().any(|result| is_there(&folder.join(result)));
     if has_ended || !train::is_run(folder) {
         return Ok(());
     }
