@@ -26,7 +26,8 @@ fn every_attack_has_tests_that_exist() {
     for row in rows {
         let tests = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
         // Names are in backticks; a file in parentheses says where a unit test is.
-        let names: Vec<&str> = tests.split('`').skip(1).step_by(2).filter(|name| !name.contains('/')).collect();
+        let names: Vec<&str> =
+            tests.split('`').skip(1).step_by(2).filter(|name| !name.contains('/')).collect();
         assert!(!names.is_empty(), "no test shows what meets this: {row}");
         for name in names {
             let name = name.rsplit("::").next().unwrap();

@@ -312,7 +312,7 @@ fn what_the_file_system_shows_is_known_to_check() {
     use std::os::unix::process::CommandExt;
 
     let place = Place::new();
-    let sets = ["train.steps=1000000000", "train.save_every=1", "train.keep=1000000000"];
+    let sets = ["train.steps=1000000000", "train.save_every=1", "train.keep=1000000"];
     let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", *set]).collect();
     let said = refused(&place, &[&["check", "recipe.toml"], &sets[..]].concat());
     assert!(said.starts_with("exit 1\nerror: run: the disk has "), "{said}");

@@ -639,6 +639,7 @@ mod full_disk {
         insta::with_settings!({ filters => vec![(r"\.mixture\.\w{6}\.", ".mixture.[RANDOM].")] }, {
             insta::assert_snapshot!(limited(&place, 100_000, &upcycle), @"
     exit 1
+    warning: 512 calibration tokens give each of 4 experts about 256, and 512 are the least to tell experts apart by; raise `calibration.tokens` to 1024 or more
     error: [place]/./.mixture.[RANDOM].partial/model.safetensors: File too large (os error 27)
     hint: free some space, or choose another output folder with `--output`
     ");

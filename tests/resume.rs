@@ -176,20 +176,31 @@ mod signals {
         assert_equal_runs(&place.path("parts"), &place.path("whole"));
     }
 
-    /// A pipe for a model keeps the program from ever coming to its first step.
+    /// Data of many rows keep the program from coming to its first step for some seconds.
+    #[cfg(target_os = "linux")]
     #[test]
     fn before_the_first_step_there_is_nothing_to_save() {
         let place = Place::new();
-        let pipe = std::ffi::CString::new(place.path("slow.jsonl").to_str().unwrap()).unwrap();
-        // SAFETY: the name ends with a zero.
-        assert_eq!(unsafe { libc::mkfifo(pipe.as_ptr(), 0o600) }, 0);
-        let slow = ["finetune", "recipe.toml", "--set", "data.train=[{ path = \"slow.jsonl\" }]"];
+        let rows: String =
+            (0..100_000).map(|row| format!("{{\"text\": \"{row} and {row} again\"}}\n")).collect();
+        fs::write(place.path("many.jsonl"), rows).unwrap();
+        let slow = ["finetune", "recipe.toml", "--set", "data.train=[{ path = \"many.jsonl\" }]"];
         let mut child = place.command(&slow).stderr(Stdio::piped()).spawn().unwrap();
-        // Opening a pipe waits for its reader.
-        let _data = fs::OpenOptions::new().write(true).open(place.path("slow.jsonl")).unwrap();
+        // From here on the signal is listened for.
+        while !listens(&child, libc::SIGTERM) {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
         send(&child, libc::SIGTERM);
         assert_eq!(child.wait().unwrap().code(), Some(130));
         assert!(!place.path("run").exists());
+    }
+
+    #[cfg(target_os = "linux")]
+    /// Whether a process that has begun has a handler for the signal.
+    fn listens(child: &Child, signal: i32) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
+        u64::from_str_radix(caught.trim(), 16).is_ok_and(|caught| caught & (1 << (signal - 1)) != 0)
     }
 
     #[test]

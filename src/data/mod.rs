@@ -21,6 +21,7 @@ mod counts;
 mod dataset;
 mod encode;
 mod foreign;
+mod lost;
 mod message;
 mod mix;
 mod pack;

@@ -178,25 +178,20 @@ impl Text {
 
     /// What the chat template makes of messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let marked = self.marked(messages)?;
-        let rendered = self.template(None)?.render(
-            marked.as_deref().unwrap_or(messages),
-            None,
-            &serde_json::Map::new(),
-            add_generation_prompt,
-        )?;
+        let rendered = self.rendered(messages, add_generation_prompt)?;
         Ok(self.controls.readable(rendered))
+    }
+
+    /// The same with marks in the control tokens of messages, where these are text.
+    fn rendered(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let marked = self.marked(messages)?;
+        let messages = marked.as_deref().unwrap_or(messages);
+        self.template(None)?.render(messages, None, &serde_json::Map::new(), add_generation_prompt)
     }
 
     /// The tokens that ask the model for the next message.
     pub fn prompt_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let marked = self.marked(messages)?;
-        let rendered = self.template(None)?.render(
-            marked.as_deref().unwrap_or(messages),
-            None,
-            &serde_json::Map::new(),
-            true,
-        )?;
+        let rendered = self.rendered(messages, true)?;
         let mut tokens = self.encode_rendered(rendered, usize::MAX)?.tokens;
         self.refuse_unknown(&tokens)?;
         if let Some(bos) = self.missing_bos(&tokens) {

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::TrainOn;
 use super::conversation::{Conversation, Message, Role};
 use super::encode::Rendered;
+use super::lost::lost;
 use super::text::Text;
 use crate::error::{Error, Result};
 
@@ -101,7 +102,7 @@ fn tokens_of(
         }
         Conversation::Chat { messages, tools, extra, learn_from } => {
             let chat = Chat::new(messages, tools.as_ref(), extra, text, enough)?;
-            let lost = chat.lost();
+            let lost = lost(chat.messages, &chat.rendered);
             Ok(Tokens { lost, ..chat.tokens(train_on, *learn_from)? })
         }
     }
@@ -175,49 +176,6 @@ impl<'a> Chat<'a> {
             })
             .collect();
         Ok(Self { messages, tools, extra, text, rendered, tokens, spans, is_cut })
-    }
-
-    /// The first thing that the record says and the template leaves out, line by line: templates change space between
-    /// lines, and write some texts as JSON.
-    fn lost(&self) -> Option<String> {
-        const THOUGHTS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-
-        let mut reached = 0;
-        let mut holds = |line: &str| {
-            if let Some(at) = self.rendered[reached..].find(line) {
-                reached += at + line.len();
-                return true;
-            }
-            let quoted = serde_json::Value::from(line).to_string();
-            self.rendered.contains(line) || self.rendered.contains(&quoted[1..quoted.len() - 1])
-        };
-        let mut is_lost = |said: &str| {
-            let lines = said.lines().map(str::trim);
-            // Tags stand for parts that have names of their own in other templates.
-            let is_tag = |line: &str| {
-                line.starts_with('<') && line.ends_with('>') && !line.contains(char::is_whitespace)
-            };
-            lines.filter(|line| !line.is_empty() && !is_tag(line)).any(|line| !holds(line))
-        };
-        for (message, number) in self.messages.iter().zip(1..) {
-            let content = message.content.as_deref().unwrap_or_default();
-            let thoughts = THOUGHTS.iter().find_map(|name| message.fields.get(*name)?.as_str());
-            if thoughts.is_some_and(&mut is_lost) {
-                return Some(format!("the thoughts of message {number}"));
-            }
-            if let Some((thoughts, answer)) = content.split_once("</think>") {
-                if is_lost(thoughts.trim_start().trim_start_matches("<think>")) {
-                    return Some(format!("the thoughts of message {number}"));
-                }
-                if !is_lost(answer) {
-                    continue;
-                }
-            } else if !is_lost(content) {
-                continue;
-            }
-            return Some(format!("the content of message {number} (role `{}`)", message.role.name()));
-        }
-        None
     }
 
     fn tokens(self, train_on: TrainOn, learn_from: usize) -> Result<Tokens> {

@@ -35,6 +35,7 @@ pub fn finetune(
     interrupt: &AtomicBool,
     reporter: &mut dyn Reporter,
 ) -> Result<Summary> {
+    let asked = plan;
     let plan = &if resume { RunDirectory::dated(plan) } else { plan.clone() };
     RunDirectory::check(plan, resume)?;
     let prepared = Prepared::of(plan)?;
@@ -49,7 +50,8 @@ pub fn finetune(
     for text in describe(plan, &prepared, &memory) {
         reporter.report(&Event::Note { text });
     }
-    for text in warnings(plan, &prepared, &memory) {
+    // The date of the run that goes on is nothing that the user wrote.
+    for text in warnings(asked, &prepared, &memory) {
         reporter.report(&Event::Warning { text });
     }
     let mut model = Decoder::open(&prepared.base, prepared.dtype, &Device::Cpu)?;

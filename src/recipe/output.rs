@@ -81,7 +81,8 @@ impl RunDirectory {
     /// Refuses what a run of `plan` would be refused for. Where its directory holds a run already, a sentence says whether
     /// the new one could go on with it: whoever looks at a changed recipe has not chosen another directory yet.
     pub(super) fn foresee(plan: &Plan) -> Result<Option<String>> {
-        if !MARKS.iter().any(|name| plan.output.join(name).exists()) {
+        let output = output_folder(&plan.output)?;
+        if !MARKS.iter().any(|name| output.join(name).exists()) {
             return Self::check(plan, false).map(|()| None);
         }
         match Self::check(plan, true) {

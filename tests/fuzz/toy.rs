@@ -7,11 +7,9 @@ use std::sync::OnceLock;
 
 use candle_core::quantized::gguf_file::Value as Entry;
 use candle_core::{DType, Device};
-use peft::data::SpecialTokens;
-use peft::data::{Batch, Text};
+use peft::data::{Batch, TemplateParts, Text};
 use peft::generate::{Limits, Sampling, Session};
 use peft::model::{Decoder, Pretrained};
-use peft::recipe::{TemplateVariables, text_of};
 use serde_json::json;
 
 use super::Files;
@@ -145,7 +143,18 @@ pub(super) fn read_values(model: &Pretrained) -> peft::Result<()> {
 
 /// Tokenizes, renders and decodes.
 pub(super) fn speak(model: &Pretrained) -> peft::Result<()> {
-    let text = text_of(model, &TemplateVariables::default(), SpecialTokens::default())?;
+    let files = model.text()?;
+    // Without the number of the embedding's rows, so that tokenizers with more tokens are read too.
+    let parts = TemplateParts {
+        chat_template: files.chat_template,
+        tool_template: files.tool_template,
+        bos_token: files.bos_token,
+        eos_token: files.eos_token,
+        eos_token_ids: files.eos_token_ids,
+        add_bos: Some(files.add_bos_token),
+        ..TemplateParts::default()
+    };
+    let text = Text::new(files.tokenizer, parts)?;
     for said in ["", "the end", "  A é\u{1f600}\r\n\t<|im_end|>0123456789", "a\u{300}\0\u{feff}"] {
         let tokens = text.encode(said)?;
         text.encode_document(said)?;
