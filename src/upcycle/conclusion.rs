@@ -74,9 +74,10 @@ impl Conclusion<'_> {
         let worst = others.iter().map(|text| above(text)).fold(f64::NEG_INFINITY, f64::max);
         if let Some(text) = held_out.first() {
             let is_better = measured(text) == Some(Verdict::Better);
-            let all_better = others.iter().all(|text| measured(text) == Some(Verdict::Better));
-            if is_better && !(all_better && !others.is_empty()) {
-                lines.insert(0, self.beaten_by_fitting(text));
+            let is_better_elsewhere =
+                !others.is_empty() && others.iter().all(|text| measured(text) == Some(Verdict::Better));
+            if is_better && !is_better_elsewhere {
+                lines.insert(0, self.beaten_by_fitting(text, others.is_empty()));
             } else if others.is_empty() {
                 lines.extend(self.sentence(text));
             } else if worst > SMALL.max(TIMES * above(text)) {
@@ -133,11 +134,12 @@ impl Conclusion<'_> {
     }
 
     /// What a gain on held-out text alone is worth.
-    fn beaten_by_fitting(&self, held_out: &Comparison) -> String {
+    fn beaten_by_fitting(&self, held_out: &Comparison, is_all: bool) -> String {
+        let elsewhere = if is_all { "which is all that it was measured on" } else { "and not on other text" };
         let difference = result(held_out).map_or(String::new(), |loss| loss.above_dense.to_string());
         format!(
-            "{} is better than {} ({difference} nats per token) on text like what it was fitted to, and not on other text: \
-             this is no gain in general",
+            "{} is better than {} ({difference} nats per token) on text like what it was fitted to, {elsewhere}: this is \
+             no gain in general",
             self.subject(),
             self.reference()
         )
