@@ -61,8 +61,8 @@ pub struct Segment {
 /// Opens what `plan` names and reports on it. What a run would be refused for because of its directory or the disk is
 /// refused here.
 pub fn check(plan: &Plan) -> Result<Report> {
-    let prepared = Prepared::of(plan)?;
     let of_directory = RunDirectory::foresee(plan)?;
+    let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
     let disk = Disk::of(plan, &prepared);
     disk.refuse_excess(&plan.output)?;

@@ -64,7 +64,7 @@ impl RunDirectory {
                 .with_hint("go on with `--resume`, or choose another folder with `--output`"))
             .at(output);
         } else {
-            check_recipe(plan).map_err(|error| name_the_way_on(error, plan))?;
+            check_recipe(plan)?;
             train::refuse_foreign(output)?;
             // The recipe is what shows that the best evaluation is of this run: it is written before.
             if output.join(BEST).exists() && !output.join(RECIPE).exists() {
@@ -233,32 +233,6 @@ fn refuse_sources(plan: &Plan, output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Of a run that has ended, more steps are another run, which goes on from the result of the first.
-fn name_the_way_on(error: Error, plan: &Plan) -> Error {
-    // The recipe without what may differ: how long the run is, and where it is written to.
-    let others = |text: String| -> Option<Table> {
-        let mut recipe: Table = text.parse().ok()?;
-        recipe.remove("output");
-        let train = recipe.get_mut("train")?.as_table_mut()?;
-        ["steps", "epochs"].iter().for_each(|key| drop(train.remove(*key)));
-        Some(recipe)
-    };
-    let then = fs::read_to_string(plan.output.join(RECIPE)).ok().and_then(others);
-    let now = plan.to_toml().ok().and_then(others);
-    let output = plan.output.display();
-    let (result, key) = match plan.trained {
-        Trained::Full => ("config.json", "model.source"),
-        Trained::Adapter(_) => ("adapter_config.json", "adapter.from"),
-    };
-    if then.is_none() || then != now || !plan.output.join(result).is_file() {
-        return error;
-    }
-    error.with_hint(format!(
-        "the run has ended; to train its result further, start another run with `--set {key}={output}` and another \
-         `--output`"
-    ))
-}
-
 /// Says which keys were others when the run was started.
 fn check_recipe(plan: &Plan) -> Result<()> {
     let path = plan.output.join(RECIPE);
@@ -282,17 +256,36 @@ fn check_recipe(plan: &Plan) -> Result<()> {
     let (then, now) = (flat(then), flat(now));
     let keys: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
     let said = |value: Option<&String>| value.map_or("left out".to_string(), |value| format!("`{value}`"));
-    let differing: Vec<String> = keys
-        .into_iter()
-        .filter(|key| *key != "output" && then.get(*key) != now.get(*key))
-        .map(|key| format!("`{key}` was {} and is {} now", said(then.get(key)), said(now.get(key))))
-        .collect();
+    let differing: Vec<&String> =
+        keys.into_iter().filter(|key| *key != "output" && then.get(*key) != now.get(*key)).collect();
     if differing.is_empty() {
         return Ok(());
     }
-    Err(Error::request(format!("the run was started with another recipe: {}", differing.join("; ")))
-        .with_hint("resume with the recipe it was started with, or start anew with another `--output`"))
+    let sentence =
+        |key: &&String| format!("`{key}` was {} and is {} now", said(then.get(*key)), said(now.get(*key)));
+    let sentences: Vec<String> = differing.iter().map(sentence).collect();
+    let is_longer = differing.iter().all(|key| ["train.steps", "train.epochs"].contains(&key.as_str()));
+    let hint = is_longer.then(|| way_on(plan)).flatten().unwrap_or_else(|| {
+        "resume with the recipe it was started with, or start anew with another `--output`".to_string()
+    });
+    Err(Error::request(format!("the run was started with another recipe: {}", sentences.join("; ")))
+        .with_hint(hint))
     .at(&plan.output)
+}
+
+/// How to train the result of a run that has ended further: more steps are another run, which goes on from it.
+fn way_on(plan: &Plan) -> Option<String> {
+    let (result, key) = match plan.trained {
+        Trained::Full => ("config.json", "model.source"),
+        Trained::Adapter(_) => ("adapter_config.json", "adapter.from"),
+    };
+    let output = plan.output.display();
+    plan.output.join(result).is_file().then(|| {
+        format!(
+            "the run has ended; to train its result further, start another run with `--set {key}={output}` and another \
+             `--output`"
+        )
+    })
 }
 
 /// Values by their whole keys: `train.steps`.
