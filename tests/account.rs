@@ -51,7 +51,10 @@ fn every_new_model_is_measured_on_the_built_in_text() {
         let conclusion = conclusion.rfind(|line| line.contains(says)).unwrap();
         assert!(told.contains(conclusion), "{told}");
         let markdown = fs::read_to_string(place.path("mixture/upcycle.md")).unwrap();
-        assert!(markdown.find("## Conclusion\n\n") < markdown.find(conclusion), "{markdown}");
+        assert!(
+            markdown.find("## Conclusion\n\n").unwrap() < markdown.find(conclusion).unwrap(),
+            "{markdown}"
+        );
         if method == "copy" {
             let above = neutral["mixture"]["above_dense"]["mean"].as_f64().unwrap();
             assert!(above.abs() < 1e-4, "{above}");
