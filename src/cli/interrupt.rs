@@ -81,6 +81,7 @@ fn handle(words: &mut Words) -> Result<()> {
 
 /// Says that from now on a signal has to wait until things are in order.
 pub(super) fn begin() {
+    words().kept = None;
     BEGUN.store(true, Ordering::SeqCst);
 }
 

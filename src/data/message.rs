@@ -39,10 +39,10 @@ const ROLES: [(Named, &[&str]); 6] = [
 ];
 
 /// Keys that switch learning of a message on: of OpenAI and Mistral, of axolotl, of XTuner and ms-swift.
-const ON: [&str; 4] = ["weight", "train", "training", "loss"];
+pub(super) const ON: [&str; 4] = ["weight", "train", "training", "loss"];
 
 /// A key that switches learning of a message off, as torchtune names it.
-const OFF: &str = "masked";
+pub(super) const OFF: &str = "masked";
 
 /// Reads a list of messages.
 pub(super) fn messages(list: Vec<Value>) -> Result<Vec<Message>> {
@@ -80,6 +80,12 @@ fn message(value: Value) -> Result<Message> {
 
     if named == Named::Call {
         let said = said.ok_or_else(|| missing(&name, &fields))?;
+        if fields.contains_key("tool_calls") {
+            return Err(Error::invalid(format!(
+                "the `{name}` message has `tool_calls` too, and both are calls"
+            ))
+            .with_hint("write all calls of a turn into `tool_calls` of one `assistant` message"));
+        }
         fields.insert("tool_calls".into(), calls(&name, said)?);
         return Ok(Message { role, content: None, learn, fields });
     }

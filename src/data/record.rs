@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::conversation::{Conversation, Message, Role};
-use super::message::messages;
+use super::message::{OFF, ON, messages};
 use super::value::{filled, keys, kind, string, would_be_missed};
 use crate::error::{Error, Result};
 
@@ -16,9 +16,6 @@ const RESERVED: [&str; 6] = [
     "chat_template",
     "mark_generation",
 ];
-
-/// Keys that say of a message that it is learned or not; nothing reads them beside messages.
-const MARKS: [&str; 3] = ["weight", "train", "training"];
 
 /// What the records of a data file look like.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -118,6 +115,13 @@ pub(super) fn read(record: Value, format: Format) -> Result<(Conversation, Vec<S
             (Value::Array(prompt), Value::Array(completion)) => {
                 let learn_from = prompt.len();
                 let said = messages(prompt.into_iter().chain(completion).collect())?;
+                if let Some(i) = said[..learn_from].iter().position(|message| message.learn == Some(true)) {
+                    return Err(Error::invalid(format!(
+                        "message {} of `prompt` is marked as one to learn, and a prompt is not learned",
+                        i + 1
+                    ))
+                    .with_hint("take the mark away, or write all messages into `messages`"));
+                }
                 chat(said, "prompt", learn_from, &mut record)?
             }
             (prompt, completion) => Conversation::PromptCompletion {
@@ -290,7 +294,8 @@ fn variables(value: Value) -> Result<Map<String, Value>> {
 
 /// Whether this says of the whole record that it is learned less than others.
 fn is_mark(key: &str, value: &Value) -> bool {
-    MARKS.contains(&key) && *value != Value::Bool(true) && value.as_f64() != Some(1.0)
+    let is_on = *value == Value::Bool(true) || value.as_f64() == Some(1.0);
+    (ON.contains(&key) && !is_on) || (key == OFF && is_on)
 }
 
 #[cfg(test)]

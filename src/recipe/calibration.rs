@@ -112,6 +112,12 @@ fn shortages(plan: &UpcyclePlan, calibration: &Calibration, slices: Option<&Spli
                 "`upcycle.partition = \"{name}\"` makes an expert for each kind of text, and `calibration.data` names one \
                  file: unless it holds several kinds of text, name one file of each"
             ));
+        } else if plan.data.len() == 1 && plan.eval.is_empty() {
+            warnings.push(
+                "`calibration.data` names one file and `calibration.eval` none: held-out text is like what is fitted, and \
+                 only the built-in text tells what other text costs; name files of several kinds"
+                    .to_string(),
+            );
         }
     }
     if settings.refit != Refit::None && tokens < TOKENS_OF_NEURON * neurons {

@@ -64,6 +64,7 @@ pub fn check(plan: &Plan) -> Result<Report> {
     let of_directory = RunDirectory::foresee(plan)?;
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
+    memory.refuse_excess(plan)?;
     let disk = Disk::of(plan, &prepared);
     disk.refuse_excess(&plan.output)?;
     let targets = match &prepared.trained {

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use candle_core::DType;
+
 use super::plan::Plan;
 use super::prepared::{Prepared, Trainee};
 use crate::error::Result;
@@ -31,6 +33,7 @@ impl Disk {
         let (weights, optimizer) = match &prepared.trained {
             Trainee::Adapter(_) => (4 * trainable, 8 * trainable),
             // Where values are rounded in the model's files, the optimizer's hold them in f32.
+            Trainee::Full if stored == DType::F32 => (4 * trainable, 8 * trainable),
             Trainee::Full => (stored.size_in_bytes() as u64 * trainable, 12 * trainable),
         };
         let result = weights + companion_bytes(prepared);
@@ -38,7 +41,7 @@ impl Disk {
         let checkpoints = saves.min(plan.train.keep.max(1) as u64 + 1);
         let best = if prepared.dataset.eval.is_empty() { 0 } else { 2 };
         let checkpoint = result.saturating_add(optimizer);
-        let all = checkpoints.saturating_mul(checkpoint).saturating_add((best + 1) * result);
+        let all = checkpoints.saturating_mul(checkpoint).saturating_add(result.saturating_mul(best + 1));
         Self { bytes: all.saturating_add(prepared.steps.saturating_mul(LINE)) }
     }
 

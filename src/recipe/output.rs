@@ -46,10 +46,7 @@ pub(super) struct RunDirectory {
 impl RunDirectory {
     /// Says whether a run of `plan` may be written to its directory; looks at names, links and permissions only.
     pub(super) fn check(plan: &Plan, resume: bool) -> Result<()> {
-        if plan.output.as_os_str().is_empty() {
-            return Err(Error::request("`output` is empty").with_hint("name a folder, such as `runs/first`"));
-        }
-        let output = &output_folder(&plan.output)?;
+        let output = &run_folder(&plan.output)?;
         if output.exists() && !output.is_dir() {
             return Err(Error::request("is a file, where the run directory would be")
                 .with_hint("choose another folder with `--output`"))
@@ -81,11 +78,11 @@ impl RunDirectory {
     /// Refuses what a run of `plan` would be refused for. Where its directory holds a run already, a sentence says whether
     /// the new one could go on with it: whoever looks at a changed recipe has not chosen another directory yet.
     pub(super) fn foresee(plan: &Plan) -> Result<Option<String>> {
-        let output = output_folder(&plan.output)?;
+        let output = run_folder(&plan.output)?;
         if !MARKS.iter().any(|name| output.join(name).exists()) {
             return Self::check(plan, false).map(|()| None);
         }
-        match Self::check(plan, true) {
+        match Self::check(&Self::dated(plan), true) {
             Ok(()) => Ok(Some(format!(
                 "`{}` holds a run of this recipe already: `peft finetune` goes on with it with `--resume`, or writes to \
                  another folder with `--output`",
@@ -100,7 +97,7 @@ impl RunDirectory {
 
     /// Makes the directory where there is none and takes it; removes what a killed run was writing.
     pub(super) fn take(output: &Path, resume: bool) -> Result<Self> {
-        let path = output_folder(output)?;
+        let path = run_folder(output)?;
         let missing =
             path.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists());
         let mut made: Vec<PathBuf> = missing.map(Path::to_path_buf).collect();
@@ -174,6 +171,14 @@ fn recorded(plan: &Plan) -> Option<Recipe> {
     let path = plan.output.join(RECIPE);
     let document = Document::parse(&path, &fs::read_to_string(&path).ok()?).ok()?;
     Recipe::read(&document).ok()
+}
+
+/// The folder that a run is written to. One that holds a run already may be the current one, for going on with it there.
+fn run_folder(asked: &Path) -> Result<PathBuf> {
+    if !asked.as_os_str().is_empty() && train::is_run(asked) {
+        return fs::canonicalize(asked).at(asked);
+    }
+    output_folder(asked)
 }
 
 /// Refuses a folder that holds what the run would write over or remove, which nobody but its owner may.

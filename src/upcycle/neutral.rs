@@ -37,7 +37,8 @@ impl Calibration {
         let share = MOST / documents.len();
         let mut encoded = Vec::new();
         for document in &documents {
-            let mut tokens = tokenizer.encode_document(&document.text)?;
+            // Unchecked: a token that the model does not have is no fault of the user's text.
+            let (mut tokens, _) = tokenizer.document(&document.text, usize::MAX)?;
             tokens.truncate(share);
             encoded.push(tokens);
         }

@@ -10,7 +10,7 @@
 //! # Ok::<(), peft::Error>(())
 //! ```
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -150,7 +150,8 @@ pub fn remove_stale(folder: impl AsRef<Path>, is_ours: impl Fn(&str) -> bool) ->
             continue;
         }
         let held = File::open(&path);
-        if held.as_ref().is_ok_and(|folder| matches!(folder.try_lock(), Err(TryLockError::WouldBlock))) {
+        // Where there are no locks, nobody can tell whether a process still writes there.
+        if held.as_ref().is_ok_and(|folder| folder.try_lock().is_err()) {
             continue;
         }
         let previous = path.join(PREVIOUS);

@@ -9,6 +9,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
@@ -157,8 +158,11 @@ impl<'a> Repository<'a> {
         let folder = self.snapshot(commit);
         fs::create_dir_all(&folder).at(&folder)?;
         let (blob, path) = (self.local.blob_path(&etag.0), folder.join(name));
-        // A link is made under another name first, because there may be one that leads nowhere.
-        let temporary = folder.join(format!(".{name}.{}.partial", std::process::id()));
+        // A link is made under another name first, because there may be one that leads nowhere. The name is of this thread
+        // alone: several may fetch one model.
+        static LINKS: AtomicU64 = AtomicU64::new(0);
+        let number = LINKS.fetch_add(1, Ordering::Relaxed);
+        let temporary = folder.join(format!(".{name}.{}.{number}.partial", std::process::id()));
         let _ = fs::remove_file(&temporary);
         let relative = Path::new("../../blobs").join(&etag.0);
         #[cfg(unix)]

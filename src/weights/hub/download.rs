@@ -108,12 +108,16 @@ impl Download<'_> {
             return Ok(Some(etag));
         }
         let _lock = self.cache.lock(&etag, |length| self.tell(name, length, expected.unwrap_or(length)))?;
+        // What the wait has told of is over, so that a signal does not speak of a part.
+        let whole = expected.unwrap_or_default();
         if self.cache.has_blob(&etag, expected) {
+            self.tell(name, whole, whole);
             return Ok(Some(etag));
         }
         let part = self.cache.part(&etag)?;
         if expected.is_some_and(|expected| is_whole(&part, &etag, expected)) {
             self.cache.keep(&etag, &part, &File::open(&part).at(&part)?)?;
+            self.tell(name, whole, whole);
             return Ok(Some(etag));
         }
         let have = match fs::metadata(&part).map_or(0, |part| part.len()) {
