@@ -11,7 +11,7 @@ use super::terminal::{escaped, message, note};
 use crate::recipe::figures::{bytes, duration};
 use crate::weights::OnProgress;
 
-/// How often a line tells of a file that takes long.
+/// A log line about a slow download is written at most this often.
 const BETWEEN_LINES: Duration = Duration::from_secs(20);
 
 /// The file that is on its way; files come one after the other.

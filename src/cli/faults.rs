@@ -1,6 +1,6 @@
-//! What no error can tell, because it strikes where nothing can return: memory that the system refuses, and a mapped file
-//! that can no longer be read. Both end the program with status 1 and a message; what was being written has a temporary
-//! name still, and is removed by the next command that writes there.
+//! Ends the program with a message where no error can be returned: out of memory, and a mapped file that became
+//! unreadable. The exit status is 1. Unfinished output keeps its temporary name, and the next command that writes there
+//! removes it.
 
 use std::alloc::Layout;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,7 +67,7 @@ impl Message {
         message
     }
 
-    /// What follows is the hint.
+    /// Begins the hint; the text that is added next belongs to it.
     fn hint(&mut self) {
         self.text(if is_json() { b"\",\"hint\":\"" } else { b"\nhint: " });
     }
@@ -145,7 +145,7 @@ mod bus {
     use super::{HANDLER, Message};
     use crate::weights::mapped_path_at;
 
-    /// What was done with the signal before, for addresses that are in no mapped file of ours.
+    /// Stores the previous signal action, which is used for addresses outside of our mapped files.
     static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
     /// Installs the handler, and room for it on the calling thread.

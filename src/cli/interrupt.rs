@@ -13,18 +13,18 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Whether there is something to leave in order.
 static BEGUN: AtomicBool = AtomicBool::new(false);
 
-/// What a signal makes the program say, from the thread that waits for signals.
+/// Prints a message; the thread that waits for signals calls it.
 type Say = Box<dyn Fn() + Send>;
 
-/// What the one handler of the process says; commands and downloads set it.
+/// Holds the messages of the process's only signal handler; commands and downloads set them.
 struct Words {
     /// Whether there is a handler. A process can set one only once.
     listening: bool,
-    /// What the first signal leads to.
+    /// Announces, after the first signal, how the command will stop.
     promise: Option<Say>,
-    /// What is said where there is nothing to save.
+    /// Says that the command stopped before there was anything to save.
     nothing: Option<Say>,
-    /// What is said of a download that is cut off, instead of `nothing`.
+    /// Says what remains of an interrupted download; it replaces `nothing`.
     kept: Option<(Log, String)>,
 }
 

@@ -206,7 +206,7 @@ fn line_of(text: &str, at: usize) -> usize {
     1 + text[..at].bytes().filter(|&byte| byte == b'\n').count()
 }
 
-/// What is wrong with the JSON that begins at `start`. serde_json counts lines and bytes from there.
+/// Explains what is wrong with the JSON that begins at `start`; serde_json counts lines and bytes from there.
 fn malformed(text: &str, start: usize, error: &serde_json::Error) -> Error {
     let mut line = start;
     for _ in 1..error.line() {

@@ -36,8 +36,8 @@ pub struct Message {
     pub content: Option<String>,
     /// Whether the record switches learning of this message on or off; left out, only assistant messages are learned.
     pub learn: Option<bool>,
-    /// What else the record says about it (`tool_calls`, `reasoning_content`, `name`, …), for the template. Keys that
-    /// are null are left out, as transformers 5 leaves them out.
+    /// Holds the record's other keys for the template, such as `tool_calls`, `reasoning_content` and `name`. Keys that
+    /// are null are left out, as in transformers 5.
     pub fields: Map<String, Value>,
 }
 

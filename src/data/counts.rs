@@ -1,4 +1,4 @@
-//! What sources held, and what of it the user should look at.
+//! Counts what data sources contain, and warns of what the user should look at.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use super::source::{Format, Key};
 use super::text::Text;
 use super::warning::Warning;
 
-/// What a source held.
+/// Counts what one data source contains.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Counts {
     /// The file.
@@ -19,7 +19,7 @@ pub struct Counts {
     pub rows: usize,
     /// Their tokens.
     pub tokens: usize,
-    /// Those of their tokens that are learned.
+    /// Of these tokens, so many are learned.
     pub supervised: usize,
     /// Documents that went through the chat template; the others are plain text.
     pub templated: usize,
@@ -50,11 +50,11 @@ pub struct Counts {
 /// Documents that have something in common.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Noticed {
-    /// How many there are.
+    /// So many documents have it in common.
     pub documents: usize,
     /// The line of the first.
     pub first_line: Option<usize>,
-    /// What was found in the first.
+    /// Names what was found in the first of these documents.
     pub first: Option<String>,
 }
 
@@ -66,21 +66,21 @@ impl Noticed {
     }
 }
 
-/// How documents became text: what a model is trained with it should be asked with.
+/// Says how documents became text; prompts to the trained model should have the same layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// Through the chat template.
+    /// Every document went through the chat template.
     Template,
-    /// As they are.
+    /// Every document is used as it is.
     Plain,
-    /// Some in one way and some in the other.
+    /// Some documents went through the chat template and others are used as they are.
     Mixed,
 }
 
 impl Layout {
     const ALL: [Self; 3] = [Self::Template, Self::Plain, Self::Mixed];
 
-    /// Of all that these sources held.
+    /// Determines the layout that all documents of these sources have together.
     #[must_use]
     pub fn of(counts: &[Counts]) -> Self {
         let (templated, rows) = counts.iter().fold((0, 0), |(t, r), c| (t + c.templated, r + c.rows));
@@ -101,14 +101,14 @@ impl Layout {
         }
     }
 
-    /// What a file calls by this word.
+    /// Finds the layout with this name; no other word has one.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|layout| layout.name() == name)
     }
 }
 
-/// How long documents are, in tokens.
+/// Summarizes the lengths of documents in tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Lengths {
     /// Half of them have at most so many.
@@ -120,7 +120,7 @@ pub struct Lengths {
 }
 
 impl Counts {
-    /// What to tell the user of a file.
+    /// Returns the warnings about this source.
     #[must_use]
     pub fn warnings(&self, text: &Text) -> Vec<Warning> {
         let mut warnings = Vec::new();

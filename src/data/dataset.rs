@@ -107,7 +107,7 @@ impl Dataset {
     }
 }
 
-/// What is not used of the sources; of a file that is named twice, once.
+/// Collects the warnings about all sources; a file that is named twice is warned of once.
 fn sourced(train: &[Counts], eval: &[Counts], text: &Text) -> Vec<Warning> {
     let mut warnings: Vec<Warning> = Vec::new();
     for warning in train.iter().chain(eval).flat_map(|counts| counts.warnings(text)) {

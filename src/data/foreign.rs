@@ -66,7 +66,7 @@ pub(super) fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
     }
 }
 
-/// What a file is whose first line is this one, which is no JSON; none if it looks like JSON with a mistake in it.
+/// Names the kind of file from its first line; `None` where it looks like broken JSON.
 pub(super) fn of_text(line: &str, path: &Path) -> Option<Error> {
     let said = line.trim();
     if said.starts_with(['{', '[']) {

@@ -36,7 +36,7 @@ pub const CARD_FILE: &str = "README.md";
 /// Metadata of the tensors' file of an adapter that this program has written: its version.
 pub const WRITER: &str = "peft_rs_version";
 
-/// What can be done with what is refused.
+/// Hint for adapters that are refused: merge them with PEFT first.
 const MERGED_FORM: &str = "PEFT can put it into the weights: `model.merge_and_unload()`, save that model, and give it without the adapter";
 
 const EMBEDDING: &str = "model.embed_tokens.weight";

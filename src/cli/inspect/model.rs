@@ -27,7 +27,7 @@ pub(super) struct Model {
     /// Bytes on disk by the type they are stored as.
     stored: BTreeMap<String, u64>,
     chat_template: bool,
-    /// How its files are understood where they say several things.
+    /// Warns of contradictions in the model's files and of tensors that are left aside.
     warnings: Vec<String>,
     /// Why it cannot be used as it is.
     problems: Vec<String>,
