@@ -248,8 +248,8 @@ thread_local! {
     static IS_CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What `work` gives, or what it says when it panics: for crates that panic on a file of the wrong form. The message of
-/// the panic is not printed.
+/// Runs `work`, and returns its result or the message of its panic, which is not printed. Some crates panic on
+/// malformed files.
 pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static SILENCE: Once = Once::new();
 

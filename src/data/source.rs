@@ -43,7 +43,7 @@ pub struct Record {
 /// The most bytes of a data file, which is read whole: 64 GiB.
 const LARGEST: u64 = 1 << 36;
 
-/// What a data file holds.
+/// Holds the records of a data file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Records {
     /// In the order of the file.
@@ -59,7 +59,7 @@ pub struct Records {
 pub struct Key {
     /// The key.
     pub key: String,
-    /// How many records have it.
+    /// So many records have the key.
     pub records: usize,
     /// The line of the first of them.
     pub line: usize,

@@ -14,14 +14,14 @@ use tokenizers::Tokenizer;
 use super::encode::Placed;
 use crate::error::{Error, Result};
 
-/// What control tokens in the data are.
+/// Says how control tokens in the data are encoded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SpecialTokens {
-    /// Tokens of their own, as transformers encodes them.
+    /// They become control tokens, as in transformers.
     #[default]
     Tokens,
-    /// Text like any other.
+    /// They are encoded as plain text.
     Text,
 }
 
@@ -57,7 +57,7 @@ struct Disguised {
 }
 
 impl Controls {
-    /// Of the special tokens of `tokenizer`.
+    /// Builds a search for the special tokens of `tokenizer`; `treatment` says how those in the data are encoded.
     pub(super) fn of(tokenizer: &Tokenizer, treatment: SpecialTokens) -> Result<Self> {
         let mut tokens: Vec<(u32, String)> = tokenizer
             .get_added_tokens_decoder()
@@ -78,22 +78,22 @@ impl Controls {
         Ok(Self { finder, as_text })
     }
 
-    /// Whether those of the data are text.
+    /// Tells whether control tokens in the data are encoded as plain text.
     pub(super) fn are_text(&self) -> bool {
         self.as_text.is_some()
     }
 
-    /// How many there are in a text.
+    /// Counts the control tokens in a text.
     pub(super) fn count(&self, text: &str) -> usize {
         self.finder.find_iter(text).count()
     }
 
-    /// The first in a text.
+    /// Finds the first control token in a text.
     pub(super) fn first<'a>(&self, text: &'a str) -> Option<&'a str> {
         self.finder.find(text).map(|found| &text[found.range()])
     }
 
-    /// What the template is to see of a text of the data.
+    /// Marks the control tokens of a text where they are to be plain text, before the template sees it.
     pub(super) fn marked<'a>(&self, text: &'a str) -> Result<Cow<'a, str>> {
         if self.as_text.is_none() {
             return Ok(text.into());

@@ -29,7 +29,7 @@ impl<'a> DecodeStream<'a> {
         self.settle(decoded)
     }
 
-    /// What is left at the end: an incomplete character shows as replacement characters.
+    /// Returns the text that is left at the end; an incomplete character becomes replacement characters.
     pub fn finish(mut self) -> Result<String> {
         let decoded = self.text.decode(&self.tokens, self.skip_special)?;
         self.settle(decoded)

@@ -31,10 +31,10 @@ struct Raised;
 /// Private-use characters that stand around what `{% generation %}` encloses.
 const MARKS: [char; 2] = ['\u{10FF00}', '\u{10FF01}'];
 
-/// What templates are told beside the conversation.
+/// Holds the variables that templates get in addition to the conversation.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Variables {
-    /// What `strftime_now` tells, in seconds since 1970 (UTC).
+    /// The function `strftime_now` formats this time, which is in seconds since 1970 (UTC).
     pub(crate) now: i64,
     /// Further variables by name, handed over as they are.
     pub(crate) others: serde_json::Map<String, serde_json::Value>,
@@ -208,7 +208,7 @@ impl Template {
         })
     }
 
-    /// What the template says of the first message that it does not take.
+    /// Finds the first message that the template refuses, and returns an error with the template's reason.
     fn refusal(
         &self,
         messages: &[Message],

@@ -24,7 +24,7 @@ const METADATA: [&str; 16] = [
     "split",
 ];
 
-/// What a value is, as a message names it.
+/// Names the kind of a value for messages.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

@@ -20,7 +20,7 @@ pub(super) fn warning<'t>(tensors: impl Iterator<Item = &'t TensorInfo>) -> Opti
     Some(format!("{what} of whole numbers, which weights never are, and left aside: {}", listed(&buffers)))
 }
 
-/// What old programs saved although it follows from the configuration, and the copy of a tied head.
+/// Recognizes tensors that can be ignored: buffers that follow from the configuration, and the copy of a tied head.
 pub(super) fn is_harmless(name: &str) -> bool {
     const BUFFERS: [&str; 6] = [
         "position_ids",

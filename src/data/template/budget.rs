@@ -1,5 +1,5 @@
-//! How much a template may do: a rendering has a budget of bytes that it makes and bytes that it looks at, beside
-//! minijinja's limit on steps. A step can double a text, so steps alone bound neither memory nor time.
+//! Limits the bytes that a template may make and look at, in addition to minijinja's limit on steps. A step can double
+//! a text, so steps alone bound neither memory nor time.
 
 use std::cell::Cell;
 
@@ -16,7 +16,7 @@ const MADE: (u64, u64) = (64 << 20, 64);
 const READ: (u64, u64) = (1 << 30, 1024);
 /// Lists and dictionaries inside each other. JSON is read to 128 levels.
 const DEEPEST: usize = 256;
-/// What a value takes beside its text.
+/// Every value counts as this many bytes in addition to its text.
 pub(super) const VALUE: u64 = 32;
 
 thread_local! {
@@ -56,7 +56,7 @@ fn take(
     }
 }
 
-/// What a value takes on its own: a text its length, a list its length times the size of a value.
+/// Returns the bytes of a value itself: a text counts its length, and a list counts one [`VALUE`] for each entry.
 pub(super) fn size(value: &Value) -> u64 {
     match value.as_str() {
         Some(text) => text.len() as u64 + VALUE,

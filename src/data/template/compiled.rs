@@ -21,7 +21,7 @@ const FREE_TEXT: usize = 64;
 /// A constant that is looked at for nothing.
 const SMALL: u64 = 512;
 
-/// What minijinja runs.
+/// Holds the instructions of a compiled template, which minijinja runs.
 #[derive(Debug)]
 pub(super) struct Compiled {
     main: Instructions<'static>,
@@ -60,8 +60,8 @@ impl Compiled {
     }
 }
 
-/// The same text for as long as the program runs, which is what minijinja's instructions point into. Programs open few
-/// templates, and each is kept once.
+/// Keeps a text until the program ends, because minijinja's instructions point into it. Programs open few templates,
+/// and each is kept once.
 fn kept(source: &str) -> &'static str {
     static SOURCES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
 

@@ -73,7 +73,7 @@ pub(super) fn refuse_unbounded(source: &str, syntax: &SyntaxConfig) -> Result<()
     Ok(())
 }
 
-/// What was read of a tag.
+/// Tracks what has been read of a template tag so far.
 #[derive(Default)]
 struct Tag {
     /// Operators since the last comma, for each bracket that is open.
