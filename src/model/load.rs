@@ -16,7 +16,8 @@ use crate::error::{Context, Error, Result};
 use crate::ops::attention::Heads;
 use crate::ops::{Parameter, Weight};
 
-/// As `read`, and refuses a tensor of another shape than the configuration says: sizes of products follow from it.
+/// Wraps `read` to refuse a tensor whose shape differs from the configuration's, because sizes of products follow from
+/// that shape.
 pub(super) fn in_shape(
     config: &DecoderConfig,
     mut read: impl FnMut(&str) -> Result<Weight>,

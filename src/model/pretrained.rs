@@ -93,7 +93,7 @@ impl Pretrained {
         Ok(Self { checkpoint, config, config_json, places, interleaved, warnings })
     }
 
-    /// What the user should know of how the files are understood.
+    /// Returns warnings about contradictions in the model's files and about tensors that are left aside.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings

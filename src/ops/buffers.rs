@@ -28,9 +28,9 @@ const LARGE: usize = 64 << 10;
 const GRAIN: usize = 4 << 10;
 /// A huge page: what pieces are aligned to.
 const PAGE: usize = 2 << 20;
-/// What is taken from the system at once, at least.
+/// The system is asked for at least this many bytes at once.
 const PIECE: usize = 256 << 20;
-/// The same where addresses are scarce: what a piece has too much, nothing else can have.
+/// Piece size when address space is limited; a larger piece would take addresses that other buffers need.
 const SMALL_PIECE: usize = 16 << 20;
 /// Free ranges that are remembered at most; more are given back.
 const SLOTS: usize = 2048;
@@ -44,13 +44,13 @@ pub struct KeepBuffers<A> {
     hook: Option<fn(Layout)>,
 }
 
-/// What is free. A plain array, for the allocator cannot allocate.
+/// Lists the free ranges in a plain array, because the allocator cannot allocate.
 #[derive(Debug)]
 struct Kept {
     /// Address and size, in the order of addresses; no two touch.
     ranges: [(usize, usize); SLOTS],
     len: usize,
-    /// What has never been given out of the newest piece, and so is all zero.
+    /// This part of the newest piece has never been given out, so it is all zero.
     fresh: (usize, usize),
     /// Addresses behind `fresh` that are not used yet.
     reserved: (usize, usize),
@@ -60,13 +60,13 @@ struct Kept {
 }
 
 impl<A> KeepBuffers<A> {
-    /// With `small` for everything below 64 KiB.
+    /// Creates an allocator that leaves everything below 64 KiB to `small`.
     pub const fn new(small: A) -> Self {
         Self { small, kept: Mutex::new(Kept::EMPTY), hook: None }
     }
 
-    /// The same, calling `hook` with what was asked for before an allocation fails. Programs that allocate through `Vec` or
-    /// `Box` abort then, so this is where they can say why. The hook cannot allocate.
+    /// Creates an allocator like [`Self::new`] that calls `hook` with the requested layout before an allocation fails.
+    /// Programs that allocate through `Vec` or `Box` abort then, so the hook can say why. It cannot allocate.
     pub const fn with_hook(small: A, hook: fn(Layout)) -> Self {
         Self { small, kept: Mutex::new(Kept::EMPTY), hook: Some(hook) }
     }

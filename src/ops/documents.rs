@@ -64,7 +64,7 @@ impl Documents {
         })
     }
 
-    /// The same of one token. Panics for a token that is in no document.
+    /// Returns the document number of one token and its position there. Panics for a token that is in no document.
     fn place(&self, token: usize) -> (u64, u32) {
         assert!(token < self.num_tokens(), "token {token} of {}", self.num_tokens());
         let document = self.offsets.partition_point(|offset| *offset <= token) - 1;

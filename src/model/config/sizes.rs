@@ -1,4 +1,5 @@
-//! How much of what a layer has, for the prediction of memory, and the bound below which all of it can be computed.
+//! Computes the sizes of layers for the memory prediction, and refuses configurations that are too large to compute
+//! with.
 
 use super::{DecoderConfig, FeedForwardConfig, LayerConfig, Projection};
 use crate::error::{Error, Result};

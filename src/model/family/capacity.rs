@@ -1,5 +1,5 @@
-//! What a model's files can hold at most, known from the names and shapes of their tensors: a configuration that says more
-//! is refused before anything is made of it.
+//! Limits a configuration to what the names and shapes of the tensors in its files allow. A configuration that asks for
+//! more is refused before anything is allocated.
 
 use std::collections::BTreeSet;
 
@@ -14,20 +14,20 @@ const MOST_EXPERTS: usize = 1 << 20;
 
 const OTHER_MODEL: &str = "the weights and the configuration are of different models";
 
-/// How many layers and experts there can be.
+/// Limits the layers and experts that a configuration may have.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::model) struct Capacity {
-    /// Layers: every one has a tensor.
+    /// A model has at most so many layers, since every layer has a tensor.
     layers: usize,
-    /// Experts of one layer.
+    /// A layer has at most so many experts.
     experts: usize,
-    /// Experts of all layers together: every one has a value.
+    /// All layers together have at most so many experts, since every expert has a value.
     all_experts: usize,
-    /// What the files have, where there are any.
+    /// Says what the files contain; it is `None` for a configuration without files.
     found: Option<Found>,
 }
 
-/// What tensor names and shapes tell.
+/// Says what the names and shapes of tensors show.
 #[derive(Debug, Clone, Copy)]
 struct Found {
     tensors: usize,
@@ -37,11 +37,11 @@ struct Found {
 }
 
 impl Capacity {
-    /// That of a configuration that no files are known of.
+    /// Holds the limits for a configuration without files.
     pub(in crate::model) const MOST: Self =
         Self { layers: MOST_LAYERS, experts: MOST_EXPERTS, all_experts: MOST_EXPERTS, found: None };
 
-    /// That of files with these tensors, named as Hugging Face or as GGUF names them.
+    /// Computes the limits for files with these tensors, which have the names of Hugging Face or of GGUF.
     pub(in crate::model) fn of<'t>(tensors: impl Iterator<Item = &'t TensorInfo>) -> Self {
         let (mut count, mut values, mut last_layer) = (0usize, 0usize, None);
         let mut numbers = BTreeSet::new();

@@ -13,7 +13,7 @@ use crate::model::config::{
 pub(super) struct Fields<'a> {
     pub(super) map: &'a Map<String, Value>,
     model_type: &'a str,
-    /// What the model's files can hold.
+    /// Limits the layers and experts to those that the model's files can contain.
     pub(super) capacity: Capacity,
 }
 
@@ -228,7 +228,7 @@ fn short(number: f64) -> String {
     if (1e-3..1e6).contains(&number) { number.to_string() } else { format!("{number:e}") }
 }
 
-/// What something is multiplied with, where there is a number.
+/// Reads the multiplier `name`, which is from 1e-6 to 1e6; `None` where there is no number.
 pub(super) fn multiplier(value: Option<&Value>, name: &str) -> Result<Option<f64>> {
     bounded(value, name, 1e-6, 1e6)
 }

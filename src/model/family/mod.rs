@@ -75,7 +75,7 @@ pub(super) fn read_within(config: &Value, capacity: &Capacity) -> Result<Decoder
     Ok(config)
 }
 
-/// What a `config.json` says twice and not alike, and which of the two counts.
+/// Warns of settings that `config.json` states twice with different values, and says which value counts.
 pub(super) fn warnings(config: &Value) -> Vec<String> {
     rotary::warnings(config)
 }

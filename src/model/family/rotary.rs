@@ -109,7 +109,7 @@ impl Fields<'_> {
     }
 }
 
-/// What the file says twice and not alike, and what it says that changes nothing.
+/// Warns of rotary settings that the file states twice with different values, and of those that have no effect.
 pub(super) fn warnings(config: &Value) -> Vec<String> {
     let Some(map) = config.as_object() else { return Vec::new() };
     let (field, table) = table(map);

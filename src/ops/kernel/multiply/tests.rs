@@ -95,7 +95,7 @@ const SHAPES: [(usize, usize, usize); 25] = [
     (65, 50, 4133),
 ];
 
-/// Those of `all` that a test has the time for: Miri takes ten thousand times as long.
+/// Returns the shapes of `all`; under Miri, which is ten thousand times slower, only the small ones.
 fn shapes<const N: usize>(all: [(usize, usize, usize); N]) -> impl Iterator<Item = (usize, usize, usize)> {
     all.into_iter().filter(|(m, n, k)| !cfg!(miri) || m * n * k <= 1000)
 }
