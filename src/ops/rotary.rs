@@ -31,12 +31,12 @@ pub fn backward(dy: &Tensor, angles: &Angles) -> Result<Tensor> {
     rotate(dy.copy()?, angles, -1.0)
 }
 
-/// As [`forward`], in the memory of `x`, whose storage no other tensor may share: that one would lose its values.
+/// Rotates like [`forward`], but overwrites `x`; no other tensor may share its storage.
 pub(crate) fn forward_in_place(x: Tensor, angles: &Angles) -> Result<Tensor> {
     rotate(x, angles, 1.0)
 }
 
-/// As [`backward`], in the memory of `dy`; see [`forward_in_place`].
+/// Rotates back like [`backward`], but overwrites `dy`; no other tensor may share its storage.
 pub(crate) fn backward_in_place(dy: Tensor, angles: &Angles) -> Result<Tensor> {
     rotate(dy, angles, -1.0)
 }

@@ -38,7 +38,7 @@ pub(super) fn between<'de, D: Deserializer<'de>, const LEAST: u64, const MOST: u
     Err(D::Error::invalid_value(Unexpected::Unsigned(number), &expected.as_str()))
 }
 
-/// As [`between`], for what counts things in memory.
+/// Reads a number like [`between`], as a `usize`.
 pub(super) fn count<'de, D: Deserializer<'de>, const LEAST: u64, const MOST: u64>(
     deserializer: D,
 ) -> Result<Option<usize>, D::Error> {

@@ -64,7 +64,7 @@ pub(super) fn read(
     Ok(Read { calibration, lines, warnings })
 }
 
-/// How much text there is.
+/// Describes in lines how many tokens are fitted to and how many are held out.
 fn counts(plan: &UpcyclePlan, calibration: &Calibration) -> Vec<String> {
     let count = |tokens: usize| figures::count(tokens as u64);
     let (fitted, held_out) = calibration.num_tokens();

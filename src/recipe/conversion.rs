@@ -89,7 +89,7 @@ impl Prepared {
     }
 }
 
-/// What will be made of which model, in lines.
+/// Describes in lines the model and what will be made of it.
 fn described(base: &Pretrained, plan: &UpcyclePlan, outline: &Outline) -> Result<Vec<String>> {
     let Settings { method, experts, refit, .. } = plan.settings;
     let (neurons, network) = network_of(base, method)?;
@@ -121,7 +121,7 @@ fn described(base: &Pretrained, plan: &UpcyclePlan, outline: &Outline) -> Result
     Ok(lines)
 }
 
-/// What to know of the settings before the work.
+/// Returns warnings about the settings before the conversion begins.
 fn warnings_of(plan: &UpcyclePlan, outline: &Outline) -> Vec<String> {
     let Settings { method, experts, active, router, verify, .. } = plan.settings;
     let mut warnings = Vec::new();

@@ -103,9 +103,9 @@ pub struct DataPlan {
     pub pack: bool,
     /// Which tokens are learned.
     pub train_on: TrainOn,
-    /// What chat templates are told beside the conversation.
+    /// Holds the variables that chat templates get in addition to the conversation.
     pub template: TemplateVariables,
-    /// What control tokens in the data are.
+    /// Says how control tokens in the data are encoded.
     pub special_tokens: SpecialTokens,
 }
 

@@ -87,9 +87,10 @@ impl fmt::Display for Date {
 /// The date, and further variables by name.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TemplateVariables {
-    /// What templates that ask for the date are told; today, if nobody says otherwise. A run keeps that of its beginning.
+    /// Templates that ask for the date get this one; it is today by default. A resumed run keeps the date of its
+    /// beginning.
     pub date: Date,
-    /// Handed to the template as they are.
+    /// These variables are passed to the template unchanged.
     pub others: Map<String, Value>,
 }
 
@@ -106,7 +107,7 @@ impl TemplateVariables {
         Self { date: Date::FIXED, others: Map::new() }
     }
 
-    /// What the template is told of what it asks for; nothing where it asks for nothing.
+    /// Lists the variables that the template reads, with their values; `None` where it reads none.
     #[must_use]
     pub fn told(&self, text: &Text) -> Option<String> {
         let date = text.template_asks_for("strftime_now").then(|| format!("date = {}", self.date));

@@ -25,7 +25,7 @@ pub struct TrainerState {
     pub step: u64,
     /// Tokens seen.
     pub tokens: u64,
-    /// Of these, the tokens that carried a label.
+    /// Of these tokens, so many carried a label.
     pub supervised_tokens: u64,
     /// The loss on the evaluation data before the first step.
     pub first_eval_loss: Option<f64>,
@@ -34,7 +34,7 @@ pub struct TrainerState {
     /// The most tokens that are computed at once, as the run began with: another cut would round sums otherwise, and the
     /// memory that it was chosen for may be another when the run goes on.
     pub piece_tokens: usize,
-    /// What must not change when the run goes on: a digest of data and settings.
+    /// Holds a digest of the data and settings, which must not change when the run continues.
     pub fingerprint: String,
     /// The instructions that the run was computed with, which decide its last bits; version 0.1.0 wrote none.
     #[serde(default)]
@@ -50,7 +50,7 @@ pub struct Best {
     pub eval_loss: f64,
 }
 
-/// What the file holds.
+/// Holds the contents of a checkpoint's record file.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     #[serde(flatten)]

@@ -8,7 +8,7 @@ use super::paired::{Difference, Loss};
 use super::report::{Guarantee, Refitted, Report, Untied};
 use super::settings::Method;
 
-/// What the columns of the table of layers mean.
+/// Explains the columns of the table of layers.
 const COLUMNS: &str = "Inputs are the dense model's. Relative error: squared error of the layer's output, as a share of the \
 output. Energy recalled: energy of the chosen experts, as a share of the best choice's. Hit rate: chosen experts that \
 the best choice has too. Load: share of the tokens that an expert gets. Always on: neurons with massive activations. \
@@ -92,8 +92,8 @@ impl Report {
         }
     }
 
-    /// What was made, whether it was found to be what it should be, and all losses; then the conclusion. What the plan has
-    /// said is not said again.
+    /// Returns the result as lines: what was made, whether its guarantees hold, all losses, and the conclusion. Lines
+    /// of the plan are not repeated.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         let mut lines = self.facts();

@@ -21,7 +21,7 @@ pub struct Comparison {
     pub origin: Origin,
     /// The name of its file, where it is one of `calibration.eval`.
     pub file: Option<String>,
-    /// How many windows are for the most part in the text that was fitted to, too.
+    /// So many windows appear mostly in the text that was fitted to as well.
     pub repeated_windows: usize,
     /// Tokens predicted.
     pub tokens: usize,
@@ -44,7 +44,7 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Of two models that were each run as a whole, from the losses of windows as [`losses`] gives them.
+    /// Compares two models that were each run whole, from the window losses that [`losses`] returns.
     pub(super) fn of_whole(text: &Text, dense: Vec<f64>, mixture: Vec<f64>) -> Self {
         let tokens = predicted(&text.windows);
         Self {

@@ -1,4 +1,4 @@
-//! What keys of an upcycling recipe say against each other, found before a file is opened.
+//! Finds keys of an upcycling recipe that contradict each other, before any file is opened.
 
 use super::{CalibrationTable, FormatChoice, UpcyclePlan, UpcycleRecipe, UpcycleTable};
 use crate::error::Error;
