@@ -1,5 +1,5 @@
-//! What the losses of an account say in words. Held-out text is like the text that was fitted to, so what counts is text that
-//! is not.
+//! Says in words what the losses of an account mean. Other text decides, because held-out text resembles the text that
+//! was fitted to.
 
 use super::compare::Comparison;
 use super::paired::{Difference, Loss};
@@ -13,7 +13,7 @@ const LARGE: f64 = 0.05;
 /// The cost on other text is called larger when it is so many times that on held-out text.
 const TIMES: f64 = 1.5;
 
-/// What a difference of losses amounts to.
+/// Says whether a difference of losses makes a model better, equal or worse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Better,
@@ -105,7 +105,7 @@ impl Conclusion<'_> {
         lines
     }
 
-    /// How the new model does on a text.
+    /// Describes in a sentence the losses of the new model on a text; `None` where it was not measured.
     fn sentence(&self, text: &Comparison) -> Option<String> {
         let found = result(text)?;
         let unlike = match text.origin {
@@ -133,7 +133,7 @@ impl Conclusion<'_> {
         ))
     }
 
-    /// What a gain on held-out text alone is worth.
+    /// Explains that a gain on held-out text alone is no gain in general.
     fn beaten_by_fitting(&self, held_out: &Comparison, is_all: bool) -> String {
         let elsewhere = if is_all { "which is all that it was measured on" } else { "and not on other text" };
         let difference = result(held_out).map_or(String::new(), |loss| loss.above_dense.to_string());
@@ -164,7 +164,7 @@ fn result(comparison: &Comparison) -> Option<&Loss> {
     mixture.as_ref().or(pruned_refit.as_ref()).or(pruned.as_ref())
 }
 
-/// What a text is called in a sentence.
+/// Names the text of a comparison within a sentence.
 pub(super) fn place(comparison: &Comparison) -> String {
     match (comparison.origin, &comparison.file) {
         (Origin::HeldOut, _) => "text held out of the calibration data".to_string(),

@@ -110,11 +110,11 @@ pub struct Job<'a> {
     pub output: &'a Path,
     /// Further files for it: names and contents.
     pub files: &'a [(String, String)],
-    /// What was warned of before, for the account.
+    /// The account repeats these earlier warnings.
     pub warnings: &'a [String],
 }
 
-/// What a conversion will make, as far as configuration and headers show it.
+/// Describes the result of a conversion as far as the configuration and file headers show it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outline {
     /// The slices of a split or pruned network.

@@ -1,4 +1,4 @@
-//! How much of a text is in another: what a model was fitted to says little about how it takes other text.
+//! Measures how much of a text appears in another, because losses on fitted text say little about other text.
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -8,7 +8,7 @@ use super::windows::Windows;
 /// Tokens in a row that, found in the other text, are no coincidence: phrases of one kind of text are shorter.
 const RUN: usize = 32;
 
-/// How many windows of `text` are for the most part in `other` too: most of their runs, or all of a shorter window.
+/// Counts the windows of `text` that appear mostly in `other`: most of their runs, or all of a shorter window.
 pub(super) fn repeated(text: &[Windows], other: &[Windows]) -> usize {
     let known: HashSet<u64> =
         windows(other).flat_map(|window| window.windows(RUN.min(window.len().max(1))).map(digest)).collect();

@@ -1,4 +1,4 @@
-//! What is known of a conversion when it is done: what was promised and kept, and what it cost beside static pruning.
+//! Reports a finished conversion: its guarantees, and its losses compared with static pruning.
 
 use std::collections::BTreeMap;
 
@@ -36,7 +36,7 @@ pub struct Untied {
     pub vocab: usize,
     /// Columns of the new tensor.
     pub hidden: usize,
-    /// What the result is larger by.
+    /// The new tensor makes the result larger by this many bytes.
     pub bytes: usize,
 }
 
@@ -110,9 +110,9 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
     /// The head, where it became a tensor of its own.
     pub untied: Option<Untied>,
-    /// What the losses say in words.
+    /// States in words what the losses mean.
     pub conclusion: Vec<String>,
-    /// What to look at before the result is used.
+    /// Warns of what the user should look at before using the result.
     pub warnings: Vec<String>,
 }
 
@@ -195,7 +195,7 @@ impl Report {
         }
     }
 
-    /// Of an expanded mixture, before it is verified.
+    /// Begins the report of an expanded mixture that is not verified yet.
     pub(super) fn of_expansion(
         base: &Pretrained,
         settings: &Settings,

@@ -7,7 +7,7 @@ use crate::model::DecoderConfig;
 use crate::model::config::{Activation, FeedForwardConfig};
 use crate::model::family::{MixtureFormat, MixtureShape};
 
-/// How a network becomes experts.
+/// Selects how a network becomes experts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
@@ -56,7 +56,7 @@ pub enum Partition {
     Coactivation,
     /// Neurons that matter to the loss on the same kind of text go together.
     Gradient,
-    /// As `gradient`, and the neurons that matter in most kinds of text are shared.
+    /// Neurons go together as in `gradient`, and those that matter in most kinds of text are shared.
     GradientSharing,
     /// A linear router and the partition are improved in turns: neurons go where the tokens are that they matter to.
     #[default]
@@ -71,7 +71,7 @@ impl Partition {
     }
 }
 
-/// What the router is made from.
+/// Selects what the router is made from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RouterKind {
@@ -92,16 +92,16 @@ pub enum RouterKind {
     Prompts,
 }
 
-/// What the down projections are fitted to, so that the active neurons make up for the others.
+/// Selects what the down projections are fitted to, so that active neurons make up for the others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Refit {
     /// They are not fitted and stay slices of the dense model's.
     None,
-    /// The output of the dense network for the same input.
+    /// They are fitted to the output of the dense network for the same input.
     #[default]
     Local,
-    /// The difference to the residual stream of the dense model.
+    /// They are fitted to the difference from the dense model's residual stream.
     Stream,
 }
 
@@ -149,7 +149,7 @@ pub struct Settings {
     pub active: usize,
     /// How neurons are shared out.
     pub partition: Partition,
-    /// What the router is made from.
+    /// Selects what the router is made from.
     pub router: RouterKind,
     /// What the down projections are fitted to.
     pub refit: Refit,

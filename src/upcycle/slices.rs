@@ -64,7 +64,7 @@ impl Slices {
         Ok(top(&values(&self.router.apply(x)?)?, self.experts.len(), self.active))
     }
 
-    /// How many tokens of these inputs the router sends to each expert.
+    /// Counts the tokens of these inputs that the router sends to each expert.
     pub(super) fn load<'a>(&self, inputs: impl Iterator<Item = &'a Tensor>) -> Result<Vec<usize>> {
         let mut load = vec![0; self.experts.len()];
         for x in inputs {

@@ -72,18 +72,18 @@ pub struct Text {
     pub file: Option<String>,
     /// Its windows, in batches.
     pub windows: Vec<Windows>,
-    /// How many windows are for the most part in the text that is fitted to, too.
+    /// So many windows appear mostly in the text that is fitted to as well.
     pub repeated: usize,
 }
 
 impl Text {
-    /// How many windows there are.
+    /// Returns the number of windows in the text.
     #[must_use]
     pub fn num_windows(&self) -> usize {
         self.windows.iter().map(|batch| batch.offsets.len() - 1).sum()
     }
 
-    /// How many tokens there are.
+    /// Returns the number of tokens in the text.
     #[must_use]
     pub fn num_tokens(&self) -> usize {
         count(&self.windows)

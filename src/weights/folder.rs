@@ -17,7 +17,7 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub(super) struct Folder {
     pub(super) path: PathBuf,
-    /// What the user should know of the files.
+    /// Holds warnings about the files for the user.
     pub(super) warnings: Vec<String>,
     shards: Vec<MappedFile>,
     places: BTreeMap<String, Place>,

@@ -59,7 +59,7 @@ pub(super) fn check(file: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// What has not been looked at yet.
+/// Reads a GGUF header; `rest` holds the bytes that have not been read yet.
 struct Header<'a> {
     rest: &'a [u8],
     /// Lengths have eight bytes; in version 1, four.

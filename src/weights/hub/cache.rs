@@ -19,7 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::weights::folder::{INDEX, SINGLE};
 use crate::weights::write_atomic;
 
-/// How many times the longest silence another process may stand still before it is given up.
+/// Another downloading process is given up after standing still for this many times the longest silence.
 const STANDSTILL: u32 = 10;
 
 /// A name that the Hub gives to the bytes of a file, fit to be the name of a file here.
