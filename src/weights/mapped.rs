@@ -77,7 +77,7 @@ impl Deref for MappedFile {
     }
 }
 
-/// What tells a file from another, or from itself after a change.
+/// Identifies a file in its present state; another file, or a later change, differs.
 #[derive(Debug, PartialEq, Eq)]
 struct Identity {
     len: u64,

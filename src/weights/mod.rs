@@ -176,7 +176,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// What the user should know of how the files are read.
+    /// Returns warnings about how the files are read.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         match &self.store {

@@ -1,4 +1,4 @@
-//! What a file says of a tensor: its name, its shape and how its values are stored.
+//! Describes a tensor as its file does: by name, shape and stored type.
 
 use std::fmt;
 
@@ -12,18 +12,18 @@ pub struct TensorInfo {
     pub name: String,
     /// The shape, rows first.
     pub shape: Vec<usize>,
-    /// How the values are stored.
+    /// Says how the values are stored.
     pub dtype: StoredType,
 }
 
 impl TensorInfo {
-    /// How many values there are.
+    /// Returns the number of values in the tensor.
     #[must_use]
     pub fn num_values(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// How many bytes the values take in the file.
+    /// Returns the number of bytes that the values take in the file.
     #[must_use]
     pub fn size_in_bytes(&self) -> usize {
         match self.dtype {
@@ -34,14 +34,14 @@ impl TensorInfo {
     }
 }
 
-/// How values are stored.
+/// Says how the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoredType {
     /// f32, f16 or bf16: what can be read as it is.
     Float(DType),
     /// One of ggml's block formats.
     Quantized(GgmlDType),
-    /// What a safetensors file may hold besides: copied, never read.
+    /// Values of another safetensors type are copied but never read.
     Other(safetensors::Dtype),
 }
 

@@ -7,7 +7,8 @@ use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result, caught};
 
-/// How many times as long the normalizers may make a text. SentencePiece needs 1, and Unicode forms are not counted.
+/// Normalizers may make a text at most this many times as long. SentencePiece needs 1, and Unicode forms are not
+/// counted.
 const MOST_GROWTH: usize = 16;
 
 const HINT: &str =
@@ -46,7 +47,7 @@ pub(super) fn read(json: &[u8]) -> Result<Tokenizer> {
     }
 }
 
-/// How many times as many characters a normalizer may make of a text.
+/// Computes by which factor a normalizer may multiply the characters of a text.
 fn growth(normalizer: &Value) -> Result<usize> {
     let text = |path: &str| normalizer.pointer(path).and_then(Value::as_str);
     match text("/type") {

@@ -86,7 +86,7 @@ pub(super) struct Request<'a> {
     is_home: bool,
 }
 
-/// What one server says to a request.
+/// Represents the response of one server to a request.
 pub(super) enum Reply {
     /// The file is elsewhere; the request has moved on to there.
     Moved(HeaderMap),
@@ -129,7 +129,7 @@ impl Request<'_> {
         }
     }
 
-    /// What an answer of this status means, unless it is what was asked for.
+    /// Returns the failure for an unwanted status; only 401 and 403 from the endpoint mean that access is denied.
     pub(super) fn failed(&self, status: u16) -> Failure {
         match status {
             // Storage that answers so is no matter of the user's rights: its addresses expire.
@@ -195,7 +195,7 @@ fn shown(uri: &Uri) -> String {
     format!("{}://{host}{}", uri.scheme_str().unwrap_or_default(), uri.path())
 }
 
-/// What an address that is not relative begins with.
+/// Returns the scheme of an absolute address; `None` for a relative one.
 fn scheme(location: &str) -> Option<&str> {
     let (scheme, _) = location.split_once(':')?;
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');

@@ -44,7 +44,7 @@ pub struct HubSettings {
     pub token: Option<String>,
     /// Use only what is in the cache.
     pub offline: bool,
-    /// How long a server may say nothing: while connecting, before its answer, and within a file.
+    /// A server may be silent for this long: while connecting, before its answer, and within a file.
     pub silence: Duration,
     /// Told about downloads.
     pub on_progress: Option<OnProgress>,
