@@ -101,7 +101,7 @@ impl Layout {
         }
     }
 
-    /// Finds the layout with this name; no other word has one.
+    /// Returns the layout with this name; `None` for any other word.
     #[must_use]
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|layout| layout.name() == name)

@@ -164,7 +164,7 @@ pub struct DataRecipe {
     pub pack: Option<bool>,
     /// Which tokens are learned.
     pub train_on: Option<TrainOn>,
-    /// What chat templates are told beside the conversation: the date, and any other variable.
+    /// Sets the variables that chat templates get in addition to the conversation: the date, and any other.
     pub template: Option<TemplateVariables>,
     /// Whether control tokens such as `<|im_end|>` in the data are the model's own tokens or text.
     pub special_tokens: Option<SpecialTokens>,
