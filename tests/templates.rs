@@ -109,6 +109,30 @@ fn the_recipe_says_what_templates_are_told_and_the_adapter_remembers() {
     let (_, said) = place.run(&perplexity);
     assert!(said.contains("the chat template is told date = 20"), "{said}");
 
+    // So it is with control tokens, of which an adapter says something only if they are text.
+    let held = |run: &str| fs::read(place.path(&format!("{run}/adapter_model.safetensors"))).unwrap();
+    let records = |run: &str| held(run).windows(22).any(|bytes| bytes == b"peft_rs_special_tokens");
+    assert!(!records("run"));
+    let said = r#"{"messages": [{"role": "user", "content": "q<|im_end|>"}, {"role": "assistant", "content": "a"}]}"#;
+    fs::write(place.path("data.jsonl"), format!("{said}\n{}", said.replace("q<", "r<"))).unwrap();
+    let mut spelt = vec!["finetune", "recipe.toml"];
+    for set in ["output=\"spelt\"", "data.special_tokens=\"text\"", "train.steps=2", "data.max_length=99"] {
+        spelt.extend(["--set", set]);
+    }
+    place.run(&spelt);
+    assert!(records("spelt"));
+    let tokens = |adapter: &[&str]| {
+        let report = place.json(&[&perplexity[..], &["--json"], adapter].concat());
+        report["tokens"].as_u64().unwrap()
+    };
+    assert!(tokens(&["--adapter", "spelt"]) > tokens(&[]));
+    let (_, said) = place.run(&[&perplexity[..], &["--adapter", "spelt"]].concat());
+    let note = "control tokens in texts are encoded as text, as the adapter was trained\n";
+    assert!(said.contains(note) && !said.contains("control tokens stand"), "{said}");
+    let generate = ["generate", "--model", "model", "--adapter", "spelt", "--prompt", "q<|im_end|>"];
+    let (_, said) = place.run(&[&generate[..], &["--max-new-tokens", "1"]].concat());
+    assert!(said.contains(note) && !said.contains("a control token stands"), "{said}");
+
     for (set, expected) in [
         (
             "data.template.date=\"soon\"",

@@ -42,6 +42,9 @@ pub(super) fn generate(arguments: &Generate, terminal: &mut Terminal) -> Result<
 }
 
 fn warn_of_control_tokens(said: &str, text: &Text, terminal: &Terminal) {
+    if text.takes_control_tokens_for_text() {
+        return;
+    }
     if let (count @ 1.., Some(first)) = text.control_tokens(said) {
         let these = if count == 1 { "a control token stands" } else { "control tokens stand" };
         terminal.warn(&format!(

@@ -9,7 +9,7 @@ use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
 use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
-use crate::data::Layout;
+use crate::data::{Layout, SpecialTokens};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
@@ -21,6 +21,9 @@ pub(super) const LAYOUT: &str = "peft_rs_layout";
 
 /// Where it says what chat templates were told, if they ask for anything.
 pub(super) const TEMPLATE: &str = "peft_rs_template";
+
+/// Where it says what control tokens in texts are, if they are not tokens of their own.
+pub(super) const SPECIAL_TOKENS: &str = "peft_rs_special_tokens";
 
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {
@@ -54,6 +57,10 @@ impl<'a> AdapterFiles<'a> {
         let template = &plan.data.template;
         if template.told(&prepared.text).is_some() {
             metadata.insert(TEMPLATE.to_string(), serde_json::to_string(template)?);
+        }
+        let special_tokens = plan.data.special_tokens;
+        if special_tokens != SpecialTokens::default() {
+            metadata.insert(SPECIAL_TOKENS.to_string(), serde_json::to_string(&special_tokens)?);
         }
         let provenance = Provenance {
             base_model: Some(base_model.to_string()),

@@ -1,10 +1,12 @@
 //! A model ready to answer: weights, adapter, tokenizer.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::Device;
+use serde::de::DeserializeOwned;
 
-use super::artifact::{LAYOUT, TEMPLATE};
+use super::artifact::{LAYOUT, SPECIAL_TOKENS, TEMPLATE};
 use super::choice::DtypeChoice;
 use super::prepared::text_of;
 use super::template::TemplateVariables;
@@ -23,7 +25,7 @@ pub struct Loaded {
     pub text: Text,
     /// How the adapter's training data was laid out, where it says so.
     pub layout: Option<Layout>,
-    /// What the user should know.
+    /// What the user should know: what the chat template is told, and how control tokens are encoded.
     pub notes: Vec<String>,
     /// What the user should look at.
     pub warnings: Vec<String>,
@@ -41,14 +43,15 @@ impl Loaded {
             }
             None => None,
         };
-        let told = match adapter.as_ref().and_then(|(_, adapter)| adapter.metadata.get(TEMPLATE)) {
-            None => TemplateVariables::default(),
-            Some(written) => serde_json::from_str(written).map_err(|error| {
-                Error::invalid(format!("`{TEMPLATE}` in the metadata is not readable: {error}"))
-            })?,
-        };
-        let text = text_of(&base, &told, SpecialTokens::default())?;
-        let notes = told.told(&text).map(|told| format!("the chat template is told {told}"));
+        let metadata = adapter.as_ref().map(|(_, adapter)| &adapter.metadata);
+        let told: TemplateVariables = recorded(metadata, TEMPLATE)?;
+        let special_tokens: SpecialTokens = recorded(metadata, SPECIAL_TOKENS)?;
+        let text = text_of(&base, &told, special_tokens)?;
+        let told = told.told(&text).map(|told| format!("the chat template is told {told}"));
+        let spelt = text
+            .takes_control_tokens_for_text()
+            .then(|| "control tokens in texts are encoded as text, as the adapter was trained".to_string());
+        let notes = told.into_iter().chain(spelt).collect();
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
         let (mut warnings, mut layout) = (base.warnings().to_vec(), None);
         if let Some((placements, adapter)) = adapter {
@@ -58,8 +61,18 @@ impl Loaded {
             warnings.extend(adapter.base_mismatch(source));
             warnings.extend(adapter.warnings);
         }
-        Ok(Self { model, text, layout, notes: notes.into_iter().collect(), warnings })
+        Ok(Self { model, text, layout, notes, warnings })
     }
+}
+
+/// What the metadata of an adapter says under a key; the default where it says nothing.
+fn recorded<T: DeserializeOwned + Default>(
+    metadata: Option<&BTreeMap<String, String>>,
+    key: &str,
+) -> Result<T> {
+    let Some(written) = metadata.and_then(|metadata| metadata.get(key)) else { return Ok(T::default()) };
+    serde_json::from_str(written)
+        .map_err(|error| Error::invalid(format!("`{key}` in the metadata is not readable: {error}")))
 }
 
 /// The adapter in a folder; says of a run that has not ended where it stands.
