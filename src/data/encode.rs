@@ -11,7 +11,7 @@ pub(crate) struct Rendered {
     pub(crate) tokens: Vec<u32>,
     /// Where each token's text begins and ends in `rendered`.
     pub(crate) spans: Vec<(usize, usize)>,
-    /// Whether the tokens may be only those of the beginning.
+    /// Whether the tokens are only those of the beginning.
     pub(crate) is_cut: bool,
 }
 
@@ -19,15 +19,10 @@ pub(crate) struct Rendered {
 const BYTES_PER_TOKEN: usize = 64;
 
 /// The least that is encoded of a long text.
-pub(super) const LEAST_BEGINNING: usize = 256 << 10;
-
-/// Bytes of the longest text that is encoded whole for its first tokens.
-pub(super) fn longest(enough: usize) -> usize {
-    enough.saturating_mul(BYTES_PER_TOKEN).max(LEAST_BEGINNING).saturating_mul(4)
-}
+const LEAST_BEGINNING: usize = 256 << 10;
 
 /// Tokens with the places of their texts.
-pub(super) type Placed = (Vec<u32>, Vec<(usize, usize)>);
+type Placed = (Vec<u32>, Vec<(usize, usize)>);
 
 /// The tokens of a text, or of a long one at least the first `enough`; and whether there may be more. Two beginnings of
 /// different lengths have to agree on them: what follows a token changes it only from nearby.
@@ -37,16 +32,22 @@ pub(super) fn beginning(
     add_special: bool,
     enough: usize,
 ) -> Result<(Placed, bool)> {
-    let piece = longest(enough) / 4;
+    let piece = enough.saturating_mul(BYTES_PER_TOKEN).max(LEAST_BEGINNING);
     if text.len() > piece.saturating_mul(4) {
         let first = encoded(tokenizer, cut(text, piece), add_special)?;
-        let second = encoded(tokenizer, cut(text, 2 * piece), add_special)?;
+        let second = encoded(tokenizer, cut(text, piece.saturating_mul(2)), add_special)?;
         let agree = first.0.len() > enough && second.0.get(..enough) == first.0.get(..enough);
         if agree {
             return Ok((first, true));
         }
     }
     Ok((encoded(tokenizer, text, add_special)?, false))
+}
+
+/// So much of a text as says what its first token is.
+pub(super) fn opening(text: &str) -> &str {
+    const BYTES: usize = 8192;
+    if text.len() > BYTES { cut(text, BYTES) } else { text }
 }
 
 /// The beginning of a text, up to a line's end or a space near `bytes`.

@@ -11,7 +11,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::encode::Placed;
+use super::encode::{Rendered, beginning};
 use crate::error::{Error, Result};
 
 /// Says how control tokens in the data are encoded.
@@ -124,24 +124,21 @@ impl Controls {
         if self.as_text.is_some() && rendered.contains(MARK) { rendered.replace(MARK, "") } else { rendered }
     }
 
-    /// The readable text of `marked`, its tokens and where they stand in it; none where control tokens are tokens.
-    pub(super) fn encode(
-        &self,
-        marked: &str,
-        encode: impl Fn(&Tokenizer, &str) -> Result<Placed>,
-    ) -> Option<Result<(String, Placed)>> {
+    /// The readable text of `marked`, at least the first `enough` of its tokens, and where they stand in it; none where
+    /// control tokens are tokens.
+    pub(super) fn encode(&self, marked: &str, add_special: bool, enough: usize) -> Option<Result<Rendered>> {
         let as_text = self.as_text.as_ref()?;
         let disguised = self.disguised(as_text, marked);
-        let encoded = encode(&as_text.tokenizer, &disguised.text).map(|(mut ids, mut spans)| {
-            for id in &mut ids {
+        let encoded = beginning(&as_text.tokenizer, &disguised.text, add_special, enough);
+        Some(encoded.map(|((mut tokens, mut spans), is_cut)| {
+            for id in &mut tokens {
                 *id = as_text.originals.get(id).copied().unwrap_or(*id);
             }
             for (start, end) in &mut spans {
                 (*start, *end) = (disguised.place(*start), disguised.place(*end));
             }
-            (disguised.readable, (ids, spans))
-        });
-        Some(encoded)
+            Rendered { rendered: disguised.readable, tokens, spans, is_cut }
+        }))
     }
 
     fn disguised(&self, as_text: &AsText, marked: &str) -> Disguised {
@@ -236,6 +233,16 @@ mod tests {
         assert!(!plain.contains(&2) && tokens.encode_document("a<|im_end|>b").unwrap().contains(&2));
         assert_eq!(as_text.decode(&plain, false).unwrap(), "a<|im_end|>b");
         assert_eq!(tokens.control_tokens(said), (2, Some("<|im_end|>")));
+    }
+
+    #[test]
+    fn a_long_text_is_cut_where_control_tokens_are_text_too() {
+        let (tokens, as_text) = (model(SpecialTokens::Tokens), model(SpecialTokens::Text));
+        let long = "ab1 ".repeat(300_000);
+        let (beginning, is_cut) = as_text.document(&long, 300).unwrap();
+        assert!(is_cut && beginning[..300] == tokens.document(&long, 300).unwrap().0[..300]);
+        assert!(as_text.encode_rendered(long, 300).unwrap().is_cut);
+        assert!(!as_text.document("ab1 ", 300).unwrap().1);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokenizers::Tokenizer;
 
 use super::conversation::Message;
-use super::encode::{Rendered, beginning, encoded, failed, longest, panicked};
+use super::encode::{Rendered, beginning, encoded, failed, opening, panicked};
 use super::special::{Controls, SpecialTokens};
 use super::stream::DecodeStream;
 use super::template::{Template, Variables};
@@ -123,28 +123,34 @@ impl Text {
 
     /// The tokens of a document, and whether they are only those of its beginning: at least `enough` all the same.
     pub(crate) fn document(&self, text: &str, enough: usize) -> Result<(Vec<u32>, bool)> {
-        let encode = |tokenizer: &Tokenizer, text: &str| beginning(tokenizer, text, true, enough);
-        let plain = |tokenizer: &Tokenizer, text: &str| Ok(encode(tokenizer, text)?.0);
-        let (mut tokens, is_cut) = match self.controls.marked(text)? {
-            _ if !self.controls.are_text() => {
-                let ((tokens, _), is_cut) = encode(&self.tokenizer, text)?;
+        let marked = self.controls.marked(text)?;
+        let (mut tokens, is_cut) = match self.controls.encode(&marked, true, enough) {
+            Some(encoded) => encoded.map(|encoded| (encoded.tokens, encoded.is_cut))?,
+            None => {
+                let ((tokens, _), is_cut) = beginning(&self.tokenizer, text, true, enough)?;
                 (tokens, is_cut)
             }
-            marked => match self.controls.encode(&marked, plain) {
-                Some(encoded) => (encoded?.1.0, text.len() > longest(enough)),
-                None => return Err(Error::invalid("the tokenizer cannot encode control tokens as text")),
-            },
         };
         match (self.bos, self.add_bos) {
             (Some(bos), Some(true)) if tokens.first() != Some(&bos) => tokens.insert(0, bos),
             (Some(bos), Some(false))
-                if tokens.first() == Some(&bos) && !self.encode(text)?.starts_with(&[bos]) =>
+                if tokens.first() == Some(&bos) && self.first_written(&marked)? != Some(bos) =>
             {
                 tokens.remove(0);
             }
             _ => {}
         }
         Ok((tokens, is_cut))
+    }
+
+    /// The first token of a marked text, with nothing added: of its beginning alone, as it may be very long.
+    fn first_written(&self, marked: &str) -> Result<Option<u32>> {
+        let opening = opening(marked);
+        let tokens = match self.controls.encode(opening, false, usize::MAX) {
+            Some(encoded) => encoded?.tokens,
+            None => self.encode(opening)?,
+        };
+        Ok(tokens.first().copied())
     }
 
     /// The text of tokens.
@@ -255,15 +261,10 @@ impl Text {
 
     /// What a rendered conversation is to the model: at least its first `enough` tokens.
     pub(crate) fn encode_rendered(&self, rendered: String, enough: usize) -> Result<Rendered> {
-        let encode = |tokenizer: &Tokenizer, text: &str| Ok(beginning(tokenizer, text, false, enough)?.0);
-        let (rendered, (tokens, spans)) = match self.controls.encode(&rendered, encode) {
-            Some(encoded) => encoded?,
-            None => {
-                let placed = encode(&self.tokenizer, &rendered)?;
-                (rendered, placed)
-            }
-        };
-        let is_cut = rendered.len() > longest(enough);
+        if let Some(encoded) = self.controls.encode(&rendered, false, enough) {
+            return encoded;
+        }
+        let ((tokens, spans), is_cut) = beginning(&self.tokenizer, &rendered, false, enough)?;
         Ok(Rendered { rendered, tokens, spans, is_cut })
     }
 
@@ -330,10 +331,15 @@ pub(crate) mod tests {
 
     /// A tokenizer that puts `<|im_start|>` (token 1) before each document, as Llama puts its `<s>`.
     fn with_bos(add_bos: Option<bool>, template: &str) -> Text {
+        with_bos_and(SpecialTokens::Tokens, add_bos, template)
+    }
+
+    fn with_bos_and(special_tokens: SpecialTokens, add_bos: Option<bool>, template: &str) -> Text {
         let parts = TemplateParts {
             chat_template: Some(template.into()),
             bos_token: Some("<|im_start|>".into()),
             add_bos,
+            special_tokens,
             ..TemplateParts::default()
         };
         text(&[], parts, |file| {
@@ -363,6 +369,14 @@ pub(crate) mod tests {
         assert!(!plain.prompt_tokens(&user).unwrap().contains(&1));
         assert!(!plain.encode_document("hello").unwrap().contains(&1));
         assert_eq!(plain.encode_document("<|im_start|>x").unwrap()[0], 1);
+        let long = format!("<|im_start|>{}", "so on ".repeat(9999));
+        assert_eq!(plain.encode_document(&long).unwrap()[0], 1);
+        assert!(!plain.encode_document(&long[12..]).unwrap().contains(&1));
+        // Spelt out it is none, and the one that the tokenizer adds is taken away all the same.
+        let spelt = with_bos_and(SpecialTokens::Text, Some(false), "{{ messages[0].content }}");
+        let tokens = spelt.encode_document("<|im_start|>x").unwrap();
+        assert!(!tokens.contains(&1), "{tokens:?}");
+        assert_eq!(spelt.decode(&tokens, false).unwrap(), "<|im_start|>x");
         let parts = TemplateParts {
             bos_token: Some("<|im_start|>".into()),
             add_bos: Some(true),
