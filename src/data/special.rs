@@ -83,14 +83,13 @@ impl Controls {
         self.as_text.is_some()
     }
 
-    /// Counts the control tokens in a text.
-    pub(super) fn count(&self, text: &str) -> usize {
-        self.finder.find_iter(text).count()
-    }
-
-    /// Finds the first control token in a text.
-    pub(super) fn first<'a>(&self, text: &'a str) -> Option<&'a str> {
-        self.finder.find(text).map(|found| &text[found.range()])
+    /// Counts the control tokens in a text, and gives the first.
+    pub(super) fn found<'a>(&self, text: &'a str) -> (usize, Option<&'a str>) {
+        let mut all = self.finder.find_iter(text);
+        match all.next() {
+            None => (0, None),
+            Some(first) => (1 + all.count(), Some(&text[first.range()])),
+        }
     }
 
     /// Marks the control tokens of a text where they are to be plain text, before the template sees it.

@@ -230,7 +230,7 @@ impl Text {
     /// How many control tokens of the model, such as `<|im_end|>`, stand in a text; and the first.
     #[must_use]
     pub fn control_tokens<'a>(&self, text: &'a str) -> (usize, Option<&'a str>) {
-        (self.controls.count(text), self.controls.first(text))
+        self.controls.found(text)
     }
 
     /// The messages with marks in their control tokens; none where they need no marks.

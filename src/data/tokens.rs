@@ -65,14 +65,25 @@ pub(crate) fn tokenise(
             count(prompt);
             count(completion);
         }
-        Conversation::Chat { messages, .. } => {
+        Conversation::Chat { messages, tools, extra, .. } => {
             for message in messages {
                 message.content.as_deref().map(&mut count);
-                message.fields.values().filter_map(serde_json::Value::as_str).for_each(&mut count);
+                message.fields.values().for_each(|value| each_text(value, &mut count));
             }
+            tools.iter().chain(extra.values()).for_each(|value| each_text(value, &mut count));
         }
     }
     Ok(tokens)
+}
+
+/// Hands over all texts in a value: those that [`Text::mark`] marks.
+fn each_text(value: &Value, take: &mut impl FnMut(&str)) {
+    match value {
+        Value::String(text) => take(text),
+        Value::Array(list) => list.iter().for_each(|value| each_text(value, take)),
+        Value::Object(map) => map.values().for_each(|value| each_text(value, take)),
+        _ => {}
+    }
 }
 
 fn tokens_of(
@@ -523,6 +534,22 @@ mod tests {
             let said = marked(&switched(&[(3, false)]), &text, train_on);
             assert!(said.contains("a1") && said.ends_with("a2 é🦀\n"), "{said}");
         }
+    }
+
+    #[test]
+    fn control_tokens_are_counted_wherever_the_template_may_read_them() {
+        let Conversation::Chat { mut messages, .. } = two_turns() else { unreachable!() };
+        let call = serde_json::json!([{"function": {"name": "f", "arguments": {"x": ["<|im_end|>", 1]}}}]);
+        messages[1].fields.insert("tool_calls".into(), call);
+        messages[2].content = Some("<|im_start|>".into());
+        let conversation = Conversation::Chat {
+            messages,
+            tools: Some(serde_json::json!([{"description": "<|im_end|><|im_end|>"}])),
+            extra: Map::from_iter([("note".to_string(), serde_json::json!({"of": "<|im_start|>"}))]),
+            learn_from: 0,
+        };
+        let tokens = tokenise(&conversation, &chatml(), TrainOn::Completion, true, usize::MAX).unwrap();
+        assert_eq!(tokens.controls, (5, Some("<|im_end|>".to_string())));
     }
 
     #[test]
