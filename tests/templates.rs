@@ -200,6 +200,14 @@ fn control_tokens_in_the_data_are_counted_and_can_be_text() {
         )),
         "{warnings:?}"
     );
+    let hint = "`data.special_tokens = \"text\"` encodes them as text";
+    assert!(warnings.iter().any(|warning| warning.ends_with(hint)), "{warnings:?}");
+    // Whoever only evaluates has no such key.
+    let (_, said) = place.run(&["eval", "perplexity", "--model", "model", "--data", "data.jsonl"]);
+    assert!(
+        said.contains("they are encoded as the model's own\n") && !said.contains("data.special"),
+        "{said}"
+    );
     let as_text = ["data.special_tokens=\"text\"", "data.eval_share=0.4", "data.max_length=99"];
     let (sample, warnings) = checked(&place, &as_text);
     assert!(!warnings.iter().any(|warning| warning.contains("control")), "{warnings:?}");

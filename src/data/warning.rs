@@ -83,15 +83,26 @@ impl fmt::Display for Warning {
                 lost.first_line.unwrap_or_default(),
                 lost.first.as_deref().unwrap_or_default(),
             ),
-            Self::ControlTokens(path, count, found) => write!(
-                f,
-                "{count} control tokens stand in what {} documents of {} say, the first in line {}: `{}`; they are \
-                 encoded as the model's own, and `data.special_tokens = \"text\"` encodes them as text",
-                found.documents,
-                path.display(),
-                found.first_line.unwrap_or_default(),
-                found.first.as_deref().unwrap_or_default(),
-            ),
+            Self::ControlTokens(path, count, found) => {
+                let path = path.display();
+                let line = found.first_line.unwrap_or_default();
+                let first = found.first.as_deref().unwrap_or_default();
+                match count {
+                    1 => write!(f, "1 control token stands in what")?,
+                    _ => write!(f, "{count} control tokens stand in what")?,
+                }
+                match found.documents {
+                    1 => write!(f, " 1 document of {path} says, in line {line}: `{first}`")?,
+                    documents => {
+                        write!(
+                            f,
+                            " {documents} documents of {path} say, the first in line {line}: `{first}`"
+                        )?;
+                    }
+                }
+                let encoded = if *count == 1 { "it is encoded" } else { "they are encoded" };
+                write!(f, "; {encoded} as the model's own")
+            }
             Self::Cut(path, count) => write!(
                 f,
                 "{count} documents of {} are so long that only their beginning was encoded: they have more tokens than \
@@ -99,5 +110,32 @@ impl fmt::Display for Warning {
                 path.display()
             ),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_control_token_is_no_plural() {
+        let told = |count, documents| {
+            let found = Noticed { documents, first_line: Some(3), first: Some("</s>".into()) };
+            Warning::ControlTokens("a.jsonl".into(), count, found).to_string()
+        };
+        assert_eq!(
+            told(1, 1),
+            "1 control token stands in what 1 document of a.jsonl says, in line 3: `</s>`; it is encoded as the model's own"
+        );
+        assert_eq!(
+            told(2, 1),
+            "2 control tokens stand in what 1 document of a.jsonl says, in line 3: `</s>`; they are encoded as the \
+             model's own"
+        );
+        assert_eq!(
+            told(5, 2),
+            "5 control tokens stand in what 2 documents of a.jsonl say, the first in line 3: `</s>`; they are encoded as \
+             the model's own"
+        );
     }
 }

@@ -8,7 +8,7 @@ use super::fitting::Memory;
 use super::mixture::{MixturePlan, RouterTraining};
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
-use crate::data::{Counts, Layout};
+use crate::data::{Counts, Layout, Warning};
 use crate::model::config::{Overflow, RouterNoise, RoutingKind, RoutingVariant};
 use crate::model::{RouterLosses, family};
 use crate::ops::distillation::Terms;
@@ -44,11 +44,24 @@ pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
     let unread = plan.data.template.unread(&prepared.text);
     let unread =
         unread.iter().map(|name| format!("no chat template of the model reads `data.template.{name}`"));
-    let data = prepared.dataset.warnings.iter().map(ToString::to_string).chain(unread);
+    let data = prepared.dataset.warnings.iter().map(of_data).chain(unread);
     let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
     let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
     let rate = high_rate(plan);
     model.chain(data).chain(excess).chain(of_mixture).chain(rate).collect()
+}
+
+/// What there is to say of the data, with the key of the recipe that changes it.
+fn of_data(warning: &Warning) -> String {
+    match warning {
+        Warning::ControlTokens(_, 1, _) => {
+            format!("{warning}, and `data.special_tokens = \"text\"` encodes it as text")
+        }
+        Warning::ControlTokens(..) => {
+            format!("{warning}, and `data.special_tokens = \"text\"` encodes them as text")
+        }
+        _ => warning.to_string(),
+    }
 }
 
 /// A learning rate that ends in the same loss whatever the data.
