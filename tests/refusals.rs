@@ -640,6 +640,7 @@ mod full_disk {
             insta::assert_snapshot!(limited(&place, 100_000, &upcycle), @"
     exit 1
     warning: 512 calibration tokens give each of 4 experts about 256, and 512 are the least to tell experts apart by; raise `calibration.tokens` to 1024 or more
+    warning: `calibration.data` names one file and `calibration.eval` none: held-out text is like what is fitted, and only the built-in text tells what other text costs; name files of several kinds
     error: [place]/./.mixture.[RANDOM].partial/model.safetensors: File too large (os error 27)
     hint: free some space, or choose another output folder with `--output`
     ");

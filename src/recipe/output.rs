@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use toml::{Table, Value};
 
@@ -175,8 +175,8 @@ fn recorded(plan: &Plan) -> Option<Recipe> {
 
 /// The folder that a run is written to. One that holds a run already may be the current one, for going on with it there.
 fn run_folder(asked: &Path) -> Result<PathBuf> {
-    if !asked.as_os_str().is_empty() && train::is_run(asked) {
-        return fs::canonicalize(asked).at(asked);
+    if asked.components().eq([Component::CurDir]) && train::is_run(asked) {
+        return Ok(asked.to_path_buf());
     }
     output_folder(asked)
 }
