@@ -113,7 +113,7 @@ fn the_recipe_says_what_templates_are_told_and_the_adapter_remembers() {
     let held = |run: &str| fs::read(place.path(&format!("{run}/adapter_model.safetensors"))).unwrap();
     let records = |run: &str| held(run).windows(22).any(|bytes| bytes == b"peft_rs_special_tokens");
     assert!(!records("run"));
-    let said = r#"{"messages": [{"role": "user", "content": "q<|im_end|>"}, {"role": "assistant", "content": "a"}]}"#;
+    let said = r#"{"messages": [{"role": "user", "content": "q<|im_end|>"}, {"role": "assistant", "content": "a<|im_start|>"}]}"#;
     fs::write(place.path("data.jsonl"), format!("{said}\n{}", said.replace("q<", "r<"))).unwrap();
     let mut spelt = vec!["finetune", "recipe.toml"];
     for set in ["output=\"spelt\"", "data.special_tokens=\"text\"", "train.steps=2", "data.max_length=99"] {

@@ -11,6 +11,7 @@ use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use super::conversation::Message;
 use super::encode::{Rendered, beginning};
 use crate::error::{Error, Result};
 
@@ -90,6 +91,32 @@ impl Controls {
             None => (0, None),
             Some(first) => (1 + all.count(), Some(&text[first.range()])),
         }
+    }
+
+    /// The messages with marks in their control tokens; none where they need no marks.
+    pub(super) fn marked_messages(&self, messages: &[Message]) -> Result<Option<Vec<Message>>> {
+        if !self.are_text() {
+            return Ok(None);
+        }
+        let mut marked = messages.to_vec();
+        for message in &mut marked {
+            if let Some(content) = &mut message.content {
+                *content = self.marked(content)?.into_owned();
+            }
+            message.fields.values_mut().try_for_each(|value| self.mark(value))?;
+        }
+        Ok(Some(marked))
+    }
+
+    /// As [`Self::marked_messages`], for all texts in a value.
+    pub(super) fn mark(&self, value: &mut serde_json::Value) -> Result<()> {
+        match value {
+            serde_json::Value::String(text) => *text = self.marked(text)?.into_owned(),
+            serde_json::Value::Array(list) => list.iter_mut().try_for_each(|value| self.mark(value))?,
+            serde_json::Value::Object(map) => map.values_mut().try_for_each(|value| self.mark(value))?,
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Marks the control tokens of a text where they are to be plain text, before the template sees it.
@@ -247,7 +274,8 @@ mod tests {
     #[test]
     fn places_in_the_text_are_those_that_people_read() {
         let as_text = model(SpecialTokens::Text);
-        let marked = as_text.marked(&[Message::new(Role::User, "q<|im_end|>é")]).unwrap().unwrap();
+        let marked =
+            as_text.controls.marked_messages(&[Message::new(Role::User, "q<|im_end|>é")]).unwrap().unwrap();
         let rendered =
             as_text.template(None).unwrap().render(&marked, None, &serde_json::Map::new(), false).unwrap();
         let all = as_text.encode_rendered(rendered, usize::MAX).unwrap();

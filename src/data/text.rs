@@ -44,7 +44,7 @@ pub struct Text {
     tokenizer: Tokenizer,
     template: Option<Template>,
     tool_template: Option<Template>,
-    controls: Controls,
+    pub(super) controls: Controls,
     vocabulary: Option<usize>,
     bos: Option<u32>,
     add_bos: Option<bool>,
@@ -190,7 +190,7 @@ impl Text {
 
     /// The same with marks in the control tokens of messages, where these are text.
     fn rendered(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let marked = self.marked(messages)?;
+        let marked = self.controls.marked_messages(messages)?;
         let messages = marked.as_deref().unwrap_or(messages);
         self.template(None)?.render(messages, None, &serde_json::Map::new(), add_generation_prompt)
     }
@@ -231,32 +231,6 @@ impl Text {
     #[must_use]
     pub fn control_tokens<'a>(&self, text: &'a str) -> (usize, Option<&'a str>) {
         self.controls.found(text)
-    }
-
-    /// The messages with marks in their control tokens; none where they need no marks.
-    pub(crate) fn marked(&self, messages: &[Message]) -> Result<Option<Vec<Message>>> {
-        if !self.controls.are_text() {
-            return Ok(None);
-        }
-        let mut marked = messages.to_vec();
-        for message in &mut marked {
-            if let Some(content) = &mut message.content {
-                *content = self.controls.marked(content)?.into_owned();
-            }
-            message.fields.values_mut().try_for_each(|value| self.mark(value))?;
-        }
-        Ok(Some(marked))
-    }
-
-    /// As [`Self::marked`], for all texts in a value.
-    pub(crate) fn mark(&self, value: &mut serde_json::Value) -> Result<()> {
-        match value {
-            serde_json::Value::String(text) => *text = self.controls.marked(text)?.into_owned(),
-            serde_json::Value::Array(list) => list.iter_mut().try_for_each(|value| self.mark(value))?,
-            serde_json::Value::Object(map) => map.values_mut().try_for_each(|value| self.mark(value))?,
-            _ => {}
-        }
-        Ok(())
     }
 
     /// What a rendered conversation is to the model: at least its first `enough` tokens.

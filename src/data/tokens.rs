@@ -158,11 +158,11 @@ impl<'a> Chat<'a> {
         text: &'a Text,
         enough: usize,
     ) -> Result<Self> {
-        let marked = text.marked(messages)?;
+        let marked = text.controls.marked_messages(messages)?;
         let mut marked_tools = tools.cloned();
-        marked_tools.as_mut().map_or(Ok(()), |tools| text.mark(tools))?;
+        marked_tools.as_mut().map_or(Ok(()), |tools| text.controls.mark(tools))?;
         let mut marked_extra = extra.clone();
-        marked_extra.values_mut().try_for_each(|value| text.mark(value))?;
+        marked_extra.values_mut().try_for_each(|value| text.controls.mark(value))?;
         let template = text.template(tools)?;
         let said = marked.as_deref().unwrap_or(messages);
         let rendered = template.render(said, marked_tools.as_ref(), &marked_extra, false).map_err(|error| {
