@@ -167,3 +167,24 @@ fn the_blobs_of_a_hub_cache_belong_to_its_snapshots() {
     let error = checkpoint.write_companions(&target).unwrap_err().to_string();
     assert!(error.contains("outside of the model's folder"), "{error}");
 }
+
+#[test]
+fn the_files_of_a_run_are_regular_too() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--set", "train.steps=2", "--log", "silent"]);
+    const RESUME: &[&str] = &["finetune", "recipe.toml", "--set", "train.steps=2", "--resume"];
+    let checkpoint = "run/checkpoint-2/trainer_state.json";
+    for (file, command) in [
+        ("run/recipe.toml", RESUME),
+        ("run/metrics.jsonl", RESUME),
+        (checkpoint, RESUME),
+        ("run/metrics.jsonl", &["inspect", "run"]),
+    ] {
+        let whole = fs::read(place.path(file)).unwrap();
+        pipe(&place.path(file));
+        let said = refused(&place, command);
+        assert!(!said.starts_with("exit 0") && said.contains("pipe"), "{file}: {said}");
+        fs::remove_file(place.path(file)).unwrap();
+        fs::write(place.path(file), whole).unwrap();
+    }
+}

@@ -30,6 +30,12 @@ const HANDLER: usize = 64 << 10;
 /// Listens for mapped files that cannot be read, and starts the threads that compute.
 pub(super) fn begin(log: Log) -> Result<()> {
     AS_JSON.store(log == Log::Json, Ordering::Relaxed);
+    // A file beyond the limit of its size is an error of the write then, and not the end of the program.
+    #[cfg(unix)]
+    // SAFETY: ignoring a signal is always valid.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
     #[cfg(target_os = "linux")]
     bus::listen();
     let threads = rayon::ThreadPoolBuilder::new().start_handler(|_| {

@@ -68,11 +68,8 @@ impl Text {
         };
         let bos = id(&parts.bos_token, "bos_token")?;
         let mut eos: Vec<u32> = id(&parts.eos_token, "eos_token")?.into_iter().collect();
-        for id in parts.eos_token_ids {
-            if !eos.contains(&id) {
-                eos.push(id);
-            }
-        }
+        let mut known: BTreeSet<u32> = eos.iter().copied().collect();
+        eos.extend(parts.eos_token_ids.into_iter().filter(|id| known.insert(*id)));
         let now = parts.now.unwrap_or_else(|| {
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs() as i64)
         });

@@ -12,10 +12,13 @@ use super::document::{Document, written};
 use super::plan::{Evaluation, Plan, Trained};
 use super::template::{Date, TemplateVariables};
 use crate::data::Source;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, is_there, read_regular_text};
 use crate::train::{self, BEST};
 use crate::weights::output::{OpenPath, output_folder, refuse_below_file, refuse_unwritable};
 use crate::weights::{is_companion, remove_stale, write_atomic};
+
+/// No recipe has more bytes than this.
+const LARGEST_RECIPE: u64 = 16 << 20;
 
 /// The resolved recipe.
 const RECIPE: &str = "recipe.toml";
@@ -169,7 +172,7 @@ fn lock(path: &Path) -> Result<Option<File>> {
 /// The recipe that the run of a plan was started with, where it can be read.
 fn recorded(plan: &Plan) -> Option<Recipe> {
     let path = plan.output.join(RECIPE);
-    let document = Document::parse(&path, &fs::read_to_string(&path).ok()?).ok()?;
+    let document = Document::parse(&path, &read_regular_text(&path, LARGEST_RECIPE).ok()?).ok()?;
     Recipe::read(&document).ok()
 }
 
@@ -241,7 +244,10 @@ fn refuse_sources(plan: &Plan, output: &Path) -> Result<()> {
 /// Says which keys were others when the run was started.
 fn check_recipe(plan: &Plan) -> Result<()> {
     let path = plan.output.join(RECIPE);
-    let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
+    if !path.is_file() && !is_there(&path) {
+        return Ok(());
+    }
+    let text = read_regular_text(&path, LARGEST_RECIPE).at(&path)?;
     // Read as a recipe of today, a key that was not there then has its default. A date that was not there says nothing.
     let then = match recorded(plan) {
         None => text,

@@ -7,12 +7,15 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, read_regular};
 use crate::weights::output::OpenPath;
 use crate::weights::write_atomic;
 
 /// The file in a run folder.
 pub(super) const FILE: &str = "metrics.jsonl";
+
+/// No run has more bytes of metrics than this: 4 GiB.
+const LARGEST: u64 = 1 << 32;
 
 /// The file, open for appending.
 #[derive(Debug)]
@@ -34,7 +37,7 @@ impl Metrics {
         let path = output.join(FILE);
         let mut unreadable = Vec::new();
         if path.exists() {
-            let earlier = std::fs::read(&path).at(&path)?;
+            let earlier = read_regular(&path, LARGEST).at(&path)?;
             let mut kept = Vec::new();
             for (index, line) in earlier.split_inclusive(|byte| *byte == b'\n').enumerate() {
                 match step_of(line) {

@@ -10,7 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, read_regular};
+
+/// No record of a run has more bytes than this.
+const LARGEST: u64 = 16 << 20;
 
 /// The file in the folder of a checkpoint.
 pub(super) const FILE: &str = "trainer_state.json";
@@ -83,7 +86,7 @@ impl Record {
         if !path.is_file() {
             return Err(Error::invalid(format!("has no `{FILE}`"))).at(folder);
         }
-        let text = fs::read(&path).at(&path)?;
+        let text = read_regular(&path, LARGEST).at(&path)?;
         let text = String::from_utf8(text).map_err(|_| Error::invalid("is not valid UTF-8")).at(&path)?;
         let record: Self = serde_json::from_str(&text).at(&path)?;
         record.verify_itself(&text).at(&path)?;
@@ -126,7 +129,7 @@ impl Record {
 
 /// The fingerprint that the record in `folder` holds, whatever else became of it.
 pub(super) fn fingerprint(folder: &Path) -> Option<String> {
-    let record: Value = serde_json::from_slice(&fs::read(folder.join(FILE)).ok()?).ok()?;
+    let record: Value = serde_json::from_slice(&read_regular(&folder.join(FILE), LARGEST).ok()?).ok()?;
     record.get("fingerprint")?.as_str().map(str::to_string)
 }
 
@@ -136,7 +139,7 @@ pub(super) fn is_foreign(folder: &Path) -> bool {
     if entries.next().is_none() || folder.join("optimizer.safetensors").is_file() {
         return false;
     }
-    match fs::read(folder.join(FILE)) {
+    match read_regular(&folder.join(FILE), LARGEST) {
         Err(_) => true,
         Ok(text) => {
             serde_json::from_slice::<Value>(&text).is_ok_and(|state| state.get("fingerprint").is_none())

@@ -51,6 +51,10 @@ impl Fit {
         weights: &[f32],
         judged: bool,
     ) -> Result<()> {
+        // With every active neuron guarded there is nothing to fit.
+        if self.free.elem_count() == 0 {
+            return Ok(());
+        }
         let roots: Vec<f32> = weights.iter().map(|weight| weight.sqrt()).collect();
         let roots = matrix(roots, 1)?;
         let active = active.index_select(&self.free, 1)?.broadcast_mul(&roots)?;
@@ -178,5 +182,20 @@ impl Walk<'_> {
             self.model.add_to_stream(self.layer, stream, &y)?;
         }
         Ok(Fitted { down, left })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn with_no_free_neuron_the_projection_stays() {
+        let mut fit = Fit::new(&[]).unwrap();
+        let ones = |rows: usize, columns: usize| matrix(vec![1.0; rows * columns], columns).unwrap();
+        for judged in [false, true] {
+            fit.add(&ones(4, 3), &ones(4, 2), &[1.0; 4], judged).unwrap();
+        }
+        assert!(fit.finish(&ones(2, 3)).unwrap().left.is_none());
     }
 }

@@ -15,6 +15,9 @@ use crate::error::{Context, Error, Result, read_regular_text};
 /// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
 const LARGEST: u64 = 16 << 20;
 
+/// No honest adapter is scaled by more.
+const LARGEST_ALPHA: f64 = 1e6;
+
 /// Keys that say nothing about the values computed.
 const IGNORED: [&str; 15] = [
     "auto_mapping",
@@ -106,7 +109,9 @@ fn parse(text: &str) -> Result<Read> {
             Some(NamesOrText::Text(pattern)) => Exclude::Pattern(pattern),
         },
         rank_pattern: fields.patterns("rank_pattern", "a whole number above 0 and at most 65536", rank_of),
-        alpha_pattern: fields.patterns("alpha_pattern", "a number", Value::as_f64),
+        alpha_pattern: fields.patterns("alpha_pattern", "a number of at most 1e6", |value| {
+            value.as_f64().filter(|alpha| alpha.abs() <= LARGEST_ALPHA)
+        }),
         layers_to_transform: fields.layers(),
         layers_pattern: match fields.names_or_text("layers_pattern") {
             None => Vec::new(),
@@ -173,7 +178,7 @@ impl Fields {
 
     fn alpha(&mut self) -> f64 {
         let alpha = self.number("lora_alpha").unwrap_or(8.0);
-        if alpha.abs() > 1e6 {
+        if alpha.abs() > LARGEST_ALPHA {
             self.wrong("lora_alpha", &json!(alpha), "at most 1e6");
         }
         alpha

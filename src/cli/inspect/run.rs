@@ -1,16 +1,18 @@
 //! A run directory: what was trained, how far, and how well.
 
 use std::fmt::{self, Display};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::row;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, read_regular, read_regular_text};
 use crate::recipe::figures::{bytes, count};
 use crate::recipe::{Document, Plan, Recipe};
 use crate::train;
+
+/// No file of a run that is shown has more bytes than this: 4 GiB.
+const LARGEST: u64 = 1 << 32;
 
 /// The file that makes a folder a run.
 pub(super) const METRICS_FILE: &str = "metrics.jsonl";
@@ -54,7 +56,7 @@ struct Line {
 impl Run {
     pub(super) fn read(path: &Path) -> Result<Self> {
         let metrics = path.join(METRICS_FILE);
-        let text = fs::read(&metrics).at(&metrics)?;
+        let text = read_regular(&metrics, LARGEST).at(&metrics)?;
         let mut lines = Vec::new();
         for (index, line) in text.split_inclusive(|byte| *byte == b'\n').enumerate() {
             match serde_json::from_slice::<Line>(line) {
@@ -95,7 +97,7 @@ fn model_of(recipe: &Path) -> Result<Option<String>> {
     if !recipe.is_file() {
         return Ok(None);
     }
-    let document = Document::parse(recipe, &fs::read_to_string(recipe).at(recipe)?)?;
+    let document = Document::parse(recipe, &read_regular_text(recipe, LARGEST).at(recipe)?)?;
     Ok(Some(Plan::of(&Recipe::read(&document)?, "run").model.source))
 }
 

@@ -8,6 +8,7 @@ mod cache;
 mod client;
 mod download;
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -226,16 +227,19 @@ fn resolve(client: &Client<'_>, hub: &HubId, settings: &HubSettings) -> Result<A
         500.. => return Ok(Answer::Unreachable(format!("status {status}"))),
         _ => return Err(Error::invalid(format!("{} answered {status} for `{}`", settings.endpoint, hub.id))),
     }
-    let info = response.body_mut().with_config().limit(LARGEST_ANSWER).read_json();
-    let info: hf_hub::api::RepoInfo = match info {
-        Ok(info) => info,
-        Err(error @ (ureq::Error::Timeout(_) | ureq::Error::Io(_))) => {
-            return Ok(Answer::Unreachable(describe(&error, settings.silence)));
-        }
-        Err(error) => {
-            return Err(Error::invalid(format!("{} sent an unreadable answer: {error}", settings.endpoint)));
-        }
-    };
+    // Counted where bytes are read, because a compressed answer may unpack to any size.
+    let mut bytes = Vec::new();
+    let read = response.body_mut().as_reader().take(LARGEST_ANSWER + 1).read_to_end(&mut bytes);
+    if let Err(error) = read {
+        return Ok(Answer::Unreachable(describe(&ureq::Error::from(error), settings.silence)));
+    }
+    let unreadable =
+        |what: &str| Error::invalid(format!("{} sent an unreadable answer: {what}", settings.endpoint));
+    if bytes.len() as u64 > LARGEST_ANSWER {
+        return Err(unreadable(&format!("it has more than {LARGEST_ANSWER} bytes")));
+    }
+    let info: hf_hub::api::RepoInfo =
+        serde_json::from_slice(&bytes).map_err(|error| unreadable(&error.to_string()))?;
     let is_other = is_commit(&hub.revision) && !info.sha.eq_ignore_ascii_case(&hub.revision);
     if !is_commit(&info.sha) || is_other {
         let sha: String = info.sha.chars().take(80).collect();
