@@ -27,6 +27,9 @@ pub enum Conversation {
     Text(String),
 }
 
+/// The keys under which messages hold the reasoning before an answer, the one of most templates first.
+pub(super) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Message {

@@ -19,7 +19,7 @@ pub struct Counts {
     pub rows: usize,
     /// Their tokens.
     pub tokens: usize,
-    /// Of these tokens, so many are learned.
+    /// The number of these tokens that are learned.
     pub supervised: usize,
     /// Documents that went through the chat template; the others are plain text.
     pub templated: usize,

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::TrainOn;
 use super::batch::{Row, fingerprint};
-use super::conversation::Conversation;
+use super::conversation::{Conversation, REASONING};
 use super::counts::{Counts, Lengths, Noticed};
 use super::mix::{self, Part};
 use super::sampler::all_rows;
@@ -222,8 +222,6 @@ fn rows(
 
 /// The keys of messages and the variables of records that the chat template has no word for.
 fn unread(records: &[Record], text: &Text) -> Vec<Key> {
-    // Templates read the reasoning of a message under either of these names.
-    const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
     if !text.has_template() {
         return Vec::new();
     }

@@ -1,12 +1,10 @@
 //! Text of a conversation that its chat template leaves out.
 
-use super::conversation::Message;
+use super::conversation::{Message, REASONING};
 
 /// The first thing that the record says and the template leaves out, line by line: templates change space between
 /// lines, and write some texts as JSON.
 pub(super) fn lost(messages: &[Message], rendered: &str) -> Option<String> {
-    const THOUGHTS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-
     let mut reached = 0;
     let mut holds = |line: &str| {
         if let Some(at) = rendered[reached..].find(line) {
@@ -25,7 +23,7 @@ pub(super) fn lost(messages: &[Message], rendered: &str) -> Option<String> {
     };
     for (message, number) in messages.iter().zip(1..) {
         let content = message.content.as_deref().unwrap_or_default();
-        let thoughts = THOUGHTS.iter().find_map(|name| message.fields.get(*name)?.as_str());
+        let thoughts = REASONING.iter().find_map(|name| message.fields.get(*name)?.as_str());
         if thoughts.is_some_and(&mut is_lost) {
             return Some(format!("the thoughts of message {number}"));
         }

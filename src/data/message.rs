@@ -8,7 +8,7 @@ use super::conversation::{Message, Role};
 use super::value::{keys, kind, string};
 use crate::error::{Error, Result};
 
-/// What a role's name in a record means.
+/// The meaning that a role's name has in a record.
 #[derive(Clone, Copy, PartialEq)]
 enum Named {
     Role(Role),

@@ -17,7 +17,7 @@ const RESERVED: [&str; 6] = [
     "mark_generation",
 ];
 
-/// What the records of a data file look like.
+/// The form that the records of a data file have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {

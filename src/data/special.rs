@@ -108,7 +108,7 @@ impl Controls {
         Ok(Some(marked))
     }
 
-    /// As [`Self::marked_messages`], for all texts in a value.
+    /// Marks the control tokens in every text of a JSON value.
     pub(super) fn mark(&self, value: &mut serde_json::Value) -> Result<()> {
         match value {
             serde_json::Value::String(text) => *text = self.marked(text)?.into_owned(),

@@ -11,7 +11,7 @@ use minijinja::{Environment, ErrorKind, State, Value};
 use serde_json::Map;
 
 use self::compiled::Compiled;
-use super::conversation::{Message, Role};
+use super::conversation::{Message, REASONING, Role};
 use crate::error::{Error, Result};
 
 mod budget;
@@ -244,9 +244,8 @@ fn message_value(message: &Message, knows_developer: bool) -> Value {
     pairs.extend(message.content.as_deref().map(|said| (Value::from("content"), Value::from(said))));
     pairs.extend(message.fields.iter().map(|(key, value)| (Value::from(key.as_str()), json_value(value))));
     // As transformers: reasoning goes under the name that templates read, whichever it came by.
-    let reasoning = ["reasoning_content", "thinking", "reasoning"]
-        .iter()
-        .find_map(|key| message.fields.get(*key).filter(|value| !value.is_null()));
+    let reasoning =
+        REASONING.iter().find_map(|key| message.fields.get(*key).filter(|value| !value.is_null()));
     if let Some(reasoning) = reasoning {
         pairs.push((Value::from("reasoning_content"), json_value(reasoning)));
         if !message.fields.contains_key("thinking") {

@@ -32,7 +32,7 @@ pub struct TemplateParts {
     pub now: Option<i64>,
     /// Further variables of templates, such as `enable_thinking`.
     pub variables: serde_json::Map<String, serde_json::Value>,
-    /// What control tokens in the data are.
+    /// Says whether control tokens in the data are encoded as tokens or as text.
     pub special_tokens: SpecialTokens,
     /// Rows of the embedding: tokens from this one on are refused; left out: none is.
     pub vocabulary: Option<usize>,
@@ -185,7 +185,7 @@ impl Text {
         Ok(self.controls.readable(rendered))
     }
 
-    /// The same with marks in the control tokens of messages, where these are text.
+    /// Renders messages, with marks in their control tokens where these are to be text.
     fn rendered(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let marked = self.controls.marked_messages(messages)?;
         let messages = marked.as_deref().unwrap_or(messages);
@@ -230,7 +230,7 @@ impl Text {
         self.controls.found(text)
     }
 
-    /// What a rendered conversation is to the model: at least its first `enough` tokens.
+    /// Encodes a rendered conversation, or of a much longer one at least the first `enough` tokens.
     pub(crate) fn encode_rendered(&self, rendered: String, enough: usize) -> Result<Rendered> {
         if let Some(encoded) = self.controls.encode(&rendered, false, enough) {
             return encoded;

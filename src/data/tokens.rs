@@ -25,7 +25,7 @@ pub(crate) struct Tokens {
     pub(crate) supervised: Vec<bool>,
     /// Whether these are only the first tokens of a document that is much longer than wanted.
     pub(crate) is_cut: bool,
-    /// What the template leaves out of what the record says.
+    /// Names the first text of the record that the template leaves out.
     pub(crate) lost: Option<String>,
     /// Control tokens in what the record says, and the first.
     pub(crate) controls: (usize, Option<String>),

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use ureq::Body;
 use ureq::http::{HeaderMap, Response};
 
+use super::super::output::free_bytes;
 use super::cache::{Etag, Repository};
 use super::client::{Client, Failure, Reply, Request, describe, encoded};
 use super::{HubId, HubSettings};
@@ -286,7 +287,7 @@ fn hash_start(file: &mut File, start: u64, digest: &mut Sha256) -> std::io::Resu
 
 /// Refuses a file that does not fit on the cache's disk before any of it is fetched.
 fn refuse_full_disk(name: &str, part: &Path, needed: u64) -> Result<()> {
-    match free_space(part.parent().unwrap_or(part)) {
+    match free_bytes(part) {
         Some(free) if free < needed => Err(Error::invalid(format!(
             "`{name}` needs {needed} bytes more, and the disk of the cache has {free} left"
         ))
@@ -294,22 +295,4 @@ fn refuse_full_disk(name: &str, part: &Path, needed: u64) -> Result<()> {
         .at(part.parent().unwrap_or(part)),
         _ => Ok(()),
     }
-}
-
-/// The bytes that this user can still write where the folder is.
-#[cfg(unix)]
-fn free_space(folder: &Path) -> Option<u64> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = std::ffi::CString::new(folder.as_os_str().as_bytes()).ok()?;
-    // SAFETY: all zeros are a `statvfs`, the path ends with a zero byte, and both live until the call returns.
-    unsafe {
-        let mut found: libc::statvfs = std::mem::zeroed();
-        let answered = libc::statvfs(path.as_ptr(), &raw mut found) == 0;
-        answered.then(|| found.f_bavail as u64 * found.f_frsize as u64)
-    }
-}
-
-#[cfg(not(unix))]
-fn free_space(_: &Path) -> Option<u64> {
-    None
 }
