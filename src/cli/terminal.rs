@@ -63,7 +63,10 @@ impl Terminal {
         let written = written.and_then(|()| stdout.flush());
         // A reader such as `head` has what it wanted; that is not an error worth a message.
         self.stdout_is_closed |= matches!(&written, Err(error) if error.kind() == io::ErrorKind::BrokenPipe);
-        written.map_err(Error::from)
+        written.map_err(|error| {
+            Error::invalid(format!("stdout cannot be written: {error}"))
+                .with_hint("look at the file or the program that the output is sent to")
+        })
     }
 
     /// Writes one JSON document to stdout.

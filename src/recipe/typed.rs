@@ -94,8 +94,13 @@ fn one_of(names: &[&str]) -> String {
 }
 
 fn did_you_mean(wanted: &str, known: &[&str]) -> Option<String> {
-    let nearest = nearest(wanted, known.iter().copied(), 1);
-    nearest.first().map(|name| format!("did you mean `{name}`?"))
+    // Other tools write the name of the table in front: `lora_alpha`.
+    let last = known
+        .iter()
+        .copied()
+        .find(|name| wanted.strip_suffix(name).is_some_and(|first| first.ends_with('_')));
+    let nearest = last.or_else(|| nearest(wanted, known.iter().copied(), 1).first().copied());
+    nearest.map(|name| format!("did you mean `{name}`?"))
 }
 
 impl Display for Fault {
@@ -128,7 +133,8 @@ impl serde::de::Error for Fault {
             Unexpected::Signed(number) => format!("`{number}`"),
             Unexpected::Unsigned(number) => format!("`{number}`"),
             Unexpected::Float(number) if number.abs() >= 1e15 => format!("`{number:e}`"),
-            Unexpected::Float(number) => format!("`{number}`"),
+            // With its point, without which 150.0 would look like a whole number.
+            Unexpected::Float(number) => format!("`{number:?}`"),
             Unexpected::Bool(flag) => format!("`{flag}`"),
             other => other.to_string(),
         };

@@ -11,10 +11,9 @@ const EXAMPLE: &str = "runs/first";
 
 /// Gives the folder that `asked` names, with links resolved, or refuses a name that cannot be meant as an output.
 pub fn output_folder(asked: &Path) -> Result<PathBuf> {
-    if asked.as_os_str().is_empty() {
-        return Err(
-            Error::request("`output` is empty").with_hint(format!("name a folder, such as `{EXAMPLE}`"))
-        );
+    if asked.to_string_lossy().trim().is_empty() {
+        return Err(Error::request("`output` is empty or blank")
+            .with_hint(format!("name a folder, such as `{EXAMPLE}`")));
     }
     refuse_unexpanded(asked)?;
     // Collecting the parts leaves out a last `.`, to which nothing can be renamed.
