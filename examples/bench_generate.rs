@@ -18,7 +18,7 @@ use mimalloc::MiMalloc;
 use peft::Result;
 use peft::generate::{Limits, Sampling, Session};
 use peft::model::{Decoder, Pretrained};
-use peft::ops::{KeepBuffers, Op, Weight};
+use peft::ops::{KeepBuffers, Kernels, Op, Weight};
 use peft::train::peak_rss_bytes;
 use rayon::prelude::*;
 use serde_json::json;
@@ -93,6 +93,7 @@ fn main() -> Result<()> {
     let decoding = median(&mut rates);
     let peak = peak_rss_bytes();
     let report = json!({
+        "kernels": Kernels::current().to_string(),
         "prompt_tokens_per_second": median(&mut prompt_rates),
         "decode_tokens_per_second": decoding,
         "weight_bytes": bytes,

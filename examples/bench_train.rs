@@ -21,7 +21,7 @@ use peft::adapter::{LoraConfig, Targets, attach, init, resolve};
 use peft::data::Batch;
 use peft::model::config::{FeedForwardConfig, LinearConfig, Site};
 use peft::model::{Decoder, DecoderConfig, Pretrained, Recompute};
-use peft::ops::{Documents, KeepBuffers, Op, matmul};
+use peft::ops::{Documents, KeepBuffers, Kernels, Op, matmul};
 use peft::train::{AdamW, AdamWConfig, peak_rss_bytes, step_gradients};
 use serde_json::json;
 
@@ -122,6 +122,7 @@ fn main() -> Result<()> {
     let peak = peak_rss_bytes() as f64 / f64::from(1 << 20);
     let flops = flops_per_token(base.config(), &arguments);
     let mut report = json!({
+        "kernels": Kernels::current().to_string(),
         "tokens_per_second": rate,
         "peak_rss_mb": peak,
         "peak_buffers_mb": ALLOCATOR.most_in_use() >> 20,

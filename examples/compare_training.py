@@ -2,7 +2,7 @@
 
     cargo build --release --example bench_train
     python examples/compare_training.py F32_MODEL BF16_MODEL [--runs 3] [--threads 2] [--rank 16] [--targets mlp|all]
-        [--batch 4] [--length 512] [--only f32|bf16] [--peers eager,compiled]
+        [--batch 4] [--length 512] [--only f32|bf16] [--peers eager,compiled] [--isa avx2|avx512|avx512-bf16|amx]
     python examples/compare_training.py --experts 8 [--active 2] ..
 
 Both sides train rank-16 adapters beside gate, up and down on 4 x 512 random tokens without padding, all labelled, with AdamW, and
@@ -10,7 +10,9 @@ take turns on the same machine: ours, then each of the peers, `--runs` times. Pr
 (of a run: the median of its steps after two), the highest resident memory, seconds from the start of the process to the end of
 the first forward, and the share of the ceiling: what the step would take if it were only multiply-adds at the rate of the
 faster side's products. With `--experts` the model is a mixture of SmolLM2-135M's size with random weights, in Mixtral's layout,
-that is written to a folder of its own first, and the adapters are on attention and all experts. Needs torch, transformers and peft; run it when nothing else does.
+that is written to a folder of its own first, and the adapters are on attention and all experts. `--isa` limits both sides to the same
+instructions: ours by PEFT_KERNELS, the peers by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS. The last column
+is the ratio to the fastest peer of any type, which is the one to beat where bf16 is slow. Needs torch, transformers and peft; run it when nothing else does.
 """
 import argparse
 import json
@@ -23,6 +25,14 @@ import tempfile
 import time
 
 BEGIN = time.time()
+# What limits PyTorch's own loops, oneDNN and MKL to the instructions of a name.
+LIMITS = {
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    "avx512-bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+    "amx": ("default", "DEFAULT", "AVX512"),
+}
+ENVIRONMENT = dict(os.environ)
 BENCH = os.environ.get("BENCH_TRAIN") or os.path.join(
     os.path.dirname(os.path.abspath(__file__)), "../target/release/examples/bench_train")
 
@@ -41,6 +51,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only")
     parser.add_argument("--peers", default="eager,compiled")
+    parser.add_argument("--isa", choices=LIMITS)
     # How the script calls itself for one measurement of the peer.
     parser.add_argument("--peer")
     parser.add_argument("--compile", action="store_true")
@@ -128,7 +139,7 @@ def mixture(folder, dtype, options):
 
 
 def run(command):
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -147,10 +158,22 @@ def theirs(model, dtype, compiled, options):
     return run(command + (["--compile"] if compiled else []))
 
 
+def limit(isa):
+    """Environment variables that keep both sides to the same instructions."""
+    aten, onednn, mkl = LIMITS[isa]
+    ENVIRONMENT["PEFT_KERNELS"] = isa
+    ENVIRONMENT["ONEDNN_MAX_CPU_ISA"] = onednn
+    ENVIRONMENT["MKL_ENABLE_INSTRUCTIONS"] = mkl
+    if aten != "default":
+        ENVIRONMENT["ATEN_CPU_CAPABILITY"] = aten
+
+
 def main():
     options = arguments()
     if options.peer:
         return peer(options)
+    if options.isa:
+        limit(options.isa)
     dtypes = [options.only] if options.only else ["f32", "bf16"]
     models = dict(zip(["f32", "bf16"], options.models if len(options.models) > 1 else options.models * 2))
     if options.experts:
@@ -170,15 +193,18 @@ def main():
             found[dtype, name].append(result)
             print(dtype, name, json.dumps(result), file=sys.stderr, flush=True)
     median = lambda side, key: statistics.median(result[key] for result in found[side])
-    print("| | tokens/s | ratio to ours | peak memory | start to first forward | share of the ceiling |")
-    print("|---|---|---|---|---|---|")
+    peers = [side for side in sides if side[1] != "ours"]
+    fastest = max(median(side, "tokens_per_second") for side in peers)
+    print("| | tokens/s | ratio to ours | peak memory | start to first forward | share of the ceiling | ratio to the fastest peer |")
+    print("|---|---|---|---|---|---|---|")
     for dtype, name in sides:
         speed = median((dtype, name), "tokens_per_second")
         rate = max(median(side, "product_gflops") for side in sides if side[0] == dtype)
         ceiling = rate * 1e9 / median((dtype, "ours"), "flops_per_token")
         print(f"| {dtype}, {name} | {speed:.0f} | {speed / median((dtype, 'ours'), 'tokens_per_second'):.2f} "
               f"| {median((dtype, name), 'peak_rss_mb') * 1.048576 / 1000:.2f} GB "
-              f"| {median((dtype, name), 'seconds_to_first_forward'):.1f} s | {100 * speed / ceiling:.0f}% |")
+              f"| {median((dtype, name), 'seconds_to_first_forward'):.1f} s | {100 * speed / ceiling:.0f}% "
+              f"| {speed / fastest:.2f} |")
 
 
 main()

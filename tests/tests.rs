@@ -36,6 +36,8 @@ mod gradients;
 mod heal;
 /// Models come from the Hub as a whole or not at all, with what a user has to know when they do not.
 mod hub;
+/// Instructions are chosen by name, and all of them compute the same models to rounding.
+mod kernels;
 /// Who may use whom, and how long a file may be.
 mod layering;
 /// Ten optimizer steps against ten golden losses.

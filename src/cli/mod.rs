@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::error::Result;
+use crate::ops::Kernels;
 use crate::weights::report_downloads;
 
 mod builtin;
@@ -281,7 +282,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
     report_downloads(downloads::downloads(arguments.log));
-    match faults::begin(arguments.log).and_then(|()| dispatch(arguments.command, &mut terminal)) {
+    let begin = faults::begin(arguments.log).and_then(|()| Kernels::forced());
+    match begin.and_then(|_| dispatch(arguments.command, &mut terminal)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if terminal.stdout_is_closed() => {
             drop(error);

@@ -36,7 +36,7 @@ pub use documents::{Documents, Pass};
 pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};
 pub use groups::Groups;
-pub use kernel::kernel_path;
+pub use kernel::{KernelRate, Kernels};
 pub use matmul::{Operand, matmul, matmul_f32, scaled_matmul_f32, sum_of_products};
 pub use quantized::{Quantized, SharedBytes};
 pub use reference::differentiate;

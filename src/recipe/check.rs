@@ -77,7 +77,7 @@ pub fn check(plan: &Plan) -> Result<Report> {
     let first = prepared.dataset.train.iter().flat_map(|part| &part.rows).next();
     let pieces = first.map_or(Ok(Vec::new()), |row| preview(row, &prepared.text))?;
     Ok(Report {
-        lines: describe(plan, &prepared, &memory),
+        lines: describe(plan, &prepared, &memory)?,
         recipe: plan.to_toml()?,
         targets,
         parameters: prepared.trainable(),

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::calibration;
 use super::choice::DtypeChoice;
 use super::distill::refuse_other_tokens;
+use super::kernels::ChosenKernels;
 use super::prepared::text_of;
 use super::template::TemplateVariables;
 use super::upcycle::UpcyclePlan;
@@ -63,6 +64,7 @@ impl Prepared {
         }
         let outline = Outline::of(&base, &sources, &plan.settings)?;
         let mut lines = described(&base, plan, &outline)?;
+        lines.push(ChosenKernels::of(base.config())?.to_string());
         let mut warnings = warnings_of(plan, &outline);
         warnings.extend(sources.iter().chain([&base]).flat_map(Pretrained::warnings).cloned());
         let prompts = encoded(&plan.prompts, &text, base.config().max_position_embeddings)?;

@@ -5,16 +5,18 @@ use std::collections::BTreeSet;
 use super::distill::PreparedTeacher;
 use super::figures;
 use super::fitting::Memory;
+use super::kernels::ChosenKernels;
 use super::mixture::{MixturePlan, RouterTraining};
 use super::plan::{Length, Plan, Trained};
 use super::prepared::{Prepared, Trainee};
 use crate::data::{Counts, Layout, Warning};
+use crate::error::Result;
 use crate::model::config::{Overflow, RouterNoise, RoutingKind, RoutingVariant};
 use crate::model::{RouterLosses, family};
 use crate::ops::distillation::Terms;
 
 /// The model, what is trained, the data and the course of training.
-pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
+pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Result<Vec<String>> {
     let mut lines = vec![model(prepared)];
     lines.extend(trained(plan, prepared));
     lines.extend(mixture(plan, prepared));
@@ -31,10 +33,11 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
         lines.extend(plan.data.template.told(&prepared.text).map(|told| format!("template: told {told}")));
     }
     lines.push(course(plan, prepared));
+    lines.push(ChosenKernels::of(prepared.base.config())?.to_string());
     lines.push(memory.line());
     let trainable = prepared.trainable();
     lines.push(figures::trainable(trainable.trainable, trainable.all));
-    lines
+    Ok(lines)
 }
 
 /// What to look at before starting.

@@ -47,7 +47,7 @@ pub fn finetune(
     if resume {
         refuse_other(plan, &fingerprint)?;
     }
-    for text in describe(plan, &prepared, &memory) {
+    for text in describe(plan, &prepared, &memory)? {
         reporter.report(&Event::Note { text });
     }
     // The date of the run that goes on is nothing that the user wrote.

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::artifact::{LAYOUT, SPECIAL_TOKENS, TEMPLATE};
 use super::choice::DtypeChoice;
+use super::kernels::ChosenKernels;
 use super::prepared::text_of;
 use super::template::TemplateVariables;
 use crate::adapter::{attach, hf};
@@ -36,6 +37,7 @@ impl Loaded {
     pub fn open(source: &str, adapter: Option<&Path>, dtype: DtypeChoice) -> Result<Self> {
         refuse_unfinished(Path::new(source), "config.json", "model")?;
         let base = Pretrained::open(source)?;
+        ChosenKernels::of(base.config())?;
         let adapter = match adapter {
             Some(folder) => {
                 let adapter = read_adapter(folder)?.for_model(base.config())?;

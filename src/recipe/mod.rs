@@ -42,6 +42,7 @@ mod document;
 pub mod figures;
 mod finetune;
 mod fitting;
+mod kernels;
 mod loaded;
 mod memory;
 mod mixture;
@@ -60,6 +61,7 @@ pub use distill::{DistillPlan, PreparedTeacher};
 pub use document::Document;
 pub use finetune::finetune;
 pub use fitting::Memory;
+pub use kernels::ChosenKernels;
 pub use loaded::{Loaded, read_adapter};
 pub use memory::{Components, Moment, Needs, Way};
 pub use plan::{

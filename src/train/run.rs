@@ -22,7 +22,7 @@ use crate::data::{Batch, Sampler};
 use crate::error::{Context, Error, Result};
 use crate::eval::evaluate;
 use crate::model::{Decoder, Recompute, RouterLosses, Spread, balanced};
-use crate::ops::{Trainables, kernel_path};
+use crate::ops::{Kernels, Trainables};
 
 /// How a run trains.
 #[derive(Debug, Clone, PartialEq)]
@@ -121,7 +121,7 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
             }
         }
     };
-    state.kernel = kernel_path();
+    state.kernel = Kernels::current().to_string();
     let mut metrics = Metrics::open(job.output, state.step)?;
     if !metrics.unreadable.is_empty() {
         let lines: Vec<String> = metrics.unreadable.iter().map(usize::to_string).collect();
@@ -187,7 +187,7 @@ fn take_up(
                     reporter.report(&Event::Warning { text });
                 }
                 reporter.report(&Event::Note { text: format!("going on from {}", path.display()) });
-                let now = kernel_path();
+                let now = Kernels::current().to_string();
                 if !state.kernel.is_empty() && state.kernel != now {
                     reporter.report(&Event::Warning {
                         text: format!(

@@ -3,9 +3,8 @@
 //! Only the width differs: nothing is contracted that does not say so, nothing reordered, so every machine computes the
 //! same bits; one without fused multiply-add computes them slowly.
 
-use std::sync::LazyLock;
-
 use super::Element;
+use super::multiply::Path;
 
 /// The vectors that this machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,31 +20,20 @@ pub(crate) enum Vectors {
 }
 
 impl Vectors {
-    /// The widest.
+    /// Those that the path of products has.
     #[inline]
     pub(crate) fn best() -> Self {
         #[cfg(test)]
         if let Some(forced) = FORCED.get() {
             return forced;
         }
-        static BEST: LazyLock<Vectors> = LazyLock::new(|| {
+        match Path::best() {
             #[cfg(target_arch = "x86_64")]
-            {
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("fma")
-                {
-                    return Vectors::Avx512;
-                }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                    return Vectors::Avx2;
-                }
-            }
-            Vectors::Base
-        });
-        *BEST
+            Path::Amx | Path::Avx512Bf16 | Path::Avx512 => Self::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => Self::Avx2,
+            Path::Portable => Self::Base,
+        }
     }
 }
 

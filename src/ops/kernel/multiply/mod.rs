@@ -25,6 +25,9 @@ mod block;
 #[cfg(target_arch = "x86_64")]
 mod decode;
 mod factor;
+#[cfg(target_arch = "x86_64")]
+mod fma;
+mod measure;
 mod out;
 #[cfg(target_arch = "x86_64")]
 mod pack;
@@ -39,8 +42,9 @@ mod task;
 mod thirds;
 
 pub(crate) use factor::{Factor, Fill};
+pub(crate) use measure::{candidates, measure};
 pub(crate) use out::{Crew, Out};
-pub(crate) use path::Path;
+pub(crate) use path::{Choice, Path};
 pub(crate) use target::Target;
 
 use factor::Side;
@@ -92,19 +96,31 @@ pub(crate) fn multiply_by<T: Target>(
     }
     let wide = sides.iter().all(|(left, right)| !left.factor.is_bf16() && !right.factor.is_bf16());
     assert!(Path::all().contains(&path), "this machine has no path {path:?}");
-    match path {
-        Path::Portable => portable::multiply(&c, &sides, (m, n), alpha, beta, crew, wide),
-        #[cfg(target_arch = "x86_64")]
-        Path::Avx512 if wide && !decode::takes(path, &sides, m) => {
-            portable::multiply(&c, &sides, (m, n), alpha, beta, crew, wide)
-        }
-        #[cfg(target_arch = "x86_64")]
-        Path::Amx | Path::Avx512 => {
-            if decode::takes(path, &sides, m) {
-                // SAFETY: the machine has the path, and with it these instructions.
-                unsafe { decode::multiply(&c, &sides, (m, n), alpha, beta, crew) };
-                return;
+    let (shape, scales) = ((m, n), (alpha, beta));
+    #[cfg(target_arch = "x86_64")]
+    if decode::takes(path, &sides, m) {
+        // SAFETY: the machine has the path, and with it these instructions.
+        return unsafe {
+            match path {
+                Path::Avx2 => decode::multiply::<decode::Avx2, T>(&c, &sides, shape, scales, crew),
+                Path::Avx512 => decode::multiply::<decode::Avx512, T>(&c, &sides, shape, scales, crew),
+                _ => decode::multiply::<decode::Narrow, T>(&c, &sides, shape, scales, crew),
             }
+        };
+    }
+    match path {
+        Path::Portable => portable::multiply(&c, &sides, shape, alpha, beta, crew, wide),
+        // SAFETY: the machine has the path, and with it these instructions; so below.
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx2 => unsafe { fma::multiply::<fma::Avx2, T>(&c, &sides, shape, scales, crew, wide) },
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx512 => unsafe { fma::multiply::<fma::Avx512, T>(&c, &sides, shape, scales, crew, wide) },
+        #[cfg(target_arch = "x86_64")]
+        Path::Avx512Bf16 if wide => unsafe {
+            fma::multiply::<fma::Avx512, T>(&c, &sides, shape, scales, crew, wide)
+        },
+        #[cfg(target_arch = "x86_64")]
+        Path::Amx | Path::Avx512Bf16 => {
             let exchanged = exchange(&sides, m, n);
             if exchanged {
                 for side in &mut sides {
@@ -143,17 +159,22 @@ fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
     }
 }
 
-/// The path for these terms. Splitting f32 in three does not pay where each value meets few others: then the memory sets the
-/// pace, or the sums of a block are written after a step or two.
+/// The path for these terms.
 fn best(terms: &[(Factor<'_>, Factor<'_>)]) -> Path {
+    let choice = Choice::current();
+    if terms.iter().any(|(a, b)| a.is_bf16() || b.is_bf16()) {
+        return choice.narrow;
+    }
+    // Splitting f32 in three does not pay where each value meets few others: then the memory sets the pace, or the sums of a
+    // block are written after a step or two.
     #[cfg(target_arch = "x86_64")]
-    if Path::best() == Path::Amx && terms.iter().all(|(a, b)| a.is_f32() && b.is_f32()) {
+    if choice.wide == Path::Amx && terms.iter().all(|(a, b)| a.is_f32() && b.is_f32()) {
         let depth: usize = terms.iter().map(|(a, _)| a.columns()).sum();
         if terms.iter().any(|(a, b)| a.rows() < 16 || b.columns() < 16) || depth < 32 {
-            return Path::Avx512;
+            return Path::Avx512Bf16;
         }
     }
-    Path::best()
+    choice.wide
 }
 
 fn scale<T: Target>(c: &Out<'_, T>, (m, n): (usize, usize), beta: f32) {

@@ -1,61 +1,145 @@
 //! Which instructions multiply: found once per process.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 
-/// A way to multiply bf16, from the fastest to the one that works everywhere.
+/// The environment variable that names the path to take.
+const VARIABLE: &str = "PEFT_KERNELS";
+
+/// Instructions that multiply, from the newest to those that every machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Path {
-    /// Tiles of Intel's AMX.
+    /// Tiles of Intel's AMX, for bf16 and, in three parts, for f32.
     #[cfg(target_arch = "x86_64")]
     Amx,
-    /// AVX-512 with its bf16 dot product.
+    /// AVX-512 with its dot product of bf16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+    /// AVX-512, in f32.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// Widened to f32, multiplied by the `gemm` crate.
+    /// AVX2 with fused multiply-add, in f32.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// In f32, by the `gemm` crate.
     Portable,
 }
 
 impl Path {
-    /// Those that this machine can take, the best first.
+    /// All that there are, the newest first.
+    pub(crate) const ALL: &[Self] = &[
+        #[cfg(target_arch = "x86_64")]
+        Self::Amx,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx512Bf16,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx512,
+        #[cfg(target_arch = "x86_64")]
+        Self::Avx2,
+        Self::Portable,
+    ];
+
+    /// Those that this machine can take, the newest first.
     pub(crate) fn all() -> &'static [Self] {
-        static ALL: LazyLock<Vec<Path>> = LazyLock::new(|| {
-            let mut all = Vec::new();
-            #[cfg(target_arch = "x86_64")]
-            if has_avx512() {
-                if has_amx() {
-                    all.push(Path::Amx);
-                }
-                all.push(Path::Avx512);
-            }
-            all.push(Path::Portable);
-            all
-        });
+        static ALL: LazyLock<Vec<Path>> =
+            LazyLock::new(|| Path::ALL.iter().copied().filter(|path| path.is_here()).collect());
         &ALL
     }
 
+    /// What `PEFT_KERNELS` names, else the newest.
     pub(crate) fn best() -> Self {
-        Self::all()[0]
+        static BEST: LazyLock<Path> =
+            LazyLock::new(|| Path::forced().ok().flatten().unwrap_or(Path::all()[0]));
+        *BEST
     }
 
-    /// The name by which a run remembers what it was computed with.
+    /// The path of this name, if the machine has it.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::all().iter().copied().find(|path| path.name() == name)
+    }
+
+    /// The path that `PEFT_KERNELS` names, if it is set. Where the name is unknown or the machine lacks the instructions, the
+    /// error is what is wrong and what to do.
+    pub(crate) fn forced() -> Result<Option<Self>, [String; 2]> {
+        let Some(value) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) else {
+            return Ok(None);
+        };
+        let name = value.to_string_lossy();
+        let names = |paths: &[Self]| paths.iter().map(|path| path.name()).collect::<Vec<_>>().join(", ");
+        let here = format!("this machine has {}; unset the variable to use the fastest", names(Self::all()));
+        let Some(path) = Self::ALL.iter().find(|path| path.name() == name) else {
+            let message = format!("`{VARIABLE}` is `{name}`; expected one of {}", names(Self::ALL));
+            return Err([message, here]);
+        };
+        if !path.is_here() {
+            return Err([
+                format!("`{VARIABLE}` is `{name}`, and this machine has no such instructions"),
+                here,
+            ]);
+        }
+        Ok(Some(*path))
+    }
+
+    /// The name by which a run remembers what it was computed with, and by which users ask for it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Amx => "amx",
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => "avx512-bf16",
+            Self::Avx512Bf16 => "avx512-bf16",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
             Self::Portable => "portable",
+        }
+    }
+
+    /// Whether this machine has the instructions.
+    fn is_here(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        #[cfg(target_arch = "x86_64")]
+        let avx512 = avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Bf16.is_here() && has_amx(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => avx512,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => avx2,
+            Self::Portable => true,
         }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("avx512bf16")
+/// The paths for products of each type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Choice {
+    /// For products without bf16.
+    pub(crate) wide: Path,
+    /// For products in which a factor is bf16.
+    pub(crate) narrow: Path,
+}
+
+/// What this process multiplies with. It stays what it is from the first product on.
+static CHOICE: OnceLock<Choice> = OnceLock::new();
+
+impl Choice {
+    /// The one in use.
+    pub(crate) fn current() -> Self {
+        *CHOICE.get_or_init(|| Self { wide: Path::best(), narrow: Path::best() })
+    }
+
+    /// Uses this one, if none is in use yet, and returns the one in use.
+    pub(crate) fn adopt(self) -> Self {
+        *CHOICE.get_or_init(|| self)
+    }
 }
 
 /// Whether processor and system know the tiles, and the system lets this process use them.

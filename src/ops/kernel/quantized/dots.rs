@@ -1,11 +1,10 @@
 //! Rows of blocks times a row of values, as in generating token by token: each part is dequantized in registers and used
 //! there, so that little more than the blocks is read.
 
-#[cfg(target_arch = "x86_64")]
-use std::sync::LazyLock;
-
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::super::multiply::Path;
 use super::super::vectorized;
 use super::{Format, PART, unpack};
 
@@ -27,15 +26,8 @@ vectorized! {
 pub(super) fn narrow<F: Format>(format: F, row: &[u8], x: &[bf16]) -> f32 {
     #[cfg(target_arch = "x86_64")]
     {
-        static HAS_BF16: LazyLock<bool> = LazyLock::new(|| {
-            is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512bf16")
-        });
-        if *HAS_BF16 {
-            // SAFETY: the machine has been found to have the instructions.
+        if matches!(Path::best(), Path::Amx | Path::Avx512Bf16) {
+            // SAFETY: the machine has the path, and with it these instructions.
             return unsafe { avx512::narrow::<F>(row, x) };
         }
     }

@@ -15,8 +15,8 @@ use std::arch::x86_64::{
     _mm512_reduce_add_ps, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
     _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_ps,
 };
-use std::sync::LazyLock;
 
+use super::super::multiply::Path;
 use super::{Kind, PART, Row};
 
 /// Bytes between what is read and what is asked for: the next page, where the processor does not look by itself.
@@ -24,23 +24,16 @@ const AHEAD: usize = 4096;
 
 /// `x w`, if the machine and the format have this way.
 pub(super) fn dot(kind: Kind, row: &[u8], x: &Row) -> Option<f32> {
-    static IS_THERE: LazyLock<bool> = LazyLock::new(|| {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bf16")
-    });
     let (values, bytes) = kind.block();
     let len = x.narrow.len();
     assert!(
         len.is_multiple_of(values) && (len / values).checked_mul(bytes) == Some(row.len()),
         "a row of {kind:?} for {len} values"
     );
-    if !*IS_THERE {
+    if !matches!(Path::best(), Path::Amx | Path::Avx512Bf16) {
         return None;
     }
-    // SAFETY: the machine has been found to have the instructions, and the row has the blocks of all values.
+    // SAFETY: the machine has the path, and with it these instructions, and the row has the blocks of all values.
     unsafe {
         Some(match kind {
             Kind::Q4_0 => small::<Q4_0>(row, x),

@@ -1,0 +1,176 @@
+//! Both sides of a product in f32, as tiles read them.
+//!
+//! The right side lies in blocks as wide as a tile, `[depth][width]`, filled up with zeros; left lines that lie across in
+//! memory too, in blocks of a tile's height. Other left lines are copied one after the other.
+
+use std::arch::x86_64::{
+    __m256, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
+    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+};
+use std::ops::Range;
+
+use half::bf16;
+
+use super::super::factor::{Side, Source};
+use super::super::target::Target;
+
+/// Lines that are turned at once, and their depth.
+const SQUARE: usize = 8;
+
+/// Packs `lines x depth` into blocks of `width` lines, each `[depth][width]`. Values are rounded to bf16 if `rounds`.
+///
+/// # Safety
+/// The machine has avx2 and fma.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn blocks(
+    side: Side<'_>,
+    lines: Range<usize>,
+    depth: Range<usize>,
+    width: usize,
+    out: &mut [f32],
+    rounds: bool,
+    scratch: &mut Vec<f32>,
+) {
+    let (size, count) = (depth.len() * width, lines.len());
+    let out = &mut out[..count.div_ceil(width) * size];
+    if !count.is_multiple_of(width) {
+        let last = out.len() - size;
+        out[last..].fill(0.0);
+    }
+    if side.along {
+        side.wide_pieces(lines.clone(), depth.clone(), scratch, |rows, values, stride| {
+            for start in (0..rows.len()).step_by(SQUARE) {
+                let line = rows.start - lines.start + start;
+                let block = &mut out[line / width * size..][..size];
+                let height = SQUARE.min(rows.len() - start);
+                turn(
+                    &values[start * stride..],
+                    stride,
+                    (height, depth.len()),
+                    &mut block[line % width..],
+                    width,
+                );
+            }
+        });
+    } else {
+        side.wide_pieces(depth.clone(), lines, scratch, |rows, values, stride| {
+            for (row, values) in rows.zip(values.chunks(stride)) {
+                let at = (row - depth.start) * width;
+                for (block, values) in out.chunks_exact_mut(size).zip(values[..count].chunks(width)) {
+                    copy(values, &mut block[at..at + values.len()]);
+                }
+            }
+        });
+    }
+    if rounds {
+        round(out);
+    }
+}
+
+/// Copies left lines that lie along, rounded to bf16 first if `rounds`, to places that begin `stride` apart.
+///
+/// # Safety
+/// The machine has avx2 and fma.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn left_along(
+    side: Side<'_>,
+    lines: Range<usize>,
+    depth: Range<usize>,
+    out: &mut [f32],
+    stride: usize,
+    rounds: bool,
+    scratch: &mut Vec<f32>,
+) {
+    let count = depth.len();
+    if let Source::Bf16(values) = side.factor.source {
+        for (line, out) in lines.zip(out.chunks_mut(stride)) {
+            let from = line * side.factor.stride + depth.start;
+            widen(&values[from..from + count], &mut out[..count]);
+        }
+        return;
+    }
+    side.wide_pieces(lines.clone(), depth, scratch, |rows, values, from| {
+        let out = &mut out[(rows.start - lines.start) * stride..];
+        for (values, out) in values.chunks(from).zip(out.chunks_mut(stride)).take(rows.len()) {
+            copy(&values[..count], &mut out[..count]);
+            if rounds {
+                round(&mut out[..count]);
+            }
+        }
+    });
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn copy(from: &[f32], to: &mut [f32]) {
+    // A call of memcpy costs more than a block is wide.
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = *from;
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn widen(from: &[bf16], to: &mut [f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = from.widen();
+    }
+}
+
+/// Rounds to bf16 and back.
+#[target_feature(enable = "avx2,fma")]
+fn round(values: &mut [f32]) {
+    for value in values {
+        *value = bf16::narrow(*value).widen();
+    }
+}
+
+/// Writes up to eight lines, `stride` apart, as columns of rows `width` apart.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn turn(from: &[f32], stride: usize, (height, depth): (usize, usize), to: &mut [f32], width: usize) {
+    let whole = if height == SQUARE { depth / SQUARE * SQUARE } else { 0 };
+    for at in (0..whole).step_by(SQUARE) {
+        let mut rows = [_mm256_setzero_ps(); SQUARE];
+        for (line, row) in rows.iter_mut().enumerate() {
+            let values = &from[line * stride + at..][..SQUARE];
+            // SAFETY: eight values.
+            *row = unsafe { _mm256_loadu_ps(values.as_ptr()) };
+        }
+        for (deep, column) in transposed(rows).into_iter().enumerate() {
+            let values = &mut to[(at + deep) * width..][..SQUARE];
+            // SAFETY: room for eight values.
+            unsafe { _mm256_storeu_ps(values.as_mut_ptr(), column) };
+        }
+    }
+    for at in whole..depth {
+        for line in 0..height {
+            to[at * width + line] = from[line * stride + at];
+        }
+    }
+}
+
+/// Turns eight rows of eight values into columns.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn transposed(r: [__m256; SQUARE]) -> [__m256; SQUARE] {
+    let pair = |a, b| (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    let ((a0, a1), (a2, a3)) = (pair(r[0], r[1]), pair(r[2], r[3]));
+    let ((a4, a5), (a6, a7)) = (pair(r[4], r[5]), pair(r[6], r[7]));
+    // The four values that rows 0 to 3, or 4 to 7, have at depths 0 and 4, then at 1 and 5, and so on.
+    let four = |a, b| (_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xee>(a, b));
+    let ((b0, b1), (b2, b3)) = (four(a0, a2), four(a1, a3));
+    let ((b4, b5), (b6, b7)) = (four(a4, a6), four(a5, a7));
+    let low = |a, b| _mm256_permute2f128_ps::<0x20>(a, b);
+    let high = |a, b| _mm256_permute2f128_ps::<0x31>(a, b);
+    [
+        low(b0, b4),
+        low(b1, b5),
+        low(b2, b6),
+        low(b3, b7),
+        high(b0, b4),
+        high(b1, b5),
+        high(b2, b6),
+        high(b3, b7),
+    ]
+}
