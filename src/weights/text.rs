@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
+use super::companion::{LONGEST_TEMPLATE, TEMPLATES};
 use super::{LARGEST_JSON, LARGEST_TOKENIZER};
 use crate::error::{Context, Error, Result, caught, is_there, read_regular, read_regular_text};
 
@@ -116,12 +117,6 @@ fn token(settings: &Value, name: &str) -> Option<String> {
     let value = settings.get(name)?;
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
-
-/// The folder of templates beside the default, by their names.
-const TEMPLATES: &str = "additional_chat_templates";
-
-/// Bytes of a template file; longer ones are refused before they are read.
-const LONGEST_TEMPLATE: u64 = 1 << 20;
 
 fn read_template(path: &Path) -> Result<String> {
     let bytes = std::fs::metadata(path).at(path)?.len();
