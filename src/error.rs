@@ -9,7 +9,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
-pub(crate) use files::{is_there, open_regular, read_regular, read_regular_text};
+pub(crate) use files::{allocation_may_fail, is_there, open_regular, read_regular, read_regular_text};
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
