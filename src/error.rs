@@ -185,6 +185,19 @@ fn shown(path: &Path) -> String {
     }
 }
 
+/// The most lines of one kind that are said of a file.
+const MOST_LINES: usize = 10;
+
+/// The first lines of many, and one that says how many more of `what` there are.
+pub(crate) fn first_lines(mut lines: Vec<String>, what: &str) -> Vec<String> {
+    let more = lines.len().saturating_sub(MOST_LINES);
+    lines.truncate(MOST_LINES);
+    if more > 0 {
+        lines.push(format!("and {more} more {what}"));
+    }
+    lines
+}
+
 /// Says where an error happened.
 pub trait Context<T> {
     /// In this file or folder.
