@@ -155,6 +155,15 @@ impl Checkpoint {
         }
     }
 
+    /// Warns of tokens that are said to end a text and that a vocabulary of this many tokens does not have.
+    #[must_use]
+    pub fn warnings_of_endings(&self, tokens: usize) -> Vec<String> {
+        match (self.folder(), self.config_json()) {
+            (Some(folder), Ok(config)) => text::warnings_of_endings(folder, &config, tokens),
+            _ => Vec::new(),
+        }
+    }
+
     /// The files of a folder that belong to a copy with other weights: tokenizer, templates, generation settings.
     pub fn companions(&self) -> Result<Vec<PathBuf>> {
         match &self.store {
