@@ -9,7 +9,7 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
-pub(crate) use files::{is_there, open_regular, read_regular, read_regular_text};
+pub(crate) use files::{allocation_may_fail, is_there, open_regular, read_regular, read_regular_text};
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -183,6 +183,19 @@ fn shown(path: &Path) -> String {
         true => "the path ``".to_string(),
         false => bounded(&path.display().to_string(), LONGEST_NAME),
     }
+}
+
+/// The most lines of one kind that are said of a file.
+const MOST_LINES: usize = 10;
+
+/// The first lines of many, and one that says how many more of `what` there are.
+pub(crate) fn first_lines(mut lines: Vec<String>, what: &str) -> Vec<String> {
+    let more = lines.len().saturating_sub(MOST_LINES);
+    lines.truncate(MOST_LINES);
+    if more > 0 {
+        lines.push(format!("and {more} more {what}"));
+    }
+    lines
 }
 
 /// Says where an error happened.

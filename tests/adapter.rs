@@ -295,6 +295,30 @@ fn what_peft_lets_pass_is_refused() {
     }
 }
 
+/// The file is at fault, by its own keys, and not the request that names it.
+#[test]
+fn patterns_that_are_none_are_named_by_file_and_key() {
+    for (key, value) in [
+        ("target_modules", json!("(")),
+        ("exclude_modules", json!("[")),
+        ("layers_pattern", json!(["a)("])),
+        ("rank_pattern", json!({ "*": 4 })),
+        ("alpha_pattern", json!({ "(?x) a #": 4 })),
+    ] {
+        let error = changed(|config, _| config[key] = value.clone()).unwrap_err();
+        assert_eq!(error.exit_code(), 1, "{error}");
+        let told = error.to_string();
+        assert!(told.contains("adapter_config.json: `"), "{told}");
+        assert!(told.contains(&format!("`{key}` has the invalid regular expression `")), "{told}");
+    }
+    let keys = |config: &mut Value, _: &mut BTreeMap<String, Tensor>| {
+        (0..50_000).for_each(|n| config[format!("key_{n}")] = json!(n));
+    };
+    let warnings = changed(keys).unwrap().warnings;
+    assert_eq!(warnings.len(), 11, "{warnings:?}");
+    assert_eq!(warnings[10], "and 49990 more keys in the adapter's configuration that are ignored");
+}
+
 #[test]
 fn broken_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();

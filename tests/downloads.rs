@@ -43,12 +43,14 @@ struct Reply {
     head: String,
     body: Vec<u8>,
     silence: Duration,
+    /// Bytes of the body that are sent at once, with a short pause behind them.
+    piece: usize,
 }
 
 impl Reply {
     /// Lines of the head, the status first; what a head always has is added.
     fn new(lines: &[&str], body: &[u8]) -> Self {
-        Self { head: lines.join("\r\n"), body: body.to_vec(), silence: Duration::ZERO }
+        Self { head: lines.join("\r\n"), body: body.to_vec(), silence: Duration::ZERO, piece: usize::MAX }
     }
 
     fn moved(to: &str) -> Self {
@@ -66,6 +68,12 @@ impl Reply {
             0 => Self::new(&["200 OK", &length], bytes),
             _ => Self::new(&["206 Partial Content", &length, &range], &bytes[start..]),
         }
+    }
+
+    /// Sends so many bytes every tenth of a second.
+    fn slow(mut self, piece: usize) -> Self {
+        self.piece = piece;
+        self
     }
 
     fn silent(mut self) -> Self {
@@ -144,7 +152,14 @@ fn answer(stream: &TcpStream, seen: &Mutex<Vec<Request>>, script: &dyn Fn(&Reque
     let mut stream = stream;
     // A client that has gone away is no fault of the server.
     let _ = write!(stream, "HTTP/1.1 {}\r\nconnection: close\r\n\r\n", reply.head);
-    let _ = stream.write_all(&reply.body);
+    for piece in reply.body.chunks(reply.piece) {
+        if stream.write_all(piece).is_err() {
+            return;
+        }
+        if piece.len() < reply.body.len() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
     if !reply.silence.is_zero() {
         let _ = stream.set_read_timeout(Some(reply.silence));
         let _ = stream.read(&mut [0]);
@@ -455,6 +470,125 @@ fn a_server_that_falls_silent_is_given_up() {
     assert_eq!(fs::read(part).unwrap(), weights()[..1500]);
     assert_fetched(&settings);
     assert_eq!(server.starts(), [0, 1500]);
+}
+
+/// A server that is never silent for long could keep a request for ever. Weights may take as long as they take.
+#[test]
+fn the_description_of_a_repository_has_a_time_and_weights_have_none() {
+    let cache = tempfile::tempdir().unwrap();
+    let server = Server::start(|request| {
+        request.path.starts_with("/api/").then(|| description(COMMIT, &["config.json", WEIGHTS]).slow(1))
+    });
+    let error = refused(&server.settings(&cache));
+    assert!(error.contains("cannot be reached (the answer took too long)"), "{error}");
+
+    let server = Server::start(|request| {
+        request.is_for("/storage").then(|| Reply::bytes(request, &weights()).slow(weights().len() / 18))
+    });
+    let settings = server.settings(&cache);
+    let begun = Instant::now();
+    assert_fetched(&settings);
+    assert!(begun.elapsed() > settings.silence * 5, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_repository_of_endless_shards_is_refused_before_anything_is_fetched() {
+    let shards: Vec<String> = (0..400_000).map(|n| format!("model-{n}.safetensors")).collect();
+    let names = ["config.json", "model.safetensors.index.json"];
+    let names: Vec<&str> = names.into_iter().chain(shards.iter().map(String::as_str)).collect();
+    let listing = description(COMMIT, &names);
+    let server = Server::start(move |_| Some(Reply::new(&[&listing.head], &listing.body)));
+    let cache = tempfile::tempdir().unwrap();
+    let error = refused(&server.settings(&cache));
+    assert!(error.contains("lists 400002 files of a model for `org/name`, and at most 2000"), "{error}");
+    assert_eq!(server.requests().len(), 1);
+}
+
+/// The bytes of a gzip file of about so many spaces: one, and then 258 times what came before, again and again.
+fn zipped_spaces(count: usize) -> Vec<u8> {
+    let mut bytes = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
+    // A block of the fixed code, the space, and as often as needed the length 258 and the distance 1.
+    let bits = "010".chars().chain("01010000".chars());
+    let bits = bits.chain("1100010100000".chars().cycle().take(count / 258 * 13));
+    let (mut byte, mut used) = (0u8, 0);
+    for bit in bits {
+        byte |= u8::from(bit == '1') << used;
+        used += 1;
+        if used == 8 {
+            bytes.push(byte);
+            (byte, used) = (0, 0);
+        }
+    }
+    bytes
+}
+
+#[test]
+fn an_answer_that_unpacks_to_gigabytes_is_refused() {
+    let packed = zipped_spaces(4 << 30);
+    let server = Server::start(move |request| {
+        let length = format!("content-length: {}", packed.len());
+        let head = ["200 OK", "content-encoding: gzip", &length];
+        request.path.starts_with("/api/").then(|| Reply::new(&head, &packed))
+    });
+    let cache = tempfile::tempdir().unwrap();
+    let error = refused(&server.settings(&cache));
+    assert!(error.contains("sent an unreadable answer: it has more than 33554432 bytes"), "{error}");
+    assert_eq!(server.requests().len(), 1);
+}
+
+#[test]
+fn templates_beside_the_default_are_fetched_too() {
+    let server = Server::start(|request| {
+        let name = "additional_chat_templates/tool_use.jinja";
+        if request.path.starts_with("/api/") {
+            let aside = ["additional_chat_templates/notes.md", "additional_chat_templates/a/b.jinja"];
+            return Some(description(COMMIT, &["config.json", WEIGHTS, name, aside[0], aside[1]]));
+        }
+        let head = ["200 OK", "content-length: 5", "etag: \"bf22\""];
+        request.is_for(&format!("/resolve/{COMMIT}/{name}")).then(|| Reply::new(&head, b"tools"))
+    });
+    let cache = tempfile::tempdir().unwrap();
+    let settings = server.settings(&cache);
+    assert_fetched(&settings);
+    let checkpoint = open(&settings).unwrap();
+    let template = checkpoint.path().join("additional_chat_templates/tool_use.jinja");
+    assert_eq!(fs::read_link(&template).unwrap(), Path::new("../../../blobs/bf22"));
+    assert_eq!(checkpoint.companions().unwrap(), [template]);
+    let copy = cache.path().join("copy");
+    fs::create_dir(&copy).unwrap();
+    checkpoint.write_companions(&copy).unwrap();
+    assert_eq!(fs::read_to_string(copy.join("additional_chat_templates/tool_use.jinja")).unwrap(), "tools");
+    // Nothing is asked for twice, and the rest of the folder never.
+    assert_eq!(server.requests().iter().filter(|request| request.path.contains("additional")).count(), 1);
+
+    let server = Server::start(|_| {
+        Some(description(COMMIT, &["config.json", WEIGHTS, "additional_chat_templates/.x.jinja"]))
+    });
+    let mut settings = server.settings(&cache);
+    settings.cache = cache.path().join("other");
+    assert!(refused(&settings).contains("whose name is not plain"));
+}
+
+#[test]
+fn revisions_and_addresses_that_cannot_be_are_refused_before_anything_is_asked() {
+    let server = Server::start(|_| None);
+    let cache = tempfile::tempdir().unwrap();
+    let settings = server.settings(&cache);
+    let told = |source: &str| {
+        let error = Checkpoint::open_with(source, &settings).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        format!("{error}\nhint: {}", error.hint().unwrap_or("none"))
+    };
+    let long = told(&format!("org/name@{}", "a".repeat(300)));
+    assert!(long.contains("the revision of `org/name` has 300 characters, expected at most 200"), "{long}");
+    assert!(told(&format!("org/{}", "a".repeat(100))).contains("a model on the Hub is written `org/name`"));
+    for address in
+        ["https://huggingface.co/org/name", "hf://org/name", "https://huggingface.co/org/name/tree/main"]
+    {
+        let told = told(address);
+        assert!(told.ends_with("hint: write `org/name`, which is fetched from the Hub"), "{told}");
+    }
+    assert_eq!(server.requests().len(), 0);
 }
 
 #[test]

@@ -155,6 +155,18 @@ mod linux {
     }
 
     #[test]
+    fn a_file_that_is_too_large_for_the_memory_is_named() {
+        let place = Place::new();
+        let file = fs::File::options().write(true).open(place.path("model/tokenizer.json")).unwrap();
+        file.set_len(450 << 20).unwrap();
+        let (status, told) = in_limit(&place, 400 << 10);
+        assert_eq!(status, Some(1), "{told}");
+        let expected = "error: model/tokenizer.json: has 471859200 bytes, and the system has no memory to read them into\nhint: ";
+        assert!(told.contains(expected), "{told}");
+        assert!(!told.contains("out of memory"), "{told}");
+    }
+
+    #[test]
     fn memory_that_the_system_refuses_is_named() {
         let place = Place::new();
         // Long enough that the steps need most: some hundred MiB.

@@ -315,6 +315,70 @@ fn unknown_family() {
 }
 
 #[test]
+fn ending_tokens_that_are_no_numbers() {
+    insta::assert_snapshot!(refused_config("\"eos_token_id\": 2", "\"eos_token_id\": \"x\""), @r#"
+    exit 1
+    error: model/config.json: `eos_token_id` has "x", expected the number of a token or a list of such numbers
+    hint: write the number that `tokenizer.json` gives to the token that ends a text
+    "#);
+    let place = Place::new();
+    let settings = place.path("model/generation_config.json");
+    fs::write(settings, "{\"eos_token_id\": [2, 2.5]}").unwrap();
+    insta::assert_snapshot!(refused(&place, &["generate", "--model", "model", "--prompt", "x"]), @"
+    exit 1
+    error: model/generation_config.json: `eos_token_id` has 2.5, expected the number of a token or a list of such numbers
+    hint: write the number that `tokenizer.json` gives to the token that ends a text
+    ");
+}
+
+/// As in transformers, they are read and end nothing; it is said.
+#[test]
+fn ending_tokens_that_are_not_in_the_vocabulary_are_warned_of() {
+    let place = Place::new();
+    let settings = place.path("model/generation_config.json");
+    for (ids, first) in [("-1", "-1"), ("[2, 1024, -7]", "1024"), ("1099511627776", "1099511627776")] {
+        fs::write(&settings, format!("{{\"eos_token_id\": {ids}}}")).unwrap();
+        let warning = format!(
+            "`eos_token_id` in `generation_config.json` has {first}, which is no token of the vocabulary of 1024"
+        );
+        let (told, _) = place.run(&["inspect", "model"]);
+        assert_eq!(told.matches("warning").count(), 1, "{told}");
+        assert!(told.contains(&warning), "{told}");
+        let (_, told) =
+            place.run(&["generate", "--model", "model", "--prompt", "x", "--max-new-tokens", "1"]);
+        assert!(told.contains(&warning), "{told}");
+    }
+    fs::write(&settings, "{\"eos_token_id\": [2, 1023]}").unwrap();
+    assert!(!place.run(&["inspect", "model"]).0.contains("warning"));
+}
+
+#[test]
+fn a_model_that_sees_one_token() {
+    insta::assert_snapshot!(refused_config("\"max_position_embeddings\": 512", "\"max_position_embeddings\": 1"), @"
+    exit 2
+    error: `data.max_length` is 32, and the model sees 1 tokens
+    hint: a model that sees one token learns nothing: look whether `max_position_embeddings` in its `config.json` is right
+    ");
+    insta::assert_snapshot!(refused_config("\"max_position_embeddings\": 512", "\"max_position_embeddings\": 0"), @"
+    exit 1
+    error: model/config.json: `max_position_embeddings` must be a positive integer, found `0`
+    ");
+}
+
+#[test]
+fn of_many_keys_that_are_not_used_a_few_are_named() {
+    let place = Place::new();
+    let path = place.path("model/config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["rope_scaling"] = (0..50_000).map(|n| (format!("key_{n}"), serde_json::Value::from(1))).collect();
+    config["rope_scaling"]["rope_type"] = "default".into();
+    fs::write(&path, config.to_string()).unwrap();
+    let (told, _) = place.run(&["inspect", "model"]);
+    assert_eq!(told.matches("which this type of rotary embedding does not use").count(), 10, "{told}");
+    assert!(told.contains("and 49990 more keys of `rope_scaling` that are not used"), "{told}");
+}
+
+#[test]
 fn weights_that_are_no_numbers() {
     let place = Place::new();
     let path = place.path("model/model.safetensors");

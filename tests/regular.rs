@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use peft::weights::Checkpoint;
 
 use super::place::{Place, told, tree};
+use super::upcycle;
 
 /// Puts a link into the place of a file.
 fn relink(path: &Path, target: impl AsRef<Path>) {
@@ -129,6 +130,64 @@ fn a_link_out_of_the_model_is_not_copied_into_a_result() {
     relink(&companion, "settings.json");
     place.run(&merge);
     assert!(!fs::symlink_metadata(place.path("merged/model.safetensors")).unwrap().is_symlink());
+}
+
+/// transformers saves templates beside the default into a folder of their own.
+#[test]
+fn templates_beside_the_default_go_into_every_result() {
+    const NAME: &str = "additional_chat_templates/tool_use.jinja";
+    let place = upcycle::place();
+    let tuned = Place::new();
+    for place in [&place, &tuned] {
+        fs::create_dir(place.path("model/additional_chat_templates")).unwrap();
+        fs::write(place.path("model").join(NAME), "tools").unwrap();
+        fs::write(place.path("model/additional_chat_templates/notes.md"), "no template").unwrap();
+    }
+    let has_templates = |folder: &Path| {
+        assert_eq!(fs::read_to_string(folder.join(NAME)).unwrap(), "tools");
+        assert_eq!(fs::read_dir(folder.join("additional_chat_templates")).unwrap().count(), 1);
+    };
+    place.run(&["upcycle", "upcycle.toml"]);
+    has_templates(&place.path("mixture"));
+    let run = ["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=2"];
+    tuned.run(&run);
+    has_templates(&tuned.path("run"));
+    has_templates(&tuned.path("run/checkpoint-2"));
+    // The result is written again, where there is one.
+    tuned.run(&[&run[..], &["--resume"]].concat());
+    has_templates(&tuned.path("run"));
+    tuned.run(&["merge", "--model", "model", "--adapter", "run", "--output", "merged"]);
+    has_templates(&tuned.path("merged"));
+    let recipe = fs::read_to_string(tuned.path("recipe.toml")).unwrap();
+    let recipe = recipe
+        .replace("adapter = { rank = 4, dropout = 0.1 }", "")
+        .replace("steps = 6", "steps = 1, full = true");
+    fs::write(tuned.path("full.toml"), recipe).unwrap();
+    tuned.run(&["finetune", "full.toml", "--output", "full"]);
+    has_templates(&tuned.path("full"));
+
+    // A run would write over templates of somebody else.
+    fs::create_dir_all(tuned.path("other/additional_chat_templates")).unwrap();
+    let error = refused(&tuned, &["finetune", "recipe.toml", "--output", "other"]);
+    assert!(error.contains("holds `additional_chat_templates` and no run"), "{error}");
+
+    let check: &[&str] = &["check", "recipe.toml"];
+    let template = tuned.path("model").join(NAME);
+    fs::write(&template, " ".repeat((1 << 20) + 1)).unwrap();
+    let error = refused(&tuned, check);
+    assert!(error.contains(&format!("model/{NAME}: has 1048577 bytes, expected at most 1048576")), "{error}");
+    fs::write(tuned.path("secret.jinja"), "secret").unwrap();
+    relink(&template, "../../secret.jinja");
+    assert!(refused(&tuned, check).contains("outside of the model's folder"));
+    fs::remove_file(&template).unwrap();
+    (0..65).for_each(|n| fs::write(template.with_file_name(format!("{n}.jinja")), "x").unwrap());
+    let error = refused(&tuned, check);
+    assert!(error.contains("holds 65 chat templates, expected at most 64"), "{error}");
+    fs::remove_dir_all(tuned.path("model/additional_chat_templates")).unwrap();
+    fs::create_dir(tuned.path("elsewhere")).unwrap();
+    fs::write(tuned.path("elsewhere/tool_use.jinja"), "secret").unwrap();
+    relink(&tuned.path("model/additional_chat_templates"), "../elsewhere");
+    assert!(refused(&tuned, check).contains("outside of the model's folder"));
 }
 
 #[test]

@@ -160,15 +160,24 @@ struct Rules<'c> {
     alphas: FirstMatch<f64>,
 }
 
+/// Refuses what is no regular expression, by the keys that `adapter_config.json` has.
+pub(super) fn check_patterns(config: &LoraConfig) -> Result<()> {
+    Rules::named(config, "target_modules", "exclude_modules").map(drop)
+}
+
 impl<'c> Rules<'c> {
     fn new(config: &'c LoraConfig) -> Result<Self> {
+        Self::named(config, "targets", "exclude")
+    }
+
+    fn named(config: &'c LoraConfig, targets: &str, exclude: &str) -> Result<Self> {
         let target = match &config.targets {
-            Targets::Pattern(pattern) => Some(compile("targets", pattern, |p| format!("^(?:{p})$"))?),
+            Targets::Pattern(pattern) => Some(compile(targets, pattern, |p| format!("^(?:{p})$"))?),
             _ => None,
         };
         let exclude = match &config.exclude {
             Exclude::Pattern(pattern) if !pattern.is_empty() => {
-                Some(compile("exclude", pattern, |p| format!("^(?:{p})$"))?)
+                Some(compile(exclude, pattern, |p| format!("^(?:{p})$"))?)
             }
             _ => None,
         };

@@ -6,13 +6,17 @@ use std::alloc::Layout;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::report::Log;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, allocation_may_fail};
 
 /// Whether messages are JSON.
 static AS_JSON: AtomicBool = AtomicBool::new(false);
 
-/// Ends the program because the system has no memory for `layout`. The binary's allocator calls it.
+/// Ends the program because the system has no memory for `layout`. The binary's allocator calls it. Where the caller of the
+/// allocator gives an error of its own, that error names the file, and the program goes on.
 pub fn out_of_memory(layout: Layout) {
+    if allocation_may_fail() {
+        return;
+    }
     let mut message = Message::error();
     message.text(b"out of memory: the system refused ");
     message.number(layout.size());

@@ -2,6 +2,7 @@
 //!
 //! Links are followed, because the Hub's cache is made of them; what they lead to has to be a regular file.
 
+use std::cell::Cell;
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -42,13 +43,40 @@ pub(crate) fn read_regular(path: &Path, most: u64) -> Result<Vec<u8>> {
     }
     let mut bytes = Vec::new();
     let room = usize::try_from(size).unwrap_or(usize::MAX);
-    bytes.try_reserve_exact(room).map_err(|_| std::io::Error::from(ErrorKind::OutOfMemory))?;
-    // Another program may still be writing, and some files of the system do not know their size.
-    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    let no_memory = || {
+        Error::invalid(format!("has {size} bytes, and the system has no memory to read them into"))
+            .with_hint("is it the right file? Otherwise free some memory, or raise the limit (`ulimit -v`)")
+    };
+    let read = may_fail(|| {
+        bytes.try_reserve_exact(room).map_err(|_| std::io::Error::from(ErrorKind::OutOfMemory))?;
+        // Another program may still be writing, and some files of the system do not know their size.
+        file.take(most.saturating_add(1)).read_to_end(&mut bytes)
+    });
+    if let Err(error) = read {
+        return Err(if error.kind() == ErrorKind::OutOfMemory { no_memory() } else { error.into() });
+    }
     if bytes.len() as u64 > most {
         return Err(too_large(bytes.len() as u64));
     }
     Ok(bytes)
+}
+
+thread_local! {
+    static MAY_FAIL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `work`, whose allocations may fail: it gives an error then, which names what the memory was for.
+fn may_fail<T>(work: impl FnOnce() -> T) -> T {
+    let outer = MAY_FAIL.replace(true);
+    let done = work();
+    MAY_FAIL.set(outer);
+    done
+}
+
+/// Whether the calling thread gives an error of its own where the system has no memory.
+pub(crate) fn allocation_may_fail() -> bool {
+    // An allocator may be called when a thread has ended; nothing may fail then.
+    MAY_FAIL.try_with(Cell::get).unwrap_or(false)
 }
 
 /// Reads a regular file of text as [`read_regular`] does.

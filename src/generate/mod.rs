@@ -97,7 +97,11 @@ impl<'a> Session<'a> {
         }
         if prompt.len() >= most {
             let len = prompt.len();
-            return Err(Error::request(format!("the prompt has {len} tokens, and the model sees {most}")));
+            return Err(Error::request(format!("the prompt has {len} tokens, and the model sees {most}"))
+                .with_hint(
+                    "the model needs room for the answer too: take a shorter prompt, or look whether \
+                     `max_position_embeddings` in its `config.json` is right",
+                ));
         }
         let same = prompt.iter().zip(&self.seen).take_while(|(new, seen)| new == seen).count();
         // The last one is always computed: what follows it is asked for.

@@ -63,6 +63,7 @@ impl Pretrained {
         let mut config = family::read_within(&config_json, &capacity).at(config_path)?;
         let mut warnings = checkpoint.warnings().to_vec();
         warnings.extend(family::warnings(&config_json));
+        warnings.extend(checkpoint.warnings_of_endings(config.vocab_size));
         warnings.extend(buffers::warning(checkpoint.tensors().values()));
         let interleaved = gguf.is_some_and(family::gguf::is_interleaved);
         let mut places: BTreeMap<String, Place> = checkpoint

@@ -8,7 +8,6 @@ use candle_core::DType;
 use super::plan::Plan;
 use super::prepared::{Prepared, Trainee};
 use crate::error::Result;
-use crate::weights::is_companion;
 use crate::weights::output::refuse_full_disk;
 
 /// Bytes of a line of `metrics.jsonl`, counted generously.
@@ -58,12 +57,12 @@ impl Disk {
 
 /// Bytes of the tokenizer, templates and settings that lie beside every copy of the weights.
 fn companion_bytes(prepared: &Prepared) -> u64 {
-    let Some(folder) = prepared.base.checkpoint().folder() else {
+    let checkpoint = prepared.base.checkpoint();
+    if checkpoint.is_gguf() {
         return PER_TOKEN * prepared.base.config().vocab_size as u64;
-    };
-    let files = fs::read_dir(folder).into_iter().flatten().flatten();
-    let companions = files.filter(|file| file.file_name().to_str().is_some_and(is_companion));
-    companions.filter_map(|file| Some(fs::metadata(file.path()).ok()?.len())).sum()
+    }
+    let companions = checkpoint.companions().unwrap_or_default();
+    companions.iter().filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum()
 }
 
 fn bytes_below(folder: &Path) -> u64 {

@@ -15,7 +15,7 @@ use crate::data::Source;
 use crate::error::{Context, Error, Result, is_there, read_regular_text};
 use crate::train::{self, BEST};
 use crate::weights::output::{OpenPath, output_folder, refuse_below_file, refuse_unwritable};
-use crate::weights::{is_companion, remove_stale, write_atomic};
+use crate::weights::{TEMPLATES, is_companion, remove_stale, write_atomic};
 
 /// No recipe has more bytes than this.
 const LARGEST_RECIPE: u64 = 16 << 20;
@@ -194,7 +194,7 @@ fn refuse_strangers(output: &Path) -> Result<()> {
     }
     others.retain(|name| {
         let is_shard = name.starts_with("model-") && name.ends_with(".safetensors");
-        is_shard || is_companion(name) || train::is_of_run(name)
+        is_shard || is_companion(name) || name == TEMPLATES || train::is_of_run(name)
     });
     others.sort();
     let results = RESULTS.iter().copied().filter(|name| output.join(name).exists());

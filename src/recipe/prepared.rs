@@ -96,7 +96,12 @@ impl Prepared {
             return Err(Error::request(format!(
                 "`data.max_length` is {asked}, and the model sees {most} tokens"
             ))
-            .with_hint(format!("set `data.max_length` to {most} or less")));
+            .with_hint(match most {
+                1 => "a model that sees one token learns nothing: look whether `max_position_embeddings` in its \
+                      `config.json` is right"
+                    .to_string(),
+                _ => format!("set `data.max_length` to {most} or less"),
+            }));
         }
         let dataset = Dataset::load(train, eval, &text, &preparation)?;
         let mut prepared = Self { base, text, dataset, trained, teacher, dtype, steps: 0 };

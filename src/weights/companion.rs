@@ -6,7 +6,16 @@
 use std::path::{Path, PathBuf};
 
 use super::{LARGEST_JSON, LARGEST_TOKENIZER};
-use crate::error::{Context, Error, Result, read_regular};
+use crate::error::{Context, Error, Result, is_there, read_regular};
+
+/// The folder of chat templates beside the default, by their names. transformers saves them there.
+pub const TEMPLATES: &str = "additional_chat_templates";
+
+/// The most chat templates beside the default; published models have one or two.
+const MOST_TEMPLATES: usize = 64;
+
+/// The most bytes of a chat template; those of published models have some tens of thousands.
+pub(super) const LONGEST_TEMPLATE: u64 = 1 << 20;
 
 /// Whether a file belongs to a copy of the model with other weights: tokenizer, templates, generation settings.
 #[must_use]
@@ -26,12 +35,36 @@ pub fn is_companion(name: &str) -> bool {
         || EXACT.contains(&name)
 }
 
-/// Lists the companions in a folder, sorted. Folders with such a name are none.
+/// The name of a file that holds a chat template beside the default, written as its path in the model's folder.
+pub(super) fn template_name(path: &str) -> Option<&str> {
+    let name = path.strip_prefix(TEMPLATES)?.strip_prefix('/')?;
+    (name.ends_with(".jinja") && !name.contains('/')).then_some(name)
+}
+
+/// Lists the companions in a folder, sorted. Folders with such a name are none, but for that of further chat templates.
 pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = files_of(folder, is_companion)?;
+    let templates = folder.join(TEMPLATES);
+    if is_there(&templates) {
+        let of_templates = files_of(&templates, |name| name.ends_with(".jinja"))?;
+        if of_templates.len() > MOST_TEMPLATES {
+            let found = of_templates.len();
+            return Err(Error::invalid(format!(
+                "holds {found} chat templates, expected at most {MOST_TEMPLATES}"
+            ))
+            .with_hint("leave those that the model needs; conversations with tools take `tool_use.jinja`"))
+            .at(templates);
+        }
+        files.extend(of_templates);
+    }
+    Ok(files)
+}
+
+fn files_of(folder: &Path, belongs: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).at(folder)? {
         let path = entry.at(folder)?.path();
-        if !path.is_dir() && path.file_name().and_then(|name| name.to_str()).is_some_and(is_companion) {
+        if !path.is_dir() && path.file_name().and_then(|name| name.to_str()).is_some_and(&belongs) {
             files.push(path);
         }
     }
@@ -39,21 +72,39 @@ pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Reads a companion that is to be copied: it has to be a regular file of this model, and JSON has to parse.
-pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
+/// Reads a companion of the model in `folder` that is to be copied: it has to be a regular file of this model, and JSON
+/// has to parse.
+pub(super) fn read(path: &Path, folder: &Path) -> Result<Vec<u8>> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let most = if name.starts_with("tokenizer") { LARGEST_TOKENIZER } else { LARGEST_JSON };
+    let most = match path.parent() {
+        Some(parent) if parent != folder => LONGEST_TEMPLATE,
+        _ if name.starts_with("tokenizer") => LARGEST_TOKENIZER,
+        _ => LARGEST_JSON,
+    };
     let bytes = read_regular(path, most).at(path)?;
-    refuse_foreign(path).at(path)?;
+    refuse_foreign(path, folder).at(path)?;
     if name.ends_with(".json") {
         serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).at(path)?;
     }
     Ok(bytes)
 }
 
+/// Copies the companions of the model in `folder` into another one, byte for byte.
+pub(super) fn copy(folder: &Path, target: &Path) -> Result<()> {
+    for path in companions(folder)? {
+        let bytes = read(&path, folder)?;
+        let copy = target.join(path.strip_prefix(folder).unwrap_or(&path));
+        if let Some(parent) = copy.parent().filter(|parent| *parent != target) {
+            std::fs::create_dir_all(parent).at(parent)?;
+        }
+        // Not `fs::copy`, which would follow any link, and make a read-only copy of a read-only file.
+        std::fs::write(&copy, bytes).at(&copy)?;
+    }
+    Ok(())
+}
+
 /// Refuses a link that leads out of the model's folder. In the Hub's cache, the repository's own blobs belong to it.
-fn refuse_foreign(path: &Path) -> Result<()> {
-    let (Ok(link), Some(folder)) = (std::fs::read_link(path), path.parent()) else { return Ok(()) };
+fn refuse_foreign(path: &Path, folder: &Path) -> Result<()> {
     // A link that leads nowhere is an error when the file is opened.
     let Ok(target) = path.canonicalize() else { return Ok(()) };
     let folder = folder.canonicalize()?;
@@ -62,6 +113,7 @@ fn refuse_foreign(path: &Path) -> Result<()> {
     if target.starts_with(&folder) || blobs.is_some_and(|blobs| target.starts_with(blobs)) {
         return Ok(());
     }
+    let link = std::fs::read_link(path).unwrap_or(target);
     Err(Error::invalid(format!(
         "is a link to `{}`, outside of the model's folder, and would be copied into the result",
         link.display()

@@ -39,7 +39,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result, is_there, nearest};
-pub use companion::is_companion;
+pub use companion::{TEMPLATES, is_companion};
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
@@ -155,6 +155,15 @@ impl Checkpoint {
         }
     }
 
+    /// Warns of tokens that are said to end a text and that a vocabulary of this many tokens does not have.
+    #[must_use]
+    pub fn warnings_of_endings(&self, tokens: usize) -> Vec<String> {
+        match (self.folder(), self.config_json()) {
+            (Some(folder), Ok(config)) => text::warnings_of_endings(folder, &config, tokens),
+            _ => Vec::new(),
+        }
+    }
+
     /// The files of a folder that belong to a copy with other weights: tokenizer, templates, generation settings.
     pub fn companions(&self) -> Result<Vec<PathBuf>> {
         match &self.store {
@@ -168,12 +177,7 @@ impl Checkpoint {
         if self.is_gguf() {
             return self.text()?.write(target);
         }
-        for file in self.companions()? {
-            let copy = target.join(file.file_name().unwrap_or_default());
-            // Not `fs::copy`, which would follow any link, and make a read-only copy of a read-only file.
-            std::fs::write(&copy, companion::read(&file)?).at(&copy)?;
-        }
-        Ok(())
+        self.folder().map_or(Ok(()), |folder| companion::copy(folder, target))
     }
 
     /// Returns warnings about how the files are read.
@@ -187,7 +191,8 @@ impl Checkpoint {
 
     /// Refuses companions that [`Self::write_companions`] would not copy, so that long work does not end with that.
     pub fn check_companions(&self) -> Result<()> {
-        self.companions()?.iter().try_for_each(|file| companion::read(file).map(drop))
+        let Some(folder) = self.folder() else { return Ok(()) };
+        companion::companions(folder)?.iter().try_for_each(|file| companion::read(file, folder).map(drop))
     }
 
     /// Every tensor, by its name in the file.

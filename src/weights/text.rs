@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
+use super::companion::{LONGEST_TEMPLATE, TEMPLATES};
 use super::{LARGEST_JSON, LARGEST_TOKENIZER};
 use crate::error::{Context, Error, Result, caught, is_there, read_regular, read_regular_text};
 
@@ -45,7 +46,7 @@ impl TextFiles {
             super::tokenizer::read(&read_regular(&path, LARGEST_TOKENIZER).at(&path)?).at(&path)?;
         let settings = super::read_json_if_there(&folder.join("tokenizer_config.json"))?;
         let special = super::read_json_if_there(&folder.join("special_tokens_map.json"))?;
-        let generation = super::read_json_if_there(&folder.join("generation_config.json"))?;
+        let generation = super::read_json_if_there(&folder.join(GENERATION))?;
         let token = |name: &str| token(&settings, name).or_else(|| self::token(&special, name));
 
         // transformers reads the file after the settings, so the file wins.
@@ -59,8 +60,8 @@ impl TextFiles {
         };
 
         let eos_token = token("eos_token");
-        let mut eos_token_ids = ids(config.get("eos_token_id"));
-        eos_token_ids.extend(ids(generation.get("eos_token_id")));
+        let mut eos_token_ids = endings(config).at(folder.join("config.json"))?;
+        eos_token_ids.extend(endings(&generation).at(folder.join(GENERATION))?);
         eos_token_ids.extend(eos_token.as_deref().and_then(|token| tokenizer.token_to_id(token)));
         Ok(Self {
             chat_template,
@@ -117,11 +118,8 @@ fn token(settings: &Value, name: &str) -> Option<String> {
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
 
-/// The folder of templates beside the default, by their names.
-const TEMPLATES: &str = "additional_chat_templates";
-
-/// Bytes of a template file; longer ones are refused before they are read.
-const LONGEST_TEMPLATE: u64 = 1 << 20;
+/// The file of settings for generating text.
+const GENERATION: &str = "generation_config.json";
 
 fn read_template(path: &Path) -> Result<String> {
     let bytes = std::fs::metadata(path).at(path)?.len();
@@ -162,12 +160,39 @@ fn chat_templates(settings: &Value) -> Result<(Option<String>, Option<String>)> 
     }
 }
 
-/// One id or a list of them.
-fn ids(value: Option<&Value>) -> Vec<u32> {
-    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
-        Some(value) => id(value).into_iter().collect(),
-        None => Vec::new(),
+/// The entries of `eos_token_id`: one or a list of them.
+fn entries(settings: &Value) -> &[Value] {
+    match settings.get("eos_token_id") {
+        None | Some(Value::Null) => &[],
+        Some(Value::Array(list)) => list,
+        Some(one) => std::slice::from_ref(one),
     }
+}
+
+/// The tokens that end a text. Numbers that no token has end nothing, as in transformers.
+fn endings(settings: &Value) -> Result<Vec<u32>> {
+    let entries = entries(settings);
+    if let Some(wrong) = entries.iter().find(|entry| !entry.is_i64() && !entry.is_u64()) {
+        return Err(Error::invalid(format!(
+            "`eos_token_id` has {wrong}, expected the number of a token or a list of such numbers"
+        ))
+        .with_hint("write the number that `tokenizer.json` gives to the token that ends a text"));
+    }
+    Ok(entries.iter().filter_map(|entry| u32::try_from(entry.as_u64()?).ok()).collect())
+}
+
+/// Warns of ending tokens in the files of a folder that a vocabulary of `tokens` does not have. What else may be wrong with
+/// these files is an error of those who read the texts.
+pub(super) fn warnings_of_endings(folder: &Path, config: &Value, tokens: usize) -> Vec<String> {
+    let generation = super::read_json_if_there(&folder.join(GENERATION)).unwrap_or_default();
+    let is_token = |entry: &Value| entry.as_u64().is_some_and(|id| id < tokens as u64);
+    let files = [("config.json", config), (GENERATION, &generation)].into_iter();
+    files
+        .filter_map(|(name, settings)| {
+            let wrong = entries(settings).iter().find(|id| id.is_number() && !is_token(id))?;
+            Some(format!(
+                "`eos_token_id` in `{name}` has {wrong}, which is no token of the vocabulary of {tokens} and never ends a text"
+            ))
+        })
+        .collect()
 }

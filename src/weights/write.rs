@@ -115,12 +115,7 @@ impl Staged {
     pub fn commit_files(self) -> Result<()> {
         sync_all(self.path())?;
         let parent = parent(&self.target)?;
-        for entry in fs::read_dir(self.path()).at(self.path())? {
-            let entry = entry.at(self.path())?;
-            let target = parent.join(entry.file_name());
-            fs::rename(entry.path(), &target).at(&target)?;
-        }
-        sync_folder(parent)
+        move_files(self.path(), parent)
     }
 }
 
@@ -207,6 +202,20 @@ fn shared<'a, 'b, 'c>(
     #[cfg(not(unix))]
     let _ = mode;
     builder
+}
+
+/// Moves the files of one folder, and those of folders in it, to where they belong in another.
+fn move_files(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from).at(from)? {
+        let entry = entry.at(from)?;
+        let target = to.join(entry.file_name());
+        if entry.file_type().at(from)?.is_dir() && target.is_dir() {
+            move_files(&entry.path(), &target)?;
+        } else {
+            fs::rename(entry.path(), &target).at(&target)?;
+        }
+    }
+    sync_folder(to)
 }
 
 fn sync_all(folder: &Path) -> Result<()> {

@@ -7,10 +7,10 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
-use super::super::target::{Placements, few, is_named};
+use super::super::target::{Placements, check_patterns, few, is_named};
 use super::fields::{Fields, NamesOrText, is_neutral};
 use super::{MERGED_FORM, Provenance, experts};
-use crate::error::{Context, Error, Result, read_regular_text};
+use crate::error::{Context, Error, Result, first_lines, read_regular_text};
 
 /// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
 const LARGEST: u64 = 16 << 20;
@@ -124,6 +124,9 @@ fn parse(text: &str) -> Result<Read> {
         rslora: fields.flag("use_rslora"),
         ..LoraConfig::default()
     };
+    if let Err(error) = check_patterns(&config) {
+        fields.problems.push(error.to_string());
+    }
     let base_model = fields.text("base_model_name_or_path");
     let revision = fields.text("revision");
     let warnings = fields.leftovers();
@@ -269,7 +272,7 @@ impl Fields {
                     .push(format!("`{key}` in the adapter's configuration is {value}, and is ignored")),
             }
         }
-        warnings
+        first_lines(warnings, "keys in the adapter's configuration that are ignored")
     }
 }
 

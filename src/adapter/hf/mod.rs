@@ -21,7 +21,7 @@ use candle_core::{DType, Device, Tensor};
 use super::config::LoraConfig;
 use super::lora::tensor_names;
 use super::target::{Placements, few, place};
-use crate::error::{Error, Result, is_there, nearest_path};
+use crate::error::{Context, Error, Result, is_there, nearest_path};
 use crate::model::Pretrained;
 use crate::model::config::DecoderConfig;
 use crate::weights::write_atomic;
@@ -131,7 +131,10 @@ impl Adapter {
     }
 
     fn place(&self, model: &DecoderConfig) -> Result<Placements> {
-        let resolved = place(&self.config, model)?;
+        // A pattern of this file that takes too long is no fault of the request.
+        let resolved = place(&self.config, model)
+            .map_err(|error| Error::invalid(error.to_string()))
+            .at(Path::new(&self.source).join(CONFIG_FILE))?;
         let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for placement in &resolved.placements {
             let names = tensor_names(&placement.linear.path);

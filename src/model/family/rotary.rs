@@ -4,7 +4,7 @@
 use serde_json::{Map, Value};
 
 use super::fields::{Defaults, Fields, bounded, number, unsupported, wrong};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, first_lines};
 use crate::model::config::{RotaryConfig, RotaryScaling};
 
 const KNOWN: [&str; 3] = ["default", "linear", "llama3"];
@@ -151,13 +151,12 @@ pub(super) fn warnings(config: &Value) -> Vec<String> {
         _ => &[],
     };
     let always = ["rope_type", "type", "rope_theta", "partial_rotary_factor"];
-    for (name, value) in table {
-        if !value.is_null() && !used.contains(&name.as_str()) && !always.contains(&name.as_str()) {
-            warnings.push(format!(
-                "`{field}.{name}` is {value}, which this type of rotary embedding does not use"
-            ));
-        }
-    }
+    let is_unused = |name: &str| !used.contains(&name) && !always.contains(&name);
+    let unused = table.iter().filter(|(name, value)| !value.is_null() && is_unused(name));
+    let unused = unused.map(|(name, value)| {
+        format!("`{field}.{name}` is {value}, which this type of rotary embedding does not use")
+    });
+    warnings.extend(first_lines(unused.collect(), &format!("keys of `{field}` that are not used")));
     warnings
 }
 

@@ -155,16 +155,17 @@ impl<'a> Repository<'a> {
 
     /// Puts a file into a commit's folder: a link to its bytes.
     pub(super) fn link(&self, etag: &Etag, commit: &str, name: &str) -> Result<()> {
-        let folder = self.snapshot(commit);
+        let (blob, path) = (self.local.blob_path(&etag.0), self.snapshot(commit).join(name));
+        let (folder, base) = (path.with_file_name(""), name.rsplit('/').next().unwrap_or(name));
         fs::create_dir_all(&folder).at(&folder)?;
-        let (blob, path) = (self.local.blob_path(&etag.0), folder.join(name));
         // A link is made under another name first, because there may be one that leads nowhere. The name is of this thread
         // alone: several may fetch one model.
         static LINKS: AtomicU64 = AtomicU64::new(0);
         let number = LINKS.fetch_add(1, Ordering::Relaxed);
-        let temporary = folder.join(format!(".{name}.{}.{number}.partial", std::process::id()));
+        let temporary = folder.join(format!(".{base}.{}.{number}.partial", std::process::id()));
         let _ = fs::remove_file(&temporary);
-        let relative = Path::new("../../blobs").join(&etag.0);
+        let up = "../".repeat(2 + name.matches('/').count());
+        let relative = Path::new(&up).join("blobs").join(&etag.0);
         #[cfg(unix)]
         let made = std::os::unix::fs::symlink(&relative, &temporary);
         #[cfg(windows)]

@@ -3,8 +3,9 @@
 //! - The token goes to the endpoint's own scheme, host and port, and after a redirect to another origin never again.
 //! - Redirects lead to http or https, never from https to http, and a bounded number of times.
 //! - Connecting, waiting for an answer, and every pause within a body have a time limit.
+//! - A request that says so has a limit for all of its answer too. Those for weights have none: files may be large.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ureq::Agent;
 use ureq::Body;
@@ -73,7 +74,7 @@ impl<'a> Client<'a> {
         let at = url
             .parse()
             .map_err(|error| Error::request(format!("`{}` is no address: {error}", url.escape_debug())))?;
-        Ok(Request { client: self, at, redirects: 0, is_home: true })
+        Ok(Request { client: self, at, redirects: 0, is_home: true, until: None })
     }
 }
 
@@ -84,6 +85,8 @@ pub(super) struct Request<'a> {
     redirects: usize,
     /// Whether every address so far had the endpoint's origin.
     is_home: bool,
+    /// When the whole answer has to be there.
+    until: Option<Instant>,
 }
 
 /// Represents the response of one server to a request.
@@ -95,10 +98,17 @@ pub(super) enum Reply {
 }
 
 impl Request<'_> {
+    /// Gives up after this time, redirects and the body of the answer counted in.
+    pub(super) fn within(mut self, time: Duration) -> Self {
+        self.until = Some(Instant::now() + time);
+        self
+    }
+
     /// Asks for the bytes from `start` on, at the address where the request stands.
     pub(super) fn ask(&mut self, start: u64) -> Result<Reply, Failure> {
         let Client { agent, settings, .. } = self.client;
-        let mut request = agent.get(&self.at);
+        let left = self.until.map(|until| until.saturating_duration_since(Instant::now()));
+        let mut request = agent.get(&self.at).config().timeout_global(left).build();
         if let Some(token) = settings.token.as_ref().filter(|_| self.is_home) {
             request = request.header("Authorization", format!("Bearer {token}"));
         }
@@ -170,6 +180,7 @@ impl Request<'_> {
 /// Says what failed, a silence with its length.
 pub(super) fn describe(error: &ureq::Error, silence: Duration) -> String {
     match error {
+        ureq::Error::Timeout(ureq::Timeout::Global) => "the answer took too long".to_string(),
         ureq::Error::Timeout(_) => format!("nothing came for {} s", silence.as_secs_f64()),
         error => error.to_string(),
     }

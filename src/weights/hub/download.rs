@@ -96,7 +96,8 @@ impl Download<'_> {
 
     /// Gets the bytes into the cache. `None` where what was kept of an earlier try did not fit, and is gone now.
     fn attempt(&self, name: &str) -> Result<Option<Etag>, Failure> {
-        let path = format!("{}/resolve/{}/{}", self.id.id, self.commit, encoded(name));
+        let name_there: Vec<String> = name.split('/').map(encoded).collect();
+        let path = format!("{}/resolve/{}/{}", self.id.id, self.commit, name_there.join("/"));
         let mut request = self.client.request(&path)?;
         let mut promise = Promise::default();
         let first = self.identify(&mut request, &mut promise)?;

@@ -7,6 +7,7 @@
 mod cache;
 mod client;
 mod download;
+mod id;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -16,11 +17,18 @@ use std::time::Duration;
 use cache::{Repository, check_name, is_commit};
 use client::{Client, Failure, describe, encoded};
 use download::Download;
+use id::{HubId, LONGEST_REVISION, id_in_address};
 
 use crate::error::{Error, Result, nearest_path};
 
 /// The most bytes of the Hub's description of a repository.
 const LARGEST_ANSWER: u64 = 32 << 20;
+
+/// The Hub's description of a repository may take this many times the longest silence, all in all.
+const LONGEST_ANSWER: u32 = 4;
+
+/// The most files that are fetched of one repository; the largest published models have some hundreds.
+const MOST_FILES: usize = 2000;
 
 /// Told about a download: the file, the bytes that are there, and the bytes it will have.
 pub type OnProgress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
@@ -101,35 +109,22 @@ impl HubSettings {
     }
 }
 
-/// A model's place on the Hub.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct HubId {
-    id: String,
-    revision: String,
-}
-
-impl HubId {
-    /// Reads `org/name[@revision]`; anything else is no id.
-    pub(super) fn parse(source: &str) -> Option<Self> {
-        let (id, revision) = source.split_once('@').unwrap_or((source, "main"));
-        let (organisation, name) = id.split_once('/')?;
-        let is_word = |word: &str| {
-            !word.is_empty()
-                && !word.starts_with(['.', '-'])
-                && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'))
-        };
-        // Like git's names of branches and tags, which a reference in the cache is a path of.
-        let is_revision = revision.split('/').all(|part| !part.is_empty() && !part.starts_with('.'))
-            && !revision.contains("..")
-            && !revision.contains(|c: char| c.is_control() || r#" ~^:?*[\<>|""#.contains(c));
-        (is_word(organisation) && is_word(name) && is_revision)
-            .then(|| Self { id: id.to_string(), revision: revision.to_string() })
-    }
-}
-
 /// The folder of a model that is no path on this machine.
 pub(super) fn find(source: &str, settings: &HubSettings) -> Result<PathBuf> {
     let message = format!("`{source}` is neither a folder nor a .gguf file");
+    if let Some(id) = id_in_address(source, &settings.endpoint) {
+        return Err(Error::request(message).with_hint(format!("write `{id}`, which is fetched from the Hub")));
+    }
+    if let Some((id, revision)) = source.split_once('@')
+        && revision.len() > LONGEST_REVISION
+        && HubId::parse(id).is_some()
+    {
+        return Err(Error::request(format!(
+            "the revision of `{id}` has {} characters, expected at most {LONGEST_REVISION}",
+            revision.len()
+        ))
+        .with_hint("write the name of a branch or a tag, or a commit of 40 hexadecimal digits"));
+    }
     let is_gguf = |path: &Path| path.extension().is_some_and(|ending| ending == "gguf");
     let parsed = HubId::parse(source).filter(|_| !is_gguf(Path::new(source)));
     let hub = match parsed {
@@ -189,7 +184,21 @@ fn fetch(hub: &HubId, settings: &HubSettings) -> Result<PathBuf> {
         }
     };
     let wanted = wanted_files(&names).map_err(|reason| reason.at(hub, &names))?;
-    wanted.iter().try_for_each(|name| check_name(name))?;
+    if wanted.len() > MOST_FILES {
+        return Err(Error::invalid(format!(
+            "{} lists {} files of a model for `{}`, and at most {MOST_FILES} are fetched",
+            settings.endpoint,
+            wanted.len(),
+            hub.id
+        ))
+        .with_hint(
+            "check HF_ENDPOINT; or download the repository by other means, and give the local folder",
+        ));
+    }
+    for name in &wanted {
+        // The folder of further templates is the only one from which files are fetched.
+        check_name(super::companion::template_name(name).unwrap_or(name))?;
+    }
     let download = Download { client: &client, cache: &cache, settings, id: hub, commit: &commit };
     for name in &wanted {
         download.file(name).map_err(|failure| explain(failure, hub, settings))?;
@@ -206,8 +215,8 @@ enum Answer {
 }
 
 fn resolve(client: &Client<'_>, hub: &HubId, settings: &HubSettings) -> Result<Answer> {
-    let mut request =
-        client.request(&format!("api/models/{}/revision/{}", hub.id, encoded(&hub.revision)))?;
+    let path = format!("api/models/{}/revision/{}", hub.id, encoded(&hub.revision));
+    let mut request = client.request(&path)?.within(settings.silence * LONGEST_ANSWER);
     let mut response = match request.answer(0, |_| Ok(())) {
         Ok(response) => response,
         Err(Failure::Transport(reason)) => return Ok(Answer::Unreachable(reason)),
@@ -301,6 +310,8 @@ fn wanted_files(names: &[String]) -> Result<Vec<&str>, Unusable> {
     let in_root = names.iter().map(String::as_str).filter(|name| !name.contains('/'));
     let mut wanted = vec!["config.json"];
     wanted.extend(in_root.clone().filter(|name| super::companion::is_companion(name)));
+    let all = names.iter().map(String::as_str);
+    wanted.extend(all.filter(|name| super::companion::template_name(name).is_some()));
     if has(super::folder::SINGLE) {
         wanted.push(super::folder::SINGLE);
     } else if has(super::folder::INDEX) {
