@@ -195,6 +195,37 @@ mod signals {
         assert!(!place.path("run").exists());
     }
 
+    /// Commands that only read are in order at every moment.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn commands_that_read_end_at_once() {
+        let place = Place::new();
+        let rows: String =
+            (0..100_000).map(|row| format!("{{\"text\": \"{row} and {row} again\"}}\n")).collect();
+        fs::write(place.path("many.jsonl"), rows).unwrap();
+        let eval = ["eval", "perplexity", "--model", "model", "--data", "many.jsonl"];
+        let check = ["check", "recipe.toml", "--set", "data.train=[{ path = \"many.jsonl\" }]"];
+        let chat = ["chat", "--model", "model"];
+        for arguments in [&eval[..], &check, &chat] {
+            for signal in [libc::SIGTERM, libc::SIGINT] {
+                let mut command = place.command(arguments);
+                command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+                let mut child = command.spawn().unwrap();
+                let input = child.stdin.take();
+                while !listens(&child, signal) {
+                    assert_eq!(child.try_wait().unwrap(), None, "{arguments:?} ended before it listened");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                send(&child, signal);
+                let output = child.wait_with_output().unwrap();
+                drop(input);
+                let told = String::from_utf8(output.stderr).unwrap();
+                assert_eq!(output.status.code(), Some(130), "{arguments:?}: {told}");
+                assert!(told.ends_with("\ninterrupted\n"), "{arguments:?}: {told:?}");
+            }
+        }
+    }
+
     #[cfg(target_os = "linux")]
     /// Whether a process that has begun has a handler for the signal.
     fn listens(child: &Child, signal: i32) -> bool {
