@@ -340,6 +340,27 @@ fn resuming_nothing_is_beginning() {
     }
 }
 
+/// A name that was mistyped begins a run that nobody wanted: that is warned of, with the names of runs.
+#[test]
+fn resuming_nothing_is_warned_of() {
+    let place = Place::new();
+    let told = |output: &str, more: &[&str]| {
+        let arguments = ["finetune", "recipe.toml", "--output", output, "--log", "silent"];
+        place.run(&[&arguments[..], more].concat()).1
+    };
+    assert_eq!(
+        told("runs/first", &["--resume"]),
+        "warning: there is no run in `runs/first` to go on with: a new one begins there\n"
+    );
+    assert_eq!(told("runs/other", &[]), "");
+    assert_eq!(
+        told("runs/frist", &["--resume"]),
+        "warning: there is no run in `runs/frist` to go on with: a new one begins there; `--output` goes on with another, \
+         such as `runs/first`, `runs/other`\n"
+    );
+    assert_eq!(told("runs/frist", &["--resume"]), "");
+}
+
 #[test]
 fn the_number_of_threads_changes_nothing() {
     let place = Place::new();

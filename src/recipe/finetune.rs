@@ -38,12 +38,16 @@ pub fn finetune(
     let asked = plan;
     let plan = &if resume { RunDirectory::dated(plan) } else { plan.clone() };
     RunDirectory::check(plan, resume)?;
+    if let Some(text) = RunDirectory::nothing_to_resume(&plan.output).filter(|_| resume) {
+        reporter.report(&Event::Warning { text });
+    }
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
     memory.refuse_excess(plan)?;
     Disk::of(plan, &prepared).refuse_excess(&plan.output)?;
     let fingerprint = prepared.fingerprint(plan)?;
-    let directory = RunDirectory::take(&plan.output, resume)?;
+    // A new directory is made once the model is there: a program that runs out of memory would leave it empty.
+    let taken = plan.output.is_dir().then(|| RunDirectory::take(&plan.output, resume)).transpose()?;
     if resume {
         refuse_other(plan, &fingerprint)?;
     }
