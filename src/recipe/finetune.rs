@@ -65,6 +65,7 @@ pub fn finetune(
     };
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     let artifact = Unchanged { prepared: &prepared, artifact };
+    let directory = taken.map_or_else(|| RunDirectory::take(&plan.output, resume), Ok)?;
     directory.write_recipe(plan, prepared.text.template_asks_for("strftime_now"))?;
 
     let sample_row = prepared.dataset.eval.first();
