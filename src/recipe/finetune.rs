@@ -38,9 +38,6 @@ pub fn finetune(
     let asked = plan;
     let plan = &if resume { RunDirectory::dated(plan) } else { plan.clone() };
     RunDirectory::check(plan, resume)?;
-    if let Some(text) = RunDirectory::nothing_to_resume(&plan.output).filter(|_| resume) {
-        reporter.report(&Event::Warning { text });
-    }
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
     memory.refuse_excess(plan)?;
@@ -50,6 +47,9 @@ pub fn finetune(
     let taken = plan.output.is_dir().then(|| RunDirectory::take(&plan.output, resume)).transpose()?;
     if resume {
         refuse_other(plan, &fingerprint)?;
+    }
+    if let Some(text) = RunDirectory::nothing_to_resume(&plan.output).filter(|_| resume) {
+        reporter.report(&Event::Warning { text });
     }
     for text in describe(plan, &prepared, &memory) {
         reporter.report(&Event::Note { text });
