@@ -127,12 +127,12 @@ fn a_model_answers_with_and_without_its_adapter() {
 }
 
 /// What a chat with the model of chance writes to stdout and stderr.
-fn chat(place: &Place, lines: &str, more: &[&str]) -> (Vec<u8>, String) {
+fn chat(place: &Place, lines: impl AsRef<[u8]>, more: &[&str]) -> (Vec<u8>, String) {
     let arguments = [&["chat", "--model", "model", "--max-new-tokens", "8"], more].concat();
     let mut command = place.command(&arguments);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
-    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_ref()).unwrap();
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{stderr}");
@@ -151,6 +151,14 @@ fn a_chat_answers_each_line() {
 }
 
 #[test]
+fn a_chat_goes_on_after_a_line_that_is_not_utf_8() {
+    let place = Place::new();
+    let (answered, stderr) = chat(&place, b"Hello.\r\n\xff\xfe?\nAnd now?\n", &[]);
+    assert_eq!(answered, chat(&place, "Hello.\nAnd now?\n", &[]).0);
+    assert_eq!(stderr, "warning: this line is not valid UTF-8 and is left out; say it again in UTF-8\n");
+}
+
+#[test]
 fn a_chat_is_sampled_as_a_prompt_is() {
     let place = Place::new();
     let hot = |seed| chat(&place, "Hello.\n", &["--temperature", "2", "--seed", seed, "--dtype", "f32"]).0;
@@ -163,7 +171,7 @@ fn a_chat_goes_on_when_the_model_sees_no_more() {
     let place = Place::new();
     let (long, too_long) = ("kite ".repeat(200), "kite ".repeat(600));
     let said = format!("{long}\n{long}\n{long}\n{long}\n{too_long}\n{long}\n");
-    let (_, stderr) = chat(&place, &said, &[]);
+    let (_, stderr) = chat(&place, said, &[]);
     insta::with_settings!({ filters => vec![(r"takes \d+ tokens", "takes [N] tokens")] }, {
         insta::assert_snapshot!(stderr, @"
         warning: the model sees 512 tokens, and the chat is longer: the oldest exchange is forgotten
@@ -380,4 +388,9 @@ fn everything_can_be_inspected() {
     });
     let nothing = place.command(&["inspect", "."]).output().unwrap();
     assert_eq!(nothing.status.code(), Some(2));
+    insta::assert_snapshot!(refusal(&place, &["inspect", "recipe.toml"]), @"
+    exit 2
+    error: `recipe.toml` is a recipe, expected a model, an adapter, a data file or a run
+    hint: `peft check recipe.toml` says what it will do; what it made is described by `peft inspect` of its output
+    ");
 }

@@ -191,6 +191,13 @@ mod linux {
             assert_eq!(status, Some(1), "{mib} MiB: {told}");
             assert_eq!(told.matches("error: ").count(), 1, "{mib} MiB: {told}");
             assert_eq!(told.matches("hint: ").count(), 1, "{mib} MiB: {told}");
+            assert!(told.contains("memory"), "{mib} MiB: {told}");
+            // A run that has begun can go on; before that there is nothing, and no empty folder either.
+            let run = format!("run-{}", mib << 10);
+            assert!(
+                !place.path(&run).exists() || place.path(&run).join("recipe.toml").exists(),
+                "{mib} MiB: {told}"
+            );
             if told.contains("error: out of memory: the system refused ") {
                 assert!(told.contains("`train.memory_budget`"), "{told}");
                 refused += 1;

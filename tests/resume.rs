@@ -195,6 +195,37 @@ mod signals {
         assert!(!place.path("run").exists());
     }
 
+    /// Commands that only read are in order at every moment.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn commands_that_read_end_at_once() {
+        let place = Place::new();
+        let rows: String =
+            (0..100_000).map(|row| format!("{{\"text\": \"{row} and {row} again\"}}\n")).collect();
+        fs::write(place.path("many.jsonl"), rows).unwrap();
+        let eval = ["eval", "perplexity", "--model", "model", "--data", "many.jsonl"];
+        let check = ["check", "recipe.toml", "--set", "data.train=[{ path = \"many.jsonl\" }]"];
+        let chat = ["chat", "--model", "model"];
+        for arguments in [&eval[..], &check, &chat] {
+            for signal in [libc::SIGTERM, libc::SIGINT] {
+                let mut command = place.command(arguments);
+                command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+                let mut child = command.spawn().unwrap();
+                let input = child.stdin.take();
+                while !listens(&child, signal) {
+                    assert_eq!(child.try_wait().unwrap(), None, "{arguments:?} ended before it listened");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                send(&child, signal);
+                let output = child.wait_with_output().unwrap();
+                drop(input);
+                let told = String::from_utf8(output.stderr).unwrap();
+                assert_eq!(output.status.code(), Some(130), "{arguments:?}: {told}");
+                assert!(told.ends_with("\ninterrupted\n"), "{arguments:?}: {told:?}");
+            }
+        }
+    }
+
     #[cfg(target_os = "linux")]
     /// Whether a process that has begun has a handler for the signal.
     fn listens(child: &Child, signal: i32) -> bool {
@@ -307,6 +338,27 @@ fn resuming_nothing_is_beginning() {
     for run in ["none", "empty"] {
         assert_equal_runs(&place.path(run), &place.path("whole"));
     }
+}
+
+/// A name that was mistyped begins a run that nobody wanted: that is warned of, with the names of runs.
+#[test]
+fn resuming_nothing_is_warned_of() {
+    let place = Place::new();
+    let told = |output: &str, more: &[&str]| {
+        let arguments = ["finetune", "recipe.toml", "--output", output, "--log", "silent"];
+        place.run(&[&arguments[..], more].concat()).1
+    };
+    assert_eq!(
+        told("runs/first", &["--resume"]),
+        "warning: there is no run in `runs/first` to go on with: a new one begins there\n"
+    );
+    assert_eq!(told("runs/other", &[]), "");
+    assert_eq!(
+        told("runs/frist", &["--resume"]),
+        "warning: there is no run in `runs/frist` to go on with: a new one begins there; `--output` goes on with another, \
+         such as `runs/first`, `runs/other`\n"
+    );
+    assert_eq!(told("runs/frist", &["--resume"]), "");
 }
 
 #[test]

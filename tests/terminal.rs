@@ -26,6 +26,33 @@ fn control_characters_in_messages_are_shown() {
     assert!(said.contains("\\u001b]0;owned\\u0007.jsonl"), "{said:?}");
 }
 
+/// Names in which a line of their own stands, and marks that turn text around.
+#[test]
+fn names_cannot_forge_lines_of_messages() {
+    const FORGED: &str = "a\nerror: owned\nhint: \u{202e}run it\u{2028}\r\nwarning: b";
+    let place = Place::new();
+    let refused = |arguments: &[&str]| {
+        let said = refusal(&place, arguments);
+        let shown = "    error: owned\n    hint: \\u202erun it\\u2028\\u000d\n    warning: b";
+        assert!(said.contains(shown), "{said}");
+        assert!(!said.contains("\nerror: owned") && !said.contains("\nhint: \\u202e"), "{said}");
+    };
+    refused(&["inspect", &format!("{FORGED}.jsonl")]);
+    refused(&["eval", "perplexity", "--model", FORGED, "--data", "data.jsonl"]);
+    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
+    let targets = format!("rank = 4, targets = [{}]", serde_json::Value::from(FORGED));
+    fs::write(place.path("forged.toml"), recipe.replace("rank = 4", &targets)).unwrap();
+    refused(&["finetune", "forged.toml"]);
+
+    // What is warned of, and what is said of a file on stdout.
+    let data = serde_json::json!({ "text": "a", FORGED: "text that nothing reads" });
+    fs::write(place.path("data.jsonl"), format!("{data}\n").repeat(9)).unwrap();
+    let (_, told) = place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    assert!(told.contains("    error: owned\n") && !told.contains("\nerror:"), "{told}");
+    let (told, _) = place.run(&["inspect", "data.jsonl"]);
+    assert!(told.contains("\n               error: owned\n") && !told.contains("\nerror:"), "{told}");
+}
+
 /// On a terminal what a file holds is shown; another program gets it as it is.
 #[cfg(target_os = "linux")]
 #[test]

@@ -8,7 +8,7 @@ use candle_core::DType;
 use super::builtin::{self, Builtin};
 use super::interrupt::{self, BeginsWithTraining};
 use super::overrides::{lay_over, lay_string};
-use super::terminal::Terminal;
+use super::terminal::{Terminal, indented};
 use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype};
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
 use crate::merge::{self, RECEIPT_FILE};
@@ -41,7 +41,7 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
         return terminal.write_json(&report);
     }
     for line in &report.lines {
-        terminal.write(format_args!("{line}\n"))?;
+        terminal.write(format_args!("{}\n", indented(line, 4)))?;
     }
     terminal.write(format_args!("{}", report.memory.table()))?;
     terminal.write(format_args!("first document, its learned tokens in [[ ]]:\n"))?;
@@ -105,7 +105,7 @@ fn check_upcycle(plan: &UpcyclePlan, json: bool, terminal: &mut Terminal) -> Res
         return terminal.write_json(&report);
     }
     for line in &report.lines {
-        terminal.write(format_args!("{line}\n"))?;
+        terminal.write(format_args!("{}\n", indented(line, 4)))?;
     }
     report.warnings.iter().for_each(|warning| terminal.warn(warning));
     Ok(())

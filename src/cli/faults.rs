@@ -8,6 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::report::Log;
 use crate::error::{Error, Result, allocation_may_fail};
 
+/// What to do where the system refuses threads.
+pub(super) const TOO_TIGHT: &str =
+    "allow more memory or processes (`ulimit -v`, `ulimit -u`), or set `RAYON_NUM_THREADS=1`";
+
 /// Whether messages are JSON.
 static AS_JSON: AtomicBool = AtomicBool::new(false);
 
@@ -47,9 +51,10 @@ pub(super) fn begin(log: Log) -> Result<()> {
         bus::make_room();
     });
     threads.build_global().map_err(|error| {
-        Error::invalid(format!("the threads that compute cannot be started: {error}")).with_hint(
-            "allow more memory or processes (`ulimit -v`, `ulimit -u`), or set `RAYON_NUM_THREADS=1`",
-        )
+        Error::invalid(format!(
+            "out of memory or threads: the threads that compute cannot be started: {error}"
+        ))
+        .with_hint(TOO_TIGHT)
     })
 }
 
@@ -89,6 +94,14 @@ impl Message {
             0..b' ' | 127 => self.byte(b'?'),
             byte => self.byte(byte),
         }
+        // Control characters of two bytes, and what separates lines or turns text around.
+        let obeyed = match self.bytes[..self.len] {
+            [.., 0xc2, 0x80..0xa0] | [.., 0xd8, 0x9c] => 2,
+            [.., 0xe2, 0x80, 0x8e | 0x8f | 0xa8..0xaf] | [.., 0xe2, 0x81, 0xa6..0xaa] => 3,
+            _ => return,
+        };
+        self.len -= obeyed;
+        self.byte(b'?');
     }
 
     /// Adds a byte; what does not fit is left out.
@@ -233,5 +246,18 @@ mod bus {
                 libc::sigaltstack(&raw const stack, ptr::null_mut());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_the_last_message_cannot_turn_text_around() {
+        let name = "a\nö\u{85}漢\u{2028}\u{202e}\u{2069}\u{200f}\u{61c}z";
+        let mut message = Message { bytes: [0; 2048], len: 0 };
+        name.bytes().for_each(|byte| message.foreign(byte));
+        assert_eq!(str::from_utf8(&message.bytes[..message.len]).unwrap(), "a?ö?漢?????z");
     }
 }

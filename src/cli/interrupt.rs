@@ -4,8 +4,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::faults::TOO_TIGHT;
 use super::report::Log;
-use super::terminal::{Terminal, note};
+use super::terminal::{Terminal, message_below, note};
 use crate::error::{Error, Result};
 use crate::train::{Event, Reporter};
 
@@ -39,6 +40,14 @@ pub(super) fn listen(terminal: &Terminal, promise: &'static str) -> Result<&'sta
     Ok(&INTERRUPTED)
 }
 
+/// Listens for a command that writes nothing, which the first signal ends at once.
+pub(super) fn end_at_once(terminal: &Terminal) {
+    let mut words = words();
+    words.nothing = Some(Box::new(terminal.note("interrupted")));
+    // Without a handler a signal ends it all the same, with the signal's own status.
+    let _ = handle(&mut words);
+}
+
 /// Notes what a signal would leave of a download; `None` once the file is whole.
 pub(super) fn keeps(log: Log, text: Option<String>) {
     let mut words = words();
@@ -52,7 +61,7 @@ fn words() -> MutexGuard<'static, Words> {
 }
 
 fn handle(words: &mut Words) -> Result<()> {
-    if std::mem::replace(&mut words.listening, true) {
+    if words.listening {
         return Ok(());
     }
     let hangup = Hangup::now();
@@ -66,15 +75,20 @@ fn handle(words: &mut Words) -> Result<()> {
             return words.promise.iter().for_each(|say| say());
         }
         match (&words.kept, &words.nothing) {
-            // The bar, or the `^C` that the terminal echoes, stands where the cursor is.
-            (Some((Log::Auto, text)), _) => note(Log::Auto, format_args!("\n{text}")),
+            (Some((Log::Auto, text)), _) => message_below(format_args!("{text}")),
             (Some((log, text)), _) => note(*log, format_args!("{text}")),
             (None, Some(say)) => say(),
             (None, None) => {}
         }
         std::process::exit(130);
     })
-    .map_err(|error| Error::invalid(format!("cannot listen for Ctrl-C: {error}")))?;
+    .map_err(|error| {
+        Error::invalid(format!(
+            "out of memory or threads: the thread that waits for Ctrl-C cannot be started: {error}"
+        ))
+        .with_hint(TOO_TIGHT)
+    })?;
+    words.listening = true;
     hangup.restore_if_ignored();
     Ok(())
 }

@@ -297,6 +297,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
+    // Commands that write files say later how they stop.
+    interrupt::end_at_once(terminal);
     match command {
         Command::Finetune(arguments) => commands::finetune(&arguments, terminal),
         Command::Check(arguments) => commands::check(&arguments, terminal),

@@ -129,12 +129,16 @@ pub(super) fn chat(arguments: &Chat, terminal: &mut Terminal) -> Result<()> {
     let limits = Limits { max_new_tokens: arguments.max_new_tokens, stop: text.eos_ids().to_vec() };
     let most = loaded.model.config().max_position_embeddings;
     let mut messages = Vec::new();
-    for line in stdin.lock().lines() {
-        let line = line?;
+    for line in stdin.lock().split(b'\n') {
+        let Ok(line) = String::from_utf8(line?) else {
+            terminal.warn("this line is not valid UTF-8 and is left out; say it again in UTF-8");
+            continue;
+        };
+        let line = line.strip_suffix('\r').unwrap_or(&line);
         if line.trim().is_empty() {
             continue;
         }
-        warn_of_control_tokens(&line, text, terminal);
+        warn_of_control_tokens(line, text, terminal);
         messages.push(Message::new(Role::User, line));
         let Some(prompt) = fitting(&mut messages, text, most, &limits, terminal)? else { continue };
         let sampling = arguments.sampling.sampling();

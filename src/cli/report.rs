@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::routing::table;
-use super::terminal::{Label, escaped};
+use super::terminal::{Label, in_message};
 use crate::recipe::figures::{bytes, count, duration};
 use crate::train::{Event, Reporter, Sample, StepReport};
 
@@ -248,9 +248,9 @@ impl<W: Write> Reporter for Silent<W> {
     }
 }
 
-/// An event that is no step in words; `None` for those that only move the bar.
-fn line(event: &Event) -> Option<String> {
-    Some(match event {
+/// An event that is no step in words, in one or more messages; none for those that only move the bar.
+fn messages(event: &Event) -> Vec<String> {
+    let message = match event {
         Event::Note { text } | Event::Warning { text } => text.clone(),
         Event::Evaluation { step, eval_loss, best } => {
             let best = if *best { "  best so far" } else { "" };
@@ -258,32 +258,29 @@ fn line(event: &Event) -> Option<String> {
         }
         Event::Sample { step, sample: Sample { prompt, completion } } => {
             let when = if *step == 0 { "before training".to_string() } else { format!("after step {step}") };
-            format!("{when}, asked: {}\n{when}, answered: {}", indented(prompt), indented(completion))
+            let answer = format!("{when}, answered: {}", completion.trim());
+            return vec![format!("{when}, asked: {}", prompt.trim()), answer];
         }
-        Event::Routing { routing } => table(routing),
+        Event::Routing { routing } => return table(routing).lines().map(str::to_string).collect(),
         Event::Checkpoint { path, .. } => format!("saved {}", path.display()),
         Event::End { path, seconds } => format!("done in {}: {}", duration(*seconds), path.display()),
-        Event::Start { .. } | Event::Step(_) => return None,
-    })
-}
-
-/// Text of several lines keeps its lines apart from ours.
-fn indented(text: &str) -> String {
-    text.trim().replace('\n', "\n    ")
+        Event::Start { .. } | Event::Step(_) => return Vec::new(),
+    };
+    vec![message]
 }
 
 /// When stderr is gone there is nobody left to tell. Control characters are shown; only our labels are coloured.
 fn write_line(out: &mut impl Write, line: &str) {
-    let _ = writeln!(out, "{}", escaped(line));
+    let _ = writeln!(out, "{}", in_message(line));
 }
 
 /// Writes an event that is no step, if it is told in words.
 fn write_event(out: &mut impl Write, event: &Event, coloured: bool) {
     match event {
         Event::Warning { text } => {
-            let _ = writeln!(out, "{} {}", Label::warning(coloured), escaped(text));
+            let _ = writeln!(out, "{} {}", Label::warning(coloured), in_message(text));
         }
-        _ => line(event).iter().for_each(|line| write_line(out, line)),
+        _ => messages(event).iter().for_each(|message| write_line(out, message)),
     }
 }
 
@@ -349,6 +346,24 @@ mod tests {
         saved runs/quickstart/checkpoint-2
         done in 1m01s: runs/quickstart
         ");
+    }
+
+    #[test]
+    fn names_and_answers_cannot_begin_a_line() {
+        let text = "a\nerror: b\u{2028}c".to_string();
+        let sample = Sample { prompt: text.clone(), completion: text.clone() };
+        let events = [
+            Event::Note { text: text.clone() },
+            Event::Warning { text: text.clone() },
+            Event::Sample { step: 1, sample },
+            Event::Checkpoint { step: 1, path: text.clone().into() },
+            Event::End { path: text.into(), seconds: 1.0 },
+        ];
+        let mut lines = Lines::new(Vec::new(), false);
+        told(|event| lines.report(event), &events);
+        let told = String::from_utf8(lines.out).unwrap();
+        assert_eq!(told.matches("\n    error: b\\u2028c\n").count(), 6, "{told}");
+        assert!(!told.contains("\nerror:"), "{told}");
     }
 
     #[test]

@@ -105,8 +105,7 @@ impl Terminal {
         let log = self.log;
         move || match log {
             Log::Json => message(format_args!("{}", serde_json::json!({ "event": "note", "text": text }))),
-            // The bar, or the `^C` that the terminal echoes, stands where the cursor is.
-            Log::Auto | Log::Lines | Log::Silent => message(format_args!("\n{text}")),
+            Log::Auto | Log::Lines | Log::Silent => message_below(format_args!("{text}")),
         }
     }
 
@@ -149,21 +148,42 @@ pub(super) fn note(log: Log, text: Arguments<'_>) {
     }
 }
 
-/// Writes a line to stderr, with control characters shown. When that is gone there is nobody left to tell.
-pub(super) fn message(line: Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{}", escaped(&line.to_string()));
+/// Writes a message to stderr. When that is gone there is nobody left to tell.
+pub(super) fn message(text: Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{}", in_message(&text.to_string()));
 }
 
-/// Writes a line to stderr that begins with a label, which may be coloured.
+/// Writes a message to stderr where the cursor may stand after a bar, or after the `^C` that the terminal echoes.
+pub(super) fn message_below(text: Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "\n{}", in_message(&text.to_string()));
+}
+
+/// Writes a message to stderr that begins with a label, which may be coloured.
 fn labelled(label: Label, text: Arguments<'_>) {
-    let _ = writeln!(io::stderr().lock(), "{label} {}", escaped(&text.to_string()));
+    let _ = writeln!(io::stderr().lock(), "{label} {}", in_message(&text.to_string()));
+}
+
+/// Returns the text of a message for the terminal: control characters are shown, and all lines after the first are
+/// indented. A name with a line break in it could otherwise begin a line with `error:` or another label.
+pub(super) fn in_message(text: &str) -> String {
+    indented(&escaped(text), 4)
+}
+
+/// Moves all lines of a text but the first to the right by so many spaces.
+pub(super) fn indented(text: &str, spaces: usize) -> String {
+    text.replace('\n', &format!("\n{:spaces$}", ""))
 }
 
 /// Shows the control characters in a text, but not tab and newline, as JSON writes them: `\u001b`. Names, paths, data and
-/// what models say could otherwise move the cursor, rename the window or hide what was said. In lines of JSON this changes
-/// no value.
+/// what models say could otherwise move the cursor, rename the window or hide what was said. Characters that separate lines
+/// or turn the direction of text around are shown, too. In lines of JSON this changes no value.
 pub(super) fn escaped(text: &str) -> Cow<'_, str> {
-    let obeyed = |c: char| c.is_control() && c != '\n' && c != '\t';
+    let obeyed = |c: char| match c {
+        '\n' | '\t' => false,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' => true,
+        '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
+        c => c.is_control(),
+    };
     if !text.contains(obeyed) {
         return Cow::Borrowed(text);
     }
@@ -215,9 +235,17 @@ mod tests {
 
     #[test]
     fn text_stays_what_it_is() {
-        for text in ["plain", "two\n\tlines", "ö 漢 🙂 \u{a0}"] {
+        for text in ["plain", "two\n\tlines", "ö 漢 🙂 \u{a0} שלום \u{200d}"] {
             assert!(matches!(escaped(text), Cow::Borrowed(same) if same == text));
         }
+    }
+
+    #[test]
+    fn what_separates_lines_or_turns_text_around_is_shown() {
+        for c in "\u{85}\u{61c}\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}".chars() {
+            assert_eq!(escaped(&format!("a{c}b")), format!("a\\u{:04x}b", c as u32));
+        }
+        assert_eq!(in_message("a\nerror: b\r\nhint: c"), "a\n    error: b\\u000d\n    hint: c");
     }
 
     #[test]

@@ -33,8 +33,10 @@ mod stream;
 mod template;
 mod text;
 mod tokens;
+mod turns;
 mod value;
 mod warning;
+mod windows;
 
 pub(crate) use chance::{generator, shuffle};
 

@@ -20,6 +20,9 @@ mod compiled;
 mod json;
 mod source;
 
+/// So many messages are tried one after the other to find one that a template refuses.
+const LOOKED_AT_ONE_BY_ONE: usize = 32;
+
 /// Characters of a message that a template raises.
 const LONGEST_MESSAGE: usize = 1000;
 
@@ -30,6 +33,12 @@ struct Raised;
 
 /// Private-use characters that stand around what `{% generation %}` encloses.
 const MARKS: [char; 2] = ['\u{10FF00}', '\u{10FF01}'];
+
+#[cfg(test)]
+thread_local! {
+    /// Counts the messages that this thread has rendered.
+    pub(super) static RENDERED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
 
 /// Holds the variables that templates get in addition to the conversation.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -135,7 +144,27 @@ impl Template {
         extra: &Map<String, serde_json::Value>,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        self.run(messages, tools, extra, add_generation_prompt, false)
+        self.run(messages, tools, extra, add_generation_prompt, false).map_err(|error| {
+            if std::error::Error::source(&error).is_some_and(|source| source.is::<Raised>()) {
+                return self.refusal(messages, tools, extra, &reason(&error));
+            }
+            let what = match error.kind() {
+                ErrorKind::OutOfFuel => "it takes too many steps".to_string(),
+                _ => reason(&error),
+            };
+            Error::invalid(format!("the chat template cannot render the conversation: {what}"))
+        })
+    }
+
+    /// What the model would read for these messages, where the template takes them.
+    pub(crate) fn tried(
+        &self,
+        messages: &[Message],
+        tools: Option<&serde_json::Value>,
+        extra: &Map<String, serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Option<String> {
+        self.run(messages, tools, extra, add_generation_prompt, false).ok()
     }
 
     /// The spans of `rendered` (of these messages, without generation prompt) that the template itself marks as
@@ -170,7 +199,9 @@ impl Template {
         extra: &Map<String, serde_json::Value>,
         add_generation_prompt: bool,
         mark_generation: bool,
-    ) -> Result<String> {
+    ) -> Result<String, minijinja::Error> {
+        #[cfg(test)]
+        RENDERED.set(RENDERED.get() + messages.len());
         let others = self.variables.others.iter();
         let mut variables: Vec<(&str, Value)> =
             others.map(|(name, value)| (name.as_str(), json_value(value))).collect();
@@ -196,16 +227,7 @@ impl Template {
         let bytes = messages.iter().map(message_size).sum::<usize>() + of_row;
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(budget::begin(messages.len(), bytes)));
-        self.compiled.render(&environment, Value::from_pairs(variables)).map_err(|error| {
-            if std::error::Error::source(&error).is_some_and(|source| source.is::<Raised>()) {
-                return self.refusal(messages, tools, extra, &reason(&error));
-            }
-            let what = match error.kind() {
-                ErrorKind::OutOfFuel => "it takes too many steps".to_string(),
-                _ => reason(&error),
-            };
-            Error::invalid(format!("the chat template cannot render the conversation: {what}"))
-        })
+        self.compiled.render(&environment, Value::from_pairs(variables))
     }
 
     /// Finds the first message that the template refuses, and returns an error with the template's reason.
@@ -218,7 +240,13 @@ impl Template {
     ) -> Error {
         let count = messages.len();
         let is_refused = |n: &usize| self.run(&messages[..*n], tools, extra, false, false).is_err();
-        let refused = (1..count).find(is_refused).unwrap_or(count);
+        // A beginning that holds a refused message is refused as well: among many, it is found by halves.
+        let mut refused = (1..count.min(LOOKED_AT_ONE_BY_ONE)).find(is_refused).unwrap_or(count);
+        let mut taken = count.min(LOOKED_AT_ONE_BY_ONE).saturating_sub(1);
+        while refused.saturating_sub(taken) > 1 {
+            let middle = taken.midpoint(refused);
+            *if is_refused(&middle) { &mut refused } else { &mut taken } = middle;
+        }
         let Some(message) = refused.checked_sub(1).and_then(|i| messages.get(i)) else {
             return Error::invalid(format!(
                 "the chat template refuses a conversation without messages: {said}"

@@ -6,6 +6,8 @@
 //! a completion is tokenised twice, alone and whole, and learned from where the two differ. Every document ends with
 //! the end token, which is learned: a model that never sees it never stops.
 
+use std::cell::OnceCell;
+
 use serde_json::{Map, Value};
 
 use super::TrainOn;
@@ -13,10 +15,9 @@ use super::conversation::{Conversation, Message, Role};
 use super::encode::Rendered;
 use super::lost::lost;
 use super::text::Text;
+use super::turns::Turn;
+use super::windows::Window;
 use crate::error::{Error, Result};
-
-/// A character that data hardly holds, to find where a message's content goes.
-const PROBE: &str = "\u{10FFF0}";
 
 /// Token ids, and whether each is learned.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -127,27 +128,24 @@ fn end(document: &mut Tokens, text: &Text) {
 }
 
 /// A conversation, rendered and tokenised.
-struct Chat<'a> {
-    messages: &'a [Message],
-    tools: Option<&'a Value>,
-    extra: &'a Map<String, Value>,
-    text: &'a Text,
-    rendered: String,
-    tokens: Vec<u32>,
+pub(super) struct Chat<'a> {
+    pub(super) messages: &'a [Message],
+    pub(super) tools: Option<&'a Value>,
+    pub(super) extra: &'a Map<String, Value>,
+    pub(super) text: &'a Text,
+    pub(super) rendered: String,
+    pub(super) tokens: Vec<u32>,
     /// Where each token's text begins and ends in `rendered`, without gaps: what a tokenizer trims belongs to the
     /// token after it.
-    spans: Vec<(usize, usize)>,
+    pub(super) spans: Vec<(usize, usize)>,
+    /// Whether both ends of the spans never go back from token to token.
+    pub(super) in_order: bool,
     /// Whether the tokens may end before the text.
-    is_cut: bool,
-}
-
-/// What one assistant message gave, in bytes of the rendered conversation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Turn {
-    start: usize,
-    end: usize,
-    /// Whether it ends with an end token.
-    closed: bool,
+    pub(super) is_cut: bool,
+    /// Where the text of the last token ends that is wanted; there may be many more tokens.
+    pub(super) wanted_to: usize,
+    /// Pieces of a long conversation, once they are asked for.
+    pub(super) windows: OnceCell<Vec<Window>>,
 }
 
 impl<'a> Chat<'a> {
@@ -178,7 +176,7 @@ impl<'a> Chat<'a> {
         })?;
         let Rendered { rendered, tokens, spans, is_cut } = text.encode_rendered(rendered, enough)?;
         let mut reached = 0;
-        let spans = spans
+        let spans: Vec<(usize, usize)> = spans
             .into_iter()
             .map(|(start, end)| {
                 let span = (start.min(reached), end);
@@ -186,7 +184,25 @@ impl<'a> Chat<'a> {
                 span
             })
             .collect();
-        Ok(Self { messages, tools, extra, text, rendered, tokens, spans, is_cut })
+        let in_order = spans.is_sorted_by(|one, next| one.0 <= next.0 && one.1 <= next.1);
+        let wanted_to = match spans.get(..enough) {
+            Some(wanted) => wanted.iter().map(|&(_, end)| end).max().unwrap_or(0),
+            None => usize::MAX,
+        };
+        let windows = OnceCell::new();
+        Ok(Self {
+            messages,
+            tools,
+            extra,
+            text,
+            rendered,
+            tokens,
+            spans,
+            in_order,
+            is_cut,
+            wanted_to,
+            windows,
+        })
     }
 
     fn tokens(self, train_on: TrainOn, learn_from: usize) -> Result<Tokens> {
@@ -240,159 +256,15 @@ impl<'a> Chat<'a> {
     }
 
     /// Whether message `i` is the model's own.
-    fn speaks(&self, i: usize) -> bool {
+    pub(super) fn speaks(&self, i: usize) -> bool {
         self.messages[i].role == Role::Assistant
     }
-
-    /// The turns of the messages that are `wanted`, in order.
-    fn turns(&self, wanted: impl Fn(usize) -> bool) -> Result<Vec<Turn>> {
-        if !(0..self.messages.len()).any(&wanted) {
-            return Ok(Vec::new());
-        }
-        let own: Vec<usize> = (0..self.messages.len()).filter(|&i| self.speaks(i)).collect();
-        let others = (0..self.messages.len()).filter(|&i| !self.speaks(i) && wanted(i));
-        let mut turns = others.map(|i| self.content(i)).collect::<Result<Vec<Turn>>>()?;
-        let marked = match self.text.template(self.tools) {
-            Ok(template) => template.marked(self.messages, self.tools, self.extra, &self.rendered),
-            Err(_) => None,
-        };
-        match marked {
-            // A template may mark more than messages, as the end token of the whole.
-            Some(spans)
-                if spans.len() == own.len() || (!own.is_empty() && own.iter().all(|&i| wanted(i))) =>
-            {
-                let learned = |i: &usize| own.get(*i).is_none_or(|&message| wanted(message));
-                let spans = spans.into_iter().enumerate().filter(|(i, _)| learned(i));
-                turns.extend(
-                    spans.map(|(_, (start, end))| self.finish(start, end, end == self.rendered.len())),
-                );
-            }
-            _ => {
-                for i in own.into_iter().filter(|&i| wanted(i)) {
-                    turns.push(self.turn(i)?);
-                }
-            }
-        }
-        turns.sort_by_key(|turn| turn.start);
-        Ok(turns)
-    }
-
-    /// What message `i` says, with the token that ends it, wherever the template puts it.
-    fn content(&self, i: usize) -> Result<Turn> {
-        let (start, content_end, stop) = self.probe(i)?;
-        let closing = self.first_special(content_end, stop);
-        Ok(Turn { start, end: closing.unwrap_or(content_end), closed: closing.is_some() })
-    }
-
-    fn turn(&self, i: usize) -> Result<Turn> {
-        let template = self.text.template(self.tools)?;
-        let last = i + 1 == self.messages.len();
-        let prefix = |count: usize, prompt: bool| {
-            let rendered = template.render(&self.messages[..count], self.tools, self.extra, prompt).ok()?;
-            self.rendered.starts_with(&rendered).then_some(rendered.len())
-        };
-        let start = if i > 0 && template.prompts { prefix(i, true) } else { None };
-        let stop = if last { Some(self.rendered.len()) } else { prefix(i + 1, false) };
-        if let (Some(start), Some(stop)) = (start, stop)
-            && start < stop
-        {
-            return Ok(self.finish(start, stop, last));
-        }
-
-        let (content, content_end, stop) = self.probe(i)?;
-        let start = start.filter(|&start| start <= content).unwrap_or(content);
-        if self.is_cut && self.spans.last().is_some_and(|(_, end)| *end < stop) {
-            return Ok(Turn { start, end: stop, closed: true });
-        }
-        Ok(match self.first_special(content_end, stop) {
-            Some(end) => Turn { start, end, closed: true },
-            None => self.open(start, if last { self.rendered.len() } else { content_end }, last),
-        })
-    }
-
-    /// A turn that lies between these two, up to its end token: one that generation stops at, inside or right after it,
-    /// or else a special token that nothing follows.
-    fn finish(&self, start: usize, stop: usize, last: bool) -> Turn {
-        // A turn that ends after the tokens that are there is learned as far as they go.
-        if self.is_cut && self.spans.last().is_some_and(|(_, end)| *end < stop) {
-            return Turn { start, end: stop, closed: true };
-        }
-        let closing = self.closing(start, stop);
-        let stops = |&i: &usize| self.text.eos_ids().contains(&self.tokens[i]);
-        let open = self.open(start, stop, last);
-        match (closing.filter(stops), closing) {
-            (None, _) if open.closed => open,
-            (Some(i), _) | (None, Some(i)) => Turn { start, end: self.spans[i].1, closed: true },
-            (None, None) => open,
-        }
-    }
-
-    /// Without an end token of its own: some models end a turn with the token that begins the next. Otherwise the last
-    /// message is learned to the very end, where a token is appended, and another to the end of what it says.
-    fn open(&self, start: usize, stop: usize, last: bool) -> Turn {
-        let said = start + self.rendered[start..stop].trim_end().len();
-        let ids = &self.tokens;
-        let next =
-            self.spans.iter().position(|&(from, to)| to > said && !self.rendered[from..to].trim().is_empty());
-        match next.filter(|&next| self.text.eos_ids().contains(&ids[next])) {
-            Some(next) => Turn { start, end: self.spans[next].1, closed: true },
-            None => Turn { start, end: if last { stop } else { said }, closed: false },
-        }
-    }
-
-    /// The last special token before `stop`, if it ends a turn: only white space follows, or it is an end token.
-    fn closing(&self, start: usize, stop: usize) -> Option<usize> {
-        let ids = &self.tokens;
-        let inside = |&i: &usize| self.spans[i].0 >= start && self.spans[i].1 <= stop;
-        let last = (0..ids.len()).rev().filter(inside).find(|&i| self.text.is_special(ids[i]))?;
-        let ends = self.rendered[self.spans[last].1..stop].trim().is_empty();
-        (ends || self.text.eos_ids().contains(&ids[last])).then_some(last)
-    }
-
-    fn first_special(&self, from: usize, stop: usize) -> Option<usize> {
-        let ids = &self.tokens;
-        (0..ids.len())
-            .find(|&i| self.spans[i].0 >= from && self.spans[i].1 <= stop && self.text.is_special(ids[i]))
-            .map(|i| self.spans[i].1)
-    }
-
-    /// Where the content of message `i` begins and ends, and where its turn ends, in templates that change earlier
-    /// text when messages follow: rendered again with a probe in its place.
-    fn probe(&self, i: usize) -> Result<(usize, usize, usize)> {
-        let template = self.text.template(self.tools)?;
-        let mut probed = self.messages.to_vec();
-        probed[i].content = Some(PROBE.to_string());
-        let lost = || {
-            Error::invalid(format!(
-                "the chat template changes or leaves out the content of message {}, so what to learn cannot be told",
-                i + 1
-            ))
-            .with_hint("set `data.train_on` = \"all\", or mark the answers in the template with `{% generation %}`")
-        };
-        let whole = template.render(&probed, self.tools, self.extra, false).map_err(|_| lost())?;
-        let (before, after) = whole.split_once(PROBE).ok_or_else(lost)?;
-        if !self.rendered.starts_with(before)
-            || !self.rendered.ends_with(after)
-            || before.len() + after.len() > self.rendered.len()
-        {
-            return Err(lost());
-        }
-        let (content, content_end) = (before.len(), self.rendered.len() - after.len());
-        let alone = template.render(&probed[..=i], self.tools, self.extra, false).ok();
-        let suffix =
-            alone.as_deref().and_then(|alone| alone.split_once(PROBE)).map_or("", |(_, suffix)| suffix);
-        let stop = content_end + common_prefix(suffix, after);
-        Ok((content, content_end, stop))
-    }
-}
-
-fn common_prefix(x: &str, y: &str) -> usize {
-    x.chars().zip(y.chars()).take_while(|(x, y)| x == y).map(|(c, _)| c.len_utf8()).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::template::RENDERED;
     use crate::data::text::TemplateParts;
     use crate::data::text::tests::{CHATML, chatml, text};
 
@@ -593,6 +465,106 @@ mod tests {
         let text = model(&opens, &[], "<|im_end|>");
         let said = marked(&two_turns(), &text, TrainOn::Completion);
         assert!(said.contains("assistant\n[ a1\n<|im_end|>]\n<|im_start|>user"), "{said}");
+    }
+
+    #[test]
+    fn a_record_of_many_messages_is_rendered_as_far_as_its_tokens_are_wanted() {
+        let long = talk(&[(Role::User, "q"), (Role::Assistant, "a1")].repeat(2000));
+        // Templates that keep what came before, that change it, and that refuse all but the whole.
+        let changes = CHATML.replace("+ m.content +", "+ ('' if loop.last else '-') + m.content +");
+        let refuses =
+            format!("{{% if messages|length < 4000 %}}{{{{ raise_exception('no') }}}}{{% endif %}}{CHATML}");
+        for (template, times) in [(CHATML, 6), (&changes, 20), (&refuses, 20)] {
+            let text = model(template, &[], "<|im_end|>");
+            for train_on in [TrainOn::Completion, TrainOn::All] {
+                RENDERED.set(0);
+                let some = tokenise(&long, &text, train_on, true, 30).unwrap();
+                assert!(
+                    RENDERED.get() < times * 4000,
+                    "{template}: {} messages were rendered",
+                    RENDERED.get()
+                );
+                let first = talk(&[(Role::User, "q"), (Role::Assistant, "a1")].repeat(10));
+                let whole = tokenise(&first, &text, train_on, true, usize::MAX);
+                let Ok(whole) = whole else { continue };
+                assert_eq!(some.tokens[..30], whole.tokens[..30]);
+                assert_eq!(some.supervised[..30], whole.supervised[..30], "{template}");
+            }
+        }
+    }
+
+    /// What is learned of a long conversation repeats itself, whatever the template does to the last turn; and what is
+    /// rendered to know it grows as the conversation does.
+    #[test]
+    fn turns_of_a_long_conversation_are_found_in_pieces_of_it() {
+        const TURNS: usize = 400;
+        let thinks = CHATML
+            .replace(
+                "m.role + '\n' +",
+                "m.role + '\n' + ('<t></t>' if loop.last and m.role == 'assistant' else '') +",
+            )
+            .replace("{% for", "{% if messages[0].role != 'system' %}help!\n{% endif %}{% for");
+        let ends = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}");
+        let trims = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}\
+            {% endif %}{{ '[INST] ' + m.content.strip() + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}\
+            {% endfor %}";
+        let turn = |q: usize| {
+            format!("<|im_start|>user\nq{q}<|im_end|>\n<|im_start|>assistant\n[a é{q}<|im_end|>]\n")
+        };
+        let last = |q: usize, think: &str, end: &str| {
+            turn(q).replace("[a", &format!("[{think}a")).replace("]\n", end)
+        };
+        let all = |count: usize| (0..count).map(turn).collect::<String>();
+        let expected = [
+            (CHATML, String::new(), all(TURNS)),
+            (&thinks, "help!\n".into(), all(TURNS - 1) + &last(TURNS - 1, "<t></t>", "]\n")),
+            (&ends, String::new(), all(TURNS - 1) + &last(TURNS - 1, "", "\n<|im_end|>]")),
+            (
+                trims,
+                String::new(),
+                (0..TURNS).map(|q| format!("[INST] q{q} [/INST][ a é{q}<|im_end|>]")).collect(),
+            ),
+        ];
+        for (template, help, expected) in expected {
+            let text = model(template, &[], "<|im_end|>");
+            let mut messages: Vec<Message> = (0..TURNS)
+                .flat_map(|q| {
+                    [
+                        Message::new(Role::User, format!("q{q}")),
+                        Message::new(Role::Assistant, format!("a é{q}")),
+                    ]
+                })
+                .collect();
+            RENDERED.set(0);
+            assert_eq!(
+                marked(&Conversation::chat(messages.clone()), &text, TrainOn::Completion),
+                help + &expected
+            );
+            assert!(RENDERED.get() < 50 * 2 * TURNS, "{template}: {} messages were rendered", RENDERED.get());
+            if template == trims {
+                continue;
+            }
+            messages.insert(0, Message::new(Role::System, "s"));
+            let system = "<|im_start|>system\ns<|im_end|>\n".to_string();
+            assert_eq!(marked(&Conversation::chat(messages), &text, TrainOn::Completion), system + &expected);
+        }
+    }
+
+    #[test]
+    fn the_message_that_a_template_refuses_is_found_among_many() {
+        let refuses = format!(
+            "{{% for m in messages %}}{{% if m.content == 'bad' %}}{{{{ raise_exception('bad') }}}}{{% endif %}}{{% endfor %}}{CHATML}"
+        );
+        let text = model(&refuses, &[], "<|im_end|>");
+        for bad in [0, 5, 30, 31, 32, 33, 1500, 3999] {
+            let mut turns = [(Role::User, "q"), (Role::Assistant, "a1")].repeat(2000);
+            turns[bad].1 = "bad";
+            RENDERED.set(0);
+            let error = tokenise(&talk(&turns), &text, TrainOn::Completion, true, 30).unwrap_err();
+            let named = format!("the chat template refuses message {} of 4000", bad + 1);
+            assert!(error.to_string().starts_with(&named), "{error}");
+            assert!(RENDERED.get() < 20 * 4000, "{} messages were rendered", RENDERED.get());
+        }
     }
 
     #[test]

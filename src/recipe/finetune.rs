@@ -43,9 +43,13 @@ pub fn finetune(
     memory.refuse_excess(plan)?;
     Disk::of(plan, &prepared).refuse_excess(&plan.output)?;
     let fingerprint = prepared.fingerprint(plan)?;
-    let directory = RunDirectory::take(&plan.output, resume)?;
+    // A new directory is made once the model is there: a program that runs out of memory would leave it empty.
+    let taken = plan.output.is_dir().then(|| RunDirectory::take(&plan.output, resume)).transpose()?;
     if resume {
         refuse_other(plan, &fingerprint)?;
+    }
+    if let Some(text) = RunDirectory::nothing_to_resume(&plan.output).filter(|_| resume) {
+        reporter.report(&Event::Warning { text });
     }
     for text in describe(plan, &prepared, &memory)? {
         reporter.report(&Event::Note { text });
@@ -61,6 +65,7 @@ pub fn finetune(
     };
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     let artifact = Unchanged { prepared: &prepared, artifact };
+    let directory = taken.map_or_else(|| RunDirectory::take(&plan.output, resume), Ok)?;
     directory.write_recipe(plan, prepared.text.template_asks_for("strftime_now"))?;
 
     let sample_row = prepared.dataset.eval.first();

@@ -12,7 +12,7 @@ use super::document::{Document, written};
 use super::plan::{Evaluation, Plan, Trained};
 use super::template::{Date, TemplateVariables};
 use crate::data::Source;
-use crate::error::{Context, Error, Result, is_there, read_regular_text};
+use crate::error::{Context, Error, Result, is_there, nearest, read_regular_text};
 use crate::train::{self, BEST};
 use crate::weights::output::{OpenPath, output_folder, refuse_below_file, refuse_unwritable};
 use crate::weights::{TEMPLATES, is_companion, remove_stale, write_atomic};
@@ -22,6 +22,9 @@ const LARGEST_RECIPE: u64 = 16 << 20;
 
 /// The resolved recipe.
 const RECIPE: &str = "recipe.toml";
+
+/// No more runs than these are named beside a folder that holds none.
+const NAMED_RUNS: usize = 3;
 
 /// What shows that a folder holds a run.
 const MARKS: [&str; 2] = [RECIPE, "metrics.jsonl"];
@@ -96,6 +99,36 @@ impl RunDirectory {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Where there is no run to go on with: a sentence which says so and names runs beside it, those nearest in spelling
+    /// first.
+    pub(super) fn nothing_to_resume(output: &Path) -> Option<String> {
+        if MARKS.iter().any(|name| output.join(name).exists()) {
+            return None;
+        }
+        let beside = output.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let entries = fs::read_dir(beside.unwrap_or(Path::new("."))).into_iter().flatten();
+        let is_run = |name: &String| {
+            let folder = output.with_file_name(name);
+            MARKS.iter().all(|mark| folder.join(mark).exists())
+        };
+        let mut runs: Vec<String> =
+            entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).filter(is_run).collect();
+        runs.sort();
+        let name = output.file_name().unwrap_or_default().to_string_lossy();
+        let mut named = nearest(&name, runs.iter().map(String::as_str), NAMED_RUNS);
+        let others = runs.iter().map(String::as_str).filter(|run| !named.contains(run));
+        let others: Vec<&str> = others.take(NAMED_RUNS - named.len()).collect();
+        named.extend(others);
+        let named: Vec<String> =
+            named.iter().map(|run| format!("`{}`", output.with_file_name(run).display())).collect();
+        let begins =
+            format!("there is no run in `{}` to go on with: a new one begins there", output.display());
+        Some(match named.is_empty() {
+            true => begins,
+            false => format!("{begins}; `--output` goes on with another, such as {}", named.join(", ")),
+        })
     }
 
     /// Makes the directory where there is none and takes it; removes what a killed run was writing.

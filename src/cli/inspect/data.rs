@@ -92,7 +92,7 @@ impl Display for Data {
             row(f, "not used", format_args!("`{key}` of {records} records (the first in line {line})"))?;
         }
         for Said { role, content } in &self.first {
-            row(f, role, content.trim().replace('\n', "\n               "))?;
+            row(f, role, content.trim())?;
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::Inspect;
-use super::terminal::Terminal;
+use super::terminal::{Terminal, indented};
 use crate::adapter::hf;
 use crate::error::{Error, Result};
 
@@ -41,6 +41,15 @@ impl Found {
         if !path.is_dir() && is_data {
             return data::Data::read(path).map(Self::Data);
         }
+        if path.extension().is_some_and(|ending| ending == "toml") && path.is_file() {
+            let source = path.display();
+            return Err(Error::request(format!(
+                "`{source}` is a recipe, expected a model, an adapter, a data file or a run"
+            ))
+            .with_hint(format!(
+                "`peft check {source}` says what it will do; what it made is described by `peft inspect` of its output"
+            )));
+        }
         if path.join(run::METRICS_FILE).is_file() {
             return run::Run::read(path).map(Self::Run);
         }
@@ -71,7 +80,7 @@ impl Display for Found {
     }
 }
 
-/// A line of the answer: what it is about, and what is so.
+/// A line of the answer: what it is about, and what is so. A value of several lines stays in its column.
 fn row(f: &mut fmt::Formatter<'_>, name: &str, value: impl Display) -> fmt::Result {
-    writeln!(f, "{name:<14} {value}")
+    writeln!(f, "{name:<14} {}", indented(&value.to_string(), 15))
 }
