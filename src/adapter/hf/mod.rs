@@ -26,6 +26,8 @@ use crate::model::Pretrained;
 use crate::model::config::DecoderConfig;
 use crate::weights::write_atomic;
 
+pub(crate) use card::shell_word;
+
 /// The configuration's file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The tensors' file.
