@@ -5,8 +5,9 @@
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 
+use super::load::Load;
 use super::paired::{Difference, Loss};
-use super::slices::{Slices, fixed_mask, masked, top};
+use super::slices::{Choice, Slices, fixed_mask, masked, top};
 use super::solve::values;
 use super::statistics::{Observed, Scores, observe};
 use super::windows::{Origin, Text, Windows};
@@ -64,10 +65,18 @@ impl Comparison {
     }
 }
 
-/// The loss of a model on each window of each text.
-pub(super) fn losses<'a>(model: &Decoder, texts: impl Iterator<Item = &'a Text>) -> Result<Vec<Vec<f64>>> {
+/// The loss of a model on each window of each text; what its routers decide is added to `load`.
+pub(super) fn losses<'a>(
+    model: &Decoder,
+    texts: impl Iterator<Item = &'a Text>,
+    load: &mut Load,
+) -> Result<Vec<Vec<f64>>> {
     let of = |text: &Text| {
-        let hidden = |batch: &Windows| Ok(model.forward(&batch.tokens, &batch.documents())?.hidden);
+        let hidden = |batch: &Windows| {
+            let output = model.forward(&batch.tokens, &batch.documents())?;
+            load.add(&output.routing);
+            Ok(output.hidden)
+        };
         window_sums(model, text.windows.iter().map(hidden), &text.windows)
     };
     texts.map(of).collect()

@@ -21,6 +21,7 @@ mod copies;
 mod expand;
 mod export;
 mod gradient;
+mod load;
 mod neutral;
 mod overlap;
 mod paired;
