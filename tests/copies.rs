@@ -56,12 +56,12 @@ fn warnings(place: &Place, folder: &str) -> String {
 #[test]
 fn copies_that_get_no_token_are_named() {
     let place = place();
-    let mut arguments = vec!["upcycle", "upcycle.toml", "--output", "copies"];
+    let mut arguments = vec!["upcycle", "upcycle.toml"];
     for set in ["upcycle.method=copy", "upcycle.experts=4", "upcycle.shared=0", "upcycle.router=zero"] {
         arguments.extend(["--set", set]);
     }
     place.run(&arguments);
-    let told = warnings(&place, "copies");
+    let told = warnings(&place, "mixture");
     assert!(told.contains("expert 2 of layer 0, expert 3 of layer 0, expert 2 of layer 1, "), "{told}");
     assert!(told.contains(" tokens of the built-in neutral text there, so they learn nothing"), "{told}");
     place.run(&[&arguments[..], &["--set", "upcycle.active=4", "--output", "all"]].concat());

@@ -78,7 +78,7 @@ fn write(
         advance()?;
     }
     sink.finish()?;
-    folder::write_companions(model, &plan, staged.path())?;
+    folder::write_companions(model, adapters, &plan, staged.path())?;
 
     let (identical, converted) = verify(model, &plan, &tensors, staged.path(), &mut advance)?;
     let receipts = adapter_receipts(adapters, &plan)?;

@@ -133,12 +133,12 @@ impl RunDirectory {
         plan
     }
 
-    /// Leaves the resolved recipe in it, with the date where the template asks for it.
-    pub(super) fn write_recipe(&self, plan: &Plan, asks_for_date: bool) -> Result<()> {
+    /// Leaves the resolved recipe in it, with the date that the template is told if it asks for one.
+    pub(super) fn write_recipe(&self, plan: &Plan, told: Option<Date>) -> Result<()> {
         let mut recipe = Recipe::from(plan);
         let TemplateVariables { date, others } = &plan.data.template;
-        if asks_for_date {
-            recipe.data.template = Some(plan.data.template.clone());
+        if let Some(date) = told {
+            recipe.data.template = Some(TemplateVariables { date, others: others.clone() });
         } else if *date == Date::FIXED && others.is_empty() {
             recipe.data.template = None;
         }

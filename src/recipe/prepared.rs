@@ -10,6 +10,7 @@ use super::loaded::read_adapter;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
 use super::template::{Date, TemplateVariables};
+use super::told::Told;
 use crate::adapter::{LoraConfig, Placements, hf, resolve};
 use crate::data::{
     Batch, Dataset, Order, Preparation, Sampler, SpecialTokens, TemplateParts, Text, eval_batches,
@@ -23,6 +24,8 @@ use crate::model::config::{InPeft, MoeConfig};
 pub struct Prepared {
     /// The model.
     pub base: Pretrained,
+    /// What it is told about its text.
+    pub(super) told: Told,
     /// Its tokenizer and chat template.
     pub text: Text,
     /// The rows to train and to evaluate on.
@@ -77,7 +80,8 @@ impl Prepared {
         base.check()?;
         base.check_companions()?;
         let trained = Trainee::of(plan, &base)?;
-        let text = text_of(&base, &plan.data.template, plan.data.special_tokens)?;
+        let told = Told::by_recipe(&plan.data, &base)?;
+        let text = told.text(&base)?;
         let dtype = plan.model.dtype.of(&base);
         let teacher = PreparedTeacher::of(plan, &base, text.tokenizer(), dtype)?;
         let (train, eval, eval_share) = match &plan.data.eval {
@@ -99,7 +103,7 @@ impl Prepared {
             .with_hint(format!("set `data.max_length` to {most} or less")));
         }
         let dataset = Dataset::load(train, eval, &text, &preparation)?;
-        let mut prepared = Self { base, text, dataset, trained, teacher, dtype, steps: 0 };
+        let mut prepared = Self { base, told, text, dataset, trained, teacher, dtype, steps: 0 };
         prepared.steps = prepared.steps_of(plan);
         Ok(prepared)
     }
