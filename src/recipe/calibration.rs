@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::figures;
-use super::upcycle::UpcyclePlan;
+use super::upcycle::{UpcyclePlan, name_of};
 use crate::data::{self, Row, Source, load_for_perplexity};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
@@ -110,7 +110,7 @@ fn shortages(plan: &UpcyclePlan, calibration: &Calibration, slices: Option<&Spli
             ));
         }
         if settings.partition.takes_gradients() && plan.data.len() == 1 {
-            let name = partition_name(plan);
+            let name = name_of(settings.partition);
             warnings.push(format!(
                 "`upcycle.partition = \"{name}\"` makes an expert for each kind of text, and `calibration.data` names one \
                  file: unless it holds several kinds of text, name one file of each"
@@ -131,11 +131,6 @@ fn shortages(plan: &UpcyclePlan, calibration: &Calibration, slices: Option<&Spli
         ));
     }
     warnings
-}
-
-fn partition_name(plan: &UpcyclePlan) -> String {
-    let name = serde_json::to_value(plan.settings.partition).ok();
-    name.and_then(|name| name.as_str().map(str::to_string)).unwrap_or_default()
 }
 
 /// Refuses text to measure on that was all fitted to, and warns of text that was for the most part.
