@@ -18,6 +18,7 @@ use crate::data::{
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{InPeft, MoeConfig};
+use crate::weights::hexadecimal;
 
 /// A run that is ready to load its weights.
 #[derive(Debug)]
@@ -144,7 +145,7 @@ impl Prepared {
         let mut hash = Sha256::new();
         hash.update(plan.to_toml()?);
         hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
-        let settings: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let settings: String = hexadecimal(&hash.finalize());
         let (data, weights) = (self.dataset.fingerprint(), self.base.checkpoint().digest()?);
         let teacher = match &self.teacher {
             None => String::new(),

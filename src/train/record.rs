@@ -11,6 +11,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, Result, read_regular};
+use crate::weights::hexadecimal;
 
 /// No record of a run has more bytes than this.
 const LARGEST: u64 = 16 << 20;
@@ -78,7 +79,7 @@ impl Record {
         let files = digests(folder)?;
         let record = Self { state: state.clone(), files, sha256: String::new() };
         let text = serde_json::to_string_pretty(&record)?;
-        let digest = hex(&Sha256::digest(&text));
+        let digest = hexadecimal(&Sha256::digest(&text));
         let file = folder.join(FILE);
         fs::write(&file, serde_json::to_string_pretty(&Self { sha256: digest, ..record })?).at(&file)
     }
@@ -106,7 +107,7 @@ impl Record {
             None => false,
             Some(at) => {
                 let end = at + self.sha256.len();
-                hex(&Sha256::digest(format!("{}{}", &text[..at], &text[end..]))) == self.sha256
+                hexadecimal(&Sha256::digest(format!("{}{}", &text[..at], &text[end..]))) == self.sha256
             }
         };
         if !is_as_written {
@@ -203,12 +204,8 @@ fn digest_of(path: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     loop {
         match file.read(&mut part).at(path)? {
-            0 => return Ok(hex(&hash.finalize())),
+            0 => return Ok(hexadecimal(&hash.finalize())),
             count => hash.update(&part[..count]),
         }
     }
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -41,6 +41,7 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result, is_there, nearest};
 pub use companion::is_companion;
+pub use digest::hexadecimal;
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
