@@ -13,7 +13,7 @@ use super::slices::Slices;
 use super::solve::values;
 use super::split::Split;
 use crate::error::{Context, Error, Result};
-use crate::model::config::{MoeConfig, MoeNames, PackedTensor};
+use crate::model::config::{EMBEDDING, HEAD, MoeConfig, MoeNames, PackedTensor};
 use crate::model::family::{self, Layout, MixtureFormat};
 use crate::model::{DecoderConfig, Pretrained};
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_atomic};
@@ -100,7 +100,7 @@ impl<'a> Sink<'a> {
                 continue;
             }
             let from = match name.as_str() {
-                "lm_head.weight" if !known.contains(&name) => "model.embed_tokens.weight",
+                HEAD if !known.contains(&name) => EMBEDDING,
                 own => own,
             };
             let tensor = match known.contains(from) {
