@@ -48,6 +48,27 @@ fn copies_are_the_dense_model_however_many_are_active() {
     }
 }
 
+fn warnings(place: &Place, folder: &str) -> String {
+    report(place, folder)["warnings"].as_array().unwrap().iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// A router of zeros takes the first experts for every token; what a router was not made from, it is measured on.
+#[test]
+fn copies_that_get_no_token_are_named() {
+    let place = place();
+    let mut arguments = vec!["upcycle", "upcycle.toml"];
+    for set in ["upcycle.method=copy", "upcycle.experts=4", "upcycle.shared=0", "upcycle.router=zero"] {
+        arguments.extend(["--set", set]);
+    }
+    place.run(&arguments);
+    let told = warnings(&place, "mixture");
+    assert!(told.contains("expert 2 of layer 0, expert 3 of layer 0, expert 2 of layer 1, "), "{told}");
+    assert!(told.contains(" tokens of the built-in neutral text there, so they learn nothing"), "{told}");
+    place.run(&[&arguments[..], &["--set", "upcycle.active=4", "--output", "all"]].concat());
+    let told = warnings(&place, "all");
+    assert!(!told.contains("the router sends 0 of"), "{told}");
+}
+
 /// A dense model with norms of q and k, which `qwen3_moe` can hold.
 fn qwen3() -> Place {
     let place = place();
@@ -230,6 +251,24 @@ fn experts_more_without_a_bias_are_measured_and_not_promised() {
     place.run(&["upcycle", "expand.toml", "--set", "upcycle.drop_ratio=0.5", "--output", "again"]);
     let bytes = |folder: &str| fs::read(place.path(folder).join("model.safetensors")).unwrap();
     assert!(bytes("more") == bytes("again"));
+}
+
+/// With equal rows the first experts are taken for every token, so the others are copied without use.
+#[test]
+fn copies_of_experts_that_get_no_token_are_named() {
+    let place = expandable("qwen2_moe", "Qwen2MoeForCausalLM");
+    let (_, told) = place.run(&["upcycle", "expand.toml"]);
+    assert!(!told.contains("new experts are copies of them"), "{told}");
+    rewrite(&place.path("model"), |tensors| {
+        let router = tensors.get_mut("model.layers.1.mlp.gate.weight").unwrap();
+        *router = router.zeros_like().unwrap();
+    });
+    place.run(&["upcycle", "expand.toml", "--set", "upcycle.experts=4", "--output", "idle"]);
+    let told = warnings(&place, "idle");
+    assert!(told.contains("expert 3 of layer 1: the router sends 0 of "), "{told}");
+    assert!(told.contains(" calibration tokens there, and new experts are copies of them"), "{told}");
+    assert!(told.contains("expert 7 of layer 1: the router sends 0 of "), "{told}");
+    assert!(told.contains(" measured tokens there, so these new experts learn nothing"), "{told}");
 }
 
 #[test]

@@ -69,21 +69,78 @@ fn a_run_does_not_take_what_others_made_for_its_own() {
 fn only_checkpoints_of_the_run_are_pruned() {
     let place = Place::new();
     place.run(&["finetune", "recipe.toml", "--log", "silent"]);
-    let copy = |from: &str, to: &str| {
-        fs::create_dir(place.path(to)).unwrap();
-        for name in place.names_in(from) {
-            fs::copy(place.path(from).join(&name), place.path(to).join(&name)).unwrap();
-        }
-    };
-    copy("run/checkpoint-4", "run/checkpoint-1");
-    copy("run/checkpoint-4", "run/checkpoint-2");
+    copy(&place, "run/checkpoint-4", "run/checkpoint-1");
+    copy(&place, "run/checkpoint-4", "run/checkpoint-2");
     let state = place.path("run/checkpoint-2/trainer_state.json");
     let other = fs::read_to_string(&state).unwrap().replace("settings ", "settings 0");
     fs::write(&state, other).unwrap();
     place.run(&["finetune", "recipe.toml", "--log", "silent", "--resume"]);
-    let names = place.names_in("run");
-    let left: Vec<&String> = names.iter().filter(|name| name.starts_with("checkpoint-")).collect();
-    assert_eq!(left, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]);
+    assert_eq!(checkpoints(&place), ["checkpoint-2", "checkpoint-4", "checkpoint-6"]);
+}
+
+fn copy(place: &Place, from: &str, to: &str) {
+    fs::create_dir(place.path(to)).unwrap();
+    for name in place.names_in(from) {
+        fs::copy(place.path(from).join(&name), place.path(to).join(&name)).unwrap();
+    }
+}
+
+fn checkpoints(place: &Place) -> Vec<String> {
+    place.names_in("run").into_iter().filter(|name| name.starts_with("checkpoint-")).collect()
+}
+
+/// Whose a checkpoint is whose record cannot be read, the header of its optimizer's state tells.
+#[test]
+fn a_checkpoint_without_a_record_is_pruned_where_it_is_of_the_run() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    for step in [1, 2, 3] {
+        let folder = format!("run/checkpoint-{step}");
+        copy(&place, "run/checkpoint-4", &folder);
+        fs::write(place.path(&folder).join("trainer_state.json"), "{\"step\":").unwrap();
+    }
+    fs::remove_file(place.path("run/checkpoint-1/trainer_state.json")).unwrap();
+    fs::write(place.path("run/checkpoint-3/optimizer.safetensors"), "theirs").unwrap();
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--resume"]);
+    assert_eq!(checkpoints(&place), ["checkpoint-3", "checkpoint-4", "checkpoint-6"]);
+}
+
+/// A later checkpoint that is not whole does not count among those that are kept.
+#[test]
+fn a_broken_checkpoint_does_not_take_the_place_of_a_whole_one() {
+    let place = Place::new();
+    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
+    fs::write(place.path("recipe.toml"), recipe.replace("keep = 2", "keep = 1")).unwrap();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    copy(&place, "run/checkpoint-6", "run/checkpoint-8");
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--resume"]);
+    assert_eq!(checkpoints(&place), ["checkpoint-6", "checkpoint-8"]);
+}
+
+/// The folder of the best evaluation says of which run it is, and only then it is removed or written over.
+#[test]
+fn the_best_evaluation_of_another_run_is_left_alone() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let state = |folder: &str| -> Value {
+        let text = fs::read(place.path(folder).join("trainer_state.json")).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    };
+    assert_eq!(state("run/best")["fingerprint"], state("run/checkpoint-6")["fingerprint"]);
+    let theirs = place.path("run/best");
+    fs::remove_dir_all(&theirs).unwrap();
+    fs::create_dir(&theirs).unwrap();
+    fs::write(theirs.join("config.json"), "{}").unwrap();
+    fs::write(theirs.join("trainer_state.json"), "{\"global_step\": 5}").unwrap();
+    let wanted = "exit 1\nerror: run/best: was not made by this run, and the run would write over it\nhint: move it to another \
+                  folder and go on with `--resume`";
+    assert_eq!(refused(&place, &["finetune", "recipe.toml", "--log", "silent", "--resume"]), wanted);
+    // Without any checkpoint the run begins again, and would remove it.
+    for name in checkpoints(&place) {
+        fs::remove_dir_all(place.path("run").join(name)).unwrap();
+    }
+    fs::remove_file(theirs.join("trainer_state.json")).unwrap();
+    assert_eq!(refused(&place, &["finetune", "recipe.toml", "--log", "silent", "--resume"]), wanted);
 }
 
 #[cfg(unix)]

@@ -147,6 +147,74 @@ fn the_recipe_says_what_templates_are_told_and_the_adapter_remembers() {
     }
 }
 
+/// A trained model says in its own folder what an adapter says in its metadata, and whatever is made of it says it too.
+#[test]
+fn a_model_keeps_what_it_was_told_while_all_its_weights_were_trained() {
+    let template =
+        format!("{{{{ strftime_now('%d %b %Y') }}}}{{% if thinks %}} thinks{{% endif %}}|{CHATML}");
+    let place = place(&template, &[TALK, &[("user", "q<|im_end|>"), ("assistant", "b")]]);
+    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
+    let full = recipe
+        .replace("adapter = { rank = 4, dropout = 0.1 }", "")
+        .replace("steps = 6", "full = true, steps = 2")
+        .replace("max_length = 32", "max_length = 99");
+    fs::write(place.path("full.toml"), &full).unwrap();
+    fs::write(place.path("recipe.toml"), recipe.replace("max_length = 32", "max_length = 99")).unwrap();
+    let finetune = |recipe: &str, model: &str, output: &str, sets: &[&str]| -> String {
+        let model = format!("model.source={model}");
+        let mut arguments =
+            vec!["finetune", recipe, "--output", output, "--set", &model, "--set", "train.steps=2"];
+        sets.iter().for_each(|set| arguments.extend(["--set", set]));
+        place.run(&arguments).1
+    };
+    let settings = |folder: &str| -> serde_json::Value {
+        let text = fs::read(place.path(folder).join("tokenizer_config.json")).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    };
+    let told = ["data.template={ date = \"1999-12-31\", thinks = true }", "data.special_tokens=\"text\""];
+    finetune("full.toml", "model", "full", &told);
+    assert_eq!(settings("full")["peft_rs_special_tokens"], "\"text\"");
+
+    let date = "template is told date = 1999-12-31, thinks = true\n";
+    let spelt = "control tokens in texts are encoded as text, as the model was trained\n";
+    let perplexity = ["eval", "perplexity", "--data", "data.jsonl", "--model"];
+    let (_, said) = place.run(&[&perplexity[..], &["full"]].concat());
+    assert!(said.contains(date) && said.contains(spelt), "{said}");
+
+    // What is trained further, merged or upcycled keeps it.
+    let said = finetune("recipe.toml", "full", "adapter", &[]);
+    assert!(said.contains("template: told date = 1999-12-31, thinks = true\n"), "{said}");
+    let merge = ["merge", "--model", "full", "--adapter", "adapter", "--output", "merged"];
+    place.run(&merge);
+    let upcycle = "task = \"upcycle\"\noutput = \"mixture\"\nmodel.source = \"full\"\nupcycle = { experts = 4, shared = 1 }\n\
+                   calibration = { data = [{ path = \"data.jsonl\" }], tokens = 64, held_out = 32 }\n";
+    fs::write(place.path("upcycle.toml"), upcycle).unwrap();
+    let (_, said) = place.run(&["upcycle", "upcycle.toml"]);
+    assert!(said.contains("template: told date = 1999-12-31, thinks = true\n"), "{said}");
+    for model in ["merged", "mixture"] {
+        let (_, said) = place.run(&[&perplexity[..], &[model]].concat());
+        assert!(said.contains(date) && said.contains(spelt), "{model}: {said}");
+    }
+    // The recipe may say otherwise, and what it says counts from then on.
+    let said = finetune(
+        "full.toml",
+        "full",
+        "other",
+        &["data.template.thinks=false", "data.special_tokens=\"tokens\""],
+    );
+    assert!(said.contains("template: told date = 1999-12-31, thinks = false\n"), "{said}");
+    assert_eq!(settings("other")["peft_rs_special_tokens"], "\"tokens\"");
+    // An adapter on a model that says nothing hands it on to the merged model.
+    finetune("recipe.toml", "model", "spelt", &["data.special_tokens=\"text\""]);
+    place.run(&["merge", "--model", "model", "--adapter", "spelt", "--output", "both"]);
+    let (_, said) = place.run(&[&perplexity[..], &["both"]].concat());
+    assert!(said.contains(spelt), "{said}");
+    // Without a record templates of a conversion are told a fixed date, which is said.
+    let (_, said) =
+        place.run(&["upcycle", "upcycle.toml", "--set", "model.source=model", "--output", "fixed"]);
+    assert!(said.contains("template: told date = 2024-07-26\n"), "{said}");
+}
+
 /// The clock says another day, and the recipe nothing.
 #[test]
 fn a_run_keeps_the_date_of_its_beginning() {

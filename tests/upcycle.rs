@@ -187,6 +187,26 @@ fn a_split_is_verified_before_its_down_projections_are_fitted() {
     }
 }
 
+/// What is measured has the weights of the written router: with many small experts, equal ones are another model.
+#[test]
+fn hundreds_of_small_experts_are_what_was_measured() {
+    let place = trained();
+    let mut arguments = vec!["upcycle", "trained.toml"];
+    for set in [
+        "upcycle.experts=192",
+        "upcycle.shared=0",
+        "upcycle.active=4",
+        "calibration.tokens=1000",
+        "calibration.held_out=32",
+    ] {
+        arguments.extend(["--set", set]);
+    }
+    place.run(&arguments);
+    let account = report(&place, "mixture");
+    let read_back = account["guarantees"].as_array().unwrap().last().unwrap();
+    assert!(read_back["nll_difference"].as_f64().unwrap().abs() < 1e-4, "{read_back}");
+}
+
 #[test]
 fn the_same_seed_gives_the_same_bytes() {
     let place = trained();

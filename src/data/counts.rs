@@ -1,10 +1,9 @@
-//! Counts what data sources contain, and warns of what the user should look at.
+//! Counts what data sources contain.
 
 use std::path::PathBuf;
 
 use super::source::{Format, Key};
-use super::text::Text;
-use super::warning::Warning;
+use super::warning::Noticed;
 
 /// Counts what one data source contains.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
@@ -45,25 +44,6 @@ pub struct Counts {
     pub unused: Vec<Key>,
     /// Keys that records hand to the chat template, and that it does not read.
     pub unread: Vec<Key>,
-}
-
-/// Documents that have something in common.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Noticed {
-    /// So many documents have it in common.
-    pub documents: usize,
-    /// The line of the first.
-    pub first_line: Option<usize>,
-    /// Names what was found in the first of these documents.
-    pub first: Option<String>,
-}
-
-impl Noticed {
-    pub(super) fn add(&mut self, line: usize, found: String) {
-        self.documents += 1;
-        self.first_line.get_or_insert(line);
-        self.first.get_or_insert(found);
-    }
 }
 
 /// Says how documents became text; prompts to the trained model should have the same layout.
@@ -117,34 +97,6 @@ pub struct Lengths {
     pub p95: usize,
     /// The longest.
     pub max: usize,
-}
-
-impl Counts {
-    /// Returns the warnings about this source.
-    #[must_use]
-    pub fn warnings(&self, text: &Text) -> Vec<Warning> {
-        let mut warnings = Vec::new();
-        if self.lost.documents > 0 {
-            warnings.push(Warning::LostText(self.path.clone(), self.records, self.lost.clone()));
-        }
-        if self.controls.documents > 0 && !text.takes_control_tokens_for_text() {
-            warnings.push(Warning::ControlTokens(
-                self.path.clone(),
-                self.control_tokens,
-                self.controls.clone(),
-            ));
-        }
-        if self.cut > 0 {
-            warnings.push(Warning::Cut(self.path.clone(), self.cut));
-        }
-        if !self.unused.is_empty() {
-            warnings.push(Warning::Unused { path: self.path.clone(), keys: self.unused.clone() });
-        }
-        if !self.unread.is_empty() {
-            warnings.push(Warning::Unread { path: self.path.clone(), keys: self.unread.clone() });
-        }
-        warnings
-    }
 }
 
 impl Lengths {

@@ -8,14 +8,14 @@ use rayon::prelude::*;
 use super::TrainOn;
 use super::batch::{Row, fingerprint};
 use super::conversation::{Conversation, REASONING};
-use super::counts::{Counts, Lengths, Noticed};
+use super::counts::{Counts, Lengths};
 use super::mix::{self, Part};
 use super::sampler::all_rows;
 use super::source::{self, Key, Record, Records, Source};
 use super::text::Text;
 use super::tokens::{Tokens, tokenise};
 use super::value::would_be_missed;
-use super::warning::Warning;
+use super::warning::{Noticed, Warning};
 use crate::error::{Context, Error, Result};
 
 /// What becomes of the documents.
@@ -104,6 +104,34 @@ impl Dataset {
     #[must_use]
     pub fn fingerprint(&self) -> String {
         fingerprint(all_rows(&self.train).chain(&self.eval))
+    }
+}
+
+impl Counts {
+    /// Returns the warnings about this source.
+    #[must_use]
+    pub fn warnings(&self, text: &Text) -> Vec<Warning> {
+        let mut warnings = Vec::new();
+        if self.lost.documents > 0 {
+            warnings.push(Warning::LostText(self.path.clone(), self.records, self.lost.clone()));
+        }
+        if self.controls.documents > 0 && !text.takes_control_tokens_for_text() {
+            warnings.push(Warning::ControlTokens(
+                self.path.clone(),
+                self.control_tokens,
+                self.controls.clone(),
+            ));
+        }
+        if self.cut > 0 {
+            warnings.push(Warning::Cut(self.path.clone(), self.cut));
+        }
+        if !self.unused.is_empty() {
+            warnings.push(Warning::Unused { path: self.path.clone(), keys: self.unused.clone() });
+        }
+        if !self.unread.is_empty() {
+            warnings.push(Warning::Unread { path: self.path.clone(), keys: self.unread.clone() });
+        }
+        warnings
     }
 }
 

@@ -42,7 +42,7 @@ pub(crate) use chance::{generator, shuffle};
 
 pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
-pub use counts::{Counts, Layout, Lengths, Noticed};
+pub use counts::{Counts, Layout, Lengths};
 pub use dataset::{Dataset, Preparation, load, load_for_perplexity, preview};
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
@@ -50,7 +50,7 @@ pub use source::{Format, Key, Record, Records, Source, read};
 pub use special::SpecialTokens;
 pub use stream::DecodeStream;
 pub use text::{TemplateParts, Text};
-pub use warning::Warning;
+pub use warning::{Noticed, Warning};
 
 /// Which tokens are learned.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -17,6 +17,9 @@ const RESERVED: [&str; 6] = [
     "mark_generation",
 ];
 
+/// The key of a record under which it sets variables of the chat template.
+const VARIABLES: &str = "chat_template_kwargs";
+
 /// The form that the records of a data file have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -153,7 +156,9 @@ pub(super) fn read(record: Value, format: Format) -> Result<(Conversation, Vec<S
             }
         },
     };
-    let is_lost = |key: &str, value: &Value| would_be_missed(key, value) || is_mark(key, value);
+    let is_lost = |key: &str, value: &Value| {
+        would_be_missed(key, value) || is_mark(key, value) || sets_variables(key, value)
+    };
     let unused = record.into_iter().filter(|(key, value)| is_lost(key, value)).map(|(key, _)| key).collect();
     Ok((conversation, unused))
 }
@@ -207,7 +212,7 @@ fn chat(
             list.into_iter().map(|function| json!({"type": "function", "function": function})).collect()
         }),
     };
-    let extra = variables(record.shift_remove("chat_template_kwargs").unwrap_or_default())?;
+    let extra = variables(record.shift_remove(VARIABLES).unwrap_or_default())?;
     Ok(Conversation::Chat { messages, tools, extra, learn_from })
 }
 
@@ -270,7 +275,6 @@ fn listed(key: &str, value: Value) -> Result<Option<Vec<Value>>> {
 
 /// Variables for the template, as TRL takes them from a row.
 fn variables(value: Value) -> Result<Map<String, Value>> {
-    const KEY: &str = "chat_template_kwargs";
     let value = match value {
         Value::String(text) if text.trim().is_empty() => Value::Null,
         Value::String(text) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
@@ -280,13 +284,13 @@ fn variables(value: Value) -> Result<Map<String, Value>> {
         Value::Null => return Ok(Map::new()),
         Value::Object(variables) => variables,
         other => {
-            return Err(Error::invalid(format!("`{KEY}` is {}, expected an object", kind(&other))));
+            return Err(Error::invalid(format!("`{VARIABLES}` is {}, expected an object", kind(&other))));
         }
     };
     // Tables have every variable in every row.
     variables.retain(|_, value| !value.is_null());
     if let Some(name) = variables.keys().find(|name| RESERVED.contains(&name.as_str())) {
-        return Err(Error::invalid(format!("`{KEY}` sets `{name}`, which is no variable of its own"))
+        return Err(Error::invalid(format!("`{VARIABLES}` sets `{name}`, which is no variable of its own"))
             .with_hint("give messages and tools under keys of the record, and the template with the model"));
     }
     Ok(variables)
@@ -296,6 +300,11 @@ fn variables(value: Value) -> Result<Map<String, Value>> {
 fn is_mark(key: &str, value: &Value) -> bool {
     let is_on = *value == Value::Bool(true) || value.as_f64() == Some(1.0);
     (ON.contains(&key) && !is_on) || (key == OFF && is_on)
+}
+
+/// Whether this sets variables of the chat template. In a record that goes through none, even a number or a boolean is lost.
+fn sets_variables(key: &str, value: &Value) -> bool {
+    key == VARIABLES && variables(value.clone()).map_or(true, |variables| !variables.is_empty())
 }
 
 #[cfg(test)]
@@ -416,6 +425,13 @@ mod tests {
         let both = json!({"text": "t", "chat_template_kwargs": {"x": "y"}, "weight": 0});
         assert_eq!(unused(Format::Text, both), ["chat_template_kwargs", "weight"]);
         assert!(unused(Format::Text, json!({"text": "t", "weight": 1, "train": true})).is_empty());
+        let switch = |value: Value| json!({"prompt": "p", "completion": "c", "chat_template_kwargs": value});
+        for lost in [json!({"enable_thinking": false}), json!("{\"depth\": 2}"), json!(3)] {
+            assert_eq!(unused(Format::PromptCompletion, switch(lost)), ["chat_template_kwargs"]);
+        }
+        for empty in [json!({}), json!({"enable_thinking": null}), json!(" ")] {
+            assert!(unused(Format::PromptCompletion, switch(empty)).is_empty());
+        }
         let two = json!({"messages": talk(), "conversations": talk()});
         assert_eq!(unused(Format::Messages, two), ["messages"]);
         let tools = json!({"messages": talk(), "tools": [{"name": "f"}], "functions": [{"name": "g"}]});

@@ -15,7 +15,7 @@ pub struct DecodeStream<'a> {
 }
 
 impl<'a> DecodeStream<'a> {
-    pub(super) fn new(text: &'a Text, skip_special: bool) -> Self {
+    fn new(text: &'a Text, skip_special: bool) -> Self {
         Self { text, skip_special, tokens: Vec::new(), sent: String::new(), settled: 0 }
     }
 
@@ -45,6 +45,14 @@ impl<'a> DecodeStream<'a> {
         self.settled = self.tokens.len();
         self.sent = self.text.decode(&self.tokens, self.skip_special)?;
         Ok(fresh)
+    }
+}
+
+impl Text {
+    /// Text from tokens that come one at a time.
+    #[must_use]
+    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
+        DecodeStream::new(self, skip_special)
     }
 }
 

@@ -8,7 +8,6 @@ use tokenizers::Tokenizer;
 use super::conversation::Message;
 use super::encode::{Rendered, beginning, encoded, failed, opening, panicked};
 use super::special::{Controls, SpecialTokens};
-use super::stream::DecodeStream;
 use super::template::{Template, Variables};
 use crate::error::{Error, Result, caught};
 
@@ -153,12 +152,6 @@ impl Text {
     /// The text of tokens.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String> {
         caught(|| self.tokenizer.decode(tokens, skip_special)).map_err(panicked)?.map_err(failed)
-    }
-
-    /// Text from tokens that come one at a time.
-    #[must_use]
-    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream::new(self, skip_special)
     }
 
     /// Every token that ends an answer; the first is the one that documents end with.

@@ -3,8 +3,26 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use super::counts::Noticed;
 use super::source::Key;
+
+/// Documents that have something in common.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Noticed {
+    /// So many documents have it in common.
+    pub documents: usize,
+    /// The line of the first.
+    pub first_line: Option<usize>,
+    /// Names what was found in the first of these documents.
+    pub first: Option<String>,
+}
+
+impl Noticed {
+    pub(super) fn add(&mut self, line: usize, found: String) {
+        self.documents += 1;
+        self.first_line.get_or_insert(line);
+        self.first.get_or_insert(found);
+    }
+}
 
 /// Something odd about the data that is not an error.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]

@@ -19,7 +19,7 @@ use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::weights::output::refuse_full_disk;
-use crate::weights::{Checkpoint, Staged, write_atomic};
+use crate::weights::{Checkpoint, Staged, hexadecimal, write_atomic};
 
 /// The share of the delta whose loss one is warned of: its error is then half as large as itself.
 const SIZEABLE: f64 = 0.25;
@@ -78,7 +78,7 @@ fn write(
         advance()?;
     }
     sink.finish()?;
-    folder::write_companions(model, &plan, staged.path())?;
+    folder::write_companions(model, adapters, &plan, staged.path())?;
 
     let (identical, converted) = verify(model, &plan, &tensors, staged.path(), &mut advance)?;
     let receipts = adapter_receipts(adapters, &plan)?;
@@ -173,7 +173,7 @@ fn receipt(name: &str, output: &Output<'_>, bytes: &[u8], sums: &Totals) -> Resu
         lost: sums.lost(),
         survived: sums.survived(),
         zero: sums.delta == 0.0,
-        sha256: sha256(bytes),
+        sha256: hexadecimal(&Sha256::digest(bytes)),
     })
 }
 
@@ -202,7 +202,9 @@ fn verify(
             *if output.is_copied() { &mut identical } else { &mut converted } += 1;
             *found == *unfolded(model, output)?
         } else {
-            folded.next().is_some_and(|tensor| tensor.name == *name && tensor.sha256 == sha256(found))
+            folded.next().is_some_and(|tensor| {
+                tensor.name == *name && tensor.sha256 == hexadecimal(&Sha256::digest(found))
+            })
         };
         if !right || written.info(name)?.shape != output.shape {
             return Err(Error::invalid("is not what was written, read back from the output").with_hint(
@@ -292,8 +294,4 @@ fn writable(output: &Output<'_>) -> Result<DType> {
             output.stored
         ))
     })
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }

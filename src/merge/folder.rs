@@ -8,9 +8,13 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::plan::MergePlan;
+use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result, open_regular};
 use crate::model::Pretrained;
-use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, StoredType, TensorSpec, write_atomic};
+use crate::weights::{
+    DEFAULT_SHARD_BYTES, SPECIAL_TOKENS, ShardedWriter, StoredType, TEMPLATE, TensorSpec, record_told,
+    write_atomic,
+};
 
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -123,8 +127,19 @@ impl<'m> Sink<'m> {
 }
 
 /// Writes all that is not weights: configuration, tokenizer, templates, generation settings.
-pub(super) fn write_companions(model: &Pretrained, plan: &MergePlan<'_>, folder: &Path) -> Result<()> {
+pub(super) fn write_companions(
+    model: &Pretrained,
+    adapters: &[Adapter],
+    plan: &MergePlan<'_>,
+    folder: &Path,
+) -> Result<()> {
     model.write_companions(folder)?;
+    // Of several adapters the last one says what texts of the merged model are told.
+    for adapter in adapters {
+        let said = |key| Some((key, Some(adapter.metadata.get(key)?.clone())));
+        let records: Vec<_> = [TEMPLATE, SPECIAL_TOKENS].into_iter().filter_map(said).collect();
+        record_told(folder, &records)?;
+    }
     let path = folder.join("config.json");
     if let Some(base) = model.checkpoint().folder().filter(|_| plan.keeps_layout(model)) {
         return copy(&base.join("config.json"), &path);

@@ -8,10 +8,8 @@ use crate::adapter::hf::Adapter;
 use crate::adapter::{delta, tensor_names};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
+use crate::model::config::{EMBEDDING, HEAD};
 use crate::weights::StoredType;
-
-const HEAD: &str = "lm_head.weight";
-const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// The whole work, fixed before anything is written.
 pub(super) struct MergePlan<'a> {

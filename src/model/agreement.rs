@@ -3,12 +3,11 @@
 use std::collections::BTreeSet;
 
 use super::buffers::{counted, is_buffer, is_harmless, listed};
+use super::config::HEAD;
 use super::family::layer_of;
 use super::pretrained::Pretrained;
 use crate::error::{Context, Error, Result};
 use crate::weights::StoredType;
-
-const HEAD: &str = "lm_head.weight";
 
 impl Pretrained {
     /// Every tensor of the configuration is on disk in its shape and in a type that can be read, and nothing is there

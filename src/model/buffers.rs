@@ -1,5 +1,6 @@
 //! Tensors of a checkpoint that are no weights: buffers that programs have saved beside them.
 
+use super::config::HEAD;
 use crate::weights::{StoredType, TensorInfo};
 
 /// Whether a tensor holds whole numbers or flags, which weights never do: positions, masks, counters.
@@ -33,7 +34,7 @@ pub(super) fn is_harmless(name: &str) -> bool {
     let is_at_end = |buffer: &str| {
         name.strip_suffix(buffer).is_some_and(|before| before.is_empty() || before.ends_with('.'))
     };
-    BUFFERS.iter().any(|buffer| is_at_end(buffer)) || name == "rope_freqs.weight" || name == "lm_head.weight"
+    BUFFERS.iter().any(|buffer| is_at_end(buffer)) || name == "rope_freqs.weight" || name == HEAD
 }
 
 pub(super) fn counted(count: usize) -> String {

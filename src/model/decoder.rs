@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use super::block::{self, Block, scaled};
 use super::cache::Cache;
-use super::config::{DecoderConfig, Multipliers};
+use super::config::{DecoderConfig, EMBEDDING, HEAD, Multipliers};
 use super::linear::Linear;
 use super::load::{in_shape, load_block, parameter};
 use super::norm::Norm;
@@ -88,7 +88,7 @@ impl Decoder {
         read: impl FnMut(&str) -> Result<Weight>,
     ) -> Result<Self> {
         let mut read = in_shape(config, read);
-        let embedding = read("model.embed_tokens.weight")?;
+        let embedding = read(EMBEDDING)?;
         let blocks = config
             .layers
             .iter()
@@ -96,7 +96,7 @@ impl Decoder {
             .map(|(index, layer)| load_block(&mut read, config, index, layer))
             .collect::<Result<_>>()?;
         let norm = Norm { weight: parameter(&mut read, "model.norm.weight")?, eps: config.norm_eps };
-        let head = if config.tie_word_embeddings { embedding.clone() } else { read("lm_head.weight")? };
+        let head = if config.tie_word_embeddings { embedding.clone() } else { read(HEAD)? };
         // Rotation is the same in every layer, and all layers have heads of one width.
         let head_dim = config.layers.first().map_or(0, |layer| layer.attention.head_dim);
         let rotary = Rotary::new(&config.rotary, head_dim);

@@ -21,7 +21,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use super::buffers;
-use super::config::{DecoderConfig, PackedTensor};
+use super::config::{DecoderConfig, EMBEDDING, HEAD, PackedTensor};
 use super::family::{self, Capacity};
 use super::tied::same_values;
 use crate::error::{Context, Error, Result};
@@ -39,9 +39,6 @@ pub struct Pretrained {
     interleaved: bool,
     warnings: Vec<String>,
 }
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 
 impl Pretrained {
     /// Opens a folder, a `.gguf` file or a Hub id (`org/name[@revision]`). Reads no weight values, but for those of a head

@@ -46,15 +46,27 @@ impl Rule {
                     (0..self.experts).map(move |e| dropout::hashed(u64::from(*id), (layer << 32 | e) as u64))
                 })
                 .collect(),
-            (RoutingKind::Model | RoutingKind::Hash, _) => {
-                self.by_token(logits, self.experts, |token, scores| {
-                    self.scores(self.row(logits, token), scores);
-                    if let Some(bias) = bias {
-                        scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
-                    }
-                })
-            }
+            (RoutingKind::Model | RoutingKind::Hash, _) => self.with_bias(logits, bias),
         }
+    }
+
+    /// The scores of all experts, `[tokens * experts]`, with the bias that is added for the choice.
+    fn with_bias(&self, logits: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+        self.by_token(logits, self.experts, |token, scores| {
+            self.scores(self.row(logits, token), scores);
+            if let Some(bias) = bias {
+                scores.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+            }
+        })
+    }
+
+    /// The experts that the model itself chooses for each token by these logits and the bias of the choice, and the weights
+    /// of what they give, both `[tokens * active]`.
+    #[must_use]
+    pub fn decide(&self, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f32>) {
+        let chosen = self.choose(&self.with_bias(logits, bias));
+        let weights = self.weights(logits, &chosen);
+        (chosen, weights)
     }
 
     /// The experts of each token, `[tokens * active]`.

@@ -9,21 +9,15 @@ use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
 use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
-use crate::data::{Layout, SpecialTokens};
+use crate::data::Layout;
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
 use crate::train::Artifact;
-use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec};
+use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, record_told};
 
 /// Where the tensors' file of an adapter says how its training data was laid out.
 pub(super) const LAYOUT: &str = "peft_rs_layout";
-
-/// Where it says what chat templates were told, if they ask for anything.
-pub(super) const TEMPLATE: &str = "peft_rs_template";
-
-/// Where it says what control tokens in texts are, if they are not tokens of their own.
-pub(super) const SPECIAL_TOKENS: &str = "peft_rs_special_tokens";
 
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {
@@ -54,14 +48,8 @@ impl<'a> AdapterFiles<'a> {
             (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
             (LAYOUT.to_string(), Layout::of(&prepared.dataset.train_counts).name().to_string()),
         ]);
-        let template = &plan.data.template;
-        if template.told(&prepared.text).is_some() {
-            metadata.insert(TEMPLATE.to_string(), serde_json::to_string(template)?);
-        }
-        let special_tokens = plan.data.special_tokens;
-        if special_tokens != SpecialTokens::default() {
-            metadata.insert(SPECIAL_TOKENS.to_string(), serde_json::to_string(&special_tokens)?);
-        }
+        let records = prepared.told.records(&prepared.text)?.into_iter();
+        metadata.extend(records.filter_map(|(key, record)| Some((key.to_string(), record?))));
         let provenance = Provenance {
             base_model: Some(base_model.to_string()),
             revision: revision.map(str::to_string),
@@ -145,12 +133,16 @@ pub(super) struct ModelFiles<'a> {
     stored: DType,
     /// Whether nothing else is trained.
     writes_all: bool,
+    /// What the model is told about its text.
+    told: [(&'static str, Option<String>); 2],
 }
 
 impl<'a> ModelFiles<'a> {
-    pub(super) fn new(base: &'a Pretrained, trainables: &Trainables, dtype: DType, writes_all: bool) -> Self {
+    pub(super) fn new(prepared: &'a Prepared, trainables: &Trainables, writes_all: bool) -> Result<Self> {
+        let Prepared { base, dtype, .. } = prepared;
         let (units, stored) = (Units::of(base.config()), base.compute_dtype());
-        Self { base, trainables: trainables.clone(), units, dtype, stored, writes_all }
+        let told = prepared.told.records(&prepared.text)?;
+        Ok(Self { base, trainables: trainables.clone(), units, dtype: *dtype, stored, writes_all, told })
     }
 }
 
@@ -180,7 +172,8 @@ impl Artifact for ModelFiles<'_> {
         }
         writer.finish()?;
         self.base.write_config(folder, self.stored)?;
-        self.base.write_companions(folder)
+        self.base.write_companions(folder)?;
+        record_told(folder, &self.told)
     }
 
     fn restore(&self, folder: &Path) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::figures;
-use super::upcycle::UpcyclePlan;
+use super::upcycle::{UpcyclePlan, name_of};
 use crate::data::{self, Row, Source, load_for_perplexity};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
@@ -19,6 +19,8 @@ pub(super) struct Read {
     pub(super) calibration: Calibration,
     pub(super) lines: Vec<String>,
     pub(super) warnings: Vec<String>,
+    /// Whether any document went through the chat template.
+    pub(super) is_templated: bool,
 }
 
 /// Reads the text of `plan` in the tokens of `text`; `slices` are those that are fitted to it.
@@ -30,9 +32,10 @@ pub(super) fn read(
 ) -> Result<Read> {
     let (seed, longest) = (plan.settings.seed, WINDOW.min(base.config().max_position_embeddings));
     refuse_same_files(plan)?;
-    let mut warnings = Vec::new();
+    let (mut warnings, mut is_templated) = (Vec::new(), false);
     let mut load = |source: &Source| -> Result<Vec<Row>> {
         let (documents, counts) = load_for_perplexity(source, text, usize::MAX)?;
+        is_templated |= counts.templated > 0;
         warnings.extend(counts.warnings(text).iter().map(ToString::to_string));
         Ok(documents)
     };
@@ -61,7 +64,7 @@ pub(super) fn read(
         lines.extend(counts(plan, &calibration));
         warnings.extend(shortages(plan, &calibration, slices));
     }
-    Ok(Read { calibration, lines, warnings })
+    Ok(Read { calibration, lines, warnings, is_templated })
 }
 
 /// Describes in lines how many tokens are fitted to and how many are held out.
@@ -107,7 +110,7 @@ fn shortages(plan: &UpcyclePlan, calibration: &Calibration, slices: Option<&Spli
             ));
         }
         if settings.partition.takes_gradients() && plan.data.len() == 1 {
-            let name = partition_name(plan);
+            let name = name_of(settings.partition);
             warnings.push(format!(
                 "`upcycle.partition = \"{name}\"` makes an expert for each kind of text, and `calibration.data` names one \
                  file: unless it holds several kinds of text, name one file of each"
@@ -128,11 +131,6 @@ fn shortages(plan: &UpcyclePlan, calibration: &Calibration, slices: Option<&Spli
         ));
     }
     warnings
-}
-
-fn partition_name(plan: &UpcyclePlan) -> String {
-    let name = serde_json::to_value(plan.settings.partition).ok();
-    name.and_then(|name| name.as_str().map(str::to_string)).unwrap_or_default()
 }
 
 /// Refuses text to measure on that was all fitted to, and warns of text that was for the most part.

@@ -9,10 +9,10 @@ use super::calibration;
 use super::choice::DtypeChoice;
 use super::distill::refuse_other_tokens;
 use super::kernels::ChosenKernels;
-use super::prepared::text_of;
 use super::template::TemplateVariables;
+use super::told::Told;
 use super::upcycle::UpcyclePlan;
-use crate::data::{SpecialTokens, Text};
+use crate::data::Text;
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::model::family::MixtureFormat;
@@ -55,7 +55,8 @@ impl Prepared {
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
         base.check_companions()?;
-        let text = text_of(&base, &TemplateVariables::fixed(), SpecialTokens::default())?;
+        let told = Told::by_records(&base, None, TemplateVariables::fixed())?;
+        let text = told.text(&base)?;
         refuse_same_checkpoints(plan)?;
         let sources: Vec<Pretrained> =
             plan.sources.iter().map(|source| Pretrained::open(source)).collect::<Result<_>>()?;
@@ -74,6 +75,9 @@ impl Prepared {
             read.calibration.refuse_fewer_windows(experts)?;
         }
         lines.extend(read.lines);
+        if read.is_templated {
+            lines.extend(told.template.told(&text).map(|told| format!("template: told {told}")));
+        }
         warnings.extend(read.warnings);
         let check = UpcycleCheck {
             lines,

@@ -30,7 +30,8 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Res
     let counts = &prepared.dataset;
     let is_templated = |counts: &Counts| counts.templated > 0;
     if counts.train_counts.iter().chain(&counts.eval_counts).any(is_templated) {
-        lines.extend(plan.data.template.told(&prepared.text).map(|told| format!("template: told {told}")));
+        lines
+            .extend(prepared.told.template.told(&prepared.text).map(|told| format!("template: told {told}")));
     }
     lines.push(course(plan, prepared));
     lines.push(ChosenKernels::of(prepared.base.config())?.to_string());

@@ -66,7 +66,8 @@ pub fn finetune(
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     let artifact = Unchanged { prepared: &prepared, artifact };
     let directory = taken.map_or_else(|| RunDirectory::take(&plan.output, resume), Ok)?;
-    directory.write_recipe(plan, prepared.text.template_asks_for("strftime_now"))?;
+    let date = prepared.text.template_asks_for("strftime_now").then_some(prepared.told.template.date);
+    directory.write_recipe(plan, date)?;
 
     let sample_row = prepared.dataset.eval.first();
     let goes_on = resume && !train::checkpoints(&plan.output)?.is_empty();
@@ -150,7 +151,7 @@ fn make_trainable<'a>(plan: &'a Plan, prepared: &'a Prepared, model: &mut Decode
         Trainee::Full => {
             let (trainables, biases) = (model.make_trainable()?, biases(model)?);
             let written = with(&trainables, &biases);
-            let artifact = ModelFiles::new(&prepared.base, &written, prepared.dtype, writes_all);
+            let artifact = ModelFiles::new(prepared, &written, writes_all)?;
             (trainables, Box::new(artifact), biases)
         }
         Trainee::Adapter(adapter) => {

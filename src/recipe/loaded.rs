@@ -1,21 +1,20 @@
 //! A model ready to answer: weights, adapter, tokenizer.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::Device;
-use serde::de::DeserializeOwned;
 
-use super::artifact::{LAYOUT, SPECIAL_TOKENS, TEMPLATE};
+use super::artifact::LAYOUT;
 use super::choice::DtypeChoice;
 use super::kernels::ChosenKernels;
-use super::prepared::text_of;
 use super::template::TemplateVariables;
+use super::told::Told;
 use crate::adapter::{attach, hf};
-use crate::data::{Layout, SpecialTokens, Text};
+use crate::data::{Layout, Text};
 use crate::error::{Context, Error, Result, is_there};
 use crate::model::{Decoder, Pretrained};
 use crate::train;
+use crate::weights::SPECIAL_TOKENS;
 
 /// A model with its tokenizer.
 #[derive(Debug)]
@@ -46,13 +45,14 @@ impl Loaded {
             None => None,
         };
         let metadata = adapter.as_ref().map(|(_, adapter)| &adapter.metadata);
-        let told: TemplateVariables = recorded(metadata, TEMPLATE)?;
-        let special_tokens: SpecialTokens = recorded(metadata, SPECIAL_TOKENS)?;
-        let text = text_of(&base, &told, special_tokens)?;
-        let told = told.told(&text).map(|told| format!("the chat template is told {told}"));
+        let is_of_adapter = metadata.is_some_and(|metadata| metadata.contains_key(SPECIAL_TOKENS));
+        let told = Told::by_records(&base, metadata, TemplateVariables::default())?;
+        let text = told.text(&base)?;
+        let told = told.template.told(&text).map(|told| format!("the chat template is told {told}"));
+        let trained = if is_of_adapter { "adapter" } else { "model" };
         let spelt = text
             .takes_control_tokens_for_text()
-            .then(|| "control tokens in texts are encoded as text, as the adapter was trained".to_string());
+            .then(|| format!("control tokens in texts are encoded as text, as the {trained} was trained"));
         let notes = told.into_iter().chain(spelt).collect();
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
         let (mut warnings, mut layout) = (base.warnings().to_vec(), None);
@@ -65,16 +65,6 @@ impl Loaded {
         }
         Ok(Self { model, text, layout, notes, warnings })
     }
-}
-
-/// What the metadata of an adapter says under a key; the default where it says nothing.
-fn recorded<T: DeserializeOwned + Default>(
-    metadata: Option<&BTreeMap<String, String>>,
-    key: &str,
-) -> Result<T> {
-    let Some(written) = metadata.and_then(|metadata| metadata.get(key)) else { return Ok(T::default()) };
-    serde_json::from_str(written)
-        .map_err(|error| Error::invalid(format!("`{key}` in the metadata is not readable: {error}")))
 }
 
 /// The adapter in a folder; says of a run that has not ended where it stands.

@@ -50,6 +50,7 @@ mod output;
 mod plan;
 mod prepared;
 mod template;
+mod told;
 mod typed;
 mod units;
 mod upcycle;

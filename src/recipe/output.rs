@@ -11,6 +11,7 @@ use super::artifact::RESULT;
 use super::document::{Document, written};
 use super::plan::{Evaluation, Plan, Trained};
 use super::template::{Date, TemplateVariables};
+use crate::adapter::hf::shell_word;
 use crate::data::Source;
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular_text};
 use crate::train::{self, BEST};
@@ -165,12 +166,12 @@ impl RunDirectory {
         plan
     }
 
-    /// Leaves the resolved recipe in it, with the date where the template asks for it.
-    pub(super) fn write_recipe(&self, plan: &Plan, asks_for_date: bool) -> Result<()> {
+    /// Leaves the resolved recipe in it, with the date that the template is told if it asks for one.
+    pub(super) fn write_recipe(&self, plan: &Plan, told: Option<Date>) -> Result<()> {
         let mut recipe = Recipe::from(plan);
         let TemplateVariables { date, others } = &plan.data.template;
-        if asks_for_date {
-            recipe.data.template = Some(plan.data.template.clone());
+        if let Some(date) = told {
+            recipe.data.template = Some(TemplateVariables { date, others: others.clone() });
         } else if *date == Date::FIXED && others.is_empty() {
             recipe.data.template = None;
         }
@@ -323,13 +324,21 @@ fn way_on(plan: &Plan) -> Option<String> {
         Trained::Full => ("config.json", "model.source"),
         Trained::Adapter(_) => ("adapter_config.json", "adapter.from"),
     };
-    let output = plan.output.display();
     plan.output.join(result).is_file().then(|| {
         format!(
-            "the run has ended; to train its result further, start another run with `--set {key}={output}` and another \
-             `--output`"
+            "the run has ended; to train its result further, start another run with `--set {}` and another `--output`",
+            setting(key, &plan.output.to_string_lossy())
         )
     })
+}
+
+/// What `--set` takes for this key and string, as a word of a shell: the string is quoted where TOML would read another value.
+fn setting(key: &str, value: &str) -> String {
+    let is_read_otherwise = value.trim() != value
+        || value.starts_with(['[', '{', '"', '\''])
+        || format!("value = {value}").parse::<Table>().is_ok();
+    let value = if is_read_otherwise { Value::from(value).to_string() } else { value.to_string() };
+    shell_word(&format!("{key}={value}"))
 }
 
 /// Values by their whole keys: `train.steps`.
@@ -344,4 +353,19 @@ fn flat(table: Table) -> BTreeMap<String, String> {
         }
     }
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_is_one_word_and_stays_a_string() {
+        let of = |value| setting("adapter.from", value);
+        assert_eq!(of("runs/first"), "adapter.from=runs/first");
+        assert_eq!(of("my runs/it's $HOME"), r"'adapter.from=my runs/it'\''s $HOME'");
+        assert_eq!(of("2024"), r#"'adapter.from="2024"'"#);
+        assert_eq!(of("[a]"), r#"'adapter.from="[a]"'"#);
+        assert_eq!(of(" a"), r#"'adapter.from=" a"'"#);
+    }
 }

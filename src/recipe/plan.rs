@@ -105,8 +105,8 @@ pub struct DataPlan {
     pub train_on: TrainOn,
     /// Holds the variables that chat templates get in addition to the conversation.
     pub template: TemplateVariables,
-    /// Says how control tokens in the data are encoded.
-    pub special_tokens: SpecialTokens,
+    /// Says how control tokens in the data are encoded; `None`: as the model's record says, else as tokens of their own.
+    pub special_tokens: Option<SpecialTokens>,
 }
 
 /// What a model is evaluated on while it is trained.
@@ -256,7 +256,7 @@ impl DataPlan {
             pack: recipe.pack.unwrap_or(true),
             train_on: recipe.train_on.unwrap_or_default(),
             template: recipe.template.clone().unwrap_or_default(),
-            special_tokens: recipe.special_tokens.unwrap_or_default(),
+            special_tokens: recipe.special_tokens,
         }
     }
 }
@@ -323,7 +323,7 @@ impl From<&Plan> for Recipe {
                 train_on: Some(data.train_on),
                 // Left out where nothing is said, so that the recipes of earlier runs are still theirs.
                 template: (data.template != TemplateVariables::default()).then(|| data.template.clone()),
-                special_tokens: Some(data.special_tokens).filter(|kind| *kind != SpecialTokens::default()),
+                special_tokens: data.special_tokens,
             },
             train: TrainRecipe {
                 full: Some(*trained == Trained::Full),

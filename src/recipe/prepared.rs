@@ -10,6 +10,7 @@ use super::loaded::read_adapter;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
 use super::template::{Date, TemplateVariables};
+use super::told::Told;
 use crate::adapter::{LoraConfig, Placements, hf, resolve};
 use crate::data::{
     Batch, Dataset, Order, Preparation, Sampler, SpecialTokens, TemplateParts, Text, eval_batches,
@@ -17,12 +18,15 @@ use crate::data::{
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{InPeft, MoeConfig};
+use crate::weights::hexadecimal;
 
 /// A run that is ready to load its weights.
 #[derive(Debug)]
 pub struct Prepared {
     /// The model.
     pub base: Pretrained,
+    /// What it is told about its text.
+    pub(super) told: Told,
     /// Its tokenizer and chat template.
     pub text: Text,
     /// The rows to train and to evaluate on.
@@ -77,7 +81,8 @@ impl Prepared {
         base.check()?;
         base.check_companions()?;
         let trained = Trainee::of(plan, &base)?;
-        let text = text_of(&base, &plan.data.template, plan.data.special_tokens)?;
+        let told = Told::by_recipe(&plan.data, &base)?;
+        let text = told.text(&base)?;
         let dtype = plan.model.dtype.of(&base);
         let teacher = PreparedTeacher::of(plan, &base, text.tokenizer(), dtype)?;
         let (train, eval, eval_share) = match &plan.data.eval {
@@ -104,7 +109,7 @@ impl Prepared {
             }));
         }
         let dataset = Dataset::load(train, eval, &text, &preparation)?;
-        let mut prepared = Self { base, text, dataset, trained, teacher, dtype, steps: 0 };
+        let mut prepared = Self { base, told, text, dataset, trained, teacher, dtype, steps: 0 };
         prepared.steps = prepared.steps_of(plan);
         Ok(prepared)
     }
@@ -145,7 +150,7 @@ impl Prepared {
         let mut hash = Sha256::new();
         hash.update(plan.to_toml()?);
         hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
-        let settings: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let settings: String = hexadecimal(&hash.finalize());
         let (data, weights) = (self.dataset.fingerprint(), self.base.checkpoint().digest()?);
         let teacher = match &self.teacher {
             None => String::new(),

@@ -149,6 +149,11 @@ fn quarters(experts: usize, shared: Option<usize>, active: Option<usize>) -> (us
     (shared, active.unwrap_or(quarter.min(most_active)))
 }
 
+/// The name that a choice has in recipes.
+pub(super) fn name_of(choice: impl Serialize) -> String {
+    serde_json::to_value(choice).ok().and_then(|name| name.as_str().map(str::to_string)).unwrap_or_default()
+}
+
 impl UpcyclePlan {
     /// Fills in the defaults. `name` is the recipe's file name without its ending; the folder is called after it.
     #[must_use]

@@ -1,8 +1,10 @@
 //! Checkpoints: what is trained, the optimizer's state and where the run stands, written whole or not at all.
 //!
 //! `checkpoint-N/` holds the adapter (or the model), `optimizer.safetensors` and `trainer_state.json`. Data order,
-//! schedule and dropout are pure functions of the step, so the step is all that has to be remembered of them.
+//! schedule and dropout are pure functions of the step, so the step is all that has to be remembered of them. `best/` has
+//! `trainer_state.json` too. Only folders with the fingerprint of the run are written over or removed.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -10,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use super::metrics::FILE as METRICS;
 use super::optimizer::AdamW;
 use super::record::{self, Record, TrainerState};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, is_there};
 use crate::ops::Trainables;
 use crate::weights::{Staged, remove_folder};
 
@@ -97,43 +99,67 @@ pub(super) fn save(
     keep: usize,
 ) -> Result<PathBuf> {
     let path = output.join(format!("{PREFIX}{}", state.step));
-    let is_of_other = record::fingerprint(&path).is_some_and(|found| found != state.fingerprint);
-    if path.exists() && (is_of_other || record::is_foreign(&path)) {
-        return Err(Error::invalid("was not made by this run, and the run would write over it")
-            .with_hint("move it to another folder and go on with `--resume`"))
-        .at(path);
-    }
+    refuse_to_replace(&path, &state.fingerprint)?;
+    let metadata = BTreeMap::from([(record::FINGERPRINT.to_string(), state.fingerprint.clone())]);
     replace_folder(&path, |folder| {
         artifact.write(folder)?;
-        optimizer.write(&folder.join("optimizer.safetensors"))?;
+        optimizer.write(&folder.join(record::OPTIMIZER), &metadata)?;
         Record::write(state, folder)
     })?;
-    prune(output, keep, &state.fingerprint)?;
+    prune(output, keep, state)?;
     Ok(path)
 }
 
-/// Removes all checkpoints of the run with this fingerprint but the last `keep`, and empty folders before these.
-pub(super) fn prune(output: &Path, keep: usize, fingerprint: &str) -> Result<()> {
-    let all = list(output)?;
-    let is_own = |path: &Path| record::fingerprint(path).is_some_and(|found| found == fingerprint);
-    let own: Vec<&(u64, PathBuf)> = all.iter().filter(|(_, path)| is_own(path)).collect();
-    let (old, kept) = own.split_at(own.len().saturating_sub(keep.max(1)));
-    old.iter().try_for_each(|(_, path)| remove_folder(path))?;
-    let first = kept.first().map_or(0, |(step, _)| *step);
+/// Writes the result of the best evaluation, which is that of `state`.
+pub(super) fn save_best(output: &Path, artifact: &dyn Artifact, state: &TrainerState) -> Result<()> {
+    replace_folder(&output.join(BEST), |folder| {
+        artifact.write_result(folder)?;
+        Record::write(state, folder)
+    })
+}
+
+/// Refuses a folder that the run did not make and would write over. An empty one is nobody's loss.
+fn refuse_to_replace(path: &Path, fingerprint: &str) -> Result<()> {
+    let is_empty = || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+    if !is_there(path) || record::is_of(path, fingerprint) || is_empty() {
+        return Ok(());
+    }
+    Err(Error::invalid("was not made by this run, and the run would write over it")
+        .with_hint("move it to another folder and go on with `--resume`"))
+    .at(path)
+}
+
+/// Refuses the best evaluation of another run. Version 0.1.0 left no record in it: then `state` tells whether there was one.
+pub(super) fn refuse_other_best(output: &Path, state: &TrainerState) -> Result<()> {
+    let best = output.join(BEST);
+    let is_of_old = !is_there(&best.join(record::FILE)) && state.best.is_some_and(|best| best.step > 0);
+    if is_of_old { Ok(()) } else { refuse_to_replace(&best, &state.fingerprint) }
+}
+
+/// Removes all checkpoints of the run up to the step of `state` but the last `keep`, and empty folders before these. Later
+/// ones are not whole, or the run would have gone on from them; so are those without a record, which count for none.
+pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<()> {
+    let mut all = list(output)?;
+    all.retain(|(step, _)| *step <= state.step);
+    let has_record = |path: &Path| record::fingerprint(path).is_some_and(|found| found == state.fingerprint);
+    let whole: Vec<u64> = all.iter().filter(|(_, path)| has_record(path)).map(|(step, _)| *step).collect();
+    let first = whole.get(whole.len().saturating_sub(keep.max(1))).copied().unwrap_or(0);
     for (_, path) in all.iter().filter(|(step, _)| *step < first) {
-        // This removes nothing but an empty folder.
-        let _ = std::fs::remove_dir(path);
+        if record::is_of(path, &state.fingerprint) {
+            remove_folder(path)?;
+        } else {
+            // This removes nothing but an empty folder.
+            let _ = std::fs::remove_dir(path);
+        }
     }
     Ok(())
 }
 
 /// Removes the best evaluation of a run that was killed before its first checkpoint, and begins again.
-pub(super) fn forget_best(output: &Path) -> Result<()> {
+pub(super) fn forget_best(output: &Path, fingerprint: &str) -> Result<()> {
     let best = output.join(BEST);
-    if best.join("adapter_config.json").exists() || best.join("config.json").exists() {
-        remove_folder(best)?;
-    }
-    Ok(())
+    refuse_to_replace(&best, fingerprint)?;
+    if is_there(&best) { remove_folder(best) } else { Ok(()) }
 }
 
 /// Restores what is trained and the optimizer from the checkpoint of `step` at `path`, and gives the run's state. Nothing
@@ -158,7 +184,7 @@ pub(super) fn restore(
     record.verify_files(path)?;
     artifact.restore(path)?;
     trainables.iter().try_for_each(|(name, value)| refuse_not_finite(name, value)).at(path)?;
-    let file = path.join("optimizer.safetensors");
+    let file = path.join(record::OPTIMIZER);
     let tensors = candle_core::safetensors::load(&file, &Device::Cpu).at(&file)?;
     tensors.iter().try_for_each(|(name, value)| refuse_not_finite(name, value)).at(&file)?;
     optimizer.restore(step, tensors.into_iter().collect(), trainables).at(&file)?;

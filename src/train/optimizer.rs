@@ -115,15 +115,15 @@ impl AdamW {
     }
 
     /// Writes the state to a safetensors file: `<name>.exp_avg`, `<name>.exp_avg_sq`, and `<name>.master` where there is
-    /// one. Of the whole state there is never a second copy in memory.
-    pub fn write(&self, path: &Path) -> Result<()> {
+    /// one. `metadata` goes into the header. Of the whole state there is never a second copy in memory.
+    pub fn write(&self, path: &Path, metadata: &BTreeMap<String, String>) -> Result<()> {
         let all: BTreeMap<String, &[f32]> =
             self.state.iter().flat_map(|(name, moments)| moments.named(name)).collect();
         let specs = all.iter().map(|(name, values)| {
             let empty = TensorSpec::of(name, &Tensor::zeros(0, DType::F32, &Device::Cpu)?)?;
             Ok(TensorSpec { shape: vec![values.len()], ..empty })
         });
-        write_one_by_one(path, &specs.collect::<Result<Vec<_>>>()?, &BTreeMap::new(), |name| {
+        write_one_by_one(path, &specs.collect::<Result<Vec<_>>>()?, metadata, |name| {
             let values = all.get(name).copied().unwrap_or_default();
             Ok(Tensor::from_slice(values, values.len(), &Device::Cpu)?)
         })

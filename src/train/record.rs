@@ -11,12 +11,19 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, Result, read_regular};
+use crate::weights::hexadecimal;
 
 /// No record of a run has more bytes than this.
 const LARGEST: u64 = 16 << 20;
 
 /// The file in the folder of a checkpoint.
 pub(super) const FILE: &str = "trainer_state.json";
+
+/// The optimizer's state in the folder of a checkpoint. Its header repeats the fingerprint of the run.
+pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// The fingerprint is under this key in both files.
+pub(super) const FINGERPRINT: &str = "fingerprint";
 
 /// Bytes of a file that are read at once.
 const PART: usize = 1 << 20;
@@ -72,7 +79,7 @@ impl Record {
         let files = digests(folder)?;
         let record = Self { state: state.clone(), files, sha256: String::new() };
         let text = serde_json::to_string_pretty(&record)?;
-        let digest = hex(&Sha256::digest(&text));
+        let digest = hexadecimal(&Sha256::digest(&text));
         let file = folder.join(FILE);
         fs::write(&file, serde_json::to_string_pretty(&Self { sha256: digest, ..record })?).at(&file)
     }
@@ -100,7 +107,7 @@ impl Record {
             None => false,
             Some(at) => {
                 let end = at + self.sha256.len();
-                hex(&Sha256::digest(format!("{}{}", &text[..at], &text[end..]))) == self.sha256
+                hexadecimal(&Sha256::digest(format!("{}{}", &text[..at], &text[end..]))) == self.sha256
             }
         };
         if !is_as_written {
@@ -130,19 +137,45 @@ impl Record {
 /// The fingerprint that the record in `folder` holds, whatever else became of it.
 pub(super) fn fingerprint(folder: &Path) -> Option<String> {
     let record: Value = serde_json::from_slice(&read_regular(&folder.join(FILE), LARGEST).ok()?).ok()?;
-    record.get("fingerprint")?.as_str().map(str::to_string)
+    record.get(FINGERPRINT)?.as_str().map(str::to_string)
+}
+
+/// Whether `folder` is of the run with this fingerprint. Where its record cannot be read, the optimizer's header tells.
+pub(super) fn is_of(folder: &Path, fingerprint: &str) -> bool {
+    let found = self::fingerprint(folder).or_else(|| fingerprint_of_optimizer(folder));
+    found.is_some_and(|found| found == fingerprint)
+}
+
+/// The fingerprint in the header of the optimizer's state; version 0.1.0 wrote none.
+fn fingerprint_of_optimizer(folder: &Path) -> Option<String> {
+    let path = folder.join(OPTIMIZER);
+    // Opening anything but a regular file may wait for ever.
+    if !fs::metadata(&path).ok()?.is_file() {
+        return None;
+    }
+    let mut file = File::open(&path).ok()?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).ok()?;
+    let length = u64::from_le_bytes(length);
+    if length > LARGEST {
+        return None;
+    }
+    let mut header = vec![0; length as usize];
+    file.read_exact(&mut header).ok()?;
+    let header: Value = serde_json::from_slice(&header).ok()?;
+    header.get("__metadata__")?.get(FINGERPRINT)?.as_str().map(str::to_string)
 }
 
 /// Whether a folder of the name of a checkpoint shows no sign of this program. Other trainers use the same names.
 pub(super) fn is_foreign(folder: &Path) -> bool {
     let Ok(mut entries) = fs::read_dir(folder) else { return true };
-    if entries.next().is_none() || folder.join("optimizer.safetensors").is_file() {
+    if entries.next().is_none() || folder.join(OPTIMIZER).is_file() {
         return false;
     }
     match read_regular(&folder.join(FILE), LARGEST) {
         Err(_) => true,
         Ok(text) => {
-            serde_json::from_slice::<Value>(&text).is_ok_and(|state| state.get("fingerprint").is_none())
+            serde_json::from_slice::<Value>(&text).is_ok_and(|state| state.get(FINGERPRINT).is_none())
         }
     }
 }
@@ -171,12 +204,8 @@ fn digest_of(path: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     loop {
         match file.read(&mut part).at(path)? {
-            0 => return Ok(hex(&hash.finalize())),
+            0 => return Ok(hexadecimal(&hash.finalize())),
             count => hash.update(&part[..count]),
         }
     }
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -111,9 +111,12 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     let mut optimizer = AdamW::new(settings.optimizer, job.trainables, !job.artifact.is_exact())?;
     let taken_up = if job.resume { take_up(&job, &mut optimizer, settings, reporter)? } else { None };
     let mut state = match taken_up {
-        Some(state) => state,
+        Some(state) => {
+            checkpoint::refuse_other_best(job.output, &state)?;
+            state
+        }
         None => {
-            checkpoint::forget_best(job.output)?;
+            checkpoint::forget_best(job.output, &job.fingerprint)?;
             TrainerState {
                 fingerprint: job.fingerprint.clone(),
                 piece_tokens: settings.piece_tokens,
@@ -197,7 +200,7 @@ fn take_up(
                         ),
                     });
                 }
-                checkpoint::prune(job.output, settings.keep, &job.fingerprint)?;
+                checkpoint::prune(job.output, settings.keep, &state)?;
                 return Ok(Some(state));
             }
             // What was asked for is wrong, whatever the older ones hold.
@@ -311,14 +314,12 @@ fn evaluation(
     }
     let best = state.best.is_none_or(|best| eval_loss < best.eval_loss);
     if best {
+        state.best = Some(Best { step: state.step, eval_loss: checkpoint::restorable(eval_loss) });
         // The model before the first step is what the user has already.
         if state.step > 0 {
             metrics.refuse_moved()?;
-            checkpoint::replace_folder(&job.output.join(checkpoint::BEST), |folder| {
-                job.artifact.write_result(folder)
-            })?;
+            checkpoint::save_best(job.output, job.artifact, state)?;
         }
-        state.best = Some(Best { step: state.step, eval_loss: checkpoint::restorable(eval_loss) });
     }
     metrics.append(&json!({ "step": state.step, "eval_loss": eval_loss }))?;
     reporter.report(&Event::Evaluation { step: state.step, eval_loss, best });

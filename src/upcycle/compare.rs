@@ -5,8 +5,9 @@
 use candle_core::{DType, Tensor};
 use serde::Serialize;
 
+use super::load::Load;
 use super::paired::{Difference, Loss};
-use super::slices::{Slices, fixed_mask, masked, top};
+use super::slices::{Choice, Slices, fixed_mask, masked, top};
 use super::solve::values;
 use super::statistics::{Observed, Scores, observe};
 use super::windows::{Origin, Text, Windows};
@@ -64,10 +65,18 @@ impl Comparison {
     }
 }
 
-/// The loss of a model on each window of each text.
-pub(super) fn losses<'a>(model: &Decoder, texts: impl Iterator<Item = &'a Text>) -> Result<Vec<Vec<f64>>> {
+/// The loss of a model on each window of each text; what its routers decide is added to `load`.
+pub(super) fn losses<'a>(
+    model: &Decoder,
+    texts: impl Iterator<Item = &'a Text>,
+    load: &mut Load,
+) -> Result<Vec<Vec<f64>>> {
     let of = |text: &Text| {
-        let hidden = |batch: &Windows| Ok(model.forward(&batch.tokens, &batch.documents())?.hidden);
+        let hidden = |batch: &Windows| {
+            let output = model.forward(&batch.tokens, &batch.documents())?;
+            load.add(&output.routing);
+            Ok(output.hidden)
+        };
         window_sums(model, text.windows.iter().map(hidden), &text.windows)
     };
     texts.map(of).collect()
@@ -201,7 +210,8 @@ impl<'a> Rivals<'a> {
         if let (Some(streams), Some(slices)) = (&mut self.oracle, slices) {
             through(streams, &slices.down, &|seen| {
                 let energies = values(&slices.energies(&seen.h, columns)?)?;
-                Ok(slices.mask(&top(&energies, slices.experts.len(), slices.active), neurons))
+                let best = top(&energies, slices.experts.len(), slices.active);
+                Ok(slices.mask(&Choice::even(best), neurons))
             })?;
         }
         Ok(tally.map(Tally::finish))
@@ -282,8 +292,8 @@ impl Tally {
     }
 
     fn add(&mut self, seen: &Observed, slices: &Slices, columns: &[f32], scores: &Scores) -> Result<()> {
-        let chosen = slices.choose(&seen.x)?;
-        let (active, _) = masked(&seen.h, &slices.mask(&chosen, columns.len()))?;
+        let choice = slices.choose(&seen.x)?;
+        let (active, _) = masked(&seen.h, &slices.mask(&choice, columns.len()))?;
         let y = matmul_f32(&active, &slices.down.t()?)?;
         let errors: Vec<f32> = (y - &seen.y)?.sqr()?.sum(1)?.to_dtype(DType::F32)?.to_vec1()?;
         let energies = values(&slices.energies(&seen.h, columns)?)?;
@@ -292,7 +302,7 @@ impl Tally {
         for token in scores.plain_tokens(seen) {
             let token = token as usize;
             let of = |chosen: &[u32]| chosen[token * self.active..][..self.active].to_vec();
-            let (own, best) = (of(&chosen), of(&best));
+            let (own, best) = (of(&choice.experts), of(&best));
             let energy = |chosen: &[u32]| -> f64 {
                 chosen.iter().map(|expert| f64::from(energies[token * experts + *expert as usize])).sum()
             };

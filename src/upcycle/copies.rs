@@ -16,7 +16,8 @@ use serde_json::json;
 
 use super::compare::{Comparison, losses};
 use super::export::{self, Layer, Sink};
-use super::report::{Guarantee, Report, Untied, idle_warning};
+use super::load::{Load, idle, idle_warning};
+use super::report::{Guarantee, NEEDLESS, Report, Untied};
 use super::settings::{Method, RouterKind, Settings, choose_format, dense_network};
 use super::solve::{matrix, values};
 use super::split::network;
@@ -30,6 +31,10 @@ use crate::ops::{Documents, Pass};
 
 /// The deviation of a router that begins at random.
 const ROUTER_DEVIATION: f32 = 0.02;
+
+/// What follows where a router that was made without text sends nothing to an expert, and what to do.
+const UNTRAINED: &str = "so they learn nothing until training sends them some; choose another `seed` or `upcycle.router`, or \
+balance the load with `losses.switch`";
 
 /// Writes a mixture of copies.
 pub(super) fn copy(
@@ -80,11 +85,17 @@ pub(super) fn copy(
     base.write_companions(folder)?;
     let mut report = Report::of_copies(base, settings, &shape, format);
     report.untied = Untied::of(base, &config);
-    report.warnings.extend(idle_warning(&idle, "the windows of calibration text"));
+    report.warnings.extend(idle_warning(&idle, "the windows of calibration text", NEEDLESS));
     report.seconds = begun.elapsed().as_secs_f64();
     if settings.verify {
         watch(Event::note("reading back and measuring"))?;
-        (report.guarantees, report.comparisons) = measure(job, settings, folder, groups)?;
+        let load;
+        (report.guarantees, report.comparisons, load) = measure(job, settings, folder, groups)?;
+        // Routers that were made from windows of text are judged by these.
+        if settings.router != RouterKind::HiddenKmeans {
+            let text = format!("{} tokens of the built-in neutral text", load.tokens());
+            report.warnings.extend(idle_warning(&load.idle(), &text, UNTRAINED));
+        }
     }
     Ok(report)
 }
@@ -155,7 +166,7 @@ impl Routers {
             (0..copies * hidden).map(|_| ROUTER_DEVIATION * draw()).collect()
         };
         let layers = shape.dense.len();
-        let mut idle = Vec::new();
+        let mut empty = Vec::new();
         let rows = match settings.router {
             RouterKind::Zero => vec![vec![0.0; copies * hidden]; layers],
             RouterKind::Prompts => {
@@ -185,15 +196,14 @@ impl Routers {
                 let batches: Vec<Vec<&Vec<u32>>> = windows.iter().map(|window| vec![window]).collect();
                 from_inputs(job, &batches, |means, layer| {
                     let (centres, counts) = clusters(means, hidden, copies, [settings.seed, layer as u64]);
-                    let empty = counts.iter().enumerate().filter(|(_, count)| **count == 0);
-                    idle.extend(empty.map(|(expert, _)| (layer, expert)));
+                    empty.extend(idle([(layer, counts.as_slice())].into_iter()));
                     Ok(centres)
                 })?
             }
             _ => (0..layers).map(random).collect(),
         };
-        idle.retain(|(layer, _)| !shape.dense[*layer]);
-        Ok(Self { rows, idle })
+        empty.retain(|(layer, _)| !shape.dense[*layer]);
+        Ok(Self { rows, idle: empty })
     }
 }
 
@@ -321,18 +331,19 @@ impl Layer {
     }
 }
 
-/// Whether the mixture is the dense model at one, two and four copies a token, and its loss on the built-in text.
+/// Whether the mixture is the dense model at one, two and four copies a token; its loss on the built-in text, and how many
+/// tokens of that each expert gets.
 fn measure(
     job: &Job<'_>,
     settings: &Settings,
     folder: &Path,
     groups: usize,
-) -> Result<(Vec<Guarantee>, Vec<Comparison>)> {
+) -> Result<(Vec<Guarantee>, Vec<Comparison>, Load)> {
     let neutral = || job.calibration.texts().filter(|text: &&Text| text.origin == Origin::Neutral);
     let written = verify::reopened(folder)?;
     let dense = Decoder::open(job.base, DType::F32, &Device::Cpu)?;
     let expected = verify::Expected::of(&dense, &job.calibration.held_out)?;
-    let of_dense = losses(&dense, neutral())?;
+    let of_dense = losses(&dense, neutral(), &mut Load::default())?;
     drop(dense);
     let experts = written.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts / groups);
     let mut guarantees = Vec::new();
@@ -351,10 +362,11 @@ fn measure(
         };
         guarantees.push(difference.guarantee(what, promised, difference.is_rounding()));
     }
-    let of_mixture = losses(&verify::open(&written, written.config())?, neutral())?;
+    let mut load = Load::default();
+    let of_mixture = losses(&verify::open(&written, written.config())?, neutral(), &mut load)?;
     let both = neutral().zip(of_dense.into_iter().zip(of_mixture));
     let comparisons = both.map(|(text, (dense, mixture))| Comparison::of_whole(text, dense, mixture));
-    Ok((guarantees, comparisons.collect()))
+    Ok((guarantees, comparisons.collect(), load))
 }
 
 #[cfg(test)]

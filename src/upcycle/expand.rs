@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::compare::{Comparison, losses};
 use super::export::{Layer, write_config};
+use super::load::{Load, idle_warning};
 use super::report::Report;
 use super::settings::{RouterKind, Settings};
 use super::solve::{matrix, values};
@@ -34,6 +35,13 @@ use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec};
 const NOISE: f32 = 0.05;
 /// Rounding of inputs and scores.
 const MARGIN: f64 = 1e-2;
+
+/// What follows where an expert that is copied gets no token, and what to do.
+const COPIED: &str = "and new experts are copies of them; ask for fewer `upcycle.experts`, or give more of the task's text in \
+`calibration.data`";
+/// What follows where a new expert gets no token, and what to do.
+const UNSEEN: &str = "so these new experts learn nothing until training sends them some; ask for fewer `upcycle.experts`, or \
+give text of the task in `calibration.data`";
 
 /// Writes the mixture with its new experts.
 pub(super) fn expand(
@@ -51,7 +59,7 @@ pub(super) fn expand(
     }
     let json = grown(base.config_json(), moe.experts, settings.experts)?;
     let config = family::read(&json)?;
-    let copied = most_used(job, moe.experts, settings.experts)?;
+    let (load, copied) = most_used(job, settings.experts)?;
     watch(Event::note("writing"))?;
     let mut writer = announce(base, &config, folder)?;
     for name in base.checkpoint().tensors().keys() {
@@ -79,7 +87,11 @@ pub(super) fn expand(
     let note = base.config_json().get("upcycled").cloned().unwrap_or(Value::Null);
     write_config(folder, &json, base.compute_dtype(), note)?;
     base.write_companions(folder)?;
+    let mut idle = load.idle();
+    idle.retain(|(layer, expert)| copied[layer].contains(expert));
     let mut report = Report::of_expansion(base, settings, &moe, job.calibration.num_tokens(), copied);
+    let text = format!("{} calibration tokens", load.tokens());
+    report.warnings.extend(idle_warning(&idle, &text, COPIED));
     report.seconds = begun.elapsed().as_secs_f64();
     if settings.verify {
         watch(Event::note("reading back and measuring"))?;
@@ -87,16 +99,24 @@ pub(super) fn expand(
         refuse_changed(base, &written)?;
         let before = open(base, base.config())?;
         let expected = Expected::of(&before, &job.calibration.held_out)?;
-        let losses_before = losses(&before, job.calibration.texts())?;
+        let losses_before = losses(&before, job.calibration.texts(), &mut Load::default())?;
         drop(before);
         let after = open(&written, written.config())?;
         let difference = expected.compare(&after)?;
         let what = "before it is trained, the new mixture computes what the old one does".to_string();
         report.guarantees = vec![difference.guarantee(what, moe.selection_bias, difference.is_rounding())];
-        let losses = losses_before.into_iter().zip(losses(&after, job.calibration.texts())?);
+        let mut load = Load::default();
+        let losses = losses_before.into_iter().zip(losses(&after, job.calibration.texts(), &mut load)?);
         let texts = job.calibration.texts().zip(losses);
         report.comparisons =
             texts.map(|(text, (before, after))| Comparison::of_whole(text, before, after)).collect();
+        // Where the choice has a bias, new experts are not chosen before they are trained: that is what was promised.
+        if !moe.selection_bias {
+            let mut idle = load.idle();
+            idle.retain(|(_, expert)| *expert >= moe.experts);
+            let text = format!("{} measured tokens", load.tokens());
+            report.warnings.extend(idle_warning(&idle, &text, UNSEEN));
+        }
     }
     Ok(report)
 }
@@ -139,23 +159,21 @@ pub(super) fn grown(json: &Value, experts: usize, more: usize) -> Result<Value> 
     Ok(json)
 }
 
-/// For each layer the experts that most tokens of the text go to, as many as are added; all in turn where that is more than
-/// there are.
-fn most_used(job: &Job<'_>, experts: usize, more: usize) -> Result<BTreeMap<usize, Vec<usize>>> {
+/// The load of the text that the mixture is given, and for each layer the experts that most of it goes to, as many as are
+/// added; all in turn where that is more than there are.
+fn most_used(job: &Job<'_>, more: usize) -> Result<(Load, BTreeMap<usize, Vec<usize>>)> {
     let model = Decoder::open(job.base, job.dtype, &Device::Cpu)?;
-    let mut counts: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
+    let mut load = Load::default();
     for batch in &job.calibration.fitted {
-        for routing in model.forward(&batch.tokens, &batch.documents())?.routing {
-            let counts = counts.entry(routing.layer).or_insert_with(|| vec![0; experts]);
-            routing.chosen.iter().for_each(|expert| counts[*expert as usize] += 1);
-        }
+        load.add(&model.forward(&batch.tokens, &batch.documents())?.routing);
     }
-    let ranked = |counts: Vec<u64>| -> Vec<usize> {
-        let mut order: Vec<usize> = (0..experts).collect();
+    let ranked = |counts: &Vec<usize>| -> Vec<usize> {
+        let mut order: Vec<usize> = (0..counts.len()).collect();
         order.sort_by_key(|expert| (std::cmp::Reverse(counts[*expert]), *expert));
         order.into_iter().cycle().take(more).collect()
     };
-    Ok(counts.into_iter().map(|(layer, counts)| (layer, ranked(counts))).collect())
+    let copied = load.counts().iter().map(|(layer, counts)| (*layer, ranked(counts))).collect();
+    Ok((load, copied))
 }
 
 /// Room for all tensors of `config`, in the types that the mixture has them in.

@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use super::report::Refitted;
 use super::settings::{Refit, SplitShape};
 use super::slices::Slices;
-use super::solve::{matrix, values};
+use super::solve::values;
 use super::split::Split;
 use crate::error::{Context, Error, Result};
-use crate::model::config::{MoeConfig, MoeNames, PackedTensor};
+use crate::model::config::{EMBEDDING, HEAD, MoeConfig, MoeNames, PackedTensor};
 use crate::model::family::{self, Layout, MixtureFormat};
 use crate::model::{DecoderConfig, Pretrained};
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_atomic};
@@ -100,7 +100,7 @@ impl<'a> Sink<'a> {
                 continue;
             }
             let from = match name.as_str() {
-                "lm_head.weight" if !known.contains(&name) => "model.embed_tokens.weight",
+                HEAD if !known.contains(&name) => EMBEDDING,
                 own => own,
             };
             let tensor = match known.contains(from) {
@@ -158,10 +158,11 @@ pub(super) fn write_split(
                 sink.write(&name, &source.slice(projection, &slices.shared, layout.shared_scale)?)?;
             }
         }
-        write_router(&mut sink, moe, layer, slices, split.exponents[layer])?;
+        write_router(&mut sink, moe, layer, slices)?;
     }
     sink.finish(|name| is_of_mixture(&config, name))?;
-    let note = json!({ "router_exponents": split.exponents });
+    let power = |slices: &Option<Slices>| slices.as_ref().map_or(0, |slices| slices.power);
+    let note = json!({ "router_exponents": split.layers.iter().map(power).collect::<Vec<_>>() });
     write_config(folder, &layout.config, stored, note)
 }
 
@@ -235,20 +236,11 @@ pub(super) fn is_of_mixture(config: &DecoderConfig, name: &str) -> bool {
     })
 }
 
-fn write_router(
-    sink: &mut Sink<'_>,
-    moe: &MoeConfig,
-    layer: usize,
-    slices: &Slices,
-    power: i32,
-) -> Result<()> {
-    let scale = 2f32.powi(power);
-    let hidden = slices.router.weight.len() / slices.router.bias.len();
-    let weight = slices.router.weight.iter().map(|value| value * scale).collect();
-    sink.write(&format!("{}.weight", moe.router_path(layer)), &matrix(weight, hidden)?)?;
+fn write_router(sink: &mut Sink<'_>, moe: &MoeConfig, layer: usize, slices: &Slices) -> Result<()> {
+    let (weight, bias) = slices.written_router()?;
+    let hidden = weight.dim(1)?;
+    sink.write(&format!("{}.weight", moe.router_path(layer)), &weight)?;
     if moe.selection_bias {
-        // Near zero a sigmoid rises by a quarter of its argument.
-        let bias: Vec<f32> = slices.router.bias.iter().map(|value| value * scale / 4.0).collect();
         sink.write(&moe.selection_bias_path(layer), &Tensor::new(bias, &Device::Cpu)?)?;
     }
     if moe.shared.is_some_and(|shared| shared.gated) {

@@ -21,6 +21,7 @@ mod copies;
 mod expand;
 mod export;
 mod gradient;
+mod load;
 mod neutral;
 mod overlap;
 mod paired;
@@ -50,6 +51,7 @@ pub use settings::{
 pub use windows::{Calibration, Origin, Text, WINDOW, Windows};
 
 use self::conclusion::Conclusion;
+use self::slices::Routing;
 use crate::error::{Context, Result};
 use crate::model::family::{self, MixtureFormat, MixtureShape};
 use crate::model::{Decoder, DecoderConfig, Pretrained};
@@ -244,9 +246,11 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
         Method::Prune => None,
         _ => Some(choose_format(settings.format, base.config(), &shape.mixture())?),
     };
-    let with_bias = target.is_some_and(|format| format.has_selection_bias());
+    let layout_of =
+        |format: MixtureFormat| format.layout(base.config_json(), base.config(), &shape.mixture());
+    let routing = target.map(|format| Routing::of(format, &layout_of(format)?)).transpose()?;
     let model = Decoder::open(base, job.dtype, &Device::Cpu)?;
-    let cut = split::split(&model, &shape, settings, job.calibration, (with_bias, stored), watch)?;
+    let cut = split::split(&model, &shape, settings, job.calibration, (routing, stored), watch)?;
     for (layer, slices) in cut.layers.iter().enumerate() {
         slices.iter().try_for_each(|slices| split::refuse_infinite(slices, layer))?;
     }
@@ -268,7 +272,7 @@ fn cut(job: &Job<'_>, settings: &Settings, folder: &Path, watch: &mut Watch<'_>)
         return Ok(Report { seconds, ..report });
     };
     let writing = std::time::Instant::now();
-    let layout = format.layout(base.config_json(), base.config(), &shape.mixture())?;
+    let layout = layout_of(format)?;
     report.untied = Untied::of(base, &family::read(&layout.config)?);
     export::write_split(base, &layout, format, &shape, &cut, stored, folder)?;
     seconds += writing.elapsed().as_secs_f64();

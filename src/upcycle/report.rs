@@ -5,12 +5,17 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::compare::{Comparison, LayerReport};
+use super::load::{idle, idle_warning};
 use super::settings::{Method, Partition, Refit, RouterKind, Settings, SplitShape};
 use super::split::Split;
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
 use crate::model::family::{MixtureFormat, MixtureShape};
 use crate::model::{DecoderConfig, Pretrained};
+
+/// What follows where text that a router was made from sends nothing to an expert, and what to do.
+pub(super) const NEEDLESS: &str = "so they take memory and do nothing; give more or more varied text in `calibration.data`, \
+ask for fewer `upcycle.experts`, or choose another `upcycle.router`";
 
 /// A promise about the written model, and whether it was found to hold.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -221,16 +226,9 @@ impl Report {
 
     /// Warns of experts that the router sends no token of the calibration text to.
     pub(super) fn idle_experts(&self) -> Option<String> {
-        let idle: Vec<(usize, usize)> = self
-            .layers
-            .iter()
-            .flat_map(|layer| {
-                let idle = layer.calibration_load.iter().enumerate().filter(|(_, tokens)| **tokens == 0);
-                idle.map(|(expert, _)| (layer.layer, expert))
-            })
-            .collect();
+        let layers = self.layers.iter().map(|layer| (layer.layer, layer.calibration_load.as_slice()));
         let tokens = self.layers.first()?.calibration_load.iter().sum::<usize>() / self.active.max(1);
-        idle_warning(&idle, &format!("{tokens} calibration tokens"))
+        idle_warning(&idle(layers), &format!("{tokens} calibration tokens"), NEEDLESS)
     }
 
     /// An error if a promise is broken.
@@ -253,23 +251,4 @@ impl Report {
 /// The layers that are.
 fn numbers_of(dense: &[bool]) -> Vec<usize> {
     (0..dense.len()).filter(|layer| dense[*layer]).collect()
-}
-
-/// Names experts, with their layers, that none of `text` is sent to, and says what to do.
-pub(super) fn idle_warning(idle: &[(usize, usize)], text: &str) -> Option<String> {
-    const NAMED: usize = 6;
-
-    if idle.is_empty() {
-        return None;
-    }
-    let named = idle.iter().take(NAMED).map(|(layer, expert)| format!("expert {expert} of layer {layer}"));
-    let named = named.collect::<Vec<_>>().join(", ");
-    let more = match idle.len().checked_sub(NAMED) {
-        None | Some(0) => String::new(),
-        Some(more) => format!(" and {more} more"),
-    };
-    Some(format!(
-        "{named}{more}: the router sends 0 of {text} there, so they take memory and do nothing; give more or more varied \
-         text in `calibration.data`, ask for fewer `upcycle.experts`, or choose another `upcycle.router`"
-    ))
 }

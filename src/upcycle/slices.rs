@@ -5,7 +5,46 @@ use rayon::prelude::*;
 
 use super::settings::SplitShape;
 use super::solve::{Linear, matrix, values};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::Rule;
+use crate::model::family::{self, Layout, MixtureFormat};
+use crate::ops::scores;
+
+/// How the family that is written chooses experts by the scores of a router, and weighs them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Routing {
+    rule: Rule,
+    /// What the down projections of experts are multiplied with when they are written.
+    scale: f32,
+    /// Whether a bias is added for the choice.
+    pub(super) with_bias: bool,
+}
+
+impl Routing {
+    /// That of a model which is written as `format`, with this layout.
+    pub(super) fn of(format: MixtureFormat, layout: &Layout) -> Result<Self> {
+        let config = family::read(&layout.config)?;
+        let Some((_, moe)) = config.sparse_layers().next() else {
+            return Err(Error::invalid("the model that would be written has no experts"));
+        };
+        let (rule, scale) = (Rule::of(moe), layout.routed_scale as f32);
+        Ok(Self { rule, scale, with_bias: format.has_selection_bias() })
+    }
+}
+
+/// The experts of each token and the weights of what they give, both `[tokens * active]`.
+#[derive(Debug, Clone)]
+pub(super) struct Choice {
+    pub(super) experts: Vec<u32>,
+    pub(super) weights: Vec<f32>,
+}
+
+impl Choice {
+    /// These experts, each with its full weight.
+    pub(super) fn even(experts: Vec<u32>) -> Self {
+        Self { weights: vec![1.0; experts.len()], experts }
+    }
+}
 
 /// One layer, cut.
 #[derive(Debug, Clone)]
@@ -16,6 +55,10 @@ pub(super) struct Slices {
     pub(super) experts: Vec<Vec<usize>>,
     /// What ranks experts: `[experts]` scores from the input.
     pub(super) router: Linear,
+    /// The router is written times two to this power.
+    pub(super) power: i32,
+    /// What the written router's scores are taken for.
+    pub(super) routing: Routing,
     /// The down projection, `[hidden, neurons]`: the dense one, or what it was fitted to.
     pub(super) down: Tensor,
     /// Experts of a token.
@@ -30,17 +73,18 @@ pub(super) fn routed(shape: &SplitShape, shared: &[usize]) -> Vec<usize> {
 }
 
 impl Slices {
-    /// `[tokens, neurons]` of ones and zeros: what the chosen experts, `[tokens * active]`, and the shared slices have.
-    pub(super) fn mask(&self, chosen: &[u32], neurons: usize) -> Vec<f32> {
-        let tokens = chosen.len() / self.active.max(1);
+    /// `[tokens, neurons]`: ones for what the shared slices have, the weight of a chosen expert for what that has, else zeros.
+    pub(super) fn mask(&self, choice: &Choice, neurons: usize) -> Vec<f32> {
+        let tokens = choice.experts.len() / self.active.max(1);
         let mut base = vec![0f32; neurons];
         self.shared.iter().filter(|neuron| **neuron < neurons).for_each(|neuron| base[*neuron] = 1.0);
         let mut mask = vec![0f32; tokens * neurons];
-        mask.par_chunks_mut(neurons).zip(chosen.par_chunks(self.active)).for_each(|(mask, chosen)| {
+        let chosen = choice.experts.par_chunks(self.active).zip(choice.weights.par_chunks(self.active));
+        mask.par_chunks_mut(neurons).zip(chosen).for_each(|(mask, (experts, weights))| {
             mask.copy_from_slice(&base);
-            for expert in chosen {
+            for (expert, weight) in experts.iter().zip(weights) {
                 let own = self.experts[*expert as usize].iter().filter(|neuron| **neuron < neurons);
-                own.for_each(|neuron| mask[*neuron] = 1.0);
+                own.for_each(|neuron| mask[*neuron] = *weight);
             }
         });
         mask
@@ -59,16 +103,31 @@ impl Slices {
         matrix(sums, self.experts.len())
     }
 
-    /// The experts of each token by the router, `[tokens * active]`.
-    pub(super) fn choose(&self, x: &Tensor) -> Result<Vec<u32>> {
-        Ok(top(&values(&self.router.apply(x)?)?, self.experts.len(), self.active))
+    /// The weight of the router, `[experts, hidden]`, and the bias of the choice, both as they are written.
+    pub(super) fn written_router(&self) -> Result<(Tensor, Vec<f32>)> {
+        let scale = 2f32.powi(self.power);
+        let hidden = self.router.weight.len() / self.router.bias.len();
+        let weight = self.router.weight.iter().map(|value| value * scale).collect();
+        // Near zero a sigmoid rises by a quarter of its argument.
+        let bias = self.router.bias.iter().map(|value| value * scale / 4.0).collect();
+        Ok((matrix(weight, hidden)?, bias))
+    }
+
+    /// What the written router decides for these inputs. Its weights are nearly, not exactly, equal, and layers above see
+    /// the difference: with many small experts it changes some of their choices.
+    pub(super) fn choose(&self, x: &Tensor) -> Result<Choice> {
+        let Routing { rule, scale, with_bias } = self.routing;
+        let (weight, bias) = self.written_router()?;
+        let logits = values(&scores(x, &weight)?)?;
+        let (experts, weights) = rule.decide(&logits, with_bias.then_some(bias.as_slice()));
+        Ok(Choice { experts, weights: weights.into_iter().map(|weight| weight * scale).collect() })
     }
 
     /// Counts the tokens of these inputs that the router sends to each expert.
     pub(super) fn load<'a>(&self, inputs: impl Iterator<Item = &'a Tensor>) -> Result<Vec<usize>> {
         let mut load = vec![0; self.experts.len()];
         for x in inputs {
-            self.choose(x)?.into_iter().for_each(|expert| load[expert as usize] += 1);
+            self.choose(x)?.experts.into_iter().for_each(|expert| load[expert as usize] += 1);
         }
         Ok(load)
     }
@@ -110,15 +169,45 @@ mod tests {
         assert_eq!(top(&[1.0, 3.0, 3.0, 0.0, 0.0, 0.0], 3, 2), [1, 2, 0, 1]);
     }
 
-    #[test]
-    fn a_mask_has_the_shared_and_the_chosen() {
-        let slices = Slices {
+    /// Three experts of two neurons, of which `active` are taken, as `mixtral`.
+    fn slices(weight: Vec<f32>, power: i32, active: usize) -> Slices {
+        let config = serde_json::json!({
+            "model_type": "mixtral", "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 8, "num_local_experts": 3,
+            "num_experts_per_tok": active, "rms_norm_eps": 1e-5, "max_position_embeddings": 8
+        });
+        let layout = Layout { config, routed_scale: 1.0, shared_scale: 1.0 };
+        Slices {
             shared: vec![2, 6],
             experts: vec![vec![0, 1], vec![3, 5], vec![4, 7]],
-            router: Linear { weight: vec![0.0; 3], bias: vec![0.0; 3] },
+            router: Linear { weight, bias: vec![0.0; 3] },
+            power,
+            routing: Routing::of(MixtureFormat::Mixtral, &layout).unwrap(),
             down: Tensor::zeros((1, 6), candle_core::DType::F32, &Device::Cpu).unwrap(),
-            active: 1,
-        };
-        assert_eq!(slices.mask(&[1, 2], 6), [0., 0., 1., 1., 0., 1., 0., 0., 1., 0., 1., 0.]);
+            active,
+        }
+    }
+
+    #[test]
+    fn a_mask_has_the_shared_and_the_chosen() {
+        let mask = slices(vec![0.0; 6], 0, 1).mask(&Choice::even(vec![1, 2]), 6);
+        assert_eq!(mask, [0., 0., 1., 1., 0., 1., 0., 0., 1., 0., 1., 0.]);
+        let choice = Choice { experts: vec![0], weights: vec![0.75] };
+        assert_eq!(slices(vec![0.0; 6], 0, 1).mask(&choice, 6), [0.75, 0.75, 1., 0., 0., 0.]);
+    }
+
+    /// Logits of 2 and 1, after the power, whose softmax is multiplied with the scale.
+    #[test]
+    fn a_choice_has_the_weights_of_the_written_router() {
+        let x = Tensor::new(&[[1f32, 0.0]], &Device::Cpu).unwrap();
+        let mut slices = slices(vec![0.0, 0.0, 4.0, 0.0, 2.0, 0.0], -1, 2);
+        slices.routing.scale = 2.0;
+        let found = slices.choose(&x).unwrap();
+        assert_eq!(found.experts, [1, 2]);
+        let first = 2.0 / (1.0 + (-1f32).exp());
+        assert!(
+            (found.weights[0] - first).abs() < 1e-6 && (found.weights[1] - 2.0 + first).abs() < 1e-6,
+            "{found:?}"
+        );
     }
 }

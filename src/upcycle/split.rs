@@ -8,8 +8,8 @@ use super::gradient::Importance;
 use super::partition::{Grounds, partition};
 use super::refit::Walk;
 use super::router::{Sight, exponent, router};
-use super::settings::{Method, Partition, Refit, Settings, SplitShape};
-use super::slices::{Slices, fixed_mask, routed};
+use super::settings::{Partition, Refit, Settings, SplitShape};
+use super::slices::{Routing, Slices, fixed_mask, routed};
 use super::solve::values;
 use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
 use super::windows::{Calibration, Sample, Windows};
@@ -29,8 +29,6 @@ const SAMPLE_BYTES: usize = 1 << 30;
 pub(super) struct Split {
     /// For each layer; `None`: it stays dense, or is pruned.
     pub(super) layers: Vec<Option<Slices>>,
-    /// The power of two of each stored router.
-    pub(super) exponents: Vec<i32>,
     /// For each layer the neurons that static pruning keeps, and their down projection.
     pub(super) kept: Vec<Option<(Vec<usize>, Tensor)>>,
     /// Each converted layer, on held-out text.
@@ -39,13 +37,13 @@ pub(super) struct Split {
     pub(super) comparisons: Vec<Comparison>,
 }
 
-/// Cuts `model`. `with_bias`: whether the family has a bias for the choice; `stored`: the type that weights are written in.
+/// Cuts `model`. `routing`: how the mixture that is written chooses, where one is; `stored`: the type of written weights.
 pub(super) fn split(
     model: &Decoder,
     shape: &SplitShape,
     settings: &Settings,
     calibration: &Calibration,
-    (with_bias, stored): (bool, DType),
+    (routing, stored): (Option<Routing>, DType),
     watch: &mut Watch<'_>,
 ) -> Result<Split> {
     let most = SAMPLE.min(SAMPLE_BYTES / (4 * shape.neurons.max(1)));
@@ -56,7 +54,7 @@ pub(super) fn split(
     };
     let mut dense = begin(&calibration.fitted)?;
     let refit = settings.refit != Refit::None;
-    let is_mixture = settings.method == Method::Split;
+    let is_mixture = routing.is_some();
     // A pruned model is what is asked for, or what the mixture has to be better than.
     let compared = Compared { mixture: is_mixture, pruned: settings.baselines || !is_mixture, refit };
     let refitted = |there: bool| -> Vec<Stream> {
@@ -70,13 +68,8 @@ pub(super) fn split(
         false => None,
     };
     let count = model.config().layers.len();
-    let mut split = Split {
-        layers: Vec::new(),
-        exponents: Vec::new(),
-        kept: Vec::new(),
-        reports: Vec::new(),
-        comparisons: Vec::new(),
-    };
+    let mut split =
+        Split { layers: Vec::new(), kept: Vec::new(), reports: Vec::new(), comparisons: Vec::new() };
     for layer in 0..count {
         let network = network(model, layer)?;
         let down = plain_values(&network.down.weight)?;
@@ -109,7 +102,6 @@ pub(super) fn split(
             }
             split.layers.push(None);
             split.kept.push(None);
-            split.exponents.push(0);
             watch(Event::Layer { done: layer + 1, layers: count })?;
             continue;
         }
@@ -123,10 +115,9 @@ pub(super) fn split(
             importance: importance.as_ref(),
             fitted,
             judged,
-            with_bias,
         };
-        let made = if is_mixture { Some(cut.slices(layer, shape, settings)?) } else { None };
-        let (mut slices, power) = made.unzip();
+        let made = routing.map(|routing| cut.slices(layer, shape, settings, routing));
+        let mut slices = made.transpose()?;
         let kept = scores.ranked()[..shape.active_width()].to_vec();
         let load =
             slices.as_ref().map(|slices| slices.load(observed.iter().map(|seen| &seen.x))).transpose()?;
@@ -162,7 +153,6 @@ pub(super) fn split(
         }));
         split.layers.push(slices);
         split.kept.push(Some((kept, pruned)));
-        split.exponents.push(power.unwrap_or(0));
         watch(Event::Layer { done: layer + 1, layers: count })?;
     }
     split.comparisons = rivals.into_iter().map(|rivals| rivals.finish(model)).collect::<Result<_>>()?;
@@ -194,12 +184,17 @@ struct Cut<'a> {
     fitted: &'a [Observed],
     /// What is not fitted to; of a single batch nothing is left.
     judged: &'a [Observed],
-    with_bias: bool,
 }
 
 impl Cut<'_> {
-    /// Shared neurons, experts and router, and the power of two that the router is stored with.
-    fn slices(&self, layer: usize, shape: &SplitShape, settings: &Settings) -> Result<(Slices, i32)> {
+    /// Shared neurons, experts and router.
+    fn slices(
+        &self,
+        layer: usize,
+        shape: &SplitShape,
+        settings: &Settings,
+        routing: Routing,
+    ) -> Result<Slices> {
         let mut shared = self.by_right_to_be_shared(layer, shape, settings)?;
         shared.truncate(shape.shared_width().min(shape.neurons));
         // Of a network that slices do not divide, zeros may be needed here already.
@@ -217,7 +212,7 @@ impl Cut<'_> {
             None => None,
         };
         let seed = [settings.seed, layer as u64];
-        let (experts, active, with_bias) = (shape.routed, shape.active, self.with_bias);
+        let (experts, active, with_bias) = (shape.routed, shape.active, routing.with_bias);
         let grounds = Grounds {
             fitted: &fitted,
             chosen_by: &chosen_by,
@@ -242,7 +237,7 @@ impl Cut<'_> {
         let power = if fitted.energy.dim(0)? == 0 { 0 } else { exponent(&router, &fitted.x)? };
         let mut members = vec![Vec::new(); experts];
         rest.iter().zip(&experts_of).for_each(|(neuron, expert)| members[*expert].push(*neuron));
-        Ok((Slices { shared, experts: members, router, down: self.down.clone(), active }, power))
+        Ok(Slices { shared, experts: members, router, power, routing, down: self.down.clone(), active })
     }
 
     /// The neurons in the order in which they are shared.

@@ -145,7 +145,7 @@ impl Calibration {
 
     fn text(&self, origin: Origin, file: Option<String>, windows: &[Vec<u32>]) -> Text {
         let windows = batches(windows);
-        Text { origin, file, repeated: repeated(&windows, &self.fitted), windows }
+        Text { origin, file, repeated: repeated(each(&windows), each(&self.fitted)), windows }
     }
 
     /// Adds `tokens` tokens of a file to report on.
@@ -201,6 +201,11 @@ impl Calibration {
     pub fn num_tokens(&self) -> (usize, usize) {
         (count(&self.fitted), self.held_out.num_tokens())
     }
+}
+
+/// The windows of all batches.
+fn each(batches: &[Windows]) -> impl Iterator<Item = &[u32]> {
+    batches.iter().flat_map(|batch| batch.offsets.windows(2).map(|span| &batch.tokens[span[0]..span[1]]))
 }
 
 fn count(batches: &[Windows]) -> usize {

@@ -26,7 +26,7 @@ impl Checkpoint {
             hash.update(&bytes[bytes.len().saturating_sub(SAMPLE)..]);
             self.release(name);
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hexadecimal(&hash.finalize()))
     }
 
     /// SHA-256 of all bytes of each tensor, by its name in the file. Reads everything.
@@ -38,4 +38,10 @@ impl Checkpoint {
         };
         self.tensors().par_iter().map(|(name, _)| of(name)).collect()
     }
+}
+
+/// A digest as it is written into files and messages.
+#[must_use]
+pub fn hexadecimal(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

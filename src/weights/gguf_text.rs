@@ -63,6 +63,7 @@ impl TextFiles {
             eos_token: token("eos"),
             pad_token: token("padding"),
             unk_token: token("unknown"),
+            told: Default::default(),
             eos_token_ids: endings.into_iter().filter_map(special).collect(),
             add_bos_token: false,
         }

@@ -30,6 +30,7 @@ mod shards;
 mod tensor;
 mod text;
 mod tokenizer;
+mod told;
 mod write;
 
 use std::collections::BTreeMap;
@@ -40,6 +41,7 @@ use serde_json::Value;
 
 use crate::error::{Context, Error, Result, is_there, nearest};
 pub use companion::{TEMPLATES, is_companion};
+pub use digest::hexadecimal;
 use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
@@ -52,6 +54,7 @@ pub use shards::{
 };
 pub use tensor::{StoredType, TensorInfo};
 pub use text::TextFiles;
+pub use told::{SPECIAL_TOKENS, TEMPLATE, record as record_told};
 pub use write::{Staged, remove_folder, remove_stale, write_atomic};
 
 /// An open checkpoint: names, shapes and types are known, values are read when asked for.

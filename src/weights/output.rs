@@ -151,8 +151,8 @@ pub fn refuse_full_disk(target: &Path, bytes: u64) -> Result<()> {
     match free_bytes(target) {
         Some(free) if free < bytes => Err(Error::invalid(format!(
             "the disk has {} free, and {} are going to be written",
-            gibibytes(free),
-            gibibytes(bytes)
+            in_units(free),
+            in_units(bytes)
         ))
         .with_hint("free some space, or choose another output folder with `--output`"))
         .at(target),
@@ -184,7 +184,7 @@ pub fn free_bytes(target: &Path) -> Option<u64> {
     }
 }
 
-fn gibibytes(bytes: u64) -> String {
+fn in_units(bytes: u64) -> String {
     let (mebi, gibi) = (f64::from(1 << 20), f64::from(1 << 30));
     match bytes as f64 {
         bytes if bytes < gibi => format!("{:.1} MiB", bytes / mebi),

@@ -1,5 +1,6 @@
 //! What belongs to the text side of a model: tokenizer, chat template, special tokens.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -30,6 +31,8 @@ pub struct TextFiles {
     pub eos_token_ids: Vec<u32>,
     /// Whether the tokenizer itself puts the first token before a text.
     pub add_bos_token: bool,
+    /// What the model was told about its text when all its weights were trained, by key.
+    pub told: BTreeMap<String, String>,
 }
 
 impl TextFiles {
@@ -72,6 +75,7 @@ impl TextFiles {
             unk_token: token("unk_token"),
             eos_token_ids,
             add_bos_token: false,
+            told: super::told::of(&settings),
             tokenizer,
         }
         .settled())

@@ -45,7 +45,7 @@ pub(super) fn text(config: &LoraConfig, placements: &Placements, provenance: &Pr
     ));
     line(format_args!("model = AutoModelForCausalLM.from_pretrained({})", yaml(base)));
     line(format_args!("model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n"));
-    let base = shell(base);
+    let base = shell_word(base);
     line(format_args!("```sh\npeft merge --model {base} --adapter path/to/this/folder --output merged\n```"));
     text
 }
@@ -65,8 +65,8 @@ fn code(text: &str) -> String {
     format!("{fence}{blank}{text}{blank}{fence}")
 }
 
-/// A word of a shell: quoted where it has to be, with control characters as escapes.
-fn shell(word: &str) -> String {
+/// Writes a string as one word of a shell, quoted where it has to be, with control characters as escapes.
+pub(crate) fn shell_word(word: &str) -> String {
     let is_plain = |c: char| c.is_alphanumeric() || "/._-@+:,=".contains(c);
     if !word.is_empty() && word.chars().all(is_plain) {
         return word.to_string();
@@ -96,7 +96,7 @@ mod tests {
         let name = "HuggingFaceTB/SmolLM2-135M";
         assert_eq!(yaml(name), format!("\"{name}\""));
         assert_eq!(code(name), format!("`{name}`"));
-        assert_eq!(shell(name), name);
+        assert_eq!(shell_word(name), name);
     }
 
     #[test]
@@ -105,8 +105,8 @@ mod tests {
         assert_eq!(yaml(odd), r#""a \"b\" `` 'c'\n---\n```\u009b""#);
         assert_eq!(serde_json::from_str::<String>(&yaml(odd)).unwrap(), odd);
         assert_eq!(code(odd), r#"```` a "b" `` 'c'\u000a---\u000a```\u009b ````"#);
-        assert_eq!(shell(odd), r#"$'a "b" `` \'c\'\u000a---\u000a```\u009b'"#);
-        assert_eq!(shell("it's `x`"), r"'it'\''s `x`'");
-        assert_eq!(shell(""), "''");
+        assert_eq!(shell_word(odd), r#"$'a "b" `` \'c\'\u000a---\u000a```\u009b'"#);
+        assert_eq!(shell_word("it's `x`"), r"'it'\''s `x`'");
+        assert_eq!(shell_word(""), "''");
     }
 }

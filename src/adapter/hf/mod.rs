@@ -23,8 +23,10 @@ use super::lora::tensor_names;
 use super::target::{Placements, few, place};
 use crate::error::{Context, Error, Result, is_there, nearest_path};
 use crate::model::Pretrained;
-use crate::model::config::DecoderConfig;
+use crate::model::config::{DecoderConfig, EMBEDDING, HEAD};
 use crate::weights::write_atomic;
+
+pub(crate) use card::shell_word;
 
 /// The configuration's file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -38,9 +40,6 @@ pub const WRITER: &str = "peft_rs_version";
 
 /// Hint for adapters that are refused: merge them with PEFT first.
 const MERGED_FORM: &str = "PEFT can put it into the weights: `model.merge_and_unload()`, save that model, and give it without the adapter";
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// An adapter as its folder has it.
 #[derive(Debug, Clone)]

@@ -8,8 +8,9 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 
 use super::super::target::few;
-use super::{EMBEDDING, HEAD, MERGED_FORM};
+use super::MERGED_FORM;
 use crate::error::{Context, Error, Result, read_regular};
+use crate::model::config::{EMBEDDING, HEAD};
 use crate::weights::{refuse_repeated_names, write_safetensors};
 
 const PREFIX: &str = "base_model.model.";

@@ -13,6 +13,11 @@ pub use moe::{
 };
 pub(in crate::model) use sizes::Widths;
 
+/// The name of the embedding's weight.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The name of the head's weight, where the head has one of its own.
+pub const HEAD: &str = "lm_head.weight";
+
 /// A decoder of any family.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
@@ -148,7 +153,7 @@ impl DecoderConfig {
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let hidden = self.hidden_size;
-        let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![self.vocab_size, hidden])];
+        let mut tensors = vec![(EMBEDDING.to_string(), vec![self.vocab_size, hidden])];
         for (index, layer) in self.layers.iter().enumerate() {
             let path = format!("model.layers.{index}");
             tensors.push((format!("{path}.input_layernorm.weight"), vec![hidden]));

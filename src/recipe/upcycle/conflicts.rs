@@ -1,6 +1,6 @@
 //! Finds keys of an upcycling recipe that contradict each other, before any file is opened.
 
-use super::{CalibrationTable, FormatChoice, UpcyclePlan, UpcycleRecipe, UpcycleTable};
+use super::{CalibrationTable, FormatChoice, UpcyclePlan, UpcycleRecipe, UpcycleTable, name_of};
 use crate::error::Error;
 use crate::recipe::SourceRecipe;
 use crate::upcycle::{KeepDense, Method, Refit, RouterKind, Settings};
@@ -216,8 +216,4 @@ fn distinct(prompts: &[String]) -> Vec<&str> {
     prompts.sort_unstable();
     prompts.dedup();
     prompts
-}
-
-fn name_of(method: Method) -> String {
-    serde_json::to_value(method).ok().and_then(|name| name.as_str().map(str::to_string)).unwrap_or_default()
 }

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use ureq::Body;
 use ureq::http::{HeaderMap, Response};
 
+use super::super::digest::hexadecimal;
 use super::super::output::free_bytes;
 use super::cache::{Etag, Repository};
 use super::client::{Client, Failure, Reply, Request, describe, encoded};
@@ -146,7 +147,7 @@ impl Download<'_> {
         let mut digest = Sha256::new();
         hash_start(&mut file, start, &mut digest).at(&part)?;
         self.receive(response, (name, size), (&mut file, start), &part, &mut digest)?;
-        let found = hexadecimal(digest);
+        let found = hexadecimal(&digest.finalize());
         match etag.sha256().filter(|promised| !promised.eq_ignore_ascii_case(&found)) {
             None => {
                 self.cache.keep(&etag, &part, &file)?;
@@ -257,11 +258,7 @@ fn is_whole(part: &Path, etag: &Etag, size: u64) -> bool {
     let mut digest = Sha256::new();
     has_size
         && open_part(part).and_then(|mut file| hash_start(&mut file, size, &mut digest)).is_ok()
-        && promised.eq_ignore_ascii_case(&hexadecimal(digest))
-}
-
-fn hexadecimal(digest: Sha256) -> String {
-    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        && promised.eq_ignore_ascii_case(&hexadecimal(&digest.finalize()))
 }
 
 fn short(name: &str, found: u64, size: u64) -> Error {

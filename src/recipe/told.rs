@@ -1,0 +1,86 @@
+//! What a model is told about its text: by the recipe, else by the record of its adapter, else by its own record.
+
+use std::collections::BTreeMap;
+
+use serde::de::DeserializeOwned;
+
+use super::plan::DataPlan;
+use super::prepared::text_of;
+use super::template::{Date, TemplateVariables};
+use crate::data::{SpecialTokens, Text};
+use crate::error::{Error, Result};
+use crate::model::Pretrained;
+use crate::weights::{SPECIAL_TOKENS, TEMPLATE};
+
+/// What chat templates are told, and what control tokens in texts are.
+#[derive(Debug, Clone)]
+pub(super) struct Told {
+    pub(super) template: TemplateVariables,
+    pub(super) special_tokens: SpecialTokens,
+    /// Whether the model's own record says what control tokens are.
+    is_recorded: bool,
+}
+
+impl Told {
+    /// For training: what the recipe leaves out, the record of the model says.
+    pub(super) fn by_recipe(data: &DataPlan, base: &Pretrained) -> Result<Self> {
+        let records = base.text()?.told;
+        let template = match recorded::<TemplateVariables>(&records, TEMPLATE)? {
+            None => data.template.clone(),
+            Some(TemplateVariables { date, mut others }) => {
+                let asked = &data.template;
+                others.extend(asked.others.clone());
+                TemplateVariables {
+                    date: if asked.date == Date::today() { date } else { asked.date },
+                    others,
+                }
+            }
+        };
+        let own = recorded(&records, SPECIAL_TOKENS)?;
+        let special_tokens = data.special_tokens.or(own).unwrap_or_default();
+        Ok(Self { template, special_tokens, is_recorded: own.is_some() })
+    }
+
+    /// For a model that answers: what the record of its adapter says, else its own, else `template`.
+    pub(super) fn by_records(
+        base: &Pretrained,
+        adapter: Option<&BTreeMap<String, String>>,
+        template: TemplateVariables,
+    ) -> Result<Self> {
+        let mut records = base.text()?.told;
+        let is_recorded = records.contains_key(SPECIAL_TOKENS);
+        for key in [TEMPLATE, SPECIAL_TOKENS] {
+            if let Some(record) = adapter.and_then(|adapter| adapter.get(key)) {
+                records.insert(key.to_string(), record.clone());
+            }
+        }
+        let template = recorded(&records, TEMPLATE)?.unwrap_or(template);
+        let special_tokens = recorded(&records, SPECIAL_TOKENS)?.unwrap_or_default();
+        Ok(Self { template, special_tokens, is_recorded })
+    }
+
+    /// Tokenizer and chat template of a model, which are told this.
+    pub(super) fn text(&self, base: &Pretrained) -> Result<Text> {
+        text_of(base, &self.template, self.special_tokens)
+    }
+
+    /// The record for what is trained: `None` where nothing has to be said.
+    pub(super) fn records(&self, text: &Text) -> Result<[(&'static str, Option<String>); 2]> {
+        let template = match self.template.told(text) {
+            Some(_) => Some(serde_json::to_string(&self.template)?),
+            None => None,
+        };
+        let says_more = self.is_recorded || self.special_tokens != SpecialTokens::default();
+        let special_tokens =
+            if says_more { Some(serde_json::to_string(&self.special_tokens)?) } else { None };
+        Ok([(TEMPLATE, template), (SPECIAL_TOKENS, special_tokens)])
+    }
+}
+
+/// What a record says under a key.
+fn recorded<T: DeserializeOwned>(records: &BTreeMap<String, String>, key: &str) -> Result<Option<T>> {
+    let Some(written) = records.get(key) else { return Ok(None) };
+    serde_json::from_str(written)
+        .map(Some)
+        .map_err(|error| Error::invalid(format!("`{key}` in the metadata is not readable: {error}")))
+}
