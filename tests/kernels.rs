@@ -34,6 +34,23 @@ fn a_name_that_is_unknown_is_refused() {
 }
 
 #[test]
+fn threads_that_cannot_be_meant_are_refused() {
+    let place = Place::new();
+    for threads in ["1000000", "-1", "two", "1025"] {
+        let stderr = told(
+            &place,
+            &place.command(&["inspect", "model"]).env("RAYON_NUM_THREADS", threads).output().unwrap(),
+        );
+        assert!(
+            stderr.starts_with(&format!(
+                "exit 2\nerror: `RAYON_NUM_THREADS` is `{threads}`; expected a whole number"
+            )),
+            "{stderr}"
+        );
+    }
+}
+
+#[test]
 fn a_run_says_what_it_is_computed_with() {
     let place = Place::new();
     for name in here() {

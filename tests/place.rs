@@ -47,6 +47,8 @@ impl Place {
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_peft"));
         command.args(arguments).current_dir(self.folder.path()).env("NO_COLOR", "1");
+        // What is measured once per machine is nothing of the user's here.
+        command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
         command
     }
 

@@ -574,7 +574,7 @@ fn outputs_that_cannot_be() {
     ");
     insta::assert_snapshot!(to(""), @"
     exit 2
-    error: `output` is empty
+    error: `output` is empty or blank
     hint: name a folder, such as `runs/first`
     ");
     let (model, adapter) = (fixture("llama"), fixture("llama/adapter"));
@@ -764,4 +764,36 @@ fn two_tokens_are_a_document() {
     warning: no document has an end-of-sequence token to learn, so the model will not learn to stop
     ");
     assert!(place.path("run/adapter_model.safetensors").exists());
+}
+
+/// What other tools write is led to what this one reads, and numbers are shown as they were written.
+#[test]
+fn near_misses_are_led_to_the_key() {
+    let place = Place::new();
+    for (set, expected) in [
+        ("adapter.lora_alpha=32", "did you mean `alpha`?"),
+        ("adapter.lora_dropout=0.1", "did you mean `dropout`?"),
+        ("train.steps=150.0", "`train.steps`: expected a whole number, found `150.0`"),
+    ] {
+        let told = refused(&place, &["check", "recipe.toml", "--set", set]);
+        assert!(told.starts_with("exit 2\n") && told.contains(expected), "{told}");
+    }
+    for output in ["", " ", "\t"] {
+        let told = refused(&place, &["finetune", "recipe.toml", "--output", output]);
+        assert!(told.starts_with("exit 2\nerror: `output` is empty or blank"), "{told}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_stdout_that_is_full_is_named() {
+    let place = Place::new();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = place.command(&["recipes"]).stdout(full).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr.starts_with("error: stdout cannot be written: ") && !stderr.contains("--output"),
+        "{stderr}"
+    );
 }

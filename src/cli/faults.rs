@@ -46,7 +46,7 @@ pub(super) fn begin(log: Log) -> Result<()> {
     }
     #[cfg(target_os = "linux")]
     bus::listen();
-    let threads = rayon::ThreadPoolBuilder::new().start_handler(|_| {
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(threads()?).start_handler(|_| {
         #[cfg(target_os = "linux")]
         bus::make_room();
     });
@@ -56,6 +56,24 @@ pub(super) fn begin(log: Log) -> Result<()> {
         ))
         .with_hint(TOO_TIGHT)
     })
+}
+
+/// The threads that `RAYON_NUM_THREADS` asks for; 0 where it is not set, which stands for one per processor.
+fn threads() -> Result<usize> {
+    /// More only wait for each other, and each has a stack.
+    const MOST: usize = 1024;
+    const VARIABLE: &str = "RAYON_NUM_THREADS";
+
+    let Some(value) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) else { return Ok(0) };
+    let value = value.to_string_lossy();
+    match value.parse() {
+        Ok(threads) if threads <= MOST => Ok(threads),
+        _ => {
+            let processors = std::thread::available_parallelism().map_or(1, usize::from);
+            Err(Error::request(format!("`{VARIABLE}` is `{value}`; expected a whole number up to {MOST}"))
+                .with_hint(format!("leave it unset to use all {processors} processors")))
+        }
+    }
 }
 
 fn is_json() -> bool {

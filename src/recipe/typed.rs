@@ -134,7 +134,8 @@ impl serde::de::Error for Fault {
             Unexpected::Unsigned(number) => format!("`{number}`"),
             Unexpected::Float(number) if number.abs() >= 1e15 => format!("`{number:e}`"),
             // With its point, without which 150.0 would look like a whole number.
-            Unexpected::Float(number) => format!("`{number:?}`"),
+            Unexpected::Float(number) if expected.starts_with("a whole number") => format!("`{number:?}`"),
+            Unexpected::Float(number) => format!("`{number}`"),
             Unexpected::Bool(flag) => format!("`{flag}`"),
             other => other.to_string(),
         };
