@@ -1,9 +1,8 @@
 //! The product in f32 by fused multiply-adds of AVX2 or AVX-512; bf16 is widened on the way.
 //!
 //! - A *task* is a stripe of result columns by a range of result rows.
-//! - A *part* is a piece of the depth of one term. The right side of a stripe is packed part by part; it stays in the L2 cache
-//!   while left lines go by, and a block of it in the L1 cache.
-//! - A *group* is as many left lines as stay in the L2 cache beside it.
+//! - A *part* is a piece of the depth of one term; a *span* is some parts, whose right side is packed at once.
+//! - A *group* is as many left lines as stay in the L2 cache, part by part, beside their sums.
 //!
 //! Sums of a part begin at zero and are added to those of the parts before it. Parts depend on the depth of the terms alone, so
 //! results depend neither on the number of threads nor on the width of vectors.
@@ -20,14 +19,18 @@ use super::out::{Crew, Out};
 use super::target::Target;
 pub(super) use tile::{Avx2, Avx512, Tile};
 
-use tile::{Call, Lie};
+use tile::Call;
 
-/// Greatest depth of a part: 16 KiB for a block of AVX2, 48 KiB for one of AVX-512.
-const DEPTH: usize = 256;
+/// Greatest depth of a part: 24 KiB for a block of AVX2, 72 KiB for one of AVX-512.
+const DEPTH: usize = 384;
 /// Greatest width of a stripe, a multiple of all tiles' widths.
-const STRIPE: usize = 192;
+const STRIPE: usize = 384;
 /// Left lines of a group, a multiple of all tiles' heights.
 const GROUP: usize = 96;
+/// Most parts of a span: 4.5 MiB for the widest stripe, which lie in the L3 cache and are read once for each group.
+const SPAN: usize = 8;
+/// Columns up to which left lines are read where they are stored: copying does not pay for so few.
+const FEW: usize = 64;
 /// Stored columns are read from multiples of this on, as [`Fill`](super::factor::Fill) asks.
 const UNIT: usize = 32;
 /// Between copied left lines, so that they do not all begin in the same set of a cache.
@@ -153,76 +156,45 @@ unsafe fn task<I: Tile, T: Target>(
     let Workspace { right, left, sums, scratch } = workspace;
     let blocks = columns.len().div_ceil(I::WIDTH);
     let width = blocks * I::WIDTH;
-    // Sums of whole tiles lie in the result itself where it is in f32 and not scaled.
-    let plain = work.alpha == 1.0 && (work.beta == 0.0 || work.beta == 1.0);
-    let direct = T::as_f32(out.address(rows.start, columns.start)).filter(|_| plain);
-    let waiting = match (direct, work.parts.len()) {
-        (Some(_), _) => 0,
-        (None, 1) => rows.len().min(GROUP).next_multiple_of(I::LINES) * width,
-        (None, _) => rows.len().next_multiple_of(I::LINES) * width,
-    };
-    // One more tile, for those that are not whole in the result.
-    let (sums, spare) = sums.at_least(waiting + I::LINES * I::WIDTH).split_at_mut(waiting);
-    for (number, part) in work.parts.iter().enumerate() {
-        let (left_side, right_side) = work.terms[part.term];
-        let depth = part.depth.len();
-        let right = right.at_least(blocks * depth * I::WIDTH);
-        let rounds = |side: &Side<'_>| work.rounds && !side.factor.is_bf16();
-        // SAFETY: the caller's promise.
-        unsafe {
-            let (lines, depth) = (columns.clone(), part.depth.clone());
-            pack::blocks(right_side, lines, depth, I::WIDTH, right, rounds(&right_side), scratch);
+    let rounds = |side: &Side<'_>| work.rounds && !side.factor.is_bf16();
+    let spans = work.parts.len().div_ceil(SPAN);
+    // Where there are several spans, the sums of all groups wait for the next one.
+    let waiting = if spans > 1 { rows.len() } else { rows.len().min(GROUP) };
+    let sums = sums.at_least(waiting.next_multiple_of(I::LINES) * width);
+    for (number, span) in work.parts.chunks(SPAN).enumerate() {
+        let deep: usize = span.iter().map(|part| part.depth.len()).sum();
+        let right = right.at_least(deep * width);
+        let mut free = &mut *right;
+        for part in span {
+            let side = work.terms[part.term].1;
+            let (here, rest) = free.split_at_mut(part.depth.len() * width);
+            free = rest;
+            // SAFETY: the caller's promise.
+            unsafe {
+                let depth = part.depth.clone();
+                pack::right(side, columns.clone(), depth, I::WIDTH, here, rounds(&side), scratch);
+            }
         }
         for group in rows.clone().step_by(GROUP) {
             let group = group..rows.end.min(group + GROUP);
-            let (lines, deep) = (group.clone(), part.depth.clone());
-            // SAFETY: as above.
-            let lines = unsafe { Lines::of::<I>(left_side, lines, deep, left, rounds(&left_side), scratch) };
-            let first = if work.parts.len() > 1 { group.start - rows.start } else { 0 };
-            for (block, right) in right.chunks_exact(depth * I::WIDTH).enumerate() {
-                let within = block * I::WIDTH..columns.len().min((block + 1) * I::WIDTH);
-                let vectors = within.len().div_ceil(I::LANES);
-                for line in (0..group.len()).step_by(I::LINES) {
-                    let height = I::LINES.min(group.len() - line);
-                    let (left, apart) = lines.strip::<I>(line, height);
-                    let mut call = Call {
-                        left,
-                        line: apart,
-                        right: right.as_ptr(),
-                        depth,
-                        sums: spare.as_mut_ptr(),
-                        apart: I::WIDTH,
-                        adds: number > 0,
-                    };
-                    let Some(to) = direct else {
-                        let at = (first + line) * width + within.start;
-                        let room = &mut sums[at..][..(I::LINES - 1) * width + vectors * I::LANES];
-                        (call.sums, call.apart) = (room.as_mut_ptr(), width);
-                        // SAFETY: instructions by the caller's promise; lines, block and sums are there for a whole tile.
-                        unsafe { I::tile(&call, lines.lie, vectors) };
-                        continue;
-                    };
-                    let adds = number > 0 || work.beta == 1.0;
-                    if height == I::LINES && within.len() == vectors * I::LANES {
-                        let place = (group.start + line - rows.start) * out.stride() + within.start;
-                        (call.sums, call.apart, call.adds) = (to.wrapping_add(place), out.stride(), adds);
-                        // SAFETY: as above; the whole tile lies in this task's part of the result.
-                        unsafe { I::tile(&call, lines.lie, vectors) };
-                        continue;
-                    }
-                    call.adds = false;
-                    // SAFETY: as above; `spare` is one tile.
-                    unsafe { I::tile(&call, lines.lie, vectors) };
-                    let across = columns.start + within.start..columns.start + within.end;
-                    for (row, sums) in (group.start + line..).zip(spare.chunks_exact(I::WIDTH)).take(height) {
-                        // SAFETY: as above.
-                        unsafe { finish(out.part(row, across.clone()), sums, 1.0, f32::from(adds)) };
-                    }
-                }
+            let sums = &mut sums[if spans > 1 { (group.start - rows.start) * width } else { 0 }..];
+            let mut packed = &*right;
+            for (at, part) in span.iter().enumerate() {
+                let (here, rest) = packed.split_at(part.depth.len() * width);
+                packed = rest;
+                let side = work.terms[part.term].0;
+                let (lines, depth) = (group.clone(), part.depth.clone());
+                let copies = width > FEW || rounds(&side);
+                // SAFETY: as above.
+                let lines =
+                    unsafe { Lines::of::<I>(side, lines, depth, left, copies, rounds(&side), scratch) };
+                let adds = number > 0 || at > 0;
+                // SAFETY: as above.
+                unsafe { multiply_group::<I>(&lines, group.len(), here, columns.len(), sums, adds) };
             }
-            if direct.is_none() && number + 1 == work.parts.len() {
-                for (row, sums) in group.zip(sums[first * width..].chunks_exact(width)) {
-                    // SAFETY: as above.
+            if number + 1 == spans {
+                for (row, sums) in group.zip(sums.chunks_exact(width)) {
+                    // SAFETY: instructions by the caller's promise, and this part of the result is this task's.
                     unsafe { finish(out.part(row, columns.clone()), sums, work.alpha, work.beta) };
                 }
             }
@@ -230,17 +202,53 @@ unsafe fn task<I: Tile, T: Target>(
     }
 }
 
+/// `sums [count, columns] = left right`, added to what is there if `adds`; rows are as long as all blocks of `right` together.
+///
+/// # Safety
+/// The machine has the instructions of `I`.
+unsafe fn multiply_group<I: Tile>(
+    lines: &Lines<'_>,
+    count: usize,
+    right: &[f32],
+    columns: usize,
+    sums: &mut [f32],
+    adds: bool,
+) {
+    let width = columns.next_multiple_of(I::WIDTH);
+    let depth = right.len() / width;
+    for (block, right) in right.chunks_exact(depth * I::WIDTH).enumerate() {
+        let first = block * I::WIDTH;
+        let vectors = (columns - first).min(I::WIDTH).div_ceil(I::LANES);
+        for line in (0..count).step_by(I::LINES) {
+            let (left, apart) = lines.strip::<I>(line, I::LINES.min(count - line));
+            let sums = &mut sums[line * width + first..][..(I::LINES - 1) * width + vectors * I::LANES];
+            let call = Call {
+                left,
+                line: apart,
+                right: right.as_ptr(),
+                depth,
+                sums: sums.as_mut_ptr(),
+                apart: width,
+                adds,
+            };
+            // SAFETY: instructions by the caller's promise; lines, block and sums are there for a whole tile.
+            unsafe { I::tile(&call, vectors) };
+        }
+    }
+}
+
 /// Left lines of a group, as far as a part of the depth reaches.
 struct Lines<'a> {
-    lie: Lie,
     values: &'a [f32],
-    /// Distance of two lines, or of two strips where lines lie across.
+    /// Distance of two lines.
     apart: usize,
     /// The last lines, where they fill no whole strip and the others are read where they are stored.
     last: &'a [f32],
 }
 
 impl<'a> Lines<'a> {
+    /// Lays out lines: copied if `copies`, rounded to bf16 if `rounds`, or read where they are stored if they can be.
+    ///
     /// # Safety
     /// The machine has avx2 and fma.
     unsafe fn of<I: Tile>(
@@ -248,42 +256,33 @@ impl<'a> Lines<'a> {
         lines: Range<usize>,
         depth: Range<usize>,
         packed: &'a mut Aligned<f32>,
+        copies: bool,
         rounds: bool,
         scratch: &mut Vec<f32>,
     ) -> Self {
-        let (count, deep) = (lines.len().next_multiple_of(I::LINES), depth.len());
-        if !side.along {
-            let packed = packed.at_least(count * deep);
-            // SAFETY: the caller's promise.
-            unsafe { pack::blocks(side, lines, depth, I::LINES, packed, rounds, scratch) };
-            return Self { lie: Lie::Across, values: packed, apart: deep * I::LINES, last: &[] };
-        }
         let in_place = match side.factor.source {
-            Source::F32(values) if !rounds => Some(values),
+            Source::F32(values) if side.along && !copies => Some(values),
             _ => None,
         };
-        let copied =
-            if in_place.is_some() { lines.end - lines.len() % I::LINES..lines.end } else { lines.clone() };
-        let apart = deep + SKEW;
+        let whole = lines.len() - lines.len() % I::LINES;
+        let copied = if in_place.is_some() { lines.start + whole..lines.end } else { lines.clone() };
+        let apart = depth.len() + SKEW;
         let packed = packed.at_least(copied.len().next_multiple_of(I::LINES) * apart);
         // SAFETY: the caller's promise.
-        unsafe { pack::left_along(side, copied, depth.clone(), packed, apart, rounds, scratch) };
+        unsafe { pack::left(side, copied, depth.clone(), packed, apart, rounds, scratch) };
         match in_place {
             Some(values) => {
                 let stride = side.factor.stride;
                 let end = (lines.end - 1) * stride + depth.end;
                 let values = &values[lines.start * stride + depth.start..end];
-                Self { lie: Lie::Along, values, apart: stride, last: packed }
+                Self { values, apart: stride, last: packed }
             }
-            None => Self { lie: Lie::Along, values: packed, apart, last: &[] },
+            None => Self { values: packed, apart, last: &[] },
         }
     }
 
     /// Where a strip of `height` lines begins, and the distance of its lines.
     fn strip<I: Tile>(&self, line: usize, height: usize) -> (*const f32, usize) {
-        if self.lie == Lie::Across {
-            return (self.values[line / I::LINES * self.apart..].as_ptr(), 0);
-        }
         if height < I::LINES && !self.last.is_empty() {
             return (self.last.as_ptr(), self.last.len() / I::LINES);
         }

@@ -1,11 +1,10 @@
 //! Both sides of a product in f32, as tiles read them.
 //!
-//! The right side lies in blocks as wide as a tile, `[depth][width]`, filled up with zeros; left lines that lie across in
-//! memory too, in blocks of a tile's height. Other left lines are copied one after the other.
+//! The right side lies in blocks as wide as a tile, `[depth][width]`, filled up with zeros; left lines lie one after the other.
 
 use std::arch::x86_64::{
-    __m256, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
-    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    __m256, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps,
+    _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 use std::ops::Range;
 
@@ -17,12 +16,12 @@ use super::super::target::Target;
 /// Lines that are turned at once, and their depth.
 const SQUARE: usize = 8;
 
-/// Packs `lines x depth` into blocks of `width` lines, each `[depth][width]`. Values are rounded to bf16 if `rounds`.
+/// Packs `lines x depth` of the right side into blocks of `width` lines, each `[depth][width]`. Values are rounded to bf16 if `rounds`.
 ///
 /// # Safety
 /// The machine has avx2 and fma.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn blocks(
+pub(super) unsafe fn right(
     side: Side<'_>,
     lines: Range<usize>,
     depth: Range<usize>,
@@ -67,37 +66,61 @@ pub(super) unsafe fn blocks(
     }
 }
 
-/// Copies left lines that lie along, rounded to bf16 first if `rounds`, to places that begin `stride` apart.
+/// Copies `lines x depth` of the left side to places that begin `apart` from each other. Values are rounded to bf16 if `rounds`.
 ///
 /// # Safety
 /// The machine has avx2 and fma.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn left_along(
+pub(super) unsafe fn left(
     side: Side<'_>,
     lines: Range<usize>,
     depth: Range<usize>,
     out: &mut [f32],
-    stride: usize,
+    apart: usize,
     rounds: bool,
     scratch: &mut Vec<f32>,
 ) {
     let count = depth.len();
-    if let Source::Bf16(values) = side.factor.source {
-        for (line, out) in lines.zip(out.chunks_mut(stride)) {
-            let from = line * side.factor.stride + depth.start;
+    if !side.along {
+        side.wide_pieces(depth.clone(), lines.clone(), scratch, |rows, values, stride| {
+            for start in (0..rows.len()).step_by(SQUARE) {
+                let to = &mut out[rows.start - depth.start + start..];
+                let height = SQUARE.min(rows.len() - start);
+                turn(&values[start * stride..], stride, (height, lines.len()), to, apart);
+            }
+        });
+    } else if let Source::Bf16(values) = side.factor.source {
+        let stride = side.factor.stride;
+        for (line, out) in lines.clone().zip(out.chunks_mut(apart)) {
+            let from = line * stride + depth.start;
+            fetch(values, from + AHEAD * stride, count);
             widen(&values[from..from + count], &mut out[..count]);
         }
-        return;
-    }
-    side.wide_pieces(lines.clone(), depth, scratch, |rows, values, from| {
-        let out = &mut out[(rows.start - lines.start) * stride..];
-        for (values, out) in values.chunks(from).zip(out.chunks_mut(stride)).take(rows.len()) {
-            copy(&values[..count], &mut out[..count]);
-            if rounds {
-                round(&mut out[..count]);
+    } else {
+        side.wide_pieces(lines.clone(), depth, scratch, |rows, values, stride| {
+            let out = &mut out[(rows.start - lines.start) * apart..];
+            for (line, out) in out.chunks_mut(apart).enumerate().take(rows.len()) {
+                fetch(values, (line + AHEAD) * stride, count);
+                copy(&values[line * stride..][..count], &mut out[..count]);
             }
-        }
-    });
+        });
+    }
+    if rounds {
+        out.chunks_mut(apart).take(lines.len()).for_each(|line| round(&mut line[..count]));
+    }
+}
+
+/// Lines between the one that is copied and the one that is asked for.
+const AHEAD: usize = 3;
+
+/// Asks for `count` values from `at` on, as far as they are there: the processor sees the end of a line, but not where the
+/// next one begins.
+#[inline(always)]
+fn fetch<T>(values: &[T], at: usize, count: usize) {
+    for at in (at..values.len().min(at + count)).step_by(64 / size_of::<T>()) {
+        // SAFETY: the place is inside the slice, and asking for it changes nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().add(at).cast()) };
+    }
 }
 
 #[inline]

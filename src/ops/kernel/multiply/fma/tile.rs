@@ -20,15 +20,6 @@ pub(in super::super) struct Call {
     pub(super) adds: bool,
 }
 
-/// How the values of left lines lie.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(in super::super) enum Lie {
-    /// Each line is contiguous.
-    Along,
-    /// `[depth][LINES]`: the values of all lines at a depth are contiguous.
-    Across,
-}
-
 /// Instructions that multiply tiles.
 pub(in super::super) trait Tile {
     /// Left lines of a tile.
@@ -43,7 +34,7 @@ pub(in super::super) trait Tile {
     /// # Safety
     /// The machine has the instructions. `call` is true of `LINES` lines and of `depth` values of each, of `WIDTH` values of
     /// the right side at each depth, and of `vectors * LANES` sums in each of `LINES` rows, which nobody else uses.
-    unsafe fn tile(call: &Call, lie: Lie, vectors: usize);
+    unsafe fn tile(call: &Call, vectors: usize);
 }
 
 macro_rules! tile {
@@ -61,13 +52,13 @@ macro_rules! tile {
             const LANES: usize = $lanes;
             const WIDTH: usize = $vectors * $lanes;
 
-            unsafe fn tile(call: &Call, lie: Lie, vectors: usize) {
+            unsafe fn tile(call: &Call, vectors: usize) {
                 use std::arch::x86_64::{$add, $load, $multiply_add, $set, $store, $zero, $vector};
 
                 /// # Safety
                 /// As [`Tile::tile`], for `N` vectors.
                 #[target_feature(enable = $features)]
-                unsafe fn tile<const N: usize, const ALONG: bool>(call: &Call) {
+                unsafe fn tile<const N: usize>(call: &Call) {
                     let Call { left, line, right, depth, sums, apart, adds } = *call;
                     let mut sum: [[$vector; N]; $lines] = [[$zero(); N]; $lines];
                     for at in 0..depth {
@@ -77,9 +68,8 @@ macro_rules! tile {
                             *b = unsafe { $load(right.add(at * ($vectors * $lanes) + j * $lanes)) };
                         }
                         for (i, row) in sum.iter_mut().enumerate() {
-                            let place = if ALONG { i * line + at } else { at * $lines + i };
                             // SAFETY: a value of a line that is there.
-                            let a = $set(unsafe { *left.add(place) });
+                            let a = $set(unsafe { *left.add(i * line + at) });
                             for (sum, b) in row.iter_mut().zip(b) {
                                 *sum = $multiply_add(a, b, *sum);
                             }
@@ -99,11 +89,8 @@ macro_rules! tile {
 
                 // SAFETY: the caller's promise.
                 unsafe {
-                    match (vectors, lie) {
-                        $(
-                            ($count, Lie::Along) => tile::<$count, true>(call),
-                            ($count, Lie::Across) => tile::<$count, false>(call),
-                        )+
+                    match vectors {
+                        $($count => tile::<$count>(call),)+
                         _ => unreachable!("a tile of {vectors} vectors"),
                     }
                 }
