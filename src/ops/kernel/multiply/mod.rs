@@ -110,11 +110,13 @@ pub(crate) fn multiply_by<T: Target>(
     }
     match path {
         Path::Portable => portable::multiply(&c, &sides, shape, alpha, beta, crew, wide),
-        // SAFETY: the machine has the path, and with it these instructions; so below.
+        // SAFETY: the machine has the path, and with it these instructions.
         #[cfg(target_arch = "x86_64")]
         Path::Avx2 => unsafe { fma::multiply::<fma::Avx2, T>(&c, &sides, shape, scales, crew, wide) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Path::Avx512 => unsafe { fma::multiply::<fma::Avx512, T>(&c, &sides, shape, scales, crew, wide) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Path::Avx512Bf16 if wide => unsafe {
             fma::multiply::<fma::Avx512, T>(&c, &sides, shape, scales, crew, wide)
