@@ -394,3 +394,41 @@ fn everything_can_be_inspected() {
     hint: `peft check recipe.toml` says what it will do; what it made is described by `peft inspect` of its output
     ");
 }
+
+#[test]
+fn merged_adapters_that_do_not_agree_are_said() {
+    let place = Place::new();
+    let train = ["finetune", "recipe.toml", "--log", "silent", "--output"];
+    place.run(&[&train[..], &["one"]].concat());
+    place.run(&[&train[..], &["other", "--set", "data.special_tokens=text"]].concat());
+    let merge = |adapters: [&str; 2], output: &str| {
+        let [first, second] = adapters;
+        place
+            .run(&["merge", "--model", "model", "--adapter", first, "--adapter", second, "--output", output])
+            .1
+    };
+    let said = "do not agree about `peft_rs_special_tokens`";
+    assert!(merge(["one", "other"], "mixed").contains(said));
+    assert!(!merge(["one", "one"], "same").contains(said));
+}
+
+/// A record that cannot be read is named with its file before anything is written.
+#[test]
+fn records_that_cannot_be_read_are_named() {
+    let place = Place::new();
+    let path = place.path("model/tokenizer_config.json");
+    let mut settings: Value =
+        fs::read(&path).map_or(Value::Null, |bytes| serde_json::from_slice(&bytes).unwrap());
+    if settings.is_null() {
+        settings = serde_json::json!({});
+    }
+    for (key, record) in
+        [("peft_rs_template", serde_json::json!("text")), ("peft_rs_special_tokens", serde_json::json!(5))]
+    {
+        let mut changed = settings.clone();
+        changed[key] = record;
+        fs::write(&path, changed.to_string()).unwrap();
+        let told = refusal(&place, &["check", "recipe.toml"]);
+        assert!(told.contains(&format!("tokenizer_config.json: `{key}` is ")), "{told}");
+    }
+}

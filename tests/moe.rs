@@ -518,6 +518,18 @@ fn routing_is_measured_on_any_text() {
         assert!(picture.contains(&title), "no `{title}` in {picture}");
     }
 
+    // A picture is drawn anew; what is none is left alone.
+    place.run(&[&arguments[..], &svg].concat());
+    for other in ["data.jsonl", "model/config.json"] {
+        let before = fs::read(place.path(other)).unwrap();
+        let told = refusal(&place, &[&arguments[..], &["--svg", other]].concat());
+        assert!(
+            told.starts_with(&format!("exit 2\nerror: `{other}` is there and is no SVG picture")),
+            "{told}"
+        );
+        assert_eq!(fs::read(place.path(other)).unwrap(), before);
+    }
+
     place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.router=full"]);
     let (adapted, _) = place.run(&[&arguments[..], &["--adapter", "run"]].concat());
     assert_ne!(adapted, table, "a trained router chooses otherwise");

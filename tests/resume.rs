@@ -164,6 +164,10 @@ mod signals {
             std::thread::sleep(Duration::from_millis(2));
         }
         send(&child, signal);
+        // `timeout` sends SIGTERM to the process, then to its group: that is no wish to stop at once.
+        if signal == libc::SIGTERM {
+            send(&child, signal);
+        }
         assert_eq!(child.wait().unwrap().code(), Some(130));
         let names = place.names_in("parts");
         let saved: Vec<&String> = names.iter().filter(|name| name.starts_with("checkpoint-")).collect();

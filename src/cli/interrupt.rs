@@ -1,8 +1,10 @@
-//! Ctrl-C, SIGTERM and SIGHUP: the first asks the command to leave things in order and stop, the second stops at once.
+//! Ctrl-C, SIGTERM and SIGHUP: the first asks the command to leave things in order and stop, the second stops at once,
+//! unless it comes within half a second.
 //! Whichever it was, the exit status is 130: a script has one number to ask for.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::faults::TOO_TIGHT;
 use super::report::Log;
@@ -13,6 +15,11 @@ use crate::train::{Event, Reporter};
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Whether there is something to leave in order.
 static BEGUN: AtomicBool = AtomicBool::new(false);
+
+/// When the first signal came.
+static FIRST: OnceLock<Instant> = OnceLock::new();
+/// A signal that comes this soon after the first is the same request.
+const ONE_REQUEST: Duration = Duration::from_millis(500);
 
 /// Prints a message; the thread that waits for signals calls it.
 type Say = Box<dyn Fn() + Send>;
@@ -67,8 +74,13 @@ fn handle(words: &mut Words) -> Result<()> {
     let hangup = Hangup::now();
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+            // `timeout` sends its signal to the process and then to its group: both are one request.
+            if FIRST.get().is_some_and(|first| first.elapsed() > ONE_REQUEST) {
+                std::process::exit(130);
+            }
+            return;
         }
+        let _ = FIRST.set(Instant::now());
         let words = self::words();
         // While a download is on its way nothing else is being written, whether work has begun or not.
         if words.kept.is_none() && BEGUN.load(Ordering::SeqCst) {

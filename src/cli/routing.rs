@@ -1,6 +1,9 @@
 //! How a mixture of experts spreads its tokens, as `peft eval routing` and the end of a run tell it.
 
-use crate::error::{Context, Result};
+use std::io::Read;
+use std::path::Path;
+
+use crate::error::{Context, Error, Result, is_there, open_regular};
 use crate::eval::{heatmap, routing};
 use crate::model::Spread;
 use crate::weights::output::{refuse_below_file, refuse_unexpanded, refuse_unwritable};
@@ -22,7 +25,9 @@ pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     if let Some(path) = &arguments.svg {
         refuse_unexpanded(path)?;
         refuse_below_file(path)?;
-        refuse_unwritable(path).at(path)?;
+        refuse_other_file(path)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        refuse_unwritable(folder.unwrap_or(Path::new("."))).at(path)?;
     }
     let loaded = open(&arguments.model, terminal)?;
     let rows = rows(arguments, &loaded, terminal)?;
@@ -36,6 +41,22 @@ pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
         return terminal.write_json(&serde_json::json!({ "tokens": tokens, "layers": spreads }));
     }
     terminal.write(format_args!("{}\n", table(&spreads)))
+}
+
+/// Refuses to write over a file that is no picture: a slip of the pen could name the data or the model.
+fn refuse_other_file(path: &Path) -> Result<()> {
+    if !is_there(path) {
+        return Ok(());
+    }
+    let is_picture = open_regular(path).ok().is_some_and(|file| {
+        let mut first = Vec::new();
+        file.take(4).read_to_end(&mut first).is_ok() && first == b"<svg"
+    });
+    match is_picture {
+        true => Ok(()),
+        false => Err(Error::request(format!("`{}` is there and is no SVG picture", path.display()))
+            .with_hint("name a new file for `--svg`")),
+    }
 }
 
 /// A line per layer, of at most 80 columns; where there are many experts, more.

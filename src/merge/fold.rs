@@ -5,6 +5,7 @@
 //! have changed; every other tensor must be the base's, byte for byte. NaN and infinity are refused in all of them.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use candle_core::DType;
@@ -19,7 +20,7 @@ use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::weights::output::refuse_full_disk;
-use crate::weights::{Checkpoint, Staged, hexadecimal, write_atomic};
+use crate::weights::{Checkpoint, SPECIAL_TOKENS, Staged, TEMPLATE, hexadecimal, write_atomic};
 
 /// The share of the delta whose loss one is warned of: its error is then half as large as itself.
 const SIZEABLE: f64 = 0.25;
@@ -265,6 +266,15 @@ fn warnings(
             "rounding to {dtype} lost {percent:.0}% of what the adapter adds; `--dtype f32` keeps all of it, as the \
              unmerged adapter does"
         ));
+    }
+    for key in [TEMPLATE, SPECIAL_TOKENS] {
+        let said: BTreeSet<_> = adapters.iter().map(|adapter| adapter.metadata.get(key)).collect();
+        if said.len() > 1 {
+            warnings.push(format!(
+                "the adapters do not agree about `{key}` in their metadata: they were trained on texts encoded otherwise, and the \
+                 merged model keeps what the last one that has it says"
+            ));
+        }
     }
     warnings.extend(not_converted(plan));
     if plan.untied {

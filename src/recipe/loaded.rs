@@ -8,7 +8,7 @@ use super::artifact::LAYOUT;
 use super::choice::DtypeChoice;
 use super::kernels::ChosenKernels;
 use super::template::TemplateVariables;
-use super::told::Told;
+use super::told::{Told, check_records};
 use crate::adapter::{attach, hf};
 use crate::data::{Layout, Text};
 use crate::error::{Context, Error, Result, is_there};
@@ -70,7 +70,9 @@ impl Loaded {
 /// The adapter in a folder; says of a run that has not ended where it stands.
 pub fn read_adapter(folder: &Path) -> Result<hf::Adapter> {
     refuse_unfinished(folder, hf::CONFIG_FILE, "adapter")?;
-    hf::Adapter::read(folder, &Device::Cpu)
+    let adapter = hf::Adapter::read(folder, &Device::Cpu)?;
+    check_records(&adapter.metadata).at(folder)?;
+    Ok(adapter)
 }
 
 /// A run leaves its result at its end; until then there are checkpoints, which hold the same files.

@@ -25,7 +25,7 @@ impl Told {
     /// For training: what the recipe leaves out, the record of the model says.
     pub(super) fn by_recipe(data: &DataPlan, base: &Pretrained) -> Result<Self> {
         let records = base.text()?.told;
-        let template = match recorded::<TemplateVariables>(&records, TEMPLATE)? {
+        let template = match recorded::<TemplateVariables>(&records, TEMPLATE).map_err(in_settings)? {
             None => data.template.clone(),
             Some(TemplateVariables { date, mut others }) => {
                 let asked = &data.template;
@@ -36,7 +36,7 @@ impl Told {
                 }
             }
         };
-        let own = recorded(&records, SPECIAL_TOKENS)?;
+        let own = recorded(&records, SPECIAL_TOKENS).map_err(in_settings)?;
         let special_tokens = data.special_tokens.or(own).unwrap_or_default();
         Ok(Self { template, special_tokens, is_recorded: own.is_some() })
     }
@@ -54,8 +54,8 @@ impl Told {
                 records.insert(key.to_string(), record.clone());
             }
         }
-        let template = recorded(&records, TEMPLATE)?.unwrap_or(template);
-        let special_tokens = recorded(&records, SPECIAL_TOKENS)?.unwrap_or_default();
+        let template = recorded(&records, TEMPLATE).map_err(in_settings)?.unwrap_or(template);
+        let special_tokens = recorded(&records, SPECIAL_TOKENS).map_err(in_settings)?.unwrap_or_default();
         Ok(Self { template, special_tokens, is_recorded })
     }
 
@@ -77,10 +77,26 @@ impl Told {
     }
 }
 
+fn in_settings(error: Error) -> Error {
+    Error::At { path: "tokenizer_config.json".into(), source: Box::new(error) }
+}
+
+/// Fails where the metadata of an adapter say what cannot be read.
+pub(super) fn check_records(metadata: &BTreeMap<String, String>) -> Result<()> {
+    let in_metadata = |error| Error::At {
+        path: "the metadata of adapter_model.safetensors".into(),
+        source: Box::new(error),
+    };
+    recorded::<TemplateVariables>(metadata, TEMPLATE).map_err(in_metadata)?;
+    recorded::<SpecialTokens>(metadata, SPECIAL_TOKENS).map_err(in_metadata)?;
+    Ok(())
+}
+
 /// What a record says under a key.
 fn recorded<T: DeserializeOwned>(records: &BTreeMap<String, String>, key: &str) -> Result<Option<T>> {
     let Some(written) = records.get(key) else { return Ok(None) };
-    serde_json::from_str(written)
-        .map(Some)
-        .map_err(|error| Error::invalid(format!("`{key}` in the metadata is not readable: {error}")))
+    serde_json::from_str(written).map(Some).map_err(|error| {
+        Error::invalid(format!("`{key}` is `{written}`, which cannot be read: {error}"))
+            .with_hint("remove the key, or take the file as it was written by the training")
+    })
 }

@@ -5,7 +5,7 @@ mod growth;
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{ModelWrapper, Tokenizer};
 
 use crate::error::{Error, Result, caught};
 
@@ -27,10 +27,25 @@ pub(super) fn read(json: &[u8]) -> Result<Tokenizer> {
     // Whoever trains decides where rows are cut and filled, and a file may ask for filled ones without end.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(unreadable)?;
+    refuse_dropout(&tokenizer)?;
     growth::refuse_excess(&tokenizer)?;
     // What is wrong with a normalizer shows with the first text.
     or_refused(caught(|| tokenizer.encode_fast("a b\nHello wörld", true)))?;
     Ok(tokenizer)
+}
+
+/// A tokenizer that leaves out merges at random gives other tokens each time: no run with it could be repeated.
+fn refuse_dropout(tokenizer: &Tokenizer) -> Result<()> {
+    match tokenizer.get_model() {
+        ModelWrapper::BPE(model) if model.dropout.is_some_and(|dropout| dropout != 0.0) => {
+            let dropout = model.dropout.unwrap_or_default();
+            Err(Error::invalid(format!(
+                "`model.dropout` is {dropout}: the same text would get other tokens each time"
+            ))
+            .with_hint("set it to null, with which merges are all made"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn or_refused<T>(done: Result<Result<T, tokenizers::Error>, String>) -> Result<T> {
@@ -194,6 +209,18 @@ mod tests {
         }
         let twice = with("version", json!("1.0")).replacen('{', r#"{"normalizer": null, "#, 1);
         assert!(read(twice.as_bytes()).unwrap_err().to_string().contains("duplicate field `normalizer`"));
+    }
+
+    #[test]
+    fn merges_left_out_at_random_are_refused() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-llama/tokenizer.json");
+        let mut file: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        for (dropout, refused) in [(json!(null), false), (json!(0.0), false), (json!(0.5), true)] {
+            file["model"]["dropout"] = dropout.clone();
+            let read = read(file.to_string().as_bytes());
+            let told = read.err().map(|error| error.to_string()).unwrap_or_default();
+            assert_eq!(told.starts_with("`model.dropout` is 0.5: "), refused, "{dropout}: {told}");
+        }
     }
 
     #[test]

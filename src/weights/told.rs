@@ -19,7 +19,9 @@ const FILE: &str = "tokenizer_config.json";
 
 /// The records among the settings of a tokenizer.
 pub(super) fn of(settings: &Value) -> BTreeMap<String, String> {
-    let said = |key: &str| Some((key.to_string(), settings.get(key)?.as_str()?.to_string()));
+    // What is no text is kept as it is written, so that whoever reads the record finds what is wrong.
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_string);
+    let said = |key: &str| Some((key.to_string(), text(settings.get(key)?)));
     [TEMPLATE, SPECIAL_TOKENS].into_iter().filter_map(said).collect()
 }
 
