@@ -40,7 +40,7 @@ fn refuse_dropout(tokenizer: &Tokenizer) -> Result<()> {
         ModelWrapper::BPE(model) if model.dropout.is_some_and(|dropout| dropout != 0.0) => {
             let dropout = model.dropout.unwrap_or_default();
             Err(Error::invalid(format!(
-                "`model.dropout` is {dropout}: the same text would get other tokens each time"
+                "the tokenizer has `dropout` {dropout}: the same text would get other tokens each time"
             ))
             .with_hint("set it to null, with which merges are all made"))
         }
@@ -219,7 +219,7 @@ mod tests {
             file["model"]["dropout"] = dropout.clone();
             let read = read(file.to_string().as_bytes());
             let told = read.err().map(|error| error.to_string()).unwrap_or_default();
-            assert_eq!(told.starts_with("`model.dropout` is 0.5: "), refused, "{dropout}: {told}");
+            assert_eq!(told.starts_with("the tokenizer has `dropout` 0.5: "), refused, "{dropout}: {told}");
         }
     }
 
