@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::report::Log;
 use crate::error::{Error, Result, allocation_may_fail};
 
-/// What to do where the system refuses threads.
+/// Tells a user what to do when the system refuses threads.
 pub(super) const TOO_TIGHT: &str =
     "allow more memory or processes (`ulimit -v`, `ulimit -u`), or set `RAYON_NUM_THREADS=1`";
 

@@ -156,7 +156,7 @@ impl Template {
         })
     }
 
-    /// What the model would read for these messages, where the template takes them.
+    /// Renders these messages; `None` if the template refuses them.
     pub(crate) fn tried(
         &self,
         messages: &[Message],

@@ -493,7 +493,7 @@ mod tests {
         }
     }
 
-    /// What is learned of a long conversation repeats itself, whatever the template does to the last turn; and what is
+    /// The learned parts of a long conversation repeat themselves, whatever the template does to the last turn; and what is
     /// rendered to know it grows as the conversation does.
     #[test]
     fn turns_of_a_long_conversation_are_found_in_pieces_of_it() {

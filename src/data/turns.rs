@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 /// A character that data hardly holds, to find where a message's content goes.
 const PROBE: &str = "\u{10FFF0}";
 
-/// What one assistant message gave, in bytes of the rendered conversation.
+/// The place of one message in the rendered conversation, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Turn {
     pub(super) start: usize,
@@ -75,14 +75,14 @@ impl Chat<'_> {
         Ok(turns)
     }
 
-    /// What message `i` says, with the token that ends it, wherever the template puts it.
+    /// Finds the content of message `i` and the special token that ends it, wherever the template puts them.
     fn content(&self, i: usize) -> Result<Turn> {
         let (start, content_end, stop) = self.probe(i)?;
         let closing = self.first_special(content_end, stop);
         Ok(Turn { start, end: closing.unwrap_or(content_end), closed: closing.is_some() })
     }
 
-    /// What assistant message `i` gave.
+    /// Finds the text that assistant message `i` added to the rendered conversation.
     pub(super) fn turn(&self, i: usize) -> Result<Turn> {
         let template = self.text.template(self.tools)?;
         let last = i + 1 == self.messages.len();
@@ -192,7 +192,8 @@ impl Chat<'_> {
         })
     }
 
-    /// As [`Self::probe`], in the rendering of these messages with or without a prompt after them.
+    /// Finds the content of message `i` as [`Self::probe`] does, in `rendered`, the text of these messages with or without a
+    /// prompt.
     pub(super) fn probed(
         &self,
         template: &Template,

@@ -25,7 +25,7 @@ pub(super) struct Window {
     instructions: usize,
     /// Whether a prompt stands after the messages.
     prompt: bool,
-    /// What the template makes of all this.
+    /// The text that the template writes for `messages`.
     rendered: String,
     /// How much of that is instructions and the first message.
     opening: usize,
