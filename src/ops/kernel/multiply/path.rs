@@ -17,7 +17,7 @@ pub(crate) enum Path {
     /// AVX-512, in f32.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// AVX2 with fused multiply-add, in f32.
+    /// AVX2 with fused multiply-add and conversions of f16, in f32.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// In f32, by the `gemm` crate.
@@ -97,7 +97,9 @@ impl Path {
     /// Whether this machine has the instructions.
     fn is_here(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
         #[cfg(target_arch = "x86_64")]
         let avx512 = avx2
             && is_x86_feature_detected!("avx512f")

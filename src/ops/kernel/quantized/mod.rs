@@ -5,18 +5,22 @@
 //! set of instructions that is worth it and chosen when the program runs.
 
 mod dots;
-#[cfg(target_arch = "x86_64")]
-mod integers;
 mod large;
 mod small;
+#[cfg(target_arch = "x86_64")]
+mod words;
 
 use candle_core::quantized::GgmlDType;
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::multiply::Path;
 use super::vectorized;
-use dots::{narrow, wide};
+use dots::{rounded, wide};
 use large::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use small::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+#[cfg(target_arch = "x86_64")]
+use words::Words;
 
 /// Values that are dequantized at once.
 pub(crate) const PART: usize = 32;
@@ -99,36 +103,32 @@ impl Kind {
         with_format!(self, wide(row, x))
     }
 
-    /// As [`dot`](Self::dot) in bf16: sums are in f32, and values are rounded to bf16 or taken as they are.
+    /// As [`dot`](Self::dot) in bf16: sums are in f32. Values are taken as they are where the machine multiplies them as
+    /// integers, else they are rounded to bf16.
     pub(crate) fn dot_narrow(self, row: &[u8], x: &Row) -> f32 {
         #[cfg(target_arch = "x86_64")]
-        if let Some(sum) = integers::dot(self, row, x) {
-            return sum;
+        if let Some(words) = &x.words {
+            // SAFETY: rows have words where the machine has the path, and with it these instructions.
+            return unsafe { words::dot(self, row, words) };
         }
-        with_format!(self, narrow(row, &x.narrow))
+        with_format!(self, rounded(row, &x.narrow))
     }
 }
 
-/// A row of bf16 that is multiplied with many rows of blocks, and what is wanted of it each time.
+/// A row of bf16 that is multiplied with many rows of blocks.
 pub(crate) struct Row {
     narrow: Vec<bf16>,
+    /// The row as integers, on paths that have instructions for them and if its values allow it.
     #[cfg(target_arch = "x86_64")]
-    wide: Vec<f32>,
-    /// Of each part.
-    #[cfg(target_arch = "x86_64")]
-    sums: Vec<f32>,
+    words: Option<Words>,
 }
 
 impl Row {
     pub(crate) fn new(values: &[bf16]) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        let wide: Vec<f32> = values.iter().map(|value| value.to_f32()).collect();
         Self {
             narrow: values.to_vec(),
             #[cfg(target_arch = "x86_64")]
-            sums: wide.chunks(PART).map(|part| part.iter().sum()).collect(),
-            #[cfg(target_arch = "x86_64")]
-            wide,
+            words: if Path::best() == Path::Portable { None } else { Words::of(values) },
         }
     }
 }
@@ -162,6 +162,20 @@ fn unpack<F: Format>(row: &[u8], part: usize, out: &mut [f32; PART]) {
 #[inline(always)]
 fn bytes<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().expect("a part lies inside its block")
+}
+
+/// The eight scales and the eight minima of a block of six bits each, byte by byte: those of the last four parts lie in
+/// two pieces.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn scales_and_minima(packed: &[u8; 12]) -> (u64, u64) {
+    let word = |at: usize| u32::from_le_bytes(*bytes(packed, at));
+    let (a, b, c) = (word(0), word(4), word(8));
+    let pair = |first: u32, last: u32| u64::from(first) | u64::from(last) << 32;
+    (
+        pair(a & 0x3f3f_3f3f, c & 0x0f0f_0f0f | (a >> 6 & 0x0303_0303) << 4),
+        pair(b & 0x3f3f_3f3f, c >> 4 & 0x0f0f_0f0f | (b >> 6 & 0x0303_0303) << 4),
+    )
 }
 
 /// A scale: the f16 at `at`, which is finite. Without calls or branches, and without subnormal numbers of f32, which

@@ -85,14 +85,15 @@ fn dots_are_those_of_the_values() {
         let (expected, all) = exact(&|i| wide_x[i], &|w| w);
         let found = f64::from(wide(format, row, &wide_x));
         assert!((found - expected).abs() <= 1e-6 * all, "{what}: {found} for {expected}");
-        let (unrounded, _) = exact(&|i| x[i].to_f32(), &|w| w);
-        let found = f64::from(kind.dot_narrow(row, &Row::new(x)));
-        let (expected, all) = exact(&|i| x[i].to_f32(), &|w| bf16::from_f32(w).to_f32());
-        let off = (found - unrounded).abs().min((found - expected).abs());
-        assert!(off <= 1e-6 * all, "{what} in bf16: {found} for {unrounded} or {expected}");
-        for found in [narrow(format, row, x), rounded(format, row, x)].map(f64::from) {
-            assert!((found - expected).abs() <= 1e-6 * all, "{what} in bf16: {found} for {expected}");
+        #[cfg(target_arch = "x86_64")]
+        if let words @ Row { words: Some(_), .. } = Row::new(x) {
+            let (expected, all) = exact(&|i| x[i].to_f32(), &|w| w);
+            let found = f64::from(kind.dot_narrow(row, &words));
+            assert!((found - expected).abs() <= 1e-6 * all, "{what} as integers: {found} for {expected}");
         }
+        let (expected, all) = exact(&|i| x[i].to_f32(), &|w| bf16::from_f32(w).to_f32());
+        let found = f64::from(rounded(format, row, x));
+        assert!((found - expected).abs() <= 1e-6 * all, "{what} in bf16: {found} for {expected}");
     }
     // As many blocks of 32 as are taken at once, and more, and less.
     for (dtype, columns) in
@@ -112,4 +113,40 @@ fn dots_are_those_of_the_values() {
 #[should_panic(expected = "column 16 is no multiple of 32")]
 fn a_part_is_not_begun_in_its_middle() {
     Kind::Q4_0.fill(&blocks(GgmlDType::Q4_0, 2), 16, &mut [0.0; 16]);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_row_as_integers_is_the_row() {
+    let words = |values: &[f32]| {
+        let mut row = vec![bf16::ZERO; 64];
+        row.iter_mut().zip(values).for_each(|(to, from)| *to = bf16::from_f32(*from));
+        Words::of(&row).map(|words| words.to_f32())
+    };
+    // All eight bits of values within a factor of 128 of the greatest are there.
+    let exact = [255.0, -2.0, 1.9921875, 3.15625, -0.0];
+    assert_eq!(words(&exact).unwrap()[..5], exact);
+    // Smaller ones are off by half a unit at most, which is 2^-15 of the greatest's power of two.
+    let found = words(&[255.0, 1.0 / 128.0, 3.01e-3, -5e-4]).unwrap();
+    for (found, expected) in found.iter().zip([255.0, 1.0 / 128.0, 3.01e-3, -5e-4]) {
+        assert!((found - expected).abs() <= 128.0 / 32768.0, "{found} for {expected}");
+    }
+    assert_eq!(words(&[1e-30, -3e-38]).unwrap()[2..], [0.0; 62]);
+    for value in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e30] {
+        assert!(words(&[1.0, value]).is_none(), "{value}");
+    }
+    assert!(words(&[-1e20]).is_some());
+}
+
+#[test]
+fn what_is_not_finite_stays_so() {
+    for dtype in ALL {
+        let (kind, columns) = (Kind::of(dtype).unwrap(), 2 * dtype.block_size());
+        let row = blocks(dtype, 2);
+        let mut x = vec![bf16::ONE; columns];
+        for value in [bf16::NAN, bf16::INFINITY] {
+            x[columns - 3] = value;
+            assert!(!kind.dot_narrow(&row, &Row::new(&x)).is_finite(), "{dtype:?}, {value}");
+        }
+    }
 }
