@@ -139,6 +139,15 @@ impl Target for bf16 {
     }
 }
 
+/// Rounds values to bf16, which stay f32. Inlined, so that it has the vectors of whoever calls it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn round_to_bf16(values: &mut [f32]) {
+    for value in values {
+        *value = bf16::narrow(*value).widen();
+    }
+}
+
 /// `row = beta row + alpha sums`, for as many sums as the row has values; `beta` 0 does not read the row.
 ///
 /// # Safety

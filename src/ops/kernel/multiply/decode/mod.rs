@@ -14,7 +14,7 @@ use half::bf16;
 use super::factor::{Scratch, Side, Source};
 use super::out::{Crew, Out};
 use super::path::Path;
-use super::target::Target;
+use super::target::{Target, round_to_bf16};
 
 pub(super) use narrow::Narrow;
 pub(super) use wide::{Avx2, Avx512};
@@ -83,7 +83,7 @@ impl<'a> Rows<'a> {
             (0..rows.len()).for_each(|row| all.extend_from_slice(&values[row * stride..][..depth]));
         });
         if rounds {
-            all.iter_mut().for_each(|value| *value = bf16::narrow(*value).widen());
+            round_to_bf16(&mut all);
         }
         Self::Wide(Cow::Owned(all), depth)
     }

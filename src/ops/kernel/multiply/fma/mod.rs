@@ -29,8 +29,10 @@ const STRIPE: usize = 384;
 const GROUP: usize = 96;
 /// Most parts of a span: 4.5 MiB for the widest stripe, which lie in the L3 cache and are read once for each group.
 const SPAN: usize = 8;
-/// Columns up to which left lines are read where they are stored: copying does not pay for so few.
+/// Columns up to which left lines are always read where they are stored: copying does not pay for so few.
 const FEW: usize = 64;
+/// Bytes: lines that are a multiple of this apart meet in one set of the L1 cache, so that copies of them are faster.
+const ALIAS: usize = 4096;
 /// Stored columns are read from multiples of this on, as [`Fill`](super::factor::Fill) asks.
 const UNIT: usize = 32;
 /// Between copied left lines, so that they do not all begin in the same set of a cache.
@@ -178,21 +180,24 @@ unsafe fn task<I: Tile, T: Target>(
         for group in rows.clone().step_by(GROUP) {
             let group = group..rows.end.min(group + GROUP);
             let sums = &mut sums[if spans > 1 { (group.start - rows.start) * width } else { 0 }..];
+            let direct = direct::<I, T>(out, work, &group, &columns);
             let mut packed = &*right;
             for (at, part) in span.iter().enumerate() {
                 let (here, rest) = packed.split_at(part.depth.len() * width);
                 packed = rest;
                 let side = work.terms[part.term].0;
                 let (lines, depth) = (group.clone(), part.depth.clone());
-                let copies = width > FEW || rounds(&side);
+                let alias = (side.factor.stride * size_of::<f32>()).is_multiple_of(ALIAS);
+                let copies = rounds(&side) || (alias && columns.len() > FEW);
                 // SAFETY: as above.
                 let lines =
                     unsafe { Lines::of::<I>(side, lines, depth, left, copies, rounds(&side), scratch) };
-                let adds = number > 0 || at > 0;
-                // SAFETY: as above.
+                let sums = direct.unwrap_or(Sums { first: sums.as_mut_ptr(), apart: width });
+                let adds = number > 0 || at > 0 || (direct.is_some() && work.beta == 1.0);
+                // SAFETY: as above; the buffer holds whole tiles, and so does what is direct.
                 unsafe { multiply_group::<I>(&lines, group.len(), here, columns.len(), sums, adds) };
             }
-            if number + 1 == spans {
+            if number + 1 == spans && direct.is_none() {
                 for (row, sums) in group.zip(sums.chunks_exact(width)) {
                     // SAFETY: instructions by the caller's promise, and this part of the result is this task's.
                     unsafe { finish(out.part(row, columns.clone()), sums, work.alpha, work.beta) };
@@ -202,35 +207,53 @@ unsafe fn task<I: Tile, T: Target>(
     }
 }
 
-/// `sums [count, columns] = left right`, added to what is there if `adds`; rows are as long as all blocks of `right` together.
+/// Where sums are kept: the first one, and the distance of their rows.
+#[derive(Clone, Copy)]
+struct Sums {
+    first: *mut f32,
+    apart: usize,
+}
+
+/// The place of a group in the result, if its sums can be kept there: whole tiles in f32 that are not scaled. What is there
+/// already may be added to in one part only, for a different order of additions would give other bits.
+fn direct<I: Tile, T: Target>(
+    out: &Out<'_, T>,
+    work: &Work<'_>,
+    rows: &Range<usize>,
+    columns: &Range<usize>,
+) -> Option<Sums> {
+    let whole = rows.len().is_multiple_of(I::LINES) && columns.len().is_multiple_of(I::LANES);
+    let plain = work.alpha == 1.0 && (work.beta == 0.0 || (work.beta == 1.0 && work.parts.len() == 1));
+    if !whole || !plain {
+        return None;
+    }
+    // The last value is one of the result, too.
+    out.address(rows.end - 1, columns.end - 1);
+    Some(Sums { first: T::as_f32(out.address(rows.start, columns.start))?, apart: out.stride() })
+}
+
+/// `sums [count, columns] = left right`, added to what is there if `adds`.
 ///
 /// # Safety
-/// The machine has the instructions of `I`.
+/// The machine has the instructions of `I`. There are sums for whole tiles, which nobody else uses.
 unsafe fn multiply_group<I: Tile>(
     lines: &Lines<'_>,
     count: usize,
     right: &[f32],
     columns: usize,
-    sums: &mut [f32],
+    sums: Sums,
     adds: bool,
 ) {
-    let width = columns.next_multiple_of(I::WIDTH);
-    let depth = right.len() / width;
+    let depth = right.len() / columns.next_multiple_of(I::WIDTH);
     for (block, right) in right.chunks_exact(depth * I::WIDTH).enumerate() {
         let first = block * I::WIDTH;
         let vectors = (columns - first).min(I::WIDTH).div_ceil(I::LANES);
         for line in (0..count).step_by(I::LINES) {
             let (left, apart) = lines.strip::<I>(line, I::LINES.min(count - line));
-            let sums = &mut sums[line * width + first..][..(I::LINES - 1) * width + vectors * I::LANES];
-            let call = Call {
-                left,
-                line: apart,
-                right: right.as_ptr(),
-                depth,
-                sums: sums.as_mut_ptr(),
-                apart: width,
-                adds,
-            };
+            // SAFETY: the caller's promise.
+            let here = unsafe { sums.first.add(line * sums.apart + first) };
+            let right = right.as_ptr();
+            let call = Call { left, line: apart, right, depth, sums: here, apart: sums.apart, adds };
             // SAFETY: instructions by the caller's promise; lines, block and sums are there for a whole tile.
             unsafe { I::tile(&call, vectors) };
         }

@@ -3,15 +3,16 @@
 //! The right side lies in blocks as wide as a tile, `[depth][width]`, filled up with zeros; left lines lie one after the other.
 
 use std::arch::x86_64::{
-    __m256, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps,
-    _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    __m256, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
+    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 use std::ops::Range;
 
 use half::bf16;
 
+use super::super::super::rows::ask_for;
 use super::super::factor::{Side, Source};
-use super::super::target::Target;
+use super::super::target::{Target, round_to_bf16};
 
 /// Lines that are turned at once, and their depth.
 const SQUARE: usize = 8;
@@ -62,7 +63,7 @@ pub(super) unsafe fn right(
         });
     }
     if rounds {
-        round(out);
+        round_to_bf16(out);
     }
 }
 
@@ -93,34 +94,31 @@ pub(super) unsafe fn left(
         let stride = side.factor.stride;
         for (line, out) in lines.clone().zip(out.chunks_mut(apart)) {
             let from = line * stride + depth.start;
-            fetch(values, from + AHEAD * stride, count);
+            ahead(values, from + AHEAD * stride, count);
             widen(&values[from..from + count], &mut out[..count]);
         }
     } else {
         side.wide_pieces(lines.clone(), depth, scratch, |rows, values, stride| {
             let out = &mut out[(rows.start - lines.start) * apart..];
             for (line, out) in out.chunks_mut(apart).enumerate().take(rows.len()) {
-                fetch(values, (line + AHEAD) * stride, count);
+                ahead(values, (line + AHEAD) * stride, count);
                 copy(&values[line * stride..][..count], &mut out[..count]);
             }
         });
     }
     if rounds {
-        out.chunks_mut(apart).take(lines.len()).for_each(|line| round(&mut line[..count]));
+        out.chunks_mut(apart).take(lines.len()).for_each(|line| round_to_bf16(&mut line[..count]));
     }
 }
 
-/// Lines between the one that is copied and the one that is asked for.
+/// Lines between the one that is copied and the one that is asked for: the processor sees the end of a line, but not
+/// where the next one begins.
 const AHEAD: usize = 3;
 
-/// Asks for `count` values from `at` on, as far as they are there: the processor sees the end of a line, but not where the
-/// next one begins.
+/// Asks for `count` values from `at` on, as far as they are there.
 #[inline(always)]
-fn fetch<T>(values: &[T], at: usize, count: usize) {
-    for at in (at..values.len().min(at + count)).step_by(64 / size_of::<T>()) {
-        // SAFETY: the place is inside the slice, and asking for it changes nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().add(at).cast()) };
-    }
+fn ahead<T>(values: &[T], at: usize, count: usize) {
+    ask_for(values.get(at..).unwrap_or_default(), count);
 }
 
 #[inline]
@@ -137,14 +135,6 @@ fn copy(from: &[f32], to: &mut [f32]) {
 fn widen(from: &[bf16], to: &mut [f32]) {
     for (to, from) in to.iter_mut().zip(from) {
         *to = from.widen();
-    }
-}
-
-/// Rounds to bf16 and back.
-#[target_feature(enable = "avx2,fma")]
-fn round(values: &mut [f32]) {
-    for value in values {
-        *value = bf16::narrow(*value).widen();
     }
 }
 
