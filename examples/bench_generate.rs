@@ -19,6 +19,7 @@ use peft::Result;
 use peft::generate::{Limits, Sampling, Session};
 use peft::model::{Decoder, Pretrained};
 use peft::ops::{KeepBuffers, Kernels, Op, Weight};
+use peft::recipe::ChosenKernels;
 use peft::train::peak_rss_bytes;
 use rayon::prelude::*;
 use serde_json::json;
@@ -52,7 +53,9 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     rayon::ThreadPoolBuilder::new().num_threads(arguments.threads).build_global().ok();
     let dtype = if arguments.dtype == "bf16" { DType::BF16 } else { DType::F32 };
-    let model = Decoder::open(&Pretrained::open(&arguments.model)?, dtype, &Device::Cpu)?;
+    let base = Pretrained::open(&arguments.model)?;
+    println!("{}", ChosenKernels::of(base.config())?);
+    let model = Decoder::open(&base, dtype, &Device::Cpu)?;
     let prompt = random_tokens(arguments.prompt, model.config().vocab_size.min(8000));
     let sampling = Sampling { temperature: arguments.temperature, top_p: 0.95, ..Sampling::default() };
     let limits = Limits { max_new_tokens: arguments.tokens, stop: Vec::new() };

@@ -22,6 +22,7 @@ use peft::data::Batch;
 use peft::model::config::{FeedForwardConfig, LinearConfig, Site};
 use peft::model::{Decoder, DecoderConfig, Pretrained, Recompute};
 use peft::ops::{Documents, KeepBuffers, Kernels, Op, matmul};
+use peft::recipe::ChosenKernels;
 use peft::train::{AdamW, AdamWConfig, peak_rss_bytes, step_gradients};
 use serde_json::json;
 
@@ -70,6 +71,7 @@ fn main() -> Result<()> {
     let recompute = if arguments.recompute == "block" { Recompute::Block } else { Recompute::None };
 
     let base = Pretrained::open(&arguments.model)?;
+    println!("{}", ChosenKernels::of(base.config())?);
     let mut model = Decoder::open(&base, dtype, &Device::Cpu)?;
     let mut names = vec!["gate_proj", "up_proj", "down_proj"];
     if arguments.targets == "all" {
