@@ -432,3 +432,63 @@ fn records_that_cannot_be_read_are_named() {
         assert!(told.contains(&format!("tokenizer_config.json: `{key}` is ")), "{told}");
     }
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_chat_with_a_folder_as_its_input_says_so() {
+    let place = Place::new();
+    let mut command = place.command(&["chat", "--model", "model"]);
+    let output = command.stdin(fs::File::open(place.path("model")).unwrap()).output().unwrap();
+    insta::assert_snapshot!(crate::place::told(&place, &output), @"
+    exit 2
+    error: standard input is a folder, expected lines of text
+    hint: type what you say, or give a file with a line for each question: `peft chat --model MODEL < questions.txt`
+    ");
+}
+
+#[test]
+fn files_that_are_no_model_are_inspected_for_what_they_seem_to_be() {
+    let place = Place::new();
+    for (name, bytes) in [
+        ("n.csv", &b"question,answer\na,b\n"[..]),
+        ("n.txt", b"Once upon a time, there was a king.\n"),
+        ("n.yaml", b"a: b\n"),
+        ("n.gz", b"\x1f\x8b\x08\0"),
+        ("n.bin", b"PK\x03\x04"),
+        ("n.data", b"{\"text\": \"a\"}\n"),
+        ("empty", b""),
+        ("n", b"\x01\x02\x03"),
+    ] {
+        fs::write(place.path(name), bytes).unwrap();
+    }
+    let refused = |name: &str| refusal(&place, &["inspect", name]);
+    let all: Vec<String> =
+        ["n.csv", "n.txt", "n.yaml", "n.gz", "n.bin", "n.data", "empty", "n"].map(refused).to_vec();
+    insta::assert_snapshot!(all.join("\n"), @r#"
+    exit 2
+    error: `n.csv` seems to be a CSV file, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: write it as JSON Lines first: `pandas.read_csv(old).to_json(new, orient="records", lines=True)`
+    exit 2
+    error: `n.txt` seems to be plain text, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: write each document as a line `{"text": "…"}`
+    exit 2
+    error: `n.yaml` seems to be YAML, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: write it as JSON first: `json.dump(yaml.safe_load(open(old)), open(new, "w"))`
+    exit 2
+    error: `n.gz` seems to be compressed with gzip, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: decompress it first, with `gunzip`
+    exit 2
+    error: `n.bin` seems to hold weights as PyTorch pickles them, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: pickles can run code and are not read: load the model with transformers and save it, which writes safetensors
+    exit 2
+    error: `n.data` seems to be JSON, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: data files end in `.jsonl` or `.json`: give it such a name
+    exit 2
+    error: `empty` is empty, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    exit 2
+    error: `n` is of a kind that is not known, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    "#);
+    // The ending says what it was meant to be.
+    fs::write(place.path("n.gguf"), "GGGG").unwrap();
+    assert!(refused("n.gguf").contains("n.gguf: does not begin with `GGUF`"), "{}", refused("n.gguf"));
+}
