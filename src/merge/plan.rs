@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 
 use crate::adapter::hf::Adapter;
 use crate::adapter::{delta, tensor_names};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{EMBEDDING, HEAD};
 use crate::weights::StoredType;
@@ -116,7 +116,7 @@ impl<'a> MergePlan<'a> {
         }
         let mut plan = Self { tensors, layers: Vec::new(), untied: false };
         for (index, adapter) in adapters.iter().enumerate() {
-            let placements = adapter.fit(model)?.placements;
+            let placements = adapter.fit(model).at(&adapter.source)?.placements;
             for placement in &placements {
                 let names = tensor_names(&placement.linear.path);
                 let term = |kind, first| Term { adapter: index, scale: placement.scale, first, kind };

@@ -198,7 +198,9 @@ impl Adapter {
         let (known, given) = (short_name(base), short_name(source));
         // GGUF files carry the kind of their quantization behind the model's name.
         let same = known == given || (source.ends_with(".gguf") && given.starts_with(&known));
-        (!same).then(|| format!("the adapter was made for `{base}`, and the model is `{source}`"))
+        (!same).then(|| {
+            format!("the adapter `{}` was made for `{base}`, and the model is `{source}`", self.source)
+        })
     }
 }
 
