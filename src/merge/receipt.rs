@@ -33,6 +33,9 @@ pub struct Receipt {
     pub survived: f64,
     /// Whether a head that was the embedding became a tensor of its own.
     pub untied: bool,
+    /// Says which adapter the tokenizer and chat template are of, and what differs from the base; none where they are the
+    /// base's.
+    pub text: Option<String>,
     /// What one should know.
     pub warnings: Vec<String>,
 }
