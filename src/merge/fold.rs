@@ -22,7 +22,7 @@ use crate::model::Pretrained;
 use crate::weights::output::refuse_full_disk;
 use crate::weights::{Checkpoint, Staged, hexadecimal, write_atomic};
 
-/// The share of the delta whose loss one is warned of: its error is then half as large as itself.
+/// A merge warns where rounding loses more than this share of the delta. The rounding error then has half its norm.
 const SIZEABLE: f64 = 0.25;
 
 /// Writes `model` with `adapters` folded in to the new folder `output`, which any loader of the model reads.
@@ -130,7 +130,7 @@ fn unfolded<'m>(model: &'m Pretrained, output: &Output<'_>) -> Result<Cow<'m, [u
     Ok(Cow::Owned(bytes))
 }
 
-/// The bytes of `W + sum of deltas`, and what became of the deltas.
+/// Computes the bytes of `W + sum of deltas`, and measures how much of the deltas survives rounding.
 fn folded(model: &Pretrained, output: &Output<'_>) -> Result<(Vec<u8>, Totals)> {
     let dtype = writable(output)?;
     let base = Base::open(model, output)?;
@@ -245,7 +245,7 @@ fn adapter_receipts(adapters: &[Adapter], plan: &MergePlan<'_>) -> Result<Vec<Ad
     Ok(receipts)
 }
 
-/// What one should know of the adapters and of what was done with them.
+/// Collects the warnings about the adapters and about this merge.
 fn warnings(
     model: &Pretrained,
     adapters: &[Adapter],

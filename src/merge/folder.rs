@@ -36,9 +36,9 @@ pub(super) fn refuse_base(model: &Pretrained, output: &Path) -> Result<()> {
 
 /// Where tensors are written.
 pub(super) enum Sink<'m> {
-    /// Copies of the base's files, of which bytes are replaced.
+    /// Files of the base are copied, and the bytes of changed tensors are replaced in the copies.
     Patched { model: &'m Pretrained, files: BTreeMap<PathBuf, (PathBuf, File)> },
-    /// Files of our own.
+    /// New files are written, with a layout of their own.
     New(ShardedWriter),
 }
 

@@ -1,4 +1,4 @@
-//! What a merge did, measured: kept beside the merged weights, so that one can see that the adapter is in them.
+//! The receipt of a merge: measurements that are kept beside the merged weights and show that the adapter is in them.
 
 use serde::Serialize;
 
