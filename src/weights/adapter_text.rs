@@ -69,9 +69,10 @@ impl AdapterText {
             && self.files.tokenizer.get_vocab(true) == other.files.tokenizer.get_vocab(true)
     }
 
-    /// Refuses files that [`Self::write`] would not copy, so that long work does not end with that.
+    /// Refuses files that [`Self::write`] would not pass on, such as links out of the folder, so that long work does not end
+    /// with that.
     pub fn check(&self) -> Result<()> {
-        self.copied()?.iter().try_for_each(|path| companion::read(path, &self.folder).map(drop))
+        self.own()?.iter().try_for_each(|path| companion::read(path, &self.folder).map(drop))
     }
 
     /// Puts these files into `target`, in the place of the model's, which are there already.
@@ -82,7 +83,7 @@ impl AdapterText {
             }
             // It is removed where nothing is left in it.
             let _ = fs::remove_dir(target.join(TEMPLATES));
-            for path in self.copied()? {
+            for path in self.own()? {
                 companion::copy_file(&path, &self.folder, target)?;
             }
         }
@@ -93,10 +94,9 @@ impl AdapterText {
         record(target, &told)
     }
 
-    /// The files of the adapter that take the place of the model's.
-    fn copied(&self) -> Result<Vec<PathBuf>> {
-        let files = if self.has_tokenizer { companions(&self.folder)? } else { Vec::new() };
-        Ok(files.into_iter().filter(|path| self.replaces(path)).collect())
+    /// The files of the adapter that take the place of the model's, whole or in part.
+    fn own(&self) -> Result<Vec<PathBuf>> {
+        Ok(companions(&self.folder)?.into_iter().filter(|path| self.replaces(path)).collect())
     }
 
     /// Whether a file gives way to the adapter's. Templates and settings do so where the adapter has its own, generation
