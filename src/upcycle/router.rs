@@ -150,7 +150,7 @@ fn balance(linear: &mut Linear, evidence: &Evidence, active: usize) -> Result<()
     Ok(())
 }
 
-/// Takes out what all experts have in common: it decides nothing.
+/// Subtracts the mean of all rows from each row, because a part that all experts share decides nothing.
 fn centre(linear: &mut Linear) {
     let experts = linear.bias.len();
     let hidden = linear.weight.len() / experts;
