@@ -269,7 +269,6 @@ fn help_of_eval() {
 
               Possible values:
               - perplexity: Mean loss per predicted token, and its exponential
-              - choices:    Share of multiple-choice questions answered rightly
               - routing:    How a mixture of experts spreads its tokens
 
     Options:

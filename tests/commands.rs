@@ -432,3 +432,234 @@ fn records_that_cannot_be_read_are_named() {
         assert!(told.contains(&format!("tokenizer_config.json: `{key}` is ")), "{told}");
     }
 }
+
+/// The template that the tests give to an adapter; its answers begin otherwise than the model's.
+const OWN_TEMPLATE: &str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}";
+
+/// A place with a trained adapter in `run`.
+fn place_with_adapter() -> Place {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=2"]);
+    place
+}
+
+fn edit(path: &std::path::Path, change: impl FnOnce(&mut Value)) {
+    let mut file: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    change(&mut file);
+    fs::write(path, file.to_string()).unwrap();
+}
+
+/// Gives the adapter's tokenizer another token.
+fn add_token(place: &Place, content: &str, id: u64) {
+    edit(&place.path("run/tokenizer.json"), |file| {
+        file["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
+            "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        }));
+    });
+}
+
+#[test]
+fn an_adapter_is_asked_through_its_own_template_and_merged_with_it() {
+    let place = place_with_adapter();
+    let generate =
+        ["generate", "--model", "model", "--adapter", "run", "--prompt", "x", "--max-new-tokens", "1"];
+    let said =
+        "the tokenizer files of the adapter `run` are used, not the model's: its chat template is another\n";
+    assert!(!place.run(&generate).1.contains("tokenizer files"), "copies of the model's files are no others");
+    let messages =
+        r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}"#;
+    fs::write(place.path("talk.jsonl"), messages).unwrap();
+    let nll = |model: &str, more: &[&str]| {
+        let eval = ["eval", "perplexity", "--data", "talk.jsonl", "--json", "--model", model];
+        place.json(&[&eval[..], more].concat())["nll"].as_f64().unwrap()
+    };
+    let before = nll("model", &["--adapter", "run"]);
+    fs::write(place.path("run/chat_template.jinja"), OWN_TEMPLATE).unwrap();
+    let adapted = nll("model", &["--adapter", "run"]);
+    let told = place.run(&generate).1;
+    assert!(told.contains(said), "{told}");
+    assert!(chat(&place, "", &["--adapter", "run"]).1.contains(said));
+
+    let merge = ["merge", "--model", "model", "--adapter", "run", "--output", "merged"];
+    let told = place.run(&merge).1;
+    let whole = "the merged model has the tokenizer files of the adapter `run`, not the base's: its chat template is another\n";
+    assert!(told.contains(whole), "{told}");
+    assert_eq!(fs::read_to_string(place.path("merged/chat_template.jinja")).unwrap(), OWN_TEMPLATE);
+    let receipt: Value = serde_json::from_slice(&fs::read(place.path("merged/merge.json")).unwrap()).unwrap();
+    assert_eq!(receipt["text"], whole.trim_end());
+    // The same conversation has the same loss with both, and another one than through the model's template.
+    assert!((nll("merged", &[]) - adapted).abs() < 1e-4);
+    assert!((before - adapted).abs() > 1e-2);
+
+    // Without a tokenizer of its own, the template alone takes the place of the model's, in the settings too.
+    fs::remove_file(place.path("run/tokenizer.json")).unwrap();
+    edit(&place.path("model/tokenizer_config.json"), |settings| settings["chat_template"] = "old".into());
+    assert!(place.run(&generate).1.contains(said));
+    place.run(&["merge", "--model", "model", "--adapter", "run", "--output", "alone"]);
+    assert_eq!(fs::read_to_string(place.path("alone/chat_template.jinja")).unwrap(), OWN_TEMPLATE);
+    let settings = fs::read_to_string(place.path("alone/tokenizer_config.json")).unwrap();
+    assert!(!settings.contains("old") && settings.contains("m.role"), "{settings}");
+    assert!(place.path("alone/tokenizer.json").is_file());
+}
+
+#[test]
+fn tokens_of_an_adapter_are_used_or_named() {
+    let place = place_with_adapter();
+    let config: Value = serde_json::from_slice(&fs::read(place.path("model/config.json")).unwrap()).unwrap();
+    let rows = config["vocab_size"].as_u64().unwrap();
+    let generate =
+        ["generate", "--model", "model", "--adapter", "run", "--prompt", "x", "--max-new-tokens", "1"];
+    let merge = ["merge", "--model", "model", "--adapter", "run", "--output", "merged"];
+    // As trainers do that give a reserved token a name.
+    edit(&place.path("run/tokenizer.json"), |file| {
+        let vocabulary = file["model"]["vocab"].as_object_mut().unwrap();
+        let id = vocabulary.remove("<|endoftext|>").unwrap();
+        vocabulary.insert("<own>".to_string(), id);
+        file["added_tokens"][0]["content"] = "<own>".into();
+    });
+    edit(&place.path("run/tokenizer_config.json"), |settings| settings["eos_token"] = "<own>".into());
+    let told = place.run(&generate).1;
+    let said = "the tokenizer files of the adapter `run` are used, not the model's: its `eos_token` is `<own>`; \
+        1 token that the model's tokenizer lacks (`<own>`); \
+        1 token that only the model's tokenizer has (`<|endoftext|>`)";
+    assert_eq!(told.lines().next(), Some(said));
+    place.run(&merge);
+    let merged = fs::read(place.path("merged/tokenizer.json")).unwrap();
+    assert!(merged == fs::read(place.path("run/tokenizer.json")).unwrap());
+    assert!(fs::read_to_string(place.path("merged/tokenizer_config.json")).unwrap().contains("<own>"));
+
+    // Settings that the adapter has not are the model's.
+    fs::rename(place.path("run/tokenizer_config.json"), place.path("settings.json")).unwrap();
+    place.run(&["merge", "--model", "model", "--adapter", "run", "--output", "bare"]);
+    assert!(fs::read(place.path("bare/tokenizer.json")).unwrap() == merged);
+    let settings = |folder: &str| fs::read(place.path(folder).join("tokenizer_config.json")).unwrap();
+    assert!(settings("bare") == settings("model"));
+    fs::rename(place.path("settings.json"), place.path("run/tokenizer_config.json")).unwrap();
+
+    add_token(&place, "<beyond>", rows);
+    let refused = refusal(&place, &generate);
+    insta::assert_snapshot!(refused, @"
+    exit 1
+    error: run/tokenizer.json: has the token `<beyond>` of number 1024, which the model's tokenizer lacks, and the model's embedding has rows for numbers below 1024
+    hint: an embedding with more rows is not built yet: merge the adapter with PEFT; or remove its `tokenizer.json`, if no text needs the token, and the model's is used
+    ");
+    assert_eq!(
+        refusal(&place, &["merge", "--model", "model", "--adapter", "run", "--output", "other"]),
+        refused
+    );
+    assert!(!place.path("other").exists());
+}
+
+#[test]
+fn merged_adapters_with_other_templates_are_said() {
+    let place = place_with_adapter();
+    fs::create_dir(place.path("own")).unwrap();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(place.path("run").join(name), place.path("own").join(name)).unwrap();
+    }
+    fs::write(place.path("own/chat_template.jinja"), OWN_TEMPLATE).unwrap();
+    let merge = |adapters: [&str; 2], output: &str| {
+        let [first, second] = adapters;
+        place
+            .run(&["merge", "--model", "model", "--adapter", first, "--adapter", second, "--output", output])
+            .1
+    };
+    let said = "the adapters do not agree about tokenizer and chat template";
+    let template = |output: &str| fs::read_to_string(place.path(output).join("chat_template.jinja")).unwrap();
+    for (adapters, output) in [(["run", "own"], "last"), (["own", "run"], "first")] {
+        let told = merge(adapters, output);
+        assert!(told.contains(said) && told.contains("has those of `own`"), "{told}");
+        assert_eq!(template(output), OWN_TEMPLATE);
+    }
+    let told = merge(["own", "own"], "same");
+    assert!(!told.contains(said) && told.contains("the tokenizer files of the adapter `own`"), "{told}");
+
+    // Training that goes on with it keeps the model's template, and says so.
+    let from = ["check", "recipe.toml", "--set", "adapter.from=own"];
+    let warning = "the adapter `own` has tokenizer files of its own, and this run uses the model's: its chat template is another";
+    assert!(place.run(&from).1.contains(warning), "{}", place.run(&from).1);
+    assert!(!place.run(&["check", "recipe.toml", "--set", "adapter.from=run"]).1.contains("tokenizer files"));
+}
+
+#[test]
+fn an_adapter_laid_out_in_an_unknown_way_is_refused() {
+    let place = place_with_adapter();
+    let path = place.path("run/adapter_model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let known = br#""peft_rs_layout":"plain""#;
+    let at = bytes.windows(known.len()).position(|window| window == known).unwrap();
+    let mut changed = bytes;
+    changed[at..at + known.len()].copy_from_slice(br#""peft_rs_layout":"plane""#);
+    fs::write(&path, changed).unwrap();
+    let refused = refusal(&place, &["generate", "--model", "model", "--adapter", "run", "--prompt", "x"]);
+    insta::assert_snapshot!(refused, @"
+    exit 1
+    error: run: the metadata of adapter_model.safetensors: `peft_rs_layout` is `plane`, expected one of `template`, `plain`, `mixed`
+    hint: remove the key, or take the file as it was written by the training
+    ");
+    assert_eq!(
+        refusal(&place, &["merge", "--model", "model", "--adapter", "run", "--output", "merged"]),
+        refused
+    );
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_chat_with_a_folder_as_its_input_says_so() {
+    let place = Place::new();
+    let mut command = place.command(&["chat", "--model", "model"]);
+    let output = command.stdin(fs::File::open(place.path("model")).unwrap()).output().unwrap();
+    insta::assert_snapshot!(crate::place::told(&place, &output), @"
+    exit 2
+    error: standard input is a folder, expected lines of text
+    hint: type what you say, or give a file with a line for each question: `peft chat --model MODEL < questions.txt`
+    ");
+}
+
+#[test]
+fn files_that_are_no_model_are_inspected_for_what_they_seem_to_be() {
+    let place = Place::new();
+    for (name, bytes) in [
+        ("n.csv", &b"question,answer\na,b\n"[..]),
+        ("n.txt", b"Once upon a time, there was a king.\n"),
+        ("n.yaml", b"a: b\n"),
+        ("n.gz", b"\x1f\x8b\x08\0"),
+        ("n.bin", b"PK\x03\x04"),
+        ("n.data", b"{\"text\": \"a\"}\n"),
+        ("empty", b""),
+        ("n", b"\x01\x02\x03"),
+    ] {
+        fs::write(place.path(name), bytes).unwrap();
+    }
+    let refused = |name: &str| refusal(&place, &["inspect", name]);
+    let all: Vec<String> =
+        ["n.csv", "n.txt", "n.yaml", "n.gz", "n.bin", "n.data", "empty", "n"].map(refused).to_vec();
+    insta::assert_snapshot!(all.join("\n"), @r#"
+    exit 2
+    error: `n.csv` seems to be a CSV file, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: write it as JSON Lines first: `pandas.read_csv(old).to_json(new, orient="records", lines=True)`
+    exit 2
+    error: `n.txt` seems to be plain text, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: write each document as a line `{"text": "…"}`
+    exit 2
+    error: `n.yaml` seems to be YAML, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: write it as JSON first: `json.dump(yaml.safe_load(open(old)), open(new, "w"))`
+    exit 2
+    error: `n.gz` seems to be compressed with gzip, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: decompress it first, with `gunzip`
+    exit 2
+    error: `n.bin` seems to hold weights as PyTorch pickles them, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: pickles can run code and are not read: load the model with transformers and save it, which writes safetensors
+    exit 2
+    error: `n.data` seems to be JSON, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    hint: data files end in `.jsonl` or `.json`: give it such a name
+    exit 2
+    error: `empty` is empty, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    exit 2
+    error: `n` is of a kind that is not known, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`
+    "#);
+    // The ending says what it was meant to be.
+    fs::write(place.path("n.gguf"), "GGGG").unwrap();
+    assert!(refused("n.gguf").contains("n.gguf: does not begin with `GGUF`"), "{}", refused("n.gguf"));
+}

@@ -332,7 +332,9 @@ fn an_adapter_is_trained_resumed_used_and_merged() {
     let after = perplexity(&["--model", "model.gguf", "--adapter", "run"]);
     assert!(after < 0.8 * before, "{before} {after}");
 
-    place.run(&["merge", "--model", "model.gguf", "--adapter", "run", "--output", "merged"]);
+    let merge = ["merge", "--model", "model.gguf", "--adapter", "run", "--output", "merged"];
+    let (_, told) = place.run(&merge);
+    assert!(!told.contains("tokenizer files"), "a copy of the model's tokenizer is no other: {told}");
     let merged = perplexity(&["--model", "merged"]);
     let wide = perplexity(&["--model", "model.gguf", "--adapter", "run", "--dtype", "f32"]);
     assert!((merged - wide).abs() <= 1e-5, "{merged} {wide}");

@@ -132,6 +132,22 @@ fn a_link_out_of_the_model_is_not_copied_into_a_result() {
     assert!(!fs::symlink_metadata(place.path("merged/model.safetensors")).unwrap().is_symlink());
 }
 
+#[test]
+fn a_link_out_of_an_adapter_is_not_copied_into_a_result() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=1"]);
+    fs::write(place.path("secret"), "key").unwrap();
+    relink(&place.path("run/chat_template.jinja"), "../secret");
+    let merge = ["merge", "--model", "model", "--adapter", "run", "--output", "merged"];
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        // With a tokenizer the files are copied; without one the template alone is written.
+        let error = refused(&place, &merge);
+        assert!(error.contains("run/chat_template.jinja: is a link to `../secret`, outside of"), "{error}");
+        assert!(!place.path("merged").exists());
+        fs::remove_file(place.path("run").join(name)).unwrap();
+    }
+}
+
 /// transformers saves templates beside the default into a folder of their own.
 #[test]
 fn templates_beside_the_default_go_into_every_result() {

@@ -476,6 +476,49 @@ mod text {
     }
 
     #[test]
+    fn templates_in_files_take_the_place_of_others_as_in_transformers() {
+        let folder = folder(true, json!({"chat_template": "S"}), json!({}));
+        let further = folder.path().join("additional_chat_templates");
+        let read = || {
+            open(folder.path()).unwrap().text().map(|text| (text.chat_template.unwrap(), text.tool_template))
+        };
+        assert_eq!(read().unwrap(), ("S".to_string(), None));
+        fs::create_dir(&further).unwrap();
+        assert_eq!(read().unwrap(), ("S".to_string(), None));
+        fs::write(further.join("tool_use.jinja"), "T").unwrap();
+        let error = read().unwrap_err().to_string();
+        assert!(error.ends_with("holds templates without one named `default`: it has `tool_use`"), "{error}");
+        fs::write(further.join("default.jinja"), "D").unwrap();
+        assert_eq!(read().unwrap(), ("D".to_string(), Some("T".to_string())));
+        // It is read after the file beside the tokenizer.
+        fs::write(folder.path().join("chat_template.jinja"), "J").unwrap();
+        assert_eq!(read().unwrap(), ("D".to_string(), Some("T".to_string())));
+        fs::remove_file(further.join("default.jinja")).unwrap();
+        assert_eq!(read().unwrap(), ("J".to_string(), Some("T".to_string())));
+    }
+
+    #[test]
+    fn special_tokens_that_are_no_text_are_refused() {
+        for (name, value) in [
+            ("eos_token", json!(5)),
+            ("eos_token", json!(["</s>"])),
+            ("bos_token", json!({"text": "<s>"})),
+            ("pad_token", json!(true)),
+        ] {
+            let folder = folder(true, json!({name: value}), json!({}));
+            let refused = |file: &str| {
+                let error = open(folder.path()).unwrap().text().unwrap_err().to_string();
+                let start = format!("{file}: `{name}` is {value}, expected the text of a token");
+                assert!(error.contains(&start), "{error}");
+            };
+            refused("tokenizer_config.json");
+            let path = folder.path().join("tokenizer_config.json");
+            fs::rename(path, folder.path().join("special_tokens_map.json")).unwrap();
+            refused("special_tokens_map.json");
+        }
+    }
+
+    #[test]
     fn a_folder_without_a_tokenizer_can_be_opened_but_not_written_with() {
         let error = open(&fixture("llama")).unwrap().text().unwrap_err();
         assert!(error.to_string().ends_with("holds no `tokenizer.json`"), "{error}");

@@ -1,4 +1,4 @@
-//! What an adapter is to be: rank and scale, the layers it goes to, and how its values begin.
+//! The settings of a new adapter: its rank and scale, the layers it goes to, and its first values.
 
 use std::collections::BTreeSet;
 
@@ -21,7 +21,7 @@ use crate::model::config::DecoderConfig;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Rows of A and columns of B; 0: no adapter at all.
+    /// The number of rows of A and of columns of B. With 0 there is no adapter at all.
     pub rank: usize,
     /// The numerator of the scale; left out: the rank.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -39,10 +39,11 @@ pub struct LoraConfig {
     /// Another alpha for the layers whose path a pattern matches.
     #[serde(skip_serializing_if = "Patterns::is_empty")]
     pub alpha_pattern: Patterns<f64>,
-    /// Only these layers of the model, counted from zero; left out: all. Not with a pattern as target.
+    /// Restricts the adapter to these layers of the model, counted from zero; `None` allows all. A pattern as target excludes
+    /// this setting.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<Vec<usize>>,
-    /// Names of the list that `layers_to_transform` counts in (`layers`); empty: any.
+    /// The names of the module lists, such as `layers`, in which `layers_to_transform` counts. An empty list allows any.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub layers_pattern: Vec<String>,
     /// Whether B has a bias.
@@ -86,7 +87,7 @@ impl LoraConfig {
         self.alpha.unwrap_or(self.rank as f64)
     }
 
-    /// What `B A` is multiplied with: the one place where a scale is made.
+    /// Computes the factor that `B A` is multiplied with. All code takes its scales from here.
     #[must_use]
     pub fn scale(&self, rank: usize, alpha: f64) -> f64 {
         if self.rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
@@ -140,7 +141,7 @@ impl Targets {
         Self::Names(names.into_iter().map(Into::into).collect())
     }
 
-    /// These, and the routers of a model, which nothing but their names leads to.
+    /// Adds the routers of a model to these targets. Routers have to be added by name, because `all-linear` leaves them out.
     #[must_use]
     pub fn with_routers(self, model: &DecoderConfig) -> Self {
         let Some((_, moe)) = model.sparse_layers().next() else { return self };
@@ -160,7 +161,7 @@ impl Targets {
     }
 }
 
-/// Which layers get none: as [`Targets`], and empty by default.
+/// Selects the layers that get no adapter, as [`Targets`] selects those that do. It is empty by default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "ListOrText", into = "ListOrText")]
 pub enum Exclude {

@@ -140,7 +140,7 @@ fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
 }
 
-/// The activation of the feed-forward network in the same layer; the head goes by the first layer.
+/// Returns the activation of the feed-forward network in the layer of a linear. For the head it is that of the first layer.
 fn gate_of(model: &DecoderConfig, layer: Option<usize>) -> Activation {
     model.layers.get(layer.unwrap_or(0)).map_or(Activation::Silu, |layer| match &layer.feed_forward {
         FeedForwardConfig::Dense { activation, .. } => *activation,

@@ -1,4 +1,4 @@
-//! An ordered map from a pattern on module paths to a value: the first pattern that matches wins, so order is meaning.
+//! An ordered map from patterns on module paths to values. The first pattern that matches decides, so their order matters.
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde::ser::{Serialize, Serializer};

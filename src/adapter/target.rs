@@ -32,31 +32,31 @@ pub struct Placement {
     pub scale: f64,
 }
 
-/// How many layers one target led to.
+/// Counts the layers that one target selects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetCount {
     /// The target as it was written.
     pub target: String,
-    /// Layers it matches that get an adapter, before `exclude` and the like.
+    /// The number of layers that it matches, before `exclude` and the like take some away.
     pub matched: usize,
-    /// Layers it matches that do get an adapter.
+    /// The number of layers that it matches and that get an adapter.
     pub placed: usize,
 }
 
-/// Where an adapter goes.
+/// The layers of a model that an adapter goes to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Placements {
     /// In the order of the forward pass.
     pub placements: Vec<Placement>,
     /// In the order of the targets.
     pub counts: Vec<TargetCount>,
-    /// Paths of the layers that would have an adapter, did `rank_pattern` not say rank 0.
+    /// The paths of layers that are targeted and get no adapter, because `rank_pattern` gives them rank 0.
     pub without: Vec<String>,
-    /// What the model's experts are called, and what PEFT makes of adapters on them; none of a dense model.
+    /// Names the modules of the model's experts and says how PEFT reads adapters on them; `None` for a dense model.
     pub names: Option<MoeNames>,
-    /// Experts of a layer; 0 of a dense model.
+    /// The number of experts in a layer; 0 for a dense model.
     pub experts: usize,
-    /// The ends of the name of a router's weight: ours, and that of transformers 5 where it is another.
+    /// The end of the name of a router's weight here, and its end in transformers 5; `None` where both are the same.
     pub router: Option<(String, &'static str)>,
 }
 
@@ -72,7 +72,7 @@ impl Placements {
     }
 }
 
-/// Where a new adapter goes on `model`; rank 0 leads nowhere.
+/// Finds the layers of `model` that a new adapter goes to. Layers of rank 0 get none.
 ///
 /// Refuses what PEFT lets pass in silence: a target, an exclusion or a pattern that matches nothing, a layer that does
 /// not exist, a rank larger than the layer. Refuses the output embedding too: the model computes with an adapter on any
@@ -109,7 +109,7 @@ pub fn resolve(config: &LoraConfig, model: &DecoderConfig) -> Result<Placements>
     Ok(resolved)
 }
 
-/// Where the adapter goes, as PEFT has it: what matches nothing is not an error.
+/// Finds the layers that the adapter goes to. A target that matches nothing is no error, as in PEFT.
 pub(super) fn place(config: &LoraConfig, model: &DecoderConfig) -> Result<Placements> {
     let rules = Rules::new(config)?;
     let linears = model.linears();
@@ -229,7 +229,7 @@ impl<'c> Rules<'c> {
     }
 }
 
-/// Patterns on the end of a path, of which the first that matches counts.
+/// Patterns that match the end of a path, with their values. The first pattern that matches decides.
 struct FirstMatch<T>(Vec<(Regex, T)>);
 
 impl<T: Copy> FirstMatch<T> {
@@ -254,12 +254,13 @@ impl<T: Copy> FirstMatch<T> {
     }
 }
 
-/// Whether only its name leads to a layer.
+/// Whether a layer gets an adapter only where a target names it: `all-linear` leaves it out.
 pub(super) fn is_special(projection: Projection) -> bool {
     matches!(projection, Projection::Head | Projection::Router | Projection::SharedGate)
 }
 
-/// Whether a name leads to a layer: by its path, or for an expert by what its projection is called everywhere else.
+/// Whether a name selects a layer. The name ends the layer's path, or is the common name of an expert's projection, such as
+/// `gate_proj`.
 fn names_linear(name: &str, linear: &LinearConfig) -> bool {
     let is_expert = matches!(linear.site, Site::Expert(_));
     is_named(&linear.path, name) || (is_expert && linear.projection.name() == name)
@@ -273,7 +274,8 @@ fn matches(regex: Option<&Regex>, path: &str) -> Result<bool> {
     regex.map_or(Ok(false), |regex| regex.is_match(path).map_err(too_costly))
 }
 
-/// Compiles `pattern` within what `around` puts about it; alone first, so that positions are those of the writer.
+/// Compiles `pattern` inside the text that `around` adds. It is compiled alone first, so that an error counts positions in
+/// the pattern as it was written.
 fn compile(key: &str, pattern: &str, around: impl Fn(&str) -> String) -> Result<Regex> {
     Regex::new(pattern).and_then(|_| Regex::new(&around(pattern))).map_err(|error| {
         let what = match &error {
@@ -389,7 +391,7 @@ fn check_ranks(placements: &[Placement]) -> Result<()> {
         .with_hint("choose a smaller `adapter.rank`, or leave these layers out of `adapter.targets`"))
 }
 
-/// The first few of many, and how many more there are.
+/// Lists the first few of many texts and says how many more there are.
 pub(super) fn few(all: &[String]) -> String {
     const MOST: usize = 8;
     let shown = all[..all.len().min(MOST)].join("; ");

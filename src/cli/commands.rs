@@ -94,6 +94,9 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
         "{} other tensors are byte-identical to the base, {} were converted",
         receipt.identical, receipt.converted
     ));
+    if let Some(text) = &receipt.text {
+        terminal.say(format_args!("{text}"));
+    }
     let output = arguments.output.display();
     terminal.say(format_args!("wrote {output}, with the receipt in {output}/{}", RECEIPT_FILE));
     Ok(())

@@ -247,6 +247,7 @@ enum Measure {
     /// Mean loss per predicted token, and its exponential
     Perplexity,
     /// Share of multiple-choice questions answered rightly
+    #[value(hide = true)]
     Choices,
     /// How a mixture of experts spreads its tokens
     Routing,

@@ -1,6 +1,6 @@
 //! The commands that run a model: generate, chat, eval.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::{BufRead, ErrorKind, IsTerminal};
 
 use super::terminal::{Terminal, message};
 use super::{Chat, Dtype, Eval, Generate, Measure, ModelArguments, SamplingArguments};
@@ -130,7 +130,7 @@ pub(super) fn chat(arguments: &Chat, terminal: &mut Terminal) -> Result<()> {
     let most = loaded.model.config().max_position_embeddings;
     let mut messages = Vec::new();
     for line in stdin.lock().split(b'\n') {
-        let Ok(line) = String::from_utf8(line?) else {
+        let Ok(line) = String::from_utf8(line.map_err(unreadable_input)?) else {
             terminal.warn("this line is not valid UTF-8 and is left out; say it again in UTF-8");
             continue;
         };
@@ -147,6 +147,17 @@ pub(super) fn chat(arguments: &Chat, terminal: &mut Terminal) -> Result<()> {
         messages.push(Message::new(Role::Assistant, content));
     }
     Ok(())
+}
+
+/// Names standard input in an error of reading it, which has no path of its own.
+fn unreadable_input(error: std::io::Error) -> Error {
+    let what = match error.kind() {
+        ErrorKind::IsADirectory => "standard input is a folder, expected lines of text".to_string(),
+        _ => format!("standard input cannot be read: {error}"),
+    };
+    Error::request(what).with_hint(
+        "type what you say, or give a file with a line for each question: `peft chat --model MODEL < questions.txt`",
+    )
 }
 
 /// The prompt of a conversation that ends with a question, with room left for an answer. The oldest exchanges are

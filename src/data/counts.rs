@@ -58,7 +58,8 @@ pub enum Layout {
 }
 
 impl Layout {
-    const ALL: [Self; 3] = [Self::Template, Self::Plain, Self::Mixed];
+    /// Every layout that there is.
+    pub const ALL: [Self; 3] = [Self::Template, Self::Plain, Self::Mixed];
 
     /// Determines the layout that all documents of these sources have together.
     #[must_use]

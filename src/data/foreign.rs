@@ -36,13 +36,25 @@ const UTF_16: &str = "data files are UTF-8; convert it with `iconv -f UTF-16 -t 
 const CSV: &str =
     "write it as JSON Lines first: `pandas.read_csv(old).to_json(new, orient=\"records\", lines=True)`";
 
-/// The text of a file without its byte order mark, or what the file is instead.
-pub(super) fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
+/// Names the kind of a file from its first bytes and says how to make data of it; `None` where it may be JSON or is not known.
+#[must_use]
+pub fn kind_of_file(head: &[u8], path: &Path) -> Option<(&'static str, &'static str)> {
+    let text = String::from_utf8_lossy(head);
+    let first = text.trim_start_matches('\u{feff}').lines().find(|line| !line.trim().is_empty());
+    binary(head).or_else(|| looks_like(first?, path))
+}
+
+/// Names a file that is no text in UTF-8 by its first bytes.
+fn binary(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
     let found = BINARY.iter().find(|(magic, ..)| bytes.starts_with(magic));
     // Without a byte order mark, an ASCII character in UTF-16 has a zero beside it.
     let wide = matches!(bytes, [b'{' | b'[', 0, ..] | [0, b'{' | b'[', ..]);
-    let found = found.map(|(_, name, hint)| (*name, *hint)).or(wide.then_some(("encoded in UTF-16", UTF_16)));
-    if let Some((name, hint)) = found {
+    found.map(|(_, name, hint)| (*name, *hint)).or(wide.then_some(("encoded in UTF-16", UTF_16)))
+}
+
+/// The text of a file without its byte order mark, or what the file is instead.
+pub(super) fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
+    if let Some((name, hint)) = binary(bytes) {
         return Err(
             Error::invalid(format!("the file is {name}, expected JSON Lines or JSON")).with_hint(hint)
         )
@@ -68,13 +80,18 @@ pub(super) fn text<'a>(bytes: &'a [u8], path: &Path) -> Result<&'a str> {
 
 /// Names the kind of file from its first line; `None` where it looks like broken JSON.
 pub(super) fn of_text(line: &str, path: &Path) -> Option<Error> {
+    let (name, hint) = looks_like(line, path)?;
+    Some(Error::invalid(format!("the file looks like {name}, expected JSON Lines or JSON")).with_hint(hint))
+}
+
+fn looks_like(line: &str, path: &Path) -> Option<(&'static str, &'static str)> {
     let said = line.trim();
     if said.starts_with(['{', '[']) {
         return None;
     }
     let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
     let lower = said.to_ascii_lowercase();
-    let (name, hint) = if said.starts_with("version https://git-lfs.github.com/") {
+    Some(if said.starts_with("version https://git-lfs.github.com/") {
         ("a pointer of Git LFS to data that are not here", "fetch them with `git lfs pull`")
     } else if lower.starts_with("<!doctype html") || lower.starts_with("<html") {
         ("a web page", "download the file itself; a page is what a browser shows of it")
@@ -93,8 +110,7 @@ pub(super) fn of_text(line: &str, path: &Path) -> Option<Error> {
         ("plain text", "write each document as a line `{\"text\": \"…\"}`")
     } else {
         return None;
-    };
-    Some(Error::invalid(format!("the file looks like {name}, expected JSON Lines or JSON")).with_hint(hint))
+    })
 }
 
 fn is_yaml(line: &str) -> bool {

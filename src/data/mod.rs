@@ -44,6 +44,7 @@ pub use batch::{Batch, Row, eval_batches, fingerprint};
 pub use conversation::{Conversation, Message, Role};
 pub use counts::{Counts, Layout, Lengths};
 pub use dataset::{Dataset, Preparation, load, load_for_perplexity, preview};
+pub use foreign::kind_of_file;
 pub use mix::Part;
 pub use sampler::{Order, Sampler};
 pub use source::{Format, Key, Record, Records, Source, read};

@@ -5,7 +5,6 @@
 //! have changed; every other tensor must be the base's, byte for byte. NaN and infinity are refused in all of them.
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use candle_core::DType;
@@ -14,22 +13,24 @@ use sha2::{Digest, Sha256};
 use super::folder::{self, Sink};
 use super::plan::{MergePlan, Output};
 use super::receipt::{AdapterReceipt, Receipt, TensorReceipt};
+use super::text::MergedText;
 use super::values::{Base, Totals, decode, encode, measure, pieces, rows_of};
 use super::{Progress, RECEIPT_FILE};
 use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::weights::output::refuse_full_disk;
-use crate::weights::{Checkpoint, SPECIAL_TOKENS, Staged, TEMPLATE, hexadecimal, write_atomic};
+use crate::weights::{Checkpoint, Staged, hexadecimal, write_atomic};
 
-/// The share of the delta whose loss one is warned of: its error is then half as large as itself.
+/// A merge warns where rounding loses more than this share of the delta. The rounding error then has half its norm.
 const SIZEABLE: f64 = 0.25;
 
 /// Writes `model` with `adapters` folded in to the new folder `output`, which any loader of the model reads.
 ///
 /// Weights keep their types and files unless a `dtype` is asked for; of a quantized base they become f32. Tokenizer,
-/// templates and generation settings are copied. `progress` is called after every tensor, and between the parts in which
-/// large files are copied; `false` from there ends the merge, and nothing of it stays.
+/// templates and generation settings are copied; tokenizer and templates of an adapter take the place of others. `progress`
+/// is called after every tensor, and between the parts in which large files are copied; `false` from there ends the merge,
+/// and nothing of it stays.
 pub fn merge(
     model: &Pretrained,
     adapters: &[Adapter],
@@ -49,6 +50,7 @@ fn write(
     progress: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Receipt> {
     model.check_companions()?;
+    let text = MergedText::of(model, adapters)?;
     let plan = MergePlan::new(model, adapters, dtype)?;
     let staged = Staged::folder(output)?;
     refuse_full_disk(output, plan.bytes(model)?)?;
@@ -79,7 +81,7 @@ fn write(
         advance()?;
     }
     sink.finish()?;
-    folder::write_companions(model, adapters, &plan, staged.path())?;
+    folder::write_companions(model, adapters, &text, &plan, staged.path())?;
 
     let (identical, converted) = verify(model, &plan, &tensors, staged.path(), &mut advance)?;
     let receipts = adapter_receipts(adapters, &plan)?;
@@ -96,7 +98,8 @@ fn write(
         lost: totals.lost(),
         survived: totals.survived(),
         untied: plan.untied,
-        warnings: warnings(model, adapters, &receipts, &totals, &plan),
+        text: text.said(),
+        warnings: warnings(model, adapters, &text, &receipts, &totals, &plan),
         adapters: receipts,
     };
     let text = serde_json::to_string_pretty(&receipt)? + "\n";
@@ -127,7 +130,7 @@ fn unfolded<'m>(model: &'m Pretrained, output: &Output<'_>) -> Result<Cow<'m, [u
     Ok(Cow::Owned(bytes))
 }
 
-/// The bytes of `W + sum of deltas`, and what became of the deltas.
+/// Computes the bytes of `W + sum of deltas`, and measures how much of the deltas survives rounding.
 fn folded(model: &Pretrained, output: &Output<'_>) -> Result<(Vec<u8>, Totals)> {
     let dtype = writable(output)?;
     let base = Base::open(model, output)?;
@@ -242,10 +245,11 @@ fn adapter_receipts(adapters: &[Adapter], plan: &MergePlan<'_>) -> Result<Vec<Ad
     Ok(receipts)
 }
 
-/// What one should know of the adapters and of what was done with them.
+/// Collects the warnings about the adapters and about this merge.
 fn warnings(
     model: &Pretrained,
     adapters: &[Adapter],
+    text: &MergedText,
     receipts: &[AdapterReceipt],
     totals: &Totals,
     plan: &MergePlan<'_>,
@@ -267,15 +271,7 @@ fn warnings(
              unmerged adapter does"
         ));
     }
-    for key in [TEMPLATE, SPECIAL_TOKENS] {
-        let said: BTreeSet<_> = adapters.iter().map(|adapter| adapter.metadata.get(key)).collect();
-        if said.len() > 1 {
-            warnings.push(format!(
-                "the adapters do not agree about `{key}` in their metadata: they were trained on texts encoded otherwise, and the \
-                 merged model keeps what the last one that has it says"
-            ));
-        }
-    }
+    warnings.extend(text.disagreements(adapters));
     warnings.extend(not_converted(plan));
     if plan.untied {
         warnings.push(

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::plan::MergePlan;
+use super::text::MergedText;
 use crate::adapter::hf::Adapter;
 use crate::error::{Context, Error, Result, open_regular};
 use crate::model::Pretrained;
@@ -35,9 +36,9 @@ pub(super) fn refuse_base(model: &Pretrained, output: &Path) -> Result<()> {
 
 /// Where tensors are written.
 pub(super) enum Sink<'m> {
-    /// Copies of the base's files, of which bytes are replaced.
+    /// Files of the base are copied, and the bytes of changed tensors are replaced in the copies.
     Patched { model: &'m Pretrained, files: BTreeMap<PathBuf, (PathBuf, File)> },
-    /// Files of our own.
+    /// New files are written, with a layout of their own.
     New(ShardedWriter),
 }
 
@@ -130,10 +131,12 @@ impl<'m> Sink<'m> {
 pub(super) fn write_companions(
     model: &Pretrained,
     adapters: &[Adapter],
+    text: &MergedText,
     plan: &MergePlan<'_>,
     folder: &Path,
 ) -> Result<()> {
     model.write_companions(folder)?;
+    text.write(folder)?;
     // Of several adapters the last one says what texts of the merged model are told.
     for adapter in adapters {
         let said = |key| Some((key, Some(adapter.metadata.get(key)?.clone())));

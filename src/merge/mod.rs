@@ -18,6 +18,7 @@ mod fold;
 mod folder;
 mod plan;
 mod receipt;
+mod text;
 mod values;
 
 pub use fold::merge;

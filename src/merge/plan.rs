@@ -6,16 +6,16 @@ use candle_core::{DType, Tensor};
 
 use crate::adapter::hf::Adapter;
 use crate::adapter::{delta, tensor_names};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{EMBEDDING, HEAD};
 use crate::weights::StoredType;
 
-/// The whole work, fixed before anything is written.
+/// Lists all that a merge will write. It is complete before the first byte is written.
 pub(super) struct MergePlan<'a> {
     /// By name in the output.
     pub(super) tensors: BTreeMap<String, Output<'a>>,
-    /// Linear layers each adapter goes to.
+    /// The number of linear layers and routers that each adapter changes.
     pub(super) layers: Vec<usize>,
     /// Whether a tied head gets a tensor of its own.
     pub(super) untied: bool,
@@ -28,14 +28,14 @@ pub(super) struct Output<'a> {
     pub(super) shape: Vec<usize>,
     /// How the base stores it.
     pub(super) stored: StoredType,
-    /// The type to write; none: bytes are copied as they are, whatever they are.
+    /// The type to write. With `None` the bytes are copied, and no adapter can be merged into them.
     pub(super) dtype: Option<DType>,
     /// What is added.
     pub(super) terms: Vec<Term<'a>>,
 }
 
 impl Output<'_> {
-    /// Whether the bytes of the base are those of the output, as far as no term is added.
+    /// Whether the output stores this tensor in the type of the base, so that its bytes are the same if no term is added.
     pub(super) fn is_copied(&self) -> bool {
         self.dtype.is_none_or(|dtype| self.stored == StoredType::Float(dtype))
     }
@@ -45,7 +45,7 @@ impl Output<'_> {
 pub(super) struct Term<'a> {
     pub(super) adapter: usize,
     pub(super) scale: f64,
-    /// The row of the tensor, of which experts may share one, that its first row is added to.
+    /// The row of the tensor to which the first row of the term is added. It is not 0 where experts share one tensor.
     pub(super) first: usize,
     pub(super) kind: TermKind<'a>,
 }
@@ -56,7 +56,7 @@ pub(super) enum TermKind<'a> {
     LowRank { a: &'a Tensor, b: &'a Tensor },
     /// `scale * bias`, on a bias `[out]`.
     Bias(&'a Tensor),
-    /// What a trained router has more than the base's, `[experts, hidden]`.
+    /// The weight of a trained router minus that of the base, `[experts, hidden]`.
     Difference(Tensor),
 }
 
@@ -116,7 +116,7 @@ impl<'a> MergePlan<'a> {
         }
         let mut plan = Self { tensors, layers: Vec::new(), untied: false };
         for (index, adapter) in adapters.iter().enumerate() {
-            let placements = adapter.fit(model)?.placements;
+            let placements = adapter.fit(model).at(&adapter.source)?.placements;
             for placement in &placements {
                 let names = tensor_names(&placement.linear.path);
                 let term = |kind, first| Term { adapter: index, scale: placement.scale, first, kind };
@@ -190,7 +190,8 @@ impl<'a> MergePlan<'a> {
     }
 }
 
-/// Everything on disk; of a GGUF file what the configuration knows, for the rest has no name elsewhere.
+/// Names the tensors of the output: all in the base's files, or of a GGUF file those of the configuration, because its other
+/// tensors have no name outside of GGUF.
 fn output_names(model: &Pretrained) -> Vec<String> {
     if model.checkpoint().is_gguf() {
         return model.config().tensors().into_iter().map(|(name, _)| name).collect();

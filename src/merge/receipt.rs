@@ -1,4 +1,4 @@
-//! What a merge did, measured: kept beside the merged weights, so that one can see that the adapter is in them.
+//! The receipt of a merge: measurements that are kept beside the merged weights and show that the adapter is in them.
 
 use serde::Serialize;
 
@@ -33,6 +33,9 @@ pub struct Receipt {
     pub survived: f64,
     /// Whether a head that was the embedding became a tensor of its own.
     pub untied: bool,
+    /// Says which adapter the tokenizer and chat template are of, and what differs from the base; none where they are the
+    /// base's.
+    pub text: Option<String>,
     /// What one should know.
     pub warnings: Vec<String>,
 }

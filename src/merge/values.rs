@@ -13,10 +13,11 @@ use crate::weights::StoredType;
 
 /// How many values are folded at a time.
 const PIECE: usize = 1 << 22;
-/// How many of them by one thread at a time.
+/// The number of these values that one thread folds at a time.
 const CHUNK: usize = 1 << 14;
 
-/// Sums over the values of a tensor, or of all: `W` as it would be written without adapter, delta `d`, result `R`.
+/// Sums over the values of one tensor or of all tensors. `W` is the base as it would be written without an adapter, `d` the
+/// delta and `R` the result.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Totals {
     pub(super) values: usize,
@@ -68,7 +69,7 @@ impl Totals {
     }
 }
 
-/// What became of the deltas: `before + delta`, rounded, is `after`.
+/// Measures what rounding did to the deltas; `after` is `before + delta`, rounded to `dtype`.
 pub(super) fn measure(before: &[f32], delta: &[f32], after: &[f32], dtype: DType) -> Totals {
     // Sums over fixed chunks, added in order: the same whatever the number of threads.
     let chunks: Vec<Totals> = (before.par_chunks(CHUNK), delta.par_chunks(CHUNK), after.par_chunks(CHUNK))

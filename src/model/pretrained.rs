@@ -26,7 +26,7 @@ use super::family::{self, Capacity};
 use super::tied::same_values;
 use crate::error::{Context, Error, Result};
 use crate::ops::{Parameter, Quantized, SharedBytes, Weight};
-use crate::weights::{Checkpoint, StoredType, TensorInfo, TextFiles, write_atomic};
+use crate::weights::{AdapterText, Checkpoint, StoredType, TensorInfo, TextFiles, write_atomic};
 
 /// A pretrained model, opened but not loaded.
 #[derive(Debug)]
@@ -129,6 +129,11 @@ impl Pretrained {
     /// Tokenizer, chat template and special tokens.
     pub fn text(&self) -> Result<TextFiles> {
         self.checkpoint.text()
+    }
+
+    /// Reads the tokenizer and chat template beside an adapter in `folder`, where they are not those of this model.
+    pub fn adapter_text(&self, folder: &Path) -> Result<Option<AdapterText>> {
+        self.checkpoint.adapter_text(folder, self.config.vocab_size)
     }
 
     /// Puts tokenizer, chat template and generation settings into a folder that gets other weights of this model.

@@ -55,7 +55,7 @@ impl Prepared {
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
         base.check_companions()?;
-        let told = Told::by_records(&base, None, TemplateVariables::fixed())?;
+        let told = Told::by_records(base.text()?.told, None, TemplateVariables::fixed())?;
         let text = told.text(&base)?;
         refuse_same_checkpoints(plan)?;
         let sources: Vec<Pretrained> =

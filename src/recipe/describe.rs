@@ -1,6 +1,7 @@
 //! The plan of a run in lines of text: what its first lines and `peft check` say.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use super::distill::PreparedTeacher;
 use super::figures;
@@ -51,7 +52,7 @@ pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
     let data = prepared.dataset.warnings.iter().map(of_data).chain(unread);
     let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
     let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
-    let rate = high_rate(plan);
+    let rate = high_rate(plan).into_iter().chain(other_text(prepared));
     model.chain(data).chain(excess).chain(of_mixture).chain(rate).collect()
 }
 
@@ -80,6 +81,19 @@ fn high_rate(plan: &Plan) -> Option<String> {
              not converge; adapters learn with 1e-4 to 1e-2"
         )
     })
+}
+
+/// Warns where the adapter that training goes on with was trained on texts that became other tokens.
+fn other_text(prepared: &Prepared) -> Option<String> {
+    let Trainee::Adapter(adapter) = &prepared.trained else { return None };
+    let source = &adapter.from.as_ref()?.source;
+    match prepared.base.adapter_text(Path::new(source)) {
+        Ok(text) => Some(format!(
+            "the adapter `{source}` has tokenizer files of its own, and this run uses the model's: {}",
+            text?.differences.join("; ")
+        )),
+        Err(error) => Some(format!("the tokenizer files beside the adapter are not used: {error}")),
+    }
 }
 
 /// An adapter has no place for a number of experts.

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use super::artifact::LAYOUT;
 use super::choice::DtypeChoice;
 use super::kernels::ChosenKernels;
+use super::prepared::text_with;
 use super::template::TemplateVariables;
-use super::told::{Told, check_records};
+use super::told::{self, Told, check_records};
 use crate::adapter::{attach, hf};
 use crate::data::{Layout, Text};
 use crate::error::{Context, Error, Result, is_there};
@@ -25,7 +25,8 @@ pub struct Loaded {
     pub text: Text,
     /// How the adapter's training data was laid out, where it says so.
     pub layout: Option<Layout>,
-    /// What the user should know: what the chat template is told, and how control tokens are encoded.
+    /// What the user should know: whose tokenizer files are used, what the chat template is told, and how control tokens are
+    /// encoded.
     pub notes: Vec<String>,
     /// What the user should look at.
     pub warnings: Vec<String>,
@@ -46,20 +47,35 @@ impl Loaded {
         };
         let metadata = adapter.as_ref().map(|(_, adapter)| &adapter.metadata);
         let is_of_adapter = metadata.is_some_and(|metadata| metadata.contains_key(SPECIAL_TOKENS));
-        let told = Told::by_records(&base, metadata, TemplateVariables::default())?;
-        let text = told.text(&base)?;
+        let own = match &adapter {
+            Some((_, adapter)) => base.adapter_text(Path::new(&adapter.source))?,
+            None => None,
+        };
+        let (files, owner, own) = match (own, &adapter) {
+            (Some(own), Some((_, adapter))) => {
+                let said = format!(
+                    "the tokenizer files of the adapter `{}` are used, not the model's: {}",
+                    adapter.source,
+                    own.differences.join("; ")
+                );
+                (own.files, adapter.source.as_str(), Some(said))
+            }
+            _ => (base.text()?, base.name(), None),
+        };
+        let told = Told::by_records(files.told.clone(), metadata, TemplateVariables::default())?;
+        let text = text_with(files, &base, &told.template, told.special_tokens).at(owner)?;
         let told = told.template.told(&text).map(|told| format!("the chat template is told {told}"));
         let trained = if is_of_adapter { "adapter" } else { "model" };
         let spelt = text
             .takes_control_tokens_for_text()
             .then(|| format!("control tokens in texts are encoded as text, as the {trained} was trained"));
-        let notes = told.into_iter().chain(spelt).collect();
+        let notes = own.into_iter().chain(told).chain(spelt).collect();
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
         let (mut warnings, mut layout) = (base.warnings().to_vec(), None);
         if let Some((placements, adapter)) = adapter {
             attach(model.linears_mut(), &placements.placements, &adapter.tensors, 0.0, 0)?;
             model.set_routers(&adapter.routers)?;
-            layout = adapter.metadata.get(LAYOUT).and_then(|name| Layout::parse(name));
+            layout = told::layout(&adapter.metadata)?;
             warnings.extend(adapter.base_mismatch(source));
             warnings.extend(adapter.warnings);
         }

@@ -18,7 +18,7 @@ use crate::data::{
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{InPeft, MoeConfig};
-use crate::weights::hexadecimal;
+use crate::weights::{TextFiles, hexadecimal};
 
 /// A run that is ready to load its weights.
 #[derive(Debug)]
@@ -276,7 +276,16 @@ fn refuse_quantized(base: &Pretrained) -> Result<()> {
 
 /// Tokenizer and chat template of a model, with what the template is told and what control tokens in the data are.
 pub fn text_of(base: &Pretrained, told: &TemplateVariables, special_tokens: SpecialTokens) -> Result<Text> {
-    let files = base.text()?;
+    text_with(base.text()?, base, told, special_tokens).at(base.name())
+}
+
+/// As [`text_of`], with text files that need not be the model's own.
+pub(super) fn text_with(
+    files: TextFiles,
+    base: &Pretrained,
+    told: &TemplateVariables,
+    special_tokens: SpecialTokens,
+) -> Result<Text> {
     let parts = TemplateParts {
         chat_template: files.chat_template,
         tool_template: files.tool_template,
@@ -289,5 +298,5 @@ pub fn text_of(base: &Pretrained, told: &TemplateVariables, special_tokens: Spec
         special_tokens,
         vocabulary: Some(base.config().vocab_size),
     };
-    Text::new(files.tokenizer, parts).at(base.name())
+    Text::new(files.tokenizer, parts)
 }

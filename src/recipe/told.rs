@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::de::DeserializeOwned;
 
+use super::artifact::LAYOUT;
 use super::plan::DataPlan;
 use super::prepared::text_of;
 use super::template::{Date, TemplateVariables};
-use crate::data::{SpecialTokens, Text};
+use crate::data::{Layout, SpecialTokens, Text};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::weights::{SPECIAL_TOKENS, TEMPLATE};
@@ -41,13 +42,12 @@ impl Told {
         Ok(Self { template, special_tokens, is_recorded: own.is_some() })
     }
 
-    /// For a model that answers: what the record of its adapter says, else its own, else `template`.
+    /// For a model that answers: what the record of its adapter says, else its own `records`, else `template`.
     pub(super) fn by_records(
-        base: &Pretrained,
+        mut records: BTreeMap<String, String>,
         adapter: Option<&BTreeMap<String, String>>,
         template: TemplateVariables,
     ) -> Result<Self> {
-        let mut records = base.text()?.told;
         let is_recorded = records.contains_key(SPECIAL_TOKENS);
         for key in [TEMPLATE, SPECIAL_TOKENS] {
             if let Some(record) = adapter.and_then(|adapter| adapter.get(key)) {
@@ -87,9 +87,20 @@ pub(super) fn check_records(metadata: &BTreeMap<String, String>) -> Result<()> {
         path: "the metadata of adapter_model.safetensors".into(),
         source: Box::new(error),
     };
+    layout(metadata).map_err(in_metadata)?;
     recorded::<TemplateVariables>(metadata, TEMPLATE).map_err(in_metadata)?;
     recorded::<SpecialTokens>(metadata, SPECIAL_TOKENS).map_err(in_metadata)?;
     Ok(())
+}
+
+/// Reads how the training data of an adapter was laid out; `None` where its metadata do not say.
+pub(super) fn layout(metadata: &BTreeMap<String, String>) -> Result<Option<Layout>> {
+    let Some(name) = metadata.get(LAYOUT) else { return Ok(None) };
+    Layout::parse(name).map(Some).ok_or_else(|| {
+        let known: Vec<String> = Layout::ALL.iter().map(|layout| format!("`{}`", layout.name())).collect();
+        Error::invalid(format!("`{LAYOUT}` is `{name}`, expected one of {}", known.join(", ")))
+            .with_hint("remove the key, or take the file as it was written by the training")
+    })
 }
 
 /// What a record says under a key.

@@ -1,11 +1,11 @@
-//! Neurons to experts of equal size, so that the sum of gains is as large as can be found quickly.
+//! Assigns neurons to experts of equal size. The sum of gains becomes as large as a fast search can make it.
 
 use std::cmp::Ordering;
 
-/// The expert of each neuron: `gains [neurons, experts]`, `neurons / experts` neurons each.
+/// Finds the expert of each neuron from `gains [neurons, experts]`; every expert gets `neurons / experts` neurons.
 ///
-/// Greedy, those first that lose most by not getting their best expert; then each two experts exchange the neurons by whose
-/// exchange both gain, until nothing changes. For each pair the exchange is the best there is.
+/// Neurons first take their best free expert, beginning with those that would lose most by another one. Then each two
+/// experts exchange neurons as long as the sum of gains grows. The exchange between two experts is the best one possible.
 pub(super) fn balanced(gains: &[f32], experts: usize) -> Vec<usize> {
     let neurons = gains.len() / experts;
     let of = |neuron: usize| &gains[neuron * experts..][..experts];
@@ -38,7 +38,7 @@ fn regret(gains: &[f32]) -> f32 {
     if second.is_finite() { best - second } else { 0.0 }
 }
 
-/// Sweeps over all pairs of experts; each has found nothing more to exchange long before.
+/// The most sweeps over all pairs of experts. The search has always ended long before.
 const SWEEPS: usize = 16;
 
 fn exchange(gains: &[f32], experts: usize, experts_of: &mut [usize]) {

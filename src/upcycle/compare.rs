@@ -22,17 +22,17 @@ pub struct Comparison {
     pub origin: Origin,
     /// The name of its file, where it is one of `calibration.eval`.
     pub file: Option<String>,
-    /// So many windows appear mostly in the text that was fitted to as well.
+    /// The number of windows whose text appears mostly in the text that was fitted to.
     pub repeated_windows: usize,
     /// Tokens predicted.
     pub tokens: usize,
-    /// Of these, in each window.
+    /// Tokens predicted in each window.
     pub window_tokens: Vec<usize>,
     /// The dense model.
     pub dense: Loss,
-    /// As many neurons as are active, the same for every token: those of most energy.
+    /// Static pruning: the dense model with as many neurons as a token uses in the mixture, those of most energy.
     pub pruned: Option<Loss>,
-    /// The same, its down projections fitted once more.
+    /// Static pruning with down projections that were fitted once more.
     pub pruned_refit: Option<Loss>,
     /// The mixture, where one is made.
     pub mixture: Option<Loss>,
@@ -65,7 +65,7 @@ impl Comparison {
     }
 }
 
-/// The loss of a model on each window of each text; what its routers decide is added to `load`.
+/// Computes the loss of a model on each window of each text, and adds the choices of its routers to `load`.
 pub(super) fn losses<'a>(
     model: &Decoder,
     texts: impl Iterator<Item = &'a Text>,
@@ -111,12 +111,12 @@ pub struct LayerReport {
     pub refit_left: Option<f64>,
 }
 
-/// Who is compared with the dense model.
+/// Selects the models that are compared with the dense one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Compared {
     /// A mixture.
     pub(super) mixture: bool,
-    /// Static pruning, and of a mixture one with a router that knows.
+    /// Whether static pruning is compared, and beside a mixture the same mixture with an oracle router.
     pub(super) pruned: bool,
     /// Whether static pruning has fitted down projections too.
     pub(super) refit: bool,
@@ -133,7 +133,7 @@ pub(super) struct Rivals<'a> {
 }
 
 impl<'a> Rivals<'a> {
-    /// Before the first layer: the dense model, and who else is `compared`.
+    /// Begins the streams of the dense model, and of the models in `compared`, before the first layer.
     pub(super) fn new(model: &Decoder, text: &'a Text, compared: Compared) -> Result<Self> {
         let streams = text.windows.iter().map(|batch| model.begin_stream(&batch.tokens, batch.documents()));
         let dense: Vec<Stream> = streams.collect::<Result<_>>()?;
@@ -148,7 +148,7 @@ impl<'a> Rivals<'a> {
         })
     }
 
-    /// A layer that stays dense for all.
+    /// Takes every stream through a layer that stays dense.
     pub(super) fn pass_dense(
         &mut self,
         model: &Decoder,
@@ -167,7 +167,7 @@ impl<'a> Rivals<'a> {
         Ok(())
     }
 
-    /// A layer that was converted; gives what its slices do to the dense model's stream.
+    /// Takes every stream through a converted layer. Reports the effect of its slices on the dense model's stream.
     pub(super) fn pass(
         &mut self,
         model: &Decoder,

@@ -6,11 +6,11 @@ use super::paired::{Difference, Loss};
 use super::settings::Method;
 use super::windows::Origin;
 
-/// A smaller difference, in nats per token, is none.
+/// Differences smaller than this, in nats per token, count as none.
 const SMALL: f64 = 1e-3;
 /// A model that has lost more than this, in nats per token, is to be trained before it is used.
 const LARGE: f64 = 0.05;
-/// The cost on other text is called larger when it is so many times that on held-out text.
+/// The cost on other text is called larger if it is more than this many times the cost on held-out text.
 const TIMES: f64 = 1.5;
 
 /// Says whether a difference of losses makes a model better, equal or worse.
@@ -41,7 +41,7 @@ impl Verdict {
     }
 }
 
-/// Losses, and what they are losses of.
+/// The losses of a conversion with the facts that are needed to explain them.
 pub(super) struct Conclusion<'a> {
     pub(super) method: Method,
     /// Whether anything was fitted to text.

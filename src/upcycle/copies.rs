@@ -153,7 +153,7 @@ fn refuse_unfit(
 struct Routers {
     /// The rows of each layer, `[copies * hidden]`.
     rows: Vec<Vec<f32>>,
-    /// Layers and experts that no window of the text belongs to, where there is text to go by.
+    /// Layers and experts to which no window of the text belongs. It is empty for routers that are made without text.
     idle: Vec<(usize, usize)>,
 }
 
@@ -207,7 +207,7 @@ impl Routers {
     }
 }
 
-/// An error if the prompts of two experts have the same mean state, by which no router can tell the experts apart.
+/// Refuses prompts of two experts that have the same mean state, because no router could tell the experts apart.
 fn refuse_alike(means: &[f32], width: usize, layer: usize) -> Result<()> {
     /// The distance of equal states, as a share of their length: sums in another order differ by rounding.
     const ROUNDING: f32 = 1e-4;

@@ -159,8 +159,8 @@ pub(super) fn grown(json: &Value, experts: usize, more: usize) -> Result<Value> 
     Ok(json)
 }
 
-/// The load of the text that the mixture is given, and for each layer the experts that most of it goes to, as many as are
-/// added; all in turn where that is more than there are.
+/// Runs the text through the mixture. Returns the load of its experts, and for each layer the experts to copy: those with
+/// most tokens. Where more are added than there are, each is copied in turn.
 fn most_used(job: &Job<'_>, more: usize) -> Result<(Load, BTreeMap<usize, Vec<usize>>)> {
     let model = Decoder::open(job.base, job.dtype, &Device::Cpu)?;
     let mut load = Load::default();

@@ -22,13 +22,13 @@ use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, 
 /// 0, because one runtime divides by it.
 const NEARLY_ZERO: f64 = 1.0 / (1u64 << 40) as f64;
 
-/// A model on its way to disk.
+/// Writes the tensors of a new model one after the other.
 pub(super) struct Sink<'a> {
     base: &'a Pretrained,
     config: &'a DecoderConfig,
     writer: ShardedWriter,
     stored: DType,
-    /// Tensors that hold others, where the family stores them so.
+    /// Tensors in which the family stores several others, such as all experts of a layer.
     packed: BTreeMap<String, PackedTensor>,
     parts: BTreeMap<String, String>,
     waiting: BTreeMap<String, Tensor>,
@@ -90,8 +90,8 @@ impl<'a> Sink<'a> {
         self.writer.write(&whole, &Tensor::cat(&parts, 0)?.reshape(packed.shape.as_slice())?)
     }
 
-    /// Writes what the dense model has under the same name, and closes the files. A tied head gets its own copy; biases that
-    /// the dense model has not are zero.
+    /// Copies the remaining tensors from the dense model by name, and closes the files. A tied head gets its own copy; biases
+    /// that the dense model lacks are zero.
     pub(super) fn finish(mut self, is_written: impl Fn(&str) -> bool) -> Result<()> {
         let known: BTreeSet<String> =
             self.base.config().tensors().into_iter().map(|(name, _)| name).collect();
@@ -256,7 +256,7 @@ pub(super) struct Layer {
 }
 
 impl Layer {
-    /// From the dense model, with another down projection where there is one.
+    /// Reads a layer of the dense model. `down` takes the place of its down projection, if there is one.
     pub(super) fn read(
         base: &Pretrained,
         layer: usize,
@@ -272,14 +272,15 @@ impl Layer {
         Ok(Self { projections: [read("gate_proj")?, read("up_proj")?, down] })
     }
 
-    /// Some neurons of gate (0), up (1) or down (2), the last times `scale`; zeros for numbers that are no neuron.
+    /// Returns some neurons of gate (0), up (1) or down (2); the last is multiplied with `scale`. Numbers that are no neuron
+    /// give zeros.
     pub(super) fn slice(&self, projection: usize, neurons: &[usize], scale: f64) -> Result<Tensor> {
         let taken = take(&self.projections[projection], usize::from(projection == 2), neurons)?;
         if projection < 2 { Ok(taken) } else { scaled(&taken, scale) }
     }
 }
 
-/// Some neurons of a projection that has them along `axis`; zeros for numbers that are no neuron.
+/// Returns some neurons of a projection, which lie along `axis`. Numbers that are no neuron give zeros.
 fn take(whole: &Tensor, axis: usize, neurons: &[usize]) -> Result<Tensor> {
     let count = whole.dim(axis)?;
     let padded = match neurons.iter().any(|neuron| *neuron >= count) {

@@ -30,7 +30,7 @@ const ROUNDS: usize = 20;
 
 /// The importance of neurons for kinds of text.
 pub(super) struct Importance {
-    /// For each layer `[clusters, neurons]`; of layers that stay dense nothing is taken.
+    /// The importance in each layer, `[clusters, neurons]`; `None` for layers that stay dense.
     layers: Vec<Option<Tensor>>,
 }
 
@@ -77,8 +77,8 @@ impl Importance {
         Ok(Self { layers })
     }
 
-    /// The neurons of a layer by how many kinds of text have them among their `most` most important ones, and then by what
-    /// they matter to all together; nothing where none was taken.
+    /// Ranks the neurons of a layer by the number of kinds of text that have them among their `most` most important ones,
+    /// then by their importance for all kinds together. `None` for layers without gradients.
     pub(super) fn most_shared(&self, layer: usize, most: usize) -> Result<Option<Vec<usize>>> {
         let Some(all) = &self.layers[layer] else { return Ok(None) };
         let of_kinds: Vec<Vec<f32>> = all.to_vec2()?;
@@ -94,7 +94,7 @@ impl Importance {
         Ok(Some(ranked_by(counts.len(), by_count)))
     }
 
-    /// Of some neurons of a layer, `[neurons, clusters]`; nothing for numbers that are no neuron.
+    /// Returns the importance of some neurons of a layer, `[neurons, clusters]`; zeros for numbers that are no neuron.
     pub(super) fn of_neurons(&self, layer: usize, neurons: &[usize]) -> Result<Option<Tensor>> {
         let Some(all) = &self.layers[layer] else { return Ok(None) };
         let last = all.dim(1)?;
@@ -111,8 +111,8 @@ fn ranked_by(count: usize, order: impl Fn(usize, usize) -> Ordering) -> Vec<usiz
     ranked
 }
 
-/// For each batch `[clusters, tokens]` with a one where a token is of a cluster. All clusters have as many pieces; of the pieces
-/// that are left over none.
+/// Returns a matrix `[clusters, tokens]` for each batch, with a one where a token belongs to a cluster. All clusters have the
+/// same number of pieces; pieces that are left over belong to none.
 fn clusters(model: &Decoder, text: &[Windows], count: usize, seed: u64) -> Result<Vec<Tensor>> {
     let mut means = Vec::new();
     let mut pieces = Vec::new();

@@ -57,12 +57,12 @@ use crate::model::family::{self, MixtureFormat, MixtureShape};
 use crate::model::{Decoder, DecoderConfig, Pretrained};
 use crate::weights::{Checkpoint, Staged, write_atomic};
 
-/// The account of a conversion, beside its weights.
+/// The file beside the new weights that holds the account of the conversion as JSON.
 pub const REPORT_FILE: &str = "upcycle.json";
-/// The same to be read.
+/// The file that holds the same account as text for people.
 pub const REPORT_TEXT: &str = "upcycle.md";
 
-/// What happens on the way. As JSON, `event` is its name.
+/// An event during a conversion. In JSON, the key `event` has its name.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
@@ -73,16 +73,16 @@ pub enum Event {
     },
     /// A layer is done.
     Layer {
-        /// So many are.
+        /// The number of layers that are done.
         done: usize,
-        /// Of so many.
+        /// The number of all layers.
         layers: usize,
     },
-    /// The new model has its name; told by [`crate::recipe::upcycle`], when all is said.
+    /// The new folder is complete. [`crate::recipe::upcycle`] sends this event last.
     End {
         /// Its folder.
         path: PathBuf,
-        /// Since the beginning.
+        /// Seconds since the conversion began.
         seconds: f64,
     },
 }
@@ -110,9 +110,9 @@ pub struct Job<'a> {
     pub dtype: DType,
     /// The new folder.
     pub output: &'a Path,
-    /// Further files for it: names and contents.
+    /// Names and contents of further files that are written into the new folder.
     pub files: &'a [(String, String)],
-    /// The account repeats these earlier warnings.
+    /// Warnings from before the conversion, which the account repeats.
     pub warnings: &'a [String],
 }
 

@@ -31,7 +31,7 @@ pub struct Difference {
 }
 
 impl Loss {
-    /// From the sums of windows with `tokens` predicted tokens each, beside those of the dense model.
+    /// Computes the loss from the sums of windows with `tokens` predicted tokens each, and its difference to the dense model.
     pub(super) fn of(sums: Vec<f64>, dense: &[f64], tokens: &[usize]) -> Self {
         let nll = sums.iter().sum::<f64>() / tokens.iter().sum::<usize>() as f64;
         let above_dense = Difference::of(&sums, dense, tokens);
@@ -40,7 +40,7 @@ impl Loss {
 }
 
 impl Difference {
-    /// `one - other`, from their sums on windows with `tokens` predicted tokens each.
+    /// Computes `one - other` from the sums of both on windows with `tokens` predicted tokens each.
     pub(super) fn of(one: &[f64], other: &[f64], tokens: &[usize]) -> Self {
         let total = tokens.iter().sum::<usize>() as f64;
         let differences: Vec<f64> = one.iter().zip(other).map(|(one, other)| one - other).collect();

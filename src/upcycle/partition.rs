@@ -12,11 +12,11 @@ use crate::data::{generator, shuffle};
 use crate::error::{Error, Result};
 use crate::ops::{matmul, scores};
 
-/// What neurons are shared out by.
+/// The data by which neurons are assigned to experts.
 pub(super) struct Grounds<'a> {
-    /// Of the neurons to share out, in their order, on tokens that things are fitted to.
+    /// Inputs and energies of the neurons to assign, on the tokens that routers are fitted to.
     pub(super) fitted: &'a Evidence,
-    /// The same on tokens that a choice is made by.
+    /// The same on other tokens, by which the best of several partitions is chosen.
     pub(super) chosen_by: &'a Evidence,
     /// Their gate rows, `[neurons, hidden]`, f32.
     pub(super) gates: &'a Tensor,
@@ -24,7 +24,7 @@ pub(super) struct Grounds<'a> {
     pub(super) importance: Option<&'a Tensor>,
     /// Experts.
     pub(super) experts: usize,
-    /// Experts of a token.
+    /// The number of experts that a token uses.
     pub(super) active: usize,
     /// Whether the router can have a bias.
     pub(super) with_bias: bool,
@@ -118,12 +118,13 @@ fn coactivation(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
     Ok(found)
 }
 
-/// Rounds in which tokens choose their experts by what these really give them.
+/// The first rounds, in which tokens choose the experts with most energy on them.
 const BY_ORACLE: usize = 4;
-/// Rounds in which they choose by what a linear router says, which is what they will have.
+/// The rounds after these, in which tokens choose by the scores of a linear router, as in the finished model.
 const BY_ROUTER: usize = 8;
 
-/// In turns: tokens choose experts, then neurons go to the experts whose tokens they give most energy.
+/// Improves the partition in turns: tokens choose experts, then neurons go to the experts on whose tokens they have most
+/// energy.
 fn alternating(grounds: &Grounds<'_>) -> Result<Vec<usize>> {
     let Grounds { fitted, experts, active, .. } = *grounds;
     let mut experts_of = kmeans(grounds, 3)?;
@@ -175,7 +176,7 @@ pub(super) fn selection(chosen: &[u32], experts: usize, active: usize) -> Result
     matrix(ones, experts)
 }
 
-/// The energy that a router's choice has, on the tokens that choices are made by.
+/// Computes the energy of the experts that a router chooses, on the tokens by which partitions are compared.
 fn captured(grounds: &Grounds<'_>, router: &Linear, experts_of: &[usize]) -> Result<f64> {
     let Grounds { chosen_by, experts, active, .. } = *grounds;
     if chosen_by.energy.dim(0)? == 0 {

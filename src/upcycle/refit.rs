@@ -18,22 +18,22 @@ use crate::ops::{matmul, matmul_f32};
 /// The candidates for `l`, as shares of the mean of the diagonal.
 const RIDGES: [f64; 5] = [3.0, 1.0, 0.3, 0.1, 0.03];
 
-/// Tokens of a fit, as they come.
+/// Collects the tokens that a down projection is fitted to.
 pub(super) struct Fit {
     /// The neurons whose columns may change.
     free: Tensor,
     gram: Option<Tensor>,
     cross: Option<Tensor>,
-    /// Active neurons and what is missing, times the roots of the weights, of tokens that choices are made by.
+    /// Active neurons and the missing output, both times the root of the token's weight, on tokens that judge the fits.
     judged: Vec<(Tensor, Tensor)>,
 }
 
-/// What a fit came to.
+/// The result of a fit.
 #[derive(Debug, Clone)]
 pub(super) struct Fitted {
     /// `[hidden, neurons]`
     pub(super) down: Tensor,
-    /// The share of the judged error that is left; `None` where no fit helped.
+    /// The share of the error on judged tokens that the fit left; `None` where no fit made it smaller.
     pub(super) left: Option<f64>,
 }
 
@@ -132,7 +132,7 @@ pub(super) struct Walk<'a> {
     pub(super) network: &'a FeedForward,
     pub(super) down: &'a Tensor,
     pub(super) scores: &'a Scores,
-    /// The dense streams behind this layer, where they are what is fitted to.
+    /// The streams of the dense model after this layer, if the fit aims at them instead of the network's own output.
     pub(super) goal: Option<&'a [Stream]>,
     pub(super) text: &'a [Windows],
     pub(super) sample: &'a Sample,
@@ -175,7 +175,7 @@ impl Walk<'_> {
         let Fitted { down, left } = fit
             .finish(self.down)
             .map_err(|error| error.with_hint("`upcycle.refit = \"none\"` goes without"))?;
-        // What is written is what the layers above are fitted to.
+        // Later layers are fitted to the weights as they are stored, not to the exact ones.
         let down = down.to_dtype(self.stored)?.to_dtype(DType::F32)?;
         for (stream, active) in streams.iter_mut().zip(actives) {
             let y = matmul_f32(&active, &down.t()?)?;

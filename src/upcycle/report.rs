@@ -81,9 +81,9 @@ pub struct Report {
     pub format: Option<MixtureFormat>,
     /// Slices, copies, or all experts of an expanded mixture.
     pub experts: usize,
-    /// Those always on.
+    /// The number of these experts that are always on.
     pub shared: usize,
-    /// Those routed to, of a token.
+    /// The number of routed experts that a token uses.
     pub active: usize,
     /// Neurons of an expert.
     pub expert_width: usize,
@@ -122,7 +122,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Nothing but what is converted and how.
+    /// Begins a report with the model and the method; all results are still empty.
     fn begun(base: &Pretrained, settings: &Settings) -> Self {
         Self {
             tool: concat!("peft ", env!("CARGO_PKG_VERSION")).to_string(),
@@ -152,7 +152,7 @@ impl Report {
         }
     }
 
-    /// Of a split, before it is verified.
+    /// Begins the report of a split that is not verified yet.
     pub(super) fn new(
         base: &Pretrained,
         settings: &Settings,
@@ -181,7 +181,7 @@ impl Report {
         }
     }
 
-    /// Of copies, before it is verified.
+    /// Begins the report of a mixture of copies that is not verified yet.
     pub(super) fn of_copies(
         base: &Pretrained,
         settings: &Settings,
@@ -248,7 +248,7 @@ impl Report {
     }
 }
 
-/// The layers that are.
+/// Lists the numbers of the layers for which `dense` is true.
 fn numbers_of(dense: &[bool]) -> Vec<usize> {
     (0..dense.len()).filter(|layer| dense[*layer]).collect()
 }

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::model::config::EVEN_EXPONENT;
 use crate::ops::matmul;
 
-/// What a router is made from.
+/// The data that a router is made from.
 pub(super) struct Sight<'a> {
     /// Inputs, and energies of the neurons that are shared out.
     pub(super) evidence: &'a Evidence,
@@ -58,7 +58,7 @@ pub(super) fn router(kind: RouterKind, sight: &Sight<'_>) -> Result<Linear> {
     Ok(linear)
 }
 
-/// The mean input of the tokens that each expert gives most to, less that of all.
+/// Makes each row of the router the mean input of the tokens on which the expert has most energy, less the mean of all.
 fn centres(sight: &Sight<'_>, energies: &Tensor) -> Result<Linear> {
     let chosen = top(&values(energies)?, sight.experts, sight.active);
     let taken = selection(&chosen, sight.experts, sight.active)?;
@@ -69,7 +69,8 @@ fn centres(sight: &Sight<'_>, energies: &Tensor) -> Result<Linear> {
     Ok(Linear { weight: values(&weight)?, bias: vec![0.0; sight.experts] })
 }
 
-/// From the ridge on log energies on: softmax of the scores towards the shares of energy, by gradient descent.
+/// Starts from a ridge regression on log energies, and fits the softmax of the scores to the shares of energy by gradient
+/// descent.
 ///
 /// With scores `z = W x + b`, `p = softmax(z)` and shares `q`, the divergence `KL(q | p)` has the gradient `p - q` in `z`.
 fn logistic(sight: &Sight<'_>, energies: &Tensor) -> Result<Linear> {
@@ -149,7 +150,7 @@ fn balance(linear: &mut Linear, evidence: &Evidence, active: usize) -> Result<()
     Ok(())
 }
 
-/// Takes out what all experts have in common: it decides nothing.
+/// Subtracts the mean of all rows from each row, because a part that all experts share decides nothing.
 fn centre(linear: &mut Linear) {
     let experts = linear.bias.len();
     let hidden = linear.weight.len() / experts;

@@ -183,7 +183,7 @@ impl Settings {
     }
 }
 
-/// The numbers that a split comes to.
+/// The numbers of neurons, slices and layers in a split model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SplitShape {
     /// Neurons of the dense network.
@@ -194,7 +194,7 @@ pub struct SplitShape {
     pub shared: usize,
     /// Slices that are routed to.
     pub routed: usize,
-    /// Of these, for a token.
+    /// The number of routed slices that a token uses.
     pub active: usize,
     /// For each layer whether it stays dense.
     pub dense: Vec<bool>,
@@ -203,7 +203,7 @@ pub struct SplitShape {
 }
 
 impl SplitShape {
-    /// What `settings` come to for a model.
+    /// Computes the shape that `settings` give for a model.
     pub fn of(settings: &Settings, config: &DecoderConfig) -> Result<Self> {
         let (neurons, activation) = dense_network(config)?;
         let Settings { experts, shared, active, .. } = *settings;
@@ -238,7 +238,7 @@ impl SplitShape {
         ((self.shared + self.active) * self.width).min(self.neurons)
     }
 
-    /// As the family writes it.
+    /// Returns the shape of the mixture that is written.
     #[must_use]
     pub fn mixture(&self) -> MixtureShape {
         MixtureShape {

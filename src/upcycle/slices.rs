@@ -21,7 +21,7 @@ pub(super) struct Routing {
 }
 
 impl Routing {
-    /// That of a model which is written as `format`, with this layout.
+    /// Returns the routing of a model that is written as `format` with this layout.
     pub(super) fn of(format: MixtureFormat, layout: &Layout) -> Result<Self> {
         let config = family::read(&layout.config)?;
         let Some((_, moe)) = config.sparse_layers().next() else {
@@ -49,15 +49,15 @@ impl Choice {
 /// One layer, cut.
 #[derive(Debug, Clone)]
 pub(super) struct Slices {
-    /// Neurons that are always on. A number that is no neuron of the network stands for one of zeros.
+    /// Neurons that are always on. A number above the network's neurons stands for a neuron whose weights are zero.
     pub(super) shared: Vec<usize>,
     /// The neurons of each expert.
     pub(super) experts: Vec<Vec<usize>>,
-    /// What ranks experts: `[experts]` scores from the input.
+    /// Computes a score for each expert from the input.
     pub(super) router: Linear,
     /// The router is written times two to this power.
     pub(super) power: i32,
-    /// What the written router's scores are taken for.
+    /// The way in which the written model chooses and weighs experts by the scores.
     pub(super) routing: Routing,
     /// The down projection, `[hidden, neurons]`: the dense one, or what it was fitted to.
     pub(super) down: Tensor,
@@ -65,7 +65,7 @@ pub(super) struct Slices {
     pub(super) active: usize,
 }
 
-/// The neurons that are not shared, filled up with neurons of zeros.
+/// Lists the neurons that are not shared, with neurons of zeros added until they fill all experts.
 pub(super) fn routed(shape: &SplitShape, shared: &[usize]) -> Vec<usize> {
     let mut is_shared = vec![false; shape.neurons.max(shape.width * (shape.shared + shape.routed))];
     shared.iter().for_each(|neuron| is_shared[*neuron] = true);

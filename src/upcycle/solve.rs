@@ -62,7 +62,7 @@ impl Linear {
     }
 }
 
-/// Least squares from the same inputs to one set of targets after the other.
+/// Least squares with fixed inputs, which can be fitted to several sets of targets.
 pub(super) struct Regression {
     /// `[tokens, inputs]`, without their mean where there is a bias.
     centred: Tensor,
@@ -71,7 +71,7 @@ pub(super) struct Regression {
 }
 
 impl Regression {
-    /// From `x [tokens, inputs]`.
+    /// Prepares fits from the inputs `x [tokens, inputs]`.
     pub(super) fn new(x: &Tensor, with_bias: bool) -> Result<Self> {
         let n = x.dim(1)?;
         let mean = match with_bias {
@@ -84,7 +84,7 @@ impl Regression {
         Ok(Self { centred, mean, factor })
     }
 
-    /// To `y [tokens, outputs]`.
+    /// Fits a linear map to the targets `y [tokens, outputs]`.
     pub(super) fn fit(&self, y: &Tensor) -> Result<Linear> {
         let outputs = y.dim(1)?;
         let right = values(&matmul(&self.centred.t()?, y)?)?; // [inputs, outputs]

@@ -27,7 +27,7 @@ const SAMPLE_BYTES: usize = 1 << 30;
 
 /// A model, cut.
 pub(super) struct Split {
-    /// For each layer; `None`: it stays dense, or is pruned.
+    /// The slices of each layer; `None` for layers that stay dense or are pruned.
     pub(super) layers: Vec<Option<Slices>>,
     /// For each layer the neurons that static pruning keeps, and their down projection.
     pub(super) kept: Vec<Option<(Vec<usize>, Tensor)>>,
@@ -174,7 +174,7 @@ pub(super) fn plain_values(weight: &Weight) -> Result<Tensor> {
     Ok(tensor.to_dtype(DType::F32)?)
 }
 
-/// One layer on the table.
+/// All that is needed to cut one layer.
 struct Cut<'a> {
     network: &'a FeedForward,
     down: &'a Tensor,
@@ -182,7 +182,7 @@ struct Cut<'a> {
     scores: &'a Scores,
     importance: Option<&'a Importance>,
     fitted: &'a [Observed],
-    /// What is not fitted to; of a single batch nothing is left.
+    /// The batches that nothing is fitted to; there are none if the text is a single batch.
     judged: &'a [Observed],
 }
 
@@ -197,7 +197,7 @@ impl Cut<'_> {
     ) -> Result<Slices> {
         let mut shared = self.by_right_to_be_shared(layer, shape, settings)?;
         shared.truncate(shape.shared_width().min(shape.neurons));
-        // Of a network that slices do not divide, zeros may be needed here already.
+        // Where slices do not divide the network, the shared ones may need neurons of zeros already.
         let missing = shape.shared_width() - shared.len();
         shared.extend((shape.neurons..).take(missing));
         shared.sort_unstable();

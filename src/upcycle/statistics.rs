@@ -105,7 +105,7 @@ impl Moments {
         Ok(())
     }
 
-    /// What neurons are ranked by, from the norms of the columns of `down`.
+    /// Scores the neurons by their contributions. `columns` are the norms of the columns of the down projection.
     pub(super) fn finish(self, columns: &[f32]) -> Scores {
         let tokens = self.norms.len().max(1) as f64;
         let energy = self
@@ -133,7 +133,7 @@ pub(super) struct Scores {
 }
 
 impl Scores {
-    /// The neurons by what they contribute, those guarded first.
+    /// Ranks the neurons by their contribution, guarded ones first.
     pub(super) fn ranked(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.energy.len()).collect();
         order.sort_by(|x, y| {
@@ -143,14 +143,14 @@ impl Scores {
         order
     }
 
-    /// The tokens of a batch that statistics are taken of.
+    /// Lists the tokens of a batch that statistics use: not the first of a window, and none with a massive output.
     pub(super) fn plain_tokens(&self, observed: &Observed) -> Vec<u32> {
         let plain =
             |token: &usize| !observed.first[*token] && observed.norms[*token] <= MASSIVE * self.median;
         (0..observed.norms.len()).filter(plain).map(|token| token as u32).collect()
     }
 
-    /// What a token counts in a fit.
+    /// Computes the weight of each token in a fit; tokens with large outputs weigh less.
     pub(super) fn weights(&self, norms: &[f32]) -> Vec<f32> {
         norms.iter().map(|norm| (LARGE * self.median / norm.max(f32::MIN_POSITIVE)).min(1.0)).collect()
     }
@@ -171,9 +171,9 @@ pub(super) struct Evidence {
 }
 
 impl Evidence {
-    /// Of the plain tokens of the batches, for the neurons `chosen`. `evened`: each token's energies are divided by the root
-    /// of their sum, so that a token of large outputs counts more than others, but not by the square of them: behind the
-    /// next norm it is one token among others.
+    /// Collects inputs and energies of the neurons `chosen` on the plain tokens of the batches. With `evened`, each token's
+    /// energies are divided by the root of their sum. A token of large outputs then counts more than others, but not by the
+    /// square of its outputs, because the next norm makes it as large as the others.
     pub(super) fn of(
         batches: &[Observed],
         scores: &Scores,

@@ -49,14 +49,14 @@ fn first_windows(text: &Text, vocab: usize) -> Windows {
     Windows { tokens: first.tokens[..first.offsets[end]].to_vec(), offsets: first.offsets[..=end].to_vec() }
 }
 
-/// What a model gives on some tokens, for others to be compared with.
+/// The results of a model on some tokens, with which another model is compared.
 pub(super) struct Expected {
     windows: Windows,
     logits: Tensor,
     nll: f64,
 }
 
-/// How another model differs from what was expected.
+/// The differences between the results of two models.
 pub(super) struct Difference {
     /// The largest difference between two logits.
     logits: f64,
@@ -69,7 +69,7 @@ pub(super) struct Difference {
 }
 
 impl Expected {
-    /// On the first windows of `text`.
+    /// Computes the results of a model on the first windows of `text`.
     pub(super) fn of(model: &Decoder, text: &Text) -> Result<Self> {
         let windows = first_windows(text, model.config().vocab_size);
         let logits = logits(model, &windows)?;
@@ -77,7 +77,7 @@ impl Expected {
         Ok(Self { windows, logits, nll })
     }
 
-    /// How `model` differs.
+    /// Measures how far the results of `model` are from these.
     pub(super) fn compare(&self, model: &Decoder) -> Result<Difference> {
         let largest = |tensor: &Tensor| -> Result<f64> {
             Ok(f64::from(tensor.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?))
@@ -94,14 +94,14 @@ fn logits(model: &Decoder, windows: &Windows) -> Result<Tensor> {
 }
 
 impl Difference {
-    /// Whether it is one of rounding. Errors of rounding are of either sign: where each logit has one, their mean over `n`
-    /// tokens is smaller by the root of `n`.
+    /// Whether rounding explains the difference. Rounding errors have either sign, so the mean loss over `n` tokens may differ
+    /// by the root of `n` less than a single logit.
     pub(super) fn is_rounding(&self) -> bool {
         let most = ROUNDING * (1.0 + self.largest);
         self.logits <= most && self.nll.abs() <= most / (self.tokens.max(1) as f64).sqrt()
     }
 
-    /// The promise that it is about.
+    /// Reports the difference as a promise, and whether it `holds`.
     pub(super) fn guarantee(&self, what: String, promised: bool, holds: bool) -> Guarantee {
         Guarantee {
             what,
@@ -128,7 +128,7 @@ fn all_on(config: &DecoderConfig, layout: &Layout) -> DecoderConfig {
     config
 }
 
-/// What was written, with all that its configuration names.
+/// Opens the written model and checks that all tensors of its configuration are there.
 pub(super) fn reopened(folder: &Path) -> Result<Pretrained> {
     let written = Pretrained::open(&folder.to_string_lossy())?;
     written.check()?;

@@ -101,7 +101,7 @@ pub struct Calibration {
     pub further: Vec<Text>,
 }
 
-/// Documents below which none can be spared to be held out as a whole.
+/// With fewer documents, none is held out as a whole, and the end of each is held out instead.
 const FEW: usize = 16;
 
 impl Calibration {
@@ -279,10 +279,10 @@ fn batches(windows: &[Vec<u32>]) -> Vec<Windows> {
     batches
 }
 
-/// Of the sample one in so many is left for choices.
+/// One in so many batches of the sample is kept out of the fits, to choose among their results.
 const JUDGED: usize = 8;
 
-/// Batches of the text that things are fitted to, and others that choices are made by.
+/// The batches that fits are made from, and the batches that choose among fits.
 #[derive(Debug, Clone)]
 pub(super) struct Sample {
     pub(super) fitted: Range<usize>,

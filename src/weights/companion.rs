@@ -44,20 +44,31 @@ pub(super) fn template_name(path: &str) -> Option<&str> {
 /// Lists the companions in a folder, sorted. Folders with such a name are none, but for that of further chat templates.
 pub(super) fn companions(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = files_of(folder, is_companion)?;
-    let templates = folder.join(TEMPLATES);
-    if is_there(&templates) {
-        let of_templates = files_of(&templates, |name| name.ends_with(".jinja"))?;
-        if of_templates.len() > MOST_TEMPLATES {
-            let found = of_templates.len();
-            return Err(Error::invalid(format!(
-                "holds {found} chat templates, expected at most {MOST_TEMPLATES}"
-            ))
-            .with_hint("leave those that the model needs; conversations with tools take `tool_use.jinja`"))
-            .at(templates);
-        }
-        files.extend(of_templates);
+    files.extend(further_templates(&folder.join(TEMPLATES))?);
+    Ok(files)
+}
+
+/// Lists the files in the folder of further chat templates, sorted; none where there is no such folder.
+fn further_templates(templates: &Path) -> Result<Vec<PathBuf>> {
+    if !is_there(templates) {
+        return Ok(Vec::new());
+    }
+    let files = files_of(templates, |name| name.ends_with(".jinja"))?;
+    if files.len() > MOST_TEMPLATES {
+        let found = files.len();
+        return Err(Error::invalid(format!(
+            "holds {found} chat templates, expected at most {MOST_TEMPLATES}"
+        ))
+        .with_hint("leave those that the model needs; conversations with tools take `tool_use.jinja`"))
+        .at(templates);
     }
     Ok(files)
+}
+
+/// Lists the names of the further chat templates, sorted.
+pub(super) fn names_of_templates(templates: &Path) -> Result<Vec<String>> {
+    let name = |path: &PathBuf| Some(path.file_stem()?.to_str()?.to_string());
+    Ok(further_templates(templates)?.iter().filter_map(name).collect())
 }
 
 fn files_of(folder: &Path, belongs: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
@@ -91,16 +102,18 @@ pub(super) fn read(path: &Path, folder: &Path) -> Result<Vec<u8>> {
 
 /// Copies the companions of the model in `folder` into another one, byte for byte.
 pub(super) fn copy(folder: &Path, target: &Path) -> Result<()> {
-    for path in companions(folder)? {
-        let bytes = read(&path, folder)?;
-        let copy = target.join(path.strip_prefix(folder).unwrap_or(&path));
-        if let Some(parent) = copy.parent().filter(|parent| *parent != target) {
-            std::fs::create_dir_all(parent).at(parent)?;
-        }
-        // Not `fs::copy`, which would follow any link, and make a read-only copy of a read-only file.
-        std::fs::write(&copy, bytes).at(&copy)?;
+    companions(folder)?.iter().try_for_each(|path| copy_file(path, folder, target))
+}
+
+/// Copies a companion of the model in `folder` to its place in another folder.
+pub(super) fn copy_file(path: &Path, folder: &Path, target: &Path) -> Result<()> {
+    let bytes = read(path, folder)?;
+    let copy = target.join(path.strip_prefix(folder).unwrap_or(path));
+    if let Some(parent) = copy.parent().filter(|parent| *parent != target) {
+        std::fs::create_dir_all(parent).at(parent)?;
     }
-    Ok(())
+    // Not `fs::copy`, which would follow any link, and make a read-only copy of a read-only file.
+    std::fs::write(&copy, bytes).at(&copy)
 }
 
 /// Refuses a link that leads out of the model's folder. In the Hub's cache, the repository's own blobs belong to it.

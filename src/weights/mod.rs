@@ -13,6 +13,7 @@
 //! # Ok::<(), peft::Error>(())
 //! ```
 
+mod adapter_text;
 mod companion;
 mod convert;
 mod digest;
@@ -40,6 +41,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::error::{Context, Error, Result, is_there, nearest};
+pub use adapter_text::AdapterText;
 pub use companion::{TEMPLATES, is_companion};
 pub use digest::hexadecimal;
 use folder::Folder;
@@ -156,6 +158,12 @@ impl Checkpoint {
             Store::Folder(folder) => TextFiles::from_folder(&folder.path, &self.config_json()?),
             Store::Gguf(gguf) => TextFiles::from_gguf(&gguf.metadata).at(&gguf.path),
         }
+    }
+
+    /// Reads the tokenizer and chat template beside an adapter, where they are not those of this model. `rows` is the number of
+    /// tokens that the model's embedding has.
+    pub fn adapter_text(&self, folder: &Path, rows: usize) -> Result<Option<AdapterText>> {
+        AdapterText::of(self, folder, rows)
     }
 
     /// Warns of tokens that are said to end a text and that a vocabulary of this many tokens does not have.

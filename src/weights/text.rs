@@ -1,12 +1,12 @@
 //! What belongs to the text side of a model: tokenizer, chat template, special tokens.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use super::companion::{LONGEST_TEMPLATE, TEMPLATES};
+use super::companion::{LONGEST_TEMPLATE, TEMPLATES, names_of_templates};
 use super::{LARGEST_JSON, LARGEST_TOKENIZER};
 use crate::error::{Context, Error, Result, caught, is_there, read_regular, read_regular_text};
 
@@ -47,32 +47,27 @@ impl TextFiles {
         }
         let tokenizer =
             super::tokenizer::read(&read_regular(&path, LARGEST_TOKENIZER).at(&path)?).at(&path)?;
-        let settings = super::read_json_if_there(&folder.join("tokenizer_config.json"))?;
-        let special = super::read_json_if_there(&folder.join("special_tokens_map.json"))?;
+        let settings = super::read_json_if_there(&folder.join(SETTINGS))?;
+        let special = super::read_json_if_there(&folder.join(SPECIAL))?;
         let generation = super::read_json_if_there(&folder.join(GENERATION))?;
-        let token = |name: &str| token(&settings, name).or_else(|| self::token(&special, name));
-
-        // transformers reads the file after the settings, so the file wins.
-        let jinja = folder.join("chat_template.jinja");
-        let (chat_template, tool_template) = if is_there(&jinja) {
-            let of_tools = folder.join(TEMPLATES).join("tool_use.jinja");
-            let of_tools = if is_there(&of_tools) { Some(read_template(&of_tools)?) } else { None };
-            (Some(read_template(&jinja)?), of_tools)
-        } else {
-            chat_templates(&settings).at(folder.join("tokenizer_config.json"))?
+        let token = |name: &str| -> Result<Option<String>> {
+            match token(&settings, name).at(folder.join(SETTINGS))? {
+                None => self::token(&special, name).at(folder.join(SPECIAL)),
+                found => Ok(found),
+            }
         };
-
-        let eos_token = token("eos_token");
+        let (chat_template, tool_template) = templates(folder, &settings)?;
+        let eos_token = token("eos_token")?;
         let mut eos_token_ids = endings(config).at(folder.join("config.json"))?;
         eos_token_ids.extend(endings(&generation).at(folder.join(GENERATION))?);
         eos_token_ids.extend(eos_token.as_deref().and_then(|token| tokenizer.token_to_id(token)));
         Ok(Self {
             chat_template,
             tool_template,
-            bos_token: token("bos_token"),
+            bos_token: token("bos_token")?,
             eos_token,
-            pad_token: token("pad_token"),
-            unk_token: token("unk_token"),
+            pad_token: token("pad_token")?,
+            unk_token: token("unk_token")?,
             eos_token_ids,
             add_bos_token: false,
             told: super::told::of(&settings),
@@ -94,15 +89,20 @@ impl TextFiles {
             "eos_token": self.eos_token,
             "pad_token": self.pad_token,
             "unk_token": self.unk_token,
-            "chat_template": match (&self.chat_template, &self.tool_template) {
-                (Some(default), Some(tools)) => json!([
-                    { "name": "default", "template": default }, { "name": "tool_use", "template": tools },
-                ]),
-                (template, _) => json!(template),
-            },
+            "chat_template": self.written_templates(),
         });
-        let path = folder.join("tokenizer_config.json");
+        let path = folder.join(SETTINGS);
         std::fs::write(&path, serde_json::to_string_pretty(&settings)? + "\n").at(&path)
+    }
+
+    /// The templates as the settings of a tokenizer have them.
+    pub(super) fn written_templates(&self) -> Value {
+        match (&self.chat_template, &self.tool_template) {
+            (Some(default), Some(tools)) => json!([
+                { "name": "default", "template": default }, { "name": "tool_use", "template": tools },
+            ]),
+            (template, _) => json!(template),
+        }
     }
 
     /// Sorts the ending tokens and asks the tokenizer what it does with the beginning.
@@ -116,14 +116,56 @@ impl TextFiles {
     }
 }
 
-/// A special token: a string, or a table with its `content`.
-fn token(settings: &Value, name: &str) -> Option<String> {
-    let value = settings.get(name)?;
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+/// Reads a special token, which is a string or a table with its `content`.
+fn token(settings: &Value, name: &str) -> Result<Option<String>> {
+    let Some(value) = settings.get(name).filter(|value| !value.is_null()) else { return Ok(None) };
+    match value.as_str().or_else(|| value.get("content")?.as_str()) {
+        Some(token) => Ok(Some(token.to_string())),
+        None => Err(Error::invalid(format!(
+            "`{name}` is {value}, expected the text of a token or a table with its `content`"
+        ))
+        .with_hint("write the token as `tokenizer.json` spells it; numbers of tokens go into `config.json`")),
+    }
 }
 
+/// The file of a tokenizer's settings.
+pub(super) const SETTINGS: &str = "tokenizer_config.json";
+
+/// The file of special tokens that older versions of transformers read.
+pub(super) const SPECIAL: &str = "special_tokens_map.json";
+
 /// The file of settings for generating text.
-const GENERATION: &str = "generation_config.json";
+pub(super) const GENERATION: &str = "generation_config.json";
+
+/// The file of the default chat template.
+pub(super) const JINJA: &str = "chat_template.jinja";
+
+/// Reads the default chat template of a folder and its template for conversations with tools. Files take the place of what
+/// the settings say, and a file `default.jinja` that of `chat_template.jinja`, as in transformers.
+pub(super) fn templates(folder: &Path, settings: &Value) -> Result<(Option<String>, Option<String>)> {
+    let further = folder.join(TEMPLATES);
+    let read = |path: PathBuf| if is_there(&path) { read_template(&path).map(Some) } else { Ok(None) };
+    let default = match read(further.join("default.jinja"))? {
+        None => read(folder.join(JINJA))?,
+        found => found,
+    };
+    if default.is_some() {
+        return Ok((default, read(further.join("tool_use.jinja"))?));
+    }
+    let names = names_of_templates(&further)?;
+    if !names.is_empty() {
+        return Err(no_default("holds templates", &names)).at(further);
+    }
+    chat_templates(settings).at(folder.join(SETTINGS))
+}
+
+/// An error that says that of several chat templates none is the default.
+fn no_default(what: &str, names: &[String]) -> Error {
+    let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
+    let names = if names.is_empty() { "no names".to_string() } else { names.join(", ") };
+    Error::invalid(format!("{what} without one named `default`: it has {names}"))
+        .with_hint("put the template to use into a file `chat_template.jinja` in the model's folder")
+}
 
 fn read_template(path: &Path) -> Result<String> {
     let bytes = std::fs::metadata(path).at(path)?.len();
@@ -149,14 +191,8 @@ fn chat_templates(settings: &Value) -> Result<(Option<String>, Option<String>)> 
             };
             let Some(default) = named("default") else {
                 let names = list.iter().filter_map(|entry| entry.get("name")?.as_str());
-                let names: Vec<String> = names.map(|name| format!("`{name}`")).collect();
-                return Err(Error::invalid(format!(
-                    "`chat_template` is a list of templates without one named `default`: it has {}",
-                    if names.is_empty() { "no names".to_string() } else { names.join(", ") }
-                ))
-                .with_hint(
-                    "put the template to use into a file `chat_template.jinja` in the model's folder",
-                ));
+                let names: Vec<String> = names.map(str::to_string).collect();
+                return Err(no_default("`chat_template` is a list of templates", &names));
             };
             Ok((Some(default.to_string()), named("tool_use").map(str::to_string)))
         }

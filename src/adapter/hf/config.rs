@@ -12,10 +12,10 @@ use super::fields::{Fields, NamesOrText, is_neutral};
 use super::{MERGED_FORM, Provenance, experts};
 use crate::error::{Context, Error, Result, first_lines, read_regular_text};
 
-/// No honest configuration is larger; lists of all the modules of a large mixture come to a few hundred kilobytes.
+/// Larger configurations are refused. One that lists all modules of a large mixture has a few hundred kilobytes.
 const LARGEST: u64 = 16 << 20;
 
-/// No honest adapter is scaled by more.
+/// Adapters with a larger alpha are refused: training gives far smaller ones.
 const LARGEST_ALPHA: f64 = 1e6;
 
 /// Keys that say nothing about the values computed.
@@ -69,7 +69,7 @@ pub(super) struct Read {
     pub(super) base_model: Option<String>,
     pub(super) revision: Option<String>,
     pub(super) warnings: Vec<String>,
-    /// `target_parameters`, which tensors have to bear out.
+    /// The values of `target_parameters`. Whether they are true shows in the tensors of the file.
     pub(super) parameters: Vec<String>,
     /// The version of PEFT that wrote it.
     pub(super) peft_version: Option<String>,
@@ -225,7 +225,7 @@ impl Fields {
         }
     }
 
-    /// Adapters on the parameters of experts, and those that are written for PEFT alone, see [`experts`].
+    /// Takes `target_parameters` where all its values are of a known kind: see [`experts`].
     fn parameters(&mut self) -> Vec<String> {
         let known = |value: &Value| value.as_str().filter(|name| experts::is_known(name)).map(str::to_string);
         let parameters = self.map.get("target_parameters").and_then(Value::as_array);
@@ -236,7 +236,7 @@ impl Fields {
         parameters.unwrap_or_default()
     }
 
-    /// Takes out the modules that are routers: their tensors say that they are trained.
+    /// Removes `modules_to_save` where it names routers only. Their tensors in the file show that they are trained.
     fn forget_routers(&mut self) {
         let is_router = |value: &Value| value.as_str().is_some_and(experts::is_router_module);
         let modules = self.map.get("modules_to_save").and_then(Value::as_array);
@@ -256,7 +256,7 @@ impl Fields {
         }
     }
 
-    /// Judges the keys that nobody took: PEFT grows new ones.
+    /// Refuses or warns of keys that nothing has read, because each version of PEFT adds some.
     fn leftovers(&mut self) -> Vec<String> {
         for key in IGNORED {
             self.map.shift_remove(key);
@@ -337,14 +337,14 @@ fn targets_json(targets: &Targets, placements: &Placements) -> Value {
         Targets::Pattern(pattern) => return json!(pattern),
         Targets::Names(names) => {
             let is_path = |name: &&str| placements.placements.iter().any(|p| is_named(&p.linear.path, name));
-            // Elsewhere an expert's projections have the family's names only.
+            // Other programs know the projections of experts by the names of their family alone.
             let others =
                 placements.placements.iter().filter(|p| !names.iter().any(|n| is_named(&p.linear.path, n)));
             let others: BTreeSet<&str> = others.map(|p| p.linear.name()).collect();
             let known = names.iter().map(String::as_str).filter(|name| others.is_empty() || is_path(name));
             known.chain(others.iter().copied()).collect()
         }
-        // PEFT, too, writes names: readers do not know the word.
+        // Other programs may not know `all-linear`; PEFT writes names in its place too.
         Targets::AllLinear => placements.placements.iter().map(|p| p.linear.name()).collect(),
     };
     json!(names)

@@ -1,5 +1,5 @@
-//! What of `adapter_config.json` is there so that PEFT, which sees all experts of a layer as one parameter, reads adapters on
-//! each of them: see [`InPeft`].
+//! Entries of `adapter_config.json` that make PEFT read adapters on experts. PEFT holds all experts of a layer in one
+//! parameter, while an adapter here has tensors for each: see [`InPeft`].
 
 use std::collections::BTreeSet;
 
@@ -40,7 +40,7 @@ pub(super) fn target_parameters(placements: &Placements) -> BTreeSet<String> {
     }
 }
 
-/// Adds to the patterns of rank and alpha what `target_parameters` calls for.
+/// Adds the patterns of rank and alpha for the parameters that `target_parameters` names.
 pub(super) fn join_patterns(
     config: &LoraConfig,
     placements: &Placements,
@@ -48,7 +48,7 @@ pub(super) fn join_patterns(
     ranks: &mut Map<String, Value>,
     alphas: &mut Map<String, Value>,
 ) {
-    // Of all experts one rank is written, that of the first: PEFT has no other in one parameter.
+    // The rank of the first expert is written for all, because PEFT has one rank for a whole parameter.
     let first = |projection| {
         let of_expert = |p: &&Placement| is_expert(p) && p.linear.projection == projection;
         placements.placements.iter().find(of_expert).map(|p| (p.rank, p.alpha))
@@ -62,7 +62,7 @@ pub(super) fn join_patterns(
         && targets(Bundle::GateUp)
     {
         let rank = gate + up;
-        // The scale stays what it is for each.
+        // A larger rank lowers the scale, so alpha grows to keep the scale of both projections.
         let share = rank as f64 / gate as f64;
         insert(JOINED, rank, alpha * if config.rslora { share.sqrt() } else { share });
     }
@@ -79,7 +79,7 @@ fn parameter_of(placements: &Placements, bundle: Bundle) -> Option<String> {
     placements.names?.in_transformers(bundle).map(str::to_string)
 }
 
-/// Whether a value of `target_parameters` can be that of experts, or of a module whose tensors say it all.
+/// Whether a value of `target_parameters` names experts, or a plain weight, whose adapter is known from its tensors.
 pub(super) fn is_known(parameter: &str) -> bool {
     ["gate_up_proj", "down_proj", "_proj.weight"].iter().any(|end| parameter.ends_with(end))
 }

@@ -55,7 +55,7 @@ const PACKED: [(&str, &[usize]); 4] =
 /// Rank and alpha of a projection, the same in all layers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Found {
-    /// Of experts 0 to 2, of the shared one 3 to 5.
+    /// Gate, up and down of experts are 0, 1 and 2; those of the shared expert are 3, 4 and 5.
     projection: usize,
     rank: usize,
     alpha: f64,
@@ -70,7 +70,7 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Gate and up of each expert, where the projections are these.
+    /// Returns the paths of gate and up of each expert if `projections` are these two, else nothing.
     fn pairs(self, projections: &[usize]) -> Vec<Pair> {
         let paths = |expert| [0, 1].map(|projection| self.moe.expert_path(self.layer, expert, projection));
         if projections == [0, 1] { (0..self.moe.experts).map(paths).collect() } else { Vec::new() }
@@ -78,10 +78,10 @@ impl Place<'_> {
 }
 
 impl Adapter {
-    /// The adapter with a pair of tensors for each expert of `model`, and routers by their names there, whatever its file has.
+    /// Converts the adapter to the layout of `model`: a pair of tensors for each expert, and routers under the model's names.
     pub fn for_model(mut self, model: &DecoderConfig) -> Result<Self> {
         let (mut found, mut joined) = (Vec::new(), Vec::new());
-        // With an A in common: of experts, and of the shared one.
+        // The pairs of gate and up with an A in common: first those of experts, then those of shared experts.
         let mut pairs: [Vec<Pair>; 2] = Default::default();
         for (layer, moe) in model.sparse_layers() {
             let theirs =
@@ -91,7 +91,7 @@ impl Adapter {
             }
             let place = Place { layer, moe, hidden: model.hidden_size };
             let own = format!("model.layers.{layer}.{}", moe.names.experts);
-            // Transformers 5 calls all of them alike.
+            // Transformers 5 has one name for the experts of all families.
             for path in [own, format!("model.layers.{layer}.mlp.experts")] {
                 for (kind, module) in self.modules(&path)? {
                     let alpha = alpha_at(&self.config, &format!("{path}.{}", kind.parameter()))?;
@@ -147,7 +147,7 @@ impl Adapter {
             if self.halve(pairs, rank)? {
                 let both = found.iter_mut().filter(|found| (first..first + 2).contains(&found.projection));
                 both.for_each(|found| {
-                    // The scale stays.
+                    // A smaller rank raises the scale, so alpha falls to keep it.
                     found.alpha /= if self.config.rslora { 2f64.sqrt() } else { 2.0 };
                     found.rank /= 2;
                 });
@@ -157,7 +157,7 @@ impl Adapter {
         Ok(self)
     }
 
-    /// Adds what was found on some projections; refuses other ranks or alphas than layers below have.
+    /// Records rank and alpha of some projections; refuses a layer in which they differ from those of earlier layers.
     fn note(
         &self,
         found: &mut Vec<Found>,
@@ -184,7 +184,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// The fused modules of a layer, and what each holds.
+    /// Returns the modules with an adapter on all experts of a layer, and the projections that each is on.
     fn modules(&self, path: &str) -> Result<Vec<(Kind, String)>> {
         let has = |module: &str| self.tensors.contains_key(&tensor_names(module).a);
         let (outer, inner) = (path.to_string(), format!("{path}.base_layer"));
@@ -257,7 +257,7 @@ impl Adapter {
         Ok(rank)
     }
 
-    /// Whether `A` goes with outputs, where shapes do not tell: as PEFT did before 0.19.1.
+    /// Whether the columns of `A` are outputs, as in PEFT before 0.19.1. It is asked where shapes do not tell.
     fn is_swapped(&self, kind: Kind) -> Result<bool> {
         let version = self.peft_version.as_deref().and_then(|version| {
             let mut numbers = version.split('.').map(|part| part.parse::<u32>().ok());
@@ -298,7 +298,7 @@ impl Adapter {
         Ok(rank)
     }
 
-    /// Gives projections of an expert an `A` in common and their parts of `B`.
+    /// Stores an adapter on projections of one expert: each gets a copy of `A` and its rows of `B`.
     fn put(
         &mut self,
         place: Place<'_>,
@@ -316,7 +316,7 @@ impl Adapter {
         Ok(())
     }
 
-    /// Says of the configuration what it is for each expert.
+    /// Rewrites targets, ranks and alphas of the configuration for tensors on each expert.
     fn target(&mut self, moe: &MoeConfig, found: &[Found], joined: &[String]) -> Result<()> {
         let Targets::Names(names) = &self.config.targets else {
             return Err(Error::invalid(
@@ -326,7 +326,7 @@ impl Adapter {
         };
         let (mut own, mut experts, mut ranks, mut alphas) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for Found { projection, rank, alpha } in found {
-            // Not the name alone, which other networks have too.
+            // The name alone would also match dense and shared networks.
             let (expert, pattern) = match projection {
                 0..3 => {
                     let name = moe.names.projections[*projection];

@@ -11,8 +11,8 @@ use crate::error::{Context, Error, Result};
 pub(super) type Pair = [String; 2];
 
 impl Adapter {
-    /// Takes the half of the ranks that is zero from all of these pairs, if it is zero in all of them and not everything is;
-    /// says whether it did.
+    /// Removes from gate and up the half of the ranks in which their `B` is zero, if it is zero in all pairs. Returns whether
+    /// it did; where every `B` is zero throughout, nothing is removed.
     ///
     /// A half that is zero in some of them only stays, as the rank of a projection is the same in all layers.
     pub(super) fn halve(&mut self, pairs: &[Pair], rank: usize) -> Result<bool> {

@@ -15,11 +15,11 @@ use crate::adapter::target::{Placement, Placements};
 use crate::error::{Context, Error, Result};
 use crate::model::config::{Bundle, InPeft, Projection, Site};
 
-/// An adapter as PEFT has it.
+/// An adapter in the layout that PEFT reads.
 pub(super) struct Joined {
     pub(super) config: LoraConfig,
     pub(super) placements: Placements,
-    /// `target_parameters`.
+    /// The values of `target_parameters`.
     pub(super) parameters: BTreeSet<String>,
     pub(super) tensors: BTreeMap<String, Tensor>,
 }

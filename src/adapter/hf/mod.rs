@@ -57,7 +57,7 @@ pub struct Adapter {
     /// Copies of the model's own embedding or head, which PEFT adds where these are targeted: [`Adapter::fit`] makes
     /// sure that they are copies.
     pub copies: BTreeMap<String, Tensor>,
-    /// What PEFT has as parameters, not as modules: see [`Adapter::for_model`].
+    /// The parameters, named in `target_parameters`, that PEFT puts an adapter on directly: see [`Adapter::for_model`].
     pub parameters: Vec<String>,
     /// The version of PEFT that wrote it, where it says so.
     pub peft_version: Option<String>,
@@ -198,7 +198,9 @@ impl Adapter {
         let (known, given) = (short_name(base), short_name(source));
         // GGUF files carry the kind of their quantization behind the model's name.
         let same = known == given || (source.ends_with(".gguf") && given.starts_with(&known));
-        (!same).then(|| format!("the adapter was made for `{base}`, and the model is `{source}`"))
+        (!same).then(|| {
+            format!("the adapter `{}` was made for `{base}`, and the model is `{source}`", self.source)
+        })
     }
 }
 
@@ -310,8 +312,8 @@ fn missing_tensors(folder: &Path) -> Error {
     error(format!("has no `{TENSORS_FILE}`"))
 }
 
-/// What stays of a model's name when it moves: without organisation, folder, revision, place in the Hub's cache, or the
-/// difference of small and capital letters.
+/// Returns the part of a model's name that is the same wherever the model lies: without organisation, folder, revision or
+/// place in the Hub's cache, in small letters.
 fn short_name(name: &str) -> String {
     let cached = name.split_once("models--").map(|(_, rest)| rest.split('/').next().unwrap_or(rest));
     let name = cached.map_or(name, |cached| cached.rsplit("--").next().unwrap_or(cached));

@@ -24,15 +24,15 @@ pub(super) fn is_of(name: &str, path: &str) -> bool {
     name.strip_prefix(path).is_some_and(|rest| SUFFIXES.contains(&rest))
 }
 
-/// What the file holds.
+/// The tensors and metadata of the file.
 pub(super) struct Read {
-    /// In f32, by name without prefix.
+    /// Low-rank tensors in f32, by name without the prefix of PEFT.
     pub(super) tensors: BTreeMap<String, Tensor>,
-    /// The same of whole tensors of the model.
+    /// Copies of the model's embedding or head, by name.
     pub(super) copies: BTreeMap<String, Tensor>,
-    /// The same of trained weights of routers.
+    /// Trained weights of routers in f32, by name.
     pub(super) routers: BTreeMap<String, Tensor>,
-    /// What the file says beside them.
+    /// The metadata of the file.
     pub(super) metadata: BTreeMap<String, String>,
 }
 

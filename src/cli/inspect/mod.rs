@@ -1,6 +1,7 @@
 //! `peft inspect`: what a model, an adapter, a data file or a run is, from its files. Reads no weight values.
 
 use std::fmt::{self, Display};
+use std::io::Read;
 use std::path::Path;
 
 use serde::Serialize;
@@ -8,12 +9,21 @@ use serde::Serialize;
 use super::Inspect;
 use super::terminal::{Terminal, indented};
 use crate::adapter::hf;
-use crate::error::{Error, Result};
+use crate::data::kind_of_file;
+use crate::error::{Context, Error, Result, is_there, open_regular};
 
 mod adapter;
 mod data;
 mod model;
 mod run;
+
+/// So many bytes of a file tell its kind.
+const HEAD: u64 = 64 << 10;
+
+/// Endings of files that hold Python pickles.
+const PICKLES: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
+
+const PICKLE: &str = "pickles can run code and are not read: load the model with transformers and save it, which writes safetensors";
 
 /// What was found at a path.
 #[derive(Debug, Serialize)]
@@ -59,8 +69,41 @@ impl Found {
         if path.is_dir() && !path.join("config.json").is_file() {
             return Err(unknown_folder(path));
         }
+        if is_there(path) && !path.is_dir() {
+            refuse_other_file(path)?;
+        }
         model::Model::read(source).map(Self::Model)
     }
+}
+
+/// Refuses a file that is no model, by the kind that it seems to be of. What has the ending of a model is left to its reader.
+fn refuse_other_file(path: &Path) -> Result<()> {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let mut head = Vec::new();
+    open_regular(path).at(path)?.take(HEAD).read_to_end(&mut head).at(path)?;
+    if ["gguf", "safetensors"].contains(&ending.as_str()) || head.starts_with(b"GGUF") {
+        return Ok(());
+    }
+    let is_json = head.trim_ascii_start().starts_with(b"{") || head.trim_ascii_start().starts_with(b"[");
+    let (is, hint) = if head.is_empty() {
+        ("is empty".to_string(), None)
+    } else if PICKLES.contains(&ending.as_str()) {
+        ("seems to hold weights as PyTorch pickles them".to_string(), Some(PICKLE))
+    } else if let Some((kind, hint)) = kind_of_file(&head, path) {
+        (format!("seems to be {kind}"), Some(hint))
+    } else if is_json {
+        ("seems to be JSON".to_string(), Some("data files end in `.jsonl` or `.json`: give it such a name"))
+    } else {
+        ("is of a kind that is not known".to_string(), None)
+    };
+    let error = Error::request(format!(
+        "`{}` {is}, expected the folder of a model, an adapter or a run, a `.gguf` file, or data in `.jsonl` or `.json`",
+        path.display()
+    ));
+    Err(match hint {
+        Some(hint) => error.with_hint(hint),
+        None => error,
+    })
 }
 
 fn unknown_folder(path: &Path) -> Error {

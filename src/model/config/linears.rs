@@ -19,16 +19,16 @@ pub enum Projection {
     Up,
     /// Feed-forward down.
     Down,
-    /// What chooses experts; never in `all-linear`.
+    /// The router, which chooses experts. `all-linear` does not include it.
     Router,
-    /// What the shared expert is weighed by; never in `all-linear`.
+    /// The gate that weighs the shared expert. `all-linear` does not include it.
     SharedGate,
-    /// The output embedding; never in `all-linear`.
+    /// The output embedding. `all-linear` does not include it.
     Head,
 }
 
 impl Projection {
-    /// What recipes call it: the last part of the module's path in most families.
+    /// Returns the name that recipes use, which is the last part of the module's path in most families.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -66,9 +66,9 @@ pub struct LinearConfig {
     pub path: String,
     /// The layer it is in; `None` for the head.
     pub layer: Option<usize>,
-    /// Its place there.
+    /// The kind of projection that it is.
     pub projection: Projection,
-    /// Whose it is.
+    /// The part of the layer that it belongs to: a router, an expert, or neither.
     pub site: Site,
     /// Rows of the weight.
     pub out_features: usize,

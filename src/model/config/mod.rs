@@ -1,4 +1,4 @@
-//! What a decoder is built from. A family's reader resolves every oddity of its `config.json` into these values.
+//! The configuration that a decoder is built from. The reader of each family turns its `config.json` into these values.
 
 use crate::error::{Error, Result};
 
@@ -35,20 +35,20 @@ pub struct DecoderConfig {
     pub tie_word_embeddings: bool,
     /// The longest sequence the model was made for.
     pub max_position_embeddings: usize,
-    /// What the multipliers of the residual stream are; 1 in most families.
+    /// Factors on the embedding, the residual stream and the logits; all are 1 in most families.
     pub multipliers: Multipliers,
-    /// Layers in the files behind the last that is computed: made to predict further tokens, and left aside.
+    /// The number of layers in the files after the last computed one. They predict further tokens and are not loaded.
     pub spare_layers: usize,
 }
 
-/// What is scaled on the way from the embedding to the logits.
+/// Factors that values are multiplied with between the embedding and the logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Multipliers {
-    /// Of the embedding's rows.
+    /// The factor on rows of the embedding.
     pub embedding: f64,
-    /// Of what attention and feed-forward network add to the residual stream.
+    /// The factor on what attention and feed-forward network add to the residual stream.
     pub residual: f64,
-    /// Of the logits.
+    /// The factor on the logits.
     pub logits: f64,
 }
 
@@ -87,7 +87,7 @@ pub struct AttentionConfig {
     pub scale: f64,
 }
 
-/// What the norms of q and k go over.
+/// The values over which one norm of q or k is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QkNorm {
     /// Each head by itself.
@@ -205,7 +205,7 @@ impl DecoderConfig {
         Ok(())
     }
 
-    /// The tensors that other layouts of these weights have, each with those of [`DecoderConfig::tensors`] in it.
+    /// Lists the tensors that hold several of [`DecoderConfig::tensors`] in one, as other layouts of the same weights do.
     #[must_use]
     pub fn packed_tensors(&self) -> Vec<PackedTensor> {
         self.sparse_layers().flat_map(|(index, moe)| moe.packed_tensors(index, self.hidden_size)).collect()
@@ -219,7 +219,7 @@ impl DecoderConfig {
         layer.is_some_and(|layer: usize| spare.contains(&layer))
     }
 
-    /// Whether a tensor is held in f32 whatever the model computes in: what decides on experts.
+    /// Whether a tensor belongs to a router. Routers are held in f32 whatever the model computes in.
     #[must_use]
     pub fn is_held_in_f32(&self, name: &str) -> bool {
         let in_layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Activation;
 
-/// The logits of an upcycled router deviate by about two to this power: few enough that the weights of chosen experts are
-/// even, and not so few that choices are ties.
+/// Logits of an upcycled router have a standard deviation of about two to this power. That is small enough to give chosen
+/// experts nearly equal weights, and large enough to keep scores from being ties.
 pub const EVEN_EXPONENT: i32 = -8;
 
 /// Experts of which a router chooses a few for each token.
@@ -23,7 +23,7 @@ pub struct MoeConfig {
     pub scoring: Scoring,
     /// Whether the scores of the chosen experts are divided by their sum.
     pub renormalise: bool,
-    /// What the weights are multiplied with at last.
+    /// The factor on the weights of chosen experts, applied last.
     pub scale: f64,
     /// Whether a bias is added to the scores for the choice, and for nothing else.
     pub selection_bias: bool,
@@ -33,9 +33,9 @@ pub struct MoeConfig {
     /// [`EVEN_EXPONENT`] where `upcycled.router_exponents` of `config.json` says that the router's weight was scaled down for
     /// storage, 0 elsewhere.
     pub router_exponent: i32,
-    /// What its tensors are called.
+    /// The names of its modules in files.
     pub names: MoeNames,
-    /// What a run does otherwise than the model.
+    /// The ways in which a run chooses experts otherwise than the model does.
     pub variant: RoutingVariant,
 }
 
@@ -43,17 +43,17 @@ pub struct MoeConfig {
 /// and expert, so that recomputation and resumed runs see the same.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RoutingVariant {
-    /// What logits get in training.
+    /// The noise that is added to logits in training.
     pub noise: RouterNoise,
     /// In training an expert takes at most `ceil(factor * tokens * active / experts)` of the tokens computed at once.
     pub capacity_factor: Option<f64>,
-    /// So many steps it takes until the factor is that: it falls from the first step on, where all tokens find room.
+    /// The number of steps in which the factor falls to this value. At the first step it is large enough for all tokens.
     pub capacity_warmup: u64,
-    /// Where the others go.
+    /// The treatment of choices that exceed the capacity of their expert.
     pub overflow: Overflow,
-    /// By what experts are chosen.
+    /// The source of the choice of experts.
     pub kind: RoutingKind,
-    /// Where chance comes from.
+    /// The seed of noise and of random choices.
     pub seed: u64,
 }
 
@@ -71,8 +71,8 @@ pub enum RouterNoise {
 }
 
 impl RoutingVariant {
-    /// The capacity factor at a step: `experts / active`, with which nothing is dropped, at first, and from there evenly to
-    /// what it is after the warm-up.
+    /// Returns the capacity factor at a step. It begins at `experts / active`, with which nothing is dropped, and falls evenly
+    /// to its final value during the warm-up.
     #[must_use]
     pub fn capacity_factor_at(&self, step: u64, experts: usize, active: usize) -> Option<f64> {
         let factor = self.capacity_factor?;
@@ -82,7 +82,7 @@ impl RoutingVariant {
     }
 }
 
-/// What becomes of a choice that finds no room at its expert.
+/// Says what happens to a choice whose expert has no room left.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Overflow {
@@ -93,7 +93,7 @@ pub enum Overflow {
     Reroute,
 }
 
-/// By what experts are chosen; weights are the model's in any case.
+/// Selects what chooses the experts. Their weights are computed from the router's scores in all cases.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RoutingKind {
