@@ -33,7 +33,7 @@ pub struct AdapterText {
 
 impl AdapterText {
     /// Reads the text files in the folder of an adapter; `None` where they say what those of the model say. Files that are
-    /// not there are the model's. A token that the model lacks must have one of the `rows` of the embedding.
+    /// not there are the model's. The model's embedding has `rows`.
     pub(super) fn of(model: &Checkpoint, folder: &Path, rows: usize) -> Result<Option<Self>> {
         let is_copied = model.folder().is_some_and(|base| are_same(folder, base).unwrap_or(false));
         // An adapter that was made in memory has no folder.
@@ -47,7 +47,7 @@ impl AdapterText {
             (true, _) => {
                 let theirs = model.text()?;
                 let files = laid_over(&theirs, folder, has_tokenizer, own)?;
-                let differences = compared(&files, &theirs, rows).at(folder.join(TOKENIZER))?;
+                let differences = compared(&files, &theirs, rows);
                 (files, differences)
             }
             (false, true) => {
@@ -153,8 +153,8 @@ fn laid_over(
     Ok(files.settled())
 }
 
-/// Says what differs between the text files of an adapter and those of its model. Refuses tokens without a row.
-fn compared(own: &TextFiles, model: &TextFiles, rows: usize) -> Result<Vec<String>> {
+/// Says what differs between the text files of an adapter and those of its model, whose embedding has `rows`.
+fn compared(own: &TextFiles, model: &TextFiles, rows: usize) -> Vec<String> {
     let mut differences = Vec::new();
     match &model.chat_template {
         None if own.chat_template.is_some() => differences.push("it has a chat template".to_string()),
@@ -176,21 +176,15 @@ fn compared(own: &TextFiles, model: &TextFiles, rows: usize) -> Result<Vec<Strin
         differences.push(format!("its tokenizer {verb} texts with the `bos_token`"));
     }
     let lacking = lacking(all_tokens(&own.tokenizer), &model.tokenizer);
-    if let Some((token, id)) = lacking.iter().find(|(_, id)| *id as usize >= rows) {
-        return Err(Error::invalid(format!(
-            "has the token `{token}` of number {id}, which the model's tokenizer lacks, and the model's embedding has rows \
-             for numbers below {rows}"
-        ))
-        .with_hint(
-            "an embedding with more rows is not built yet: merge the adapter with PEFT; or remove its `tokenizer.json`, if no \
-             text needs the token, and the model's is used",
-        ));
-    }
     differences.extend(named(&lacking, "the model's tokenizer lacks"));
+    // Trainers add a token to pad with, which no text has, so that the adapter works all the same.
+    let without_row: Vec<_> = lacking.into_iter().filter(|(_, id)| *id as usize >= rows).collect();
+    differences
+        .extend(named(&without_row, "the model's embedding has no row for, which texts must not have"));
     let added = model.tokenizer.get_added_tokens_decoder().into_iter();
     let added = added.map(|(id, token)| (token.content, id)).collect();
     differences.extend(named(&self::lacking(added, &own.tokenizer), "only the model's tokenizer has"));
-    Ok(differences)
+    differences
 }
 
 fn all_tokens(tokenizer: &Tokenizer) -> Vec<(String, u32)> {
