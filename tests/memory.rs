@@ -99,7 +99,7 @@ fn a_document_is_never_cut() {
     assert_eq!(Memory::choose(&needs, RecomputeChoice::Auto, u64::MAX, false).piece_tokens, 70);
 }
 
-/// The numbers of the README.
+/// These are the numbers of the table of memory in `examples/MEASUREMENTS.md`.
 #[test]
 fn what_models_of_one_and_of_seven_billion_parameters_take() {
     let mut lines = Vec::new();
