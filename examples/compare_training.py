@@ -3,6 +3,7 @@
     cargo build --release --example bench_train
     python examples/compare_training.py F32_MODEL BF16_MODEL [--runs 3] [--threads 2] [--rank 16] [--targets mlp|all]
         [--batch 4] [--length 512] [--only f32|bf16] [--peers eager,compiled] [--isa avx2|avx512|avx512-bf16|amx]
+        [--sides f32:ours,bf16:ours,f32:eager]
     python examples/compare_training.py --experts 8 [--active 2] ..
 
 Both sides train rank-16 adapters beside gate, up and down on 4 x 512 random tokens without padding, all labelled, with AdamW, and
@@ -10,7 +11,8 @@ take turns on the same machine: ours, then each of the peers, `--runs` times. Pr
 (of a run: the median of its steps after two), the highest resident memory, seconds from the start of the process to the end of
 the first forward, and the share of the ceiling: what the step would take if it were only multiply-adds at the rate of the
 faster side's products. With `--experts` the model is a mixture of SmolLM2-135M's size with random weights, in Mixtral's layout,
-that is written to a folder of its own first, and the adapters are on attention and all experts. `--isa` limits both sides to the same
+that is written to a folder of its own first, and the adapters are on attention and all experts. `--sides` names who
+takes turns, where some are known to be slow. `--isa` limits both sides to the same
 instructions: ours by PEFT_KERNELS (unless they are the newest here), the peers by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS. The last column
 is the ratio to the fastest peer of any type, which is the one to beat where bf16 is slow. Needs torch, transformers and peft; run it when nothing else does.
 """
@@ -52,6 +54,7 @@ def arguments():
     parser.add_argument("--only")
     parser.add_argument("--peers", default="eager,compiled")
     parser.add_argument("--isa", choices=LIMITS)
+    parser.add_argument("--sides")
     # How the script calls itself for one measurement of the peer.
     parser.add_argument("--peer")
     parser.add_argument("--compile", action="store_true")
@@ -194,6 +197,8 @@ def main():
     elif not models:
         sys.exit("expected a model, or --experts")
     sides = [(dtype, name) for dtype in dtypes for name in ["ours"] + options.peers.split(",")]
+    if options.sides:
+        sides = [tuple(side.split(":")) for side in options.sides.split(",")]
     found = {side: [] for side in sides}
     for _ in range(options.runs):
         for dtype, name in sides:
