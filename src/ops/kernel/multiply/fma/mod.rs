@@ -21,14 +21,14 @@ pub(super) use tile::{Avx2, Avx512, Tile};
 
 use tile::Call;
 
-/// Greatest depth of a part: 24 KiB for a block of AVX2, 72 KiB for one of AVX-512.
-const DEPTH: usize = 384;
+/// Greatest depth of a part: 36 KiB for a block of AVX2, 108 KiB for one of AVX-512.
+const DEPTH: usize = 576;
 /// Greatest width of a stripe, a multiple of all tiles' widths.
 const STRIPE: usize = 384;
 /// Left lines of a group, a multiple of all tiles' heights.
 const GROUP: usize = 96;
-/// Most parts of a span: 4.5 MiB for the widest stripe, which lie in the L3 cache and are read once for each group.
-const SPAN: usize = 8;
+/// Most parts of a span: 5 MiB for the widest stripe, which lie in the L3 cache and are read once for each group.
+const SPAN: usize = 6;
 /// Columns up to which left lines are always read where they are stored: copying does not pay for so few.
 const FEW: usize = 64;
 /// Bytes: lines that are a multiple of this apart meet in one set of the L1 cache, so that copies of them are faster.
@@ -252,8 +252,11 @@ unsafe fn multiply_group<I: Tile>(
             let (left, apart) = lines.strip::<I>(line, I::LINES.min(count - line));
             // SAFETY: the caller's promise.
             let here = unsafe { sums.first.add(line * sums.apart + first) };
+            // Later blocks find all lines in the cache.
+            let is_new = block == 0 && line + 2 * I::LINES <= count;
+            let next = if is_new { lines.strip::<I>(line + I::LINES, I::LINES).0 } else { std::ptr::null() };
             let right = right.as_ptr();
-            let call = Call { left, line: apart, right, depth, sums: here, apart: sums.apart, adds };
+            let call = Call { left, line: apart, right, depth, sums: here, apart: sums.apart, adds, next };
             // SAFETY: instructions by the caller's promise; lines, block and sums are there for a whole tile.
             unsafe { I::tile(&call, vectors) };
         }

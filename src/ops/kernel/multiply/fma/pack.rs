@@ -115,6 +115,9 @@ pub(super) unsafe fn left(
 /// where the next one begins.
 const AHEAD: usize = 3;
 
+/// Lines between those that are turned and those that are asked for.
+const SOON: usize = 16;
+
 /// Asks for `count` values from `at` on, as far as they are there.
 #[inline(always)]
 fn ahead<T>(values: &[T], at: usize, count: usize) {
@@ -144,6 +147,11 @@ fn widen(from: &[bf16], to: &mut [f32]) {
 fn turn(from: &[f32], stride: usize, (height, depth): (usize, usize), to: &mut [f32], width: usize) {
     let whole = if height == SQUARE { depth / SQUARE * SQUARE } else { 0 };
     for at in (0..whole).step_by(SQUARE) {
+        if at.is_multiple_of(64 / size_of::<f32>()) {
+            for line in SOON..SOON + SQUARE {
+                ask_for(from.get(line * stride + at..).unwrap_or_default(), 1);
+            }
+        }
         let mut rows = [_mm256_setzero_ps(); SQUARE];
         for (line, row) in rows.iter_mut().enumerate() {
             let values = &from[line * stride + at..][..SQUARE];

@@ -4,6 +4,8 @@
 //! lanes. AVX-512 has 32: 8 lines by 3 vectors of 16 are 24 sums. Each sum is one chain of fused multiply-adds along the
 //! depth, so both give the same bits.
 
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
 /// What a tile multiplies and where its sums go.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Call {
@@ -18,6 +20,18 @@ pub(in super::super) struct Call {
     pub(super) apart: usize,
     /// Whether sums are added to what is there.
     pub(super) adds: bool,
+    /// The left lines of the tile that comes next, which the tile asks for because nothing has read them yet; may be null.
+    pub(super) next: *const f32,
+}
+
+/// Values of a left line for which a tile asks at once: those of a line of the cache.
+const ASKED: usize = 16;
+
+/// Asks for a place that is used soon; it need not be one.
+#[inline(always)]
+fn ask(place: *const f32) {
+    // SAFETY: every machine of this architecture has the hint, which changes nothing but the time.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
 }
 
 /// Instructions that multiply tiles.
@@ -59,19 +73,27 @@ macro_rules! tile {
                 /// As [`Tile::tile`], for `N` vectors.
                 #[target_feature(enable = $features)]
                 unsafe fn tile<const N: usize>(call: &Call) {
-                    let Call { left, line, right, depth, sums, apart, adds } = *call;
+                    let Call { left, line, right, depth, sums, apart, adds, next } = *call;
+                    for i in 0..$lines {
+                        (0..N).for_each(|j| ask(sums.wrapping_add(i * apart + j * $lanes)));
+                    }
                     let mut sum: [[$vector; N]; $lines] = [[$zero(); N]; $lines];
-                    for at in 0..depth {
-                        let mut b = [$zero(); N];
-                        for (j, b) in b.iter_mut().enumerate() {
-                            // SAFETY: a depth of the right side is `WIDTH` values.
-                            *b = unsafe { $load(right.add(at * ($vectors * $lanes) + j * $lanes)) };
+                    for first in (0..depth).step_by(ASKED) {
+                        if !next.is_null() {
+                            (0..$lines).for_each(|i| ask(next.wrapping_add(i * line + first)));
                         }
-                        for (i, row) in sum.iter_mut().enumerate() {
-                            // SAFETY: a value of a line that is there.
-                            let a = $set(unsafe { *left.add(i * line + at) });
-                            for (sum, b) in row.iter_mut().zip(b) {
-                                *sum = $multiply_add(a, b, *sum);
+                        for at in first..depth.min(first + ASKED) {
+                            let mut b = [$zero(); N];
+                            for (j, b) in b.iter_mut().enumerate() {
+                                // SAFETY: a depth of the right side is `WIDTH` values.
+                                *b = unsafe { $load(right.add(at * ($vectors * $lanes) + j * $lanes)) };
+                            }
+                            for (i, row) in sum.iter_mut().enumerate() {
+                                // SAFETY: a value of a line that is there.
+                                let a = $set(unsafe { *left.add(i * line + at) });
+                                for (sum, b) in row.iter_mut().zip(b) {
+                                    *sum = $multiply_add(a, b, *sum);
+                                }
                             }
                         }
                     }
