@@ -159,9 +159,9 @@ impl RunDirectory {
     /// The plan with the date of the run that it goes on with; runs that name none had this one.
     pub(super) fn dated(plan: &Plan) -> Plan {
         let mut plan = plan.clone();
-        if plan.data.template.date == Date::today() && plan.output.join(RECIPE).is_file() {
+        if plan.data.template.date.is_none() && plan.output.join(RECIPE).is_file() {
             let recorded = recorded(&plan).and_then(|recipe| recipe.data.template);
-            plan.data.template.date = recorded.map_or(Date::FIXED, |template| template.date);
+            plan.data.template.date = recorded.map_or(Some(Date::FIXED), |template| template.date);
         }
         plan
     }
@@ -170,9 +170,9 @@ impl RunDirectory {
     pub(super) fn write_recipe(&self, plan: &Plan, told: Option<Date>) -> Result<()> {
         let mut recipe = Recipe::from(plan);
         let TemplateVariables { date, others } = &plan.data.template;
-        if let Some(date) = told {
-            recipe.data.template = Some(TemplateVariables { date, others: others.clone() });
-        } else if *date == Date::FIXED && others.is_empty() {
+        if told.is_some() {
+            recipe.data.template = Some(TemplateVariables { date: told, others: others.clone() });
+        } else if *date == Some(Date::FIXED) && others.is_empty() {
             recipe.data.template = None;
         }
         write_atomic(self.path.join(RECIPE), written(&recipe)?.as_bytes())
@@ -287,8 +287,8 @@ fn check_recipe(plan: &Plan) -> Result<()> {
         None => text,
         Some(recipe) => {
             let mut then = Plan::of(&recipe, "");
-            if recipe.data.template.is_none() && plan.data.template.date == Date::FIXED {
-                then.data.template.date = Date::FIXED;
+            if recipe.data.template.is_none() && plan.data.template.date == Some(Date::FIXED) {
+                then.data.template.date = Some(Date::FIXED);
             }
             then.to_toml()?
         }
