@@ -9,7 +9,10 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
-pub(crate) use files::{allocation_may_fail, is_there, open_regular, read_regular, read_regular_text};
+pub(crate) use files::{
+    allocation_may_fail, is_there, open_regular, open_to_lock, read_regular, read_regular_text,
+    refuse_irregular,
+};
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
