@@ -47,7 +47,7 @@ use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
 pub use header::refuse_repeated_names;
 pub use hub::{HubSettings, OnProgress, report_downloads};
-use json::{LARGEST_JSON, LARGEST_TOKENIZER, read_json, read_json_if_there};
+use json::{LARGEST_JSON, LARGEST_TOKENIZER, read_json, read_json_if_there, warnings_of_repeated_keys};
 pub use mapped::mapped_path_at;
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
