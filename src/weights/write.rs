@@ -220,10 +220,12 @@ fn move_files(from: &Path, to: &Path) -> Result<()> {
 
 fn sync_all(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).at(folder)? {
-        let path = entry.at(folder)?.path();
-        if path.is_dir() {
+        let entry = entry.at(folder)?;
+        let (path, found) = (entry.path(), entry.file_type().at(folder)?);
+        if found.is_dir() {
             sync_all(&path)?;
-        } else {
+        } else if found.is_file() {
+            // Opening anything else, which a user may have put there, could wait for ever.
             File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
         }
     }
