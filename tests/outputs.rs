@@ -182,6 +182,30 @@ fn files_of_others_in_folders_of_the_run_stay() {
     assert_eq!(place.names_in("run/best"), of_best);
 }
 
+/// A file that came into the run directory before the result did is not of the run.
+#[test]
+fn the_first_result_is_not_written_over_files_of_others() {
+    let place = Place::new();
+    let run = [&finetune("run")[..], &["--resume"]].concat();
+    place.run(&run);
+    let whole = tree(&place.path("run"));
+    // What is the same is lost to nobody.
+    fs::remove_file(place.path("run/adapter_model.safetensors")).unwrap();
+    place.run(&run);
+    assert_same(&tree(&place.path("run")), &whole);
+
+    fs::remove_file(place.path("run/adapter_model.safetensors")).unwrap();
+    fs::write(place.path("run/README.md"), "mine").unwrap();
+    insta::assert_snapshot!(refused(&place, &run), @"
+    exit 1
+    error: run/README.md: was not written by the run, and its result would be written over it
+    hint: move it to another folder and go on with `--resume`
+    ");
+    fs::remove_file(place.path("run/README.md")).unwrap();
+    place.run(&run);
+    assert_same(&tree(&place.path("run")), &whole);
+}
+
 #[test]
 fn a_file_in_the_place_of_the_best_evaluation_is_refused() {
     let place = Place::new();
