@@ -159,6 +159,9 @@ fn files_of_others_in_folders_of_the_run_stay() {
     #[cfg(unix)]
     std::os::unix::fs::symlink("..", place.path("run/best/up")).unwrap();
     let of_best = place.names_in("run/best");
+    // What a desktop leaves keeps no checkpoint.
+    copy(&place, "run/checkpoint-4", "run/checkpoint-1");
+    fs::write(place.path("run/checkpoint-1/.DS_Store"), "").unwrap();
     // The run goes on from step 4, finds a better evaluation after step 6, and keeps the last two checkpoints.
     let (_, said) = place.run(&[&run[..], &["--resume"]].concat());
     assert_eq!(said, "warning: run/checkpoint-2 is kept, because the run did not write `notes.txt` in it\n");

@@ -36,6 +36,9 @@ const RESULTS: [&str; 6] = [
     "model.safetensors.index.json",
 ];
 
+/// Files that desktops leave in each folder that somebody looks into; nobody misses them.
+const OF_SYSTEMS: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
+
 /// Bytes of a file that are read at once.
 const PART: usize = 1 << 20;
 
@@ -167,7 +170,7 @@ pub(super) fn strangers(folder: &Path) -> Result<Vec<OsString>> {
     let record = parsed(folder);
     let files = record.as_ref().and_then(|record| record.get("files")?.as_object());
     let is_ours = |name: &str| match files {
-        _ if [FILE, OPTIMIZER, TEMPLATES].contains(&name) => true,
+        _ if [FILE, OPTIMIZER, TEMPLATES].contains(&name) || OF_SYSTEMS.contains(&name) => true,
         Some(files) => files.contains_key(name),
         None => is_result(name),
     };
