@@ -3,13 +3,18 @@
 //! Messages are lower case, without a full stop, names in backticks; a remedy goes into the hint.
 
 mod files;
+mod json;
 
 use std::cell::Cell;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
-pub(crate) use files::{allocation_may_fail, is_there, open_regular, read_regular, read_regular_text};
+pub(crate) use files::{
+    allocation_may_fail, is_there, open_regular, open_to_lock, read_regular, read_regular_text,
+    refuse_irregular,
+};
+pub(crate) use json::Json;
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

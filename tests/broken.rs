@@ -3,7 +3,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::place::{Place, Tree, assert_same, refusal, tree};
+use crate::place::{Place, Tree, assert_same, refusal, told, tree};
 
 const RESUME: [&str; 5] = ["finetune", "recipe.toml", "--resume", "--log", "silent"];
 
@@ -84,6 +84,70 @@ fn a_broken_checkpoint_is_named_and_the_one_before_is_used() {
     }
 }
 
+/// The best evaluation has digests as checkpoints have. It is not written over when it is not what the run wrote.
+#[test]
+fn a_best_evaluation_that_changed_is_named_and_left_alone() {
+    let (place, _) = place_with_run();
+    type Breaks = fn(&Path);
+    let ways: [(&str, Breaks); 5] = [
+        ("/adapter_model.safetensors: was changed after it was written: its SHA-256 is another", |folder| {
+            flip_last_bit(&folder.join("adapter_model.safetensors"));
+        }),
+        ("/adapter_config.json: is missing", |folder| {
+            fs::remove_file(folder.join("adapter_config.json")).unwrap();
+        }),
+        ("/trainer_state.json: was changed after it was written: its SHA-256 is another", |folder| {
+            change(&folder.join("trainer_state.json"), "\"eval_loss\": ", "\"eval_loss\": 1");
+        }),
+        ("/trainer_state.json: not valid JSON", |folder| {
+            let path = folder.join("trainer_state.json");
+            let text = fs::read(&path).unwrap();
+            fs::write(&path, &text[..text.len() / 2]).unwrap();
+        }),
+        (": was not made by this run, and the run would write over it", |folder| {
+            fs::remove_file(folder.join("trainer_state.json")).unwrap();
+        }),
+    ];
+    let best = place.path("run/best");
+    fs::rename(&best, place.path("kept")).unwrap();
+    for (wanted, breaks) in ways {
+        fs::create_dir(&best).unwrap();
+        for name in place.names_in("kept") {
+            fs::copy(place.path("kept").join(&name), best.join(&name)).unwrap();
+        }
+        breaks(&best);
+        let before = tree(&place.path("run"));
+        let said = refusal(&place, &RESUME);
+        assert!(said.starts_with(&format!("exit 1\nerror: run/best{wanted}")), "{said}");
+        assert!(said.contains("\nhint: move "), "{said}");
+        assert_same(&tree(&place.path("run")), &before);
+        fs::remove_dir_all(&best).unwrap();
+    }
+}
+
+/// The newest checkpoint is that of the best step, or it is not.
+#[test]
+fn a_best_evaluation_that_is_missing_is_made_again_or_forgotten() {
+    let (place, whole) = place_with_run();
+    let best = place.path("run/best");
+    let state: Value = serde_json::from_slice(&fs::read(best.join("trainer_state.json")).unwrap()).unwrap();
+    assert_eq!(state["step"], 6, "the last evaluation is the best of this run");
+    fs::remove_dir_all(&best).unwrap();
+    let (_, said) = place.run(&RESUME);
+    let wanted = "warning: run/best: the best evaluation, after step 6, is missing; it is written again from the checkpoint of \
+                  that step\n";
+    assert_eq!(said, wanted);
+    assert_same(&results(&place.path("run")), &whole);
+
+    fs::remove_dir_all(&best).unwrap();
+    fs::remove_dir_all(place.path("run/checkpoint-6")).unwrap();
+    let (_, said) = place.run(&RESUME);
+    let wanted = "warning: run/best: the best evaluation, after step 3, is missing; later evaluations are no longer compared \
+                  with it\n";
+    assert_eq!(said, wanted);
+    assert_same(&results(&place.path("run")), &whole);
+}
+
 #[test]
 fn when_no_checkpoint_is_whole_each_is_named() {
     let (place, _) = place_with_run();
@@ -97,6 +161,24 @@ fn when_no_checkpoint_is_whole_each_is_named() {
     hint: start anew with another `--output`
     ");
     assert_same(&tree(&place.path("run")), &before);
+}
+
+/// Version 0.1.0 wrote no record of the best evaluation. It gets one, and is replaced by a better one.
+#[test]
+fn a_best_evaluation_without_a_record_goes_on() {
+    let (place, whole) = place_with_run();
+    let state = place.path("run/checkpoint-4/trainer_state.json");
+    let mut fields: Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+    for key in ["files", "sha256", "kernel"] {
+        assert!(fields.as_object_mut().unwrap().remove(key).is_some());
+    }
+    fs::write(&state, fields.to_string()).unwrap();
+    fs::remove_dir_all(place.path("run/checkpoint-6")).unwrap();
+    fs::remove_file(place.path("run/best/trainer_state.json")).unwrap();
+    assert_eq!(place.run(&RESUME).1, "");
+    let of_best =
+        |tree: Tree| -> Tree { tree.into_iter().filter(|(name, _)| name.starts_with("best/")).collect() };
+    assert_same(&of_best(results(&place.path("run"))), &of_best(whole));
 }
 
 /// Version 0.1.0 wrote neither digests nor the instructions that were computed with.
@@ -159,6 +241,26 @@ fn another_processor_is_said() {
     );
     let weights = "adapter_model.safetensors";
     assert_eq!(results(&place.path("run"))[weights], whole[weights]);
+}
+
+/// The variable is not the machine, and whoever set it can take it away.
+#[test]
+fn other_instructions_that_a_variable_chose_are_said_to_be_its_choice() {
+    let (place, _) = place_with_run();
+    let path = place.path("run/checkpoint-4/trainer_state.json");
+    let mut state: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let fields = state.as_object_mut().unwrap();
+    fields["kernel"] = "abacus".into();
+    fields.remove("files");
+    fields.remove("sha256");
+    fs::write(path, state.to_string()).unwrap();
+    fs::remove_dir_all(place.path("run/checkpoint-6")).unwrap();
+    let output = place.command(&RESUME).env("PEFT_KERNELS", "portable").output().unwrap();
+    assert_eq!(
+        told(&place, &output),
+        "exit 0\nwarning: the run was computed with abacus so far, and `PEFT_KERNELS` chooses portable: the last bits will \
+         differ from those of a run with one choice"
+    );
 }
 
 #[test]

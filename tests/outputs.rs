@@ -143,6 +143,85 @@ fn the_best_evaluation_of_another_run_is_left_alone() {
     assert_eq!(refused(&place, &["finetune", "recipe.toml", "--log", "silent", "--resume"]), wanted);
 }
 
+/// What a user put into folders of the run is there after these folders were replaced or would have been removed.
+#[test]
+fn files_of_others_in_folders_of_the_run_stay() {
+    let place = Place::new();
+    let run = ["finetune", "recipe.toml", "--log", "silent"];
+    place.run(&run);
+    fs::remove_dir_all(place.path("run/checkpoint-6")).unwrap();
+    copy(&place, "run/checkpoint-4", "run/checkpoint-2");
+    for folder in ["run/best", "run/checkpoint-2"] {
+        fs::write(place.path(folder).join("notes.txt"), "mine").unwrap();
+        fs::create_dir_all(place.path(folder).join("plots/small")).unwrap();
+        fs::write(place.path(folder).join("plots/small/loss.svg"), "mine").unwrap();
+    }
+    #[cfg(unix)]
+    std::os::unix::fs::symlink("..", place.path("run/best/up")).unwrap();
+    let of_best = place.names_in("run/best");
+    // What a desktop leaves keeps no checkpoint.
+    copy(&place, "run/checkpoint-4", "run/checkpoint-1");
+    fs::write(place.path("run/checkpoint-1/.DS_Store"), "").unwrap();
+    // The run goes on from step 4, finds a better evaluation after step 6, and keeps the last two checkpoints.
+    let (_, said) = place.run(&[&run[..], &["--resume"]].concat());
+    assert_eq!(said, "warning: run/checkpoint-2 is kept, because the run did not write `notes.txt` in it\n");
+    let state: Value =
+        serde_json::from_slice(&fs::read(place.path("run/best/trainer_state.json")).unwrap()).unwrap();
+    assert_eq!(state["step"], 6);
+    assert!(state["files"].get("notes.txt").is_none(), "it is not of the run: {state}");
+    assert_eq!(place.names_in("run/best"), of_best);
+    for folder in ["run/best", "run/checkpoint-2"] {
+        for name in ["notes.txt", "plots/small/loss.svg"] {
+            assert_eq!(fs::read_to_string(place.path(folder).join(name)).unwrap(), "mine", "{folder}");
+        }
+    }
+    assert_eq!(checkpoints(&place), ["checkpoint-2", "checkpoint-4", "checkpoint-6"]);
+
+    // Begun again, the run leaves it there too.
+    for name in checkpoints(&place) {
+        fs::remove_dir_all(place.path("run").join(name)).unwrap();
+    }
+    place.run(&[&run[..], &["--resume"]].concat());
+    assert_eq!(place.names_in("run/best"), of_best);
+}
+
+/// A file that came into the run directory before the result did is not of the run.
+#[test]
+fn the_first_result_is_not_written_over_files_of_others() {
+    let place = Place::new();
+    let run = [&finetune("run")[..], &["--resume"]].concat();
+    place.run(&run);
+    let whole = tree(&place.path("run"));
+    // What is the same is lost to nobody.
+    fs::remove_file(place.path("run/adapter_model.safetensors")).unwrap();
+    place.run(&run);
+    assert_same(&tree(&place.path("run")), &whole);
+
+    fs::remove_file(place.path("run/adapter_model.safetensors")).unwrap();
+    fs::write(place.path("run/README.md"), "mine").unwrap();
+    insta::assert_snapshot!(refused(&place, &run), @"
+    exit 1
+    error: run/README.md: was not written by the run, and its result would be written over it
+    hint: move it to another folder and go on with `--resume`
+    ");
+    fs::remove_file(place.path("run/README.md")).unwrap();
+    place.run(&run);
+    assert_same(&tree(&place.path("run")), &whole);
+}
+
+#[test]
+fn a_file_in_the_place_of_the_best_evaluation_is_refused() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    fs::remove_dir_all(place.path("run/best")).unwrap();
+    fs::write(place.path("run/best"), "mine").unwrap();
+    insta::assert_snapshot!(refused(&place, &[&finetune("run")[..], &["--resume"]].concat()), @"
+    exit 2
+    error: run/best: is no folder, and the run keeps its best evaluation there
+    hint: move it to another folder, or choose another run directory with `--output`
+    ");
+}
+
 #[cfg(unix)]
 #[test]
 fn names_that_cannot_be_meant_are_refused_by_every_command_that_writes() {

@@ -111,6 +111,67 @@ fn text_that_is_not_used_is_told_by_every_command() {
     assert!(said["warnings"].as_array().unwrap().contains(&json!(expected)), "{said}");
 }
 
+/// JSON lets a key stand twice, and readers take the last value.
+#[test]
+fn keys_that_are_repeated_are_told_by_every_command() {
+    let place = Place::new();
+    let rows = [
+        r#"{"prompt": "p", "completion": "c"}"#,
+        r#"{"prompt": "p", "prompt": "q", "completion": "c"}"#,
+        r#"{"prompt": [{"role": "user", "content": "a", "content": "b"}, {"role": "user", "content": "a", "content": "b"}],
+            "completion": [{"role": "assistant", "content": "c"}]}"#,
+        r#"{"prompt": "p", "prompt": "p", "prompt": "p", "completion": "c"}"#,
+    ];
+    let lines = rows.map(|row| row.replace('\n', " ")).join("\n");
+    let expected = "rows.jsonl: these keys stand more than once in an object, and only the last value is used: `prompt` (2 \
+                    records, the first in line 2), `content` (line 3)";
+    for text in [lines.clone(), format!("[{}]", lines.replace('\n', ",\n"))] {
+        fs::write(place.path("rows.jsonl"), text).unwrap();
+        let report = check(&place);
+        let warnings = report["warnings"].as_array().unwrap().iter();
+        let warnings: Vec<&Value> =
+            warnings.filter(|warning| warning.as_str().unwrap().contains("more than once")).collect();
+        assert_eq!(warnings, [expected], "once, though the file is named twice");
+        assert_eq!(
+            report["train"][0]["repeated"][0],
+            json!({"key": "prompt", "records": 2, "line": 2}),
+            "{report}"
+        );
+    }
+    let (_, said) = place.run(&["eval", "perplexity", "--model", "model", "--data", "rows.jsonl"]);
+    assert!(said.contains(expected), "{said}");
+    let (said, _) = place.run(&["inspect", "rows.jsonl"]);
+    assert!(said.contains("repeated       `prompt` of 2 records (the first in line 2)\n"), "{said}");
+}
+
+/// Of the settings of models and adapters the last value is used, too.
+#[test]
+fn keys_that_settings_repeat_are_told() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    for (file, key) in [
+        ("model/config.json", "rms_norm_eps"),
+        ("model/tokenizer_config.json", "model_max_length"),
+        ("model/generation_config.json", "eos_token_id"),
+        ("run/adapter_config.json", "r"),
+    ] {
+        let path = place.path(file);
+        let text = fs::read_to_string(&path).unwrap_or("{\n}".to_string());
+        let value = serde_json::from_str::<Value>(&text).unwrap().get(key).cloned().unwrap_or(json!(2));
+        let end = text.trim_end().strip_suffix('}').unwrap().trim_end();
+        let comma = if end.ends_with('{') { "" } else { "," };
+        fs::write(&path, format!("{end}{comma} {0}: {value}, {0}: {value}}}", json!(key))).unwrap();
+        let generate =
+            ["generate", "--model", "model", "--adapter", "run", "--prompt", "a", "--max-new-tokens", "1"];
+        let (_, said) = place.run(&generate);
+        let told = format!("`{key}` stands more than once in an object, and only the last value is used\n");
+        assert!(said.contains(&told), "{file}: {said}");
+        let named = if file.starts_with("run/") { "in the adapter's configuration" } else { file };
+        assert!(said.contains(named), "{file}: {said}");
+        fs::write(&path, text).unwrap();
+    }
+}
+
 #[test]
 fn tools_that_the_template_does_not_read_are_told() {
     let record = json!({"tools": [{"name": "f"}], "chat_template_kwargs": {"enable_thinking": false},

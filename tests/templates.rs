@@ -227,6 +227,30 @@ fn a_run_keeps_the_date_of_its_beginning() {
     assert_eq!(fs::read_to_string(place.path("run/recipe.toml")).unwrap(), recipe);
 }
 
+/// A date that is said is one whatever the clock says: it goes before records, and a run is not resumed with another.
+#[test]
+fn todays_date_can_be_said() {
+    let asks = format!("{{{{ strftime_now('%d %b %Y') }}}}|{CHATML}");
+    let place = place(&asks, &[TALK; 4]);
+    let today = format!("data.template.date=\"{}\"", peft::recipe::Date::today());
+    let said =
+        |date: &str| place.run(&["check", "recipe.toml", "--set", "data.max_length=64", "--set", date]).0;
+    let path = place.path("model/tokenizer_config.json");
+    let settings = fs::read_to_string(&path).unwrap();
+    let mut recorded: serde_json::Value = serde_json::from_str(&settings).unwrap();
+    recorded["peft_rs_template"] = "{\"date\": \"1998-01-01\"}".into();
+    fs::write(&path, recorded.to_string()).unwrap();
+    assert!(said("seed=1").contains("template: told date = 1998-01-01\n"), "{}", said("seed=1"));
+    let told = format!("template: told date = {}\n", peft::recipe::Date::today());
+    assert!(said(&today).contains(&told), "{}", said(&today));
+    fs::write(&path, settings).unwrap();
+
+    let finetune = ["finetune", "recipe.toml", "--log", "silent", "--set", "data.max_length=64"];
+    place.run(&[&finetune[..], &["--set", "data.template.date=\"1999-12-31\""]].concat());
+    let said = refusal(&place, &[&finetune[..], &["--set", &today, "--resume"]].concat());
+    assert!(said.contains("`data.template.date` was `\"1999-12-31\"` and is `\"20"), "{said}");
+}
+
 #[test]
 fn a_recipe_from_before_a_key_is_resumed_with_its_default() {
     let place = Place::new();

@@ -282,6 +282,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Err(error) => error.exit(),
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
+    // As early as the form of messages is known. Commands that write files say later how they stop.
+    interrupt::end_at_once(&terminal);
     report_downloads(downloads::downloads(arguments.log));
     let begin = faults::begin(arguments.log).and_then(|()| Kernels::forced());
     match begin.and_then(|_| dispatch(arguments.command, &mut terminal)) {
@@ -298,8 +300,6 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
-    // Commands that write files say later how they stop.
-    interrupt::end_at_once(terminal);
     match command {
         Command::Finetune(arguments) => commands::finetune(&arguments, terminal),
         Command::Check(arguments) => commands::check(&arguments, terminal),

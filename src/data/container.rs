@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::foreign;
 use super::value::would_be_missed;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Json, Result};
 
 /// The keys under which one JSON object may hold the list of records.
 const LISTS: [&str; 6] = ["data", "records", "rows", "examples", "instances", "items"];
@@ -22,7 +22,7 @@ const RECORD: [&str; 6] = ["messages", "conversations", "prompt", "instruction",
 pub(super) fn each(
     bytes: &[u8],
     path: &Path,
-    take: &mut dyn FnMut(Value, usize) -> Result<()>,
+    take: &mut dyn FnMut(Json, usize) -> Result<()>,
 ) -> Result<Vec<(String, Value, usize)>> {
     let text = foreign::text(bytes, path)?;
     let start = text.len() - text.trim_start().len();
@@ -43,7 +43,7 @@ pub(super) fn each(
     }
 }
 
-fn lines(text: &str, path: &Path, take: &mut dyn FnMut(Value, usize) -> Result<()>) -> Result<()> {
+fn lines(text: &str, path: &Path, take: &mut dyn FnMut(Json, usize) -> Result<()>) -> Result<()> {
     let mut first = true;
     for (line, number) in text.lines().zip(1..) {
         if line.trim().is_empty() {
@@ -74,7 +74,7 @@ fn list(
     text: &str,
     start: usize,
     path: &Path,
-    take: &mut dyn FnMut(Value, usize) -> Result<()>,
+    take: &mut dyn FnMut(Json, usize) -> Result<()>,
 ) -> Result<usize> {
     let mut at = start + 1;
     let (mut counted, mut line, mut first) = (0, 1, true);
@@ -85,7 +85,7 @@ fn list(
         }
         line += text[counted..at].bytes().filter(|&byte| byte == b'\n').count();
         counted = at;
-        let mut stream = serde_json::Deserializer::from_str(&text[at..]).into_iter::<Value>();
+        let mut stream = serde_json::Deserializer::from_str(&text[at..]).into_iter::<Json>();
         let value = match stream.next() {
             Some(Ok(value)) => value,
             Some(Err(error)) => {

@@ -42,6 +42,8 @@ pub struct Counts {
     pub lengths: Lengths,
     /// Keys of records with text that nothing reads.
     pub unused: Vec<Key>,
+    /// Keys that stand more than once in an object of a record.
+    pub repeated: Vec<Key>,
     /// Keys that records hand to the chat template, and that it does not read.
     pub unread: Vec<Key>,
 }

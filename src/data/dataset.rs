@@ -125,6 +125,9 @@ impl Counts {
         if self.cut > 0 {
             warnings.push(Warning::Cut(self.path.clone(), self.cut));
         }
+        if !self.repeated.is_empty() {
+            warnings.push(Warning::Repeated { path: self.path.clone(), keys: self.repeated.clone() });
+        }
         if !self.unused.is_empty() {
             warnings.push(Warning::Unused { path: self.path.clone(), keys: self.unused.clone() });
         }
@@ -172,7 +175,7 @@ fn rows(
     end_texts: bool,
 ) -> Result<(Vec<Row>, Counts)> {
     let path = &source.path;
-    let Records { records, format, unused } = source::read(path, source.format)?;
+    let Records { records, format, unused, repeated } = source::read(path, source.format)?;
     // After an error, later records are not looked at: each may take as long as a template is let run.
     let failed = AtomicUsize::new(usize::MAX);
     let tokenised: Vec<Result<Tokens>> = records
@@ -208,6 +211,7 @@ fn rows(
         control_tokens: 0,
         lengths: Lengths::default(),
         unused,
+        repeated,
         unread: unread(&records, text),
     };
     let mut lengths = Vec::with_capacity(records.len());

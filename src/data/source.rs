@@ -18,7 +18,7 @@ use super::conversation::Conversation;
 pub use super::record::Format;
 use super::value::would_be_missed;
 use super::{container, record};
-use crate::error::{Context, Error, Result, nearest_path, read_regular};
+use crate::error::{Context, Error, Json, Result, nearest_path, read_regular};
 
 /// A data file of the recipe.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +52,8 @@ pub struct Records {
     pub format: Format,
     /// Keys of records with text that nothing reads.
     pub unused: Vec<Key>,
+    /// Keys that stand more than once in an object of a record.
+    pub repeated: Vec<Key>,
 }
 
 /// A key of records, and how many of them have it.
@@ -99,9 +101,10 @@ pub fn read(path: &Path, format: Format) -> Result<Records> {
         }
         read => read.at(path)?,
     };
-    let mut unused = BTreeMap::new();
-    let mut read = Records { records: Vec::new(), format, unused: Vec::new() };
-    let beside = container::each(&bytes, path, &mut |value, line| {
+    let (mut unused, mut repeated) = (BTreeMap::new(), BTreeMap::new());
+    let mut read = Records { records: Vec::new(), format, unused: Vec::new(), repeated: Vec::new() };
+    let beside = container::each(&bytes, path, &mut |Json { value, repeated: keys }, line| {
+        keys.iter().for_each(|key| Key::count(&mut repeated, key, line));
         if read.format == Format::Auto {
             read.format = record::detect(&value).at_line(path, line)?;
         }
@@ -116,6 +119,7 @@ pub fn read(path: &Path, format: Format) -> Result<Records> {
         }
     }
     read.unused = Key::ordered(unused);
+    read.repeated = Key::ordered(repeated);
     if read.records.is_empty() {
         let hint = format!("write one per line, with {}", record::expected(Format::Auto));
         return Err(Error::invalid("no records").with_hint(hint)).at(path);

@@ -34,6 +34,13 @@ pub enum Warning {
     NothingToHoldOut,
     /// So many of the documents to evaluate on are also trained on.
     EvalInTrain(usize),
+    /// These keys stand more than once in an object, of which the last value counts.
+    Repeated {
+        /// The file.
+        path: PathBuf,
+        /// The keys, and how many records repeat them.
+        keys: Vec<Key>,
+    },
     /// Nothing reads the text that a file's records have under these keys.
     Unused {
         /// The file.
@@ -87,6 +94,12 @@ impl fmt::Display for Warning {
             }
             Self::EvalInTrain(1) => f.write_str("1 document to evaluate on is also trained on"),
             Self::EvalInTrain(count) => write!(f, "{count} documents to evaluate on are also trained on"),
+            Self::Repeated { path, keys } => write!(
+                f,
+                "{}: these keys stand more than once in an object, and only the last value is used: {}",
+                path.display(),
+                Keys(keys)
+            ),
             Self::Unused { path, keys } => {
                 write!(f, "{}: text under these keys is not used: {}", path.display(), Keys(keys))
             }

@@ -30,6 +30,23 @@ pub(crate) fn open_regular(path: &Path) -> Result<File> {
     Ok(file)
 }
 
+/// Opens a regular file to be locked, and makes it where there is none.
+pub(crate) fn open_to_lock(path: &Path) -> Result<File> {
+    refuse_irregular(path)?;
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK | libc::O_NOCTTY);
+    let file = options.open(path)?;
+    refuse_special(file.metadata()?.file_type())?;
+    Ok(file)
+}
+
+/// Refuses a folder, a pipe or a device in the place of a regular file. Nothing may be there.
+pub(crate) fn refuse_irregular(path: &Path) -> Result<()> {
+    fs::metadata(path).map_or(Ok(()), |found| refuse_special(found.file_type()))
+}
+
 /// Reads a regular file of at most `most` bytes whole.
 pub(crate) fn read_regular(path: &Path, most: u64) -> Result<Vec<u8>> {
     let file = open_regular(path)?;
@@ -141,7 +158,10 @@ mod tests {
         assert_eq!(read_regular(&path("link"), 4).unwrap(), b"text");
         assert_eq!(told(open_regular(&path("zero"))), "is a character device, expected a regular file");
         assert_eq!(told(open_regular(&path("pipe"))), "is a named pipe, expected a regular file");
+        assert_eq!(told(open_to_lock(&path("pipe"))), "is a named pipe, expected a regular file");
         assert_eq!(told(open_regular(folder.path())), "is a folder, expected a file");
+        assert_eq!(told(open_to_lock(folder.path())), "is a folder, expected a file");
+        assert!(open_to_lock(&path("lock")).is_ok() && path("lock").is_file());
         assert_eq!(told(open_regular(&path("dangling"))), "is a link to `nowhere`, which is not there");
         assert!(is_there(&path("dangling")) && !is_there(&path("absent")));
         let absent = open_regular(&path("absent")).unwrap_err();

@@ -1,6 +1,8 @@
 //! What a run leaves: an adapter as Hugging Face PEFT loads it, or a model as transformers loads it.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -10,11 +12,11 @@ use super::prepared::{PlacedAdapter, Prepared};
 use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
 use crate::data::Layout;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, is_there, read_regular};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
 use crate::train::Artifact;
-use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, record_told};
+use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, is_weights, record_told};
 
 /// Where the tensors' file of an adapter says how its training data was laid out.
 pub(super) const LAYOUT: &str = "peft_rs_layout";
@@ -230,6 +232,9 @@ impl Artifact for Unchanged<'_> {
     }
 }
 
+/// No file of a result but its weights has more bytes than this: a tokenizer has tens of megabytes.
+const LARGEST_OTHER: u64 = 1 << 30;
+
 /// What the result is called until its files are in the run directory.
 pub(super) const RESULT: &str = "result";
 
@@ -237,5 +242,30 @@ pub(super) const RESULT: &str = "result";
 pub(super) fn publish(artifact: &dyn Artifact, output: &Path) -> Result<()> {
     let staged = Staged::replacing(output.join(RESULT))?;
     artifact.write_result(staged.path())?;
+    refuse_to_replace(output, staged.path())?;
     staged.commit_files()
+}
+
+/// Refuses to write the first result of a run over files that somebody else put into its directory meanwhile. Weights are
+/// put there first: where there are none, no other file is of an earlier result.
+fn refuse_to_replace(output: &Path, result: &Path) -> Result<()> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(result).at(result)? {
+        let name = entry.at(result)?.file_name();
+        if is_weights(&name) && is_there(&output.join(&name)) {
+            return Ok(());
+        }
+        names.push(name);
+    }
+    let holds = |name: &OsString, folder: &Path| read_regular(&folder.join(name), LARGEST_OTHER).ok();
+    names.sort();
+    let mut others = names.into_iter().filter(|name| output.join(name).is_file());
+    match others.find(|name| holds(name, output) != holds(name, result)) {
+        None => Ok(()),
+        Some(name) => {
+            Err(Error::invalid("was not written by the run, and its result would be written over it")
+                .with_hint("move it to another folder and go on with `--resume`"))
+            .at(output.join(name))
+        }
+    }
 }

@@ -87,10 +87,7 @@ impl Prepared {
             tokens: read.calibration.num_tokens(),
             warnings,
         };
-        // What cannot be written at all is refused by the conversion, with its reason.
-        if let Ok(bytes) = upcycle::written_bytes(&base, &sources, &plan.settings) {
-            refuse_full_disk(&plan.output, bytes)?;
-        }
+        refuse_full_disk(&plan.output, outline.bytes)?;
         Ok(Self { base, sources, prompts, calibration: read.calibration, check })
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Context, Error, Result, read_regular};
+use crate::error::{Context, Error, Result, open_to_lock, read_regular, refuse_irregular};
 use crate::model::config::DecoderConfig;
 use crate::ops::{KernelRate, Kernels};
 use crate::weights::write_atomic;
@@ -87,9 +87,7 @@ fn measured(config: &DecoderConfig, file: Option<&Path>) -> (Kernels, String) {
     let why = format!("measured now in f32 and bf16: {}", rates.join(", "));
     kept.insert(key, Names { f32: kernels.f32().to_string(), bf16: kernels.bf16().to_string() });
     let stored = match (file, lock) {
-        (Some(file), Some(Ok(_lock))) => {
-            serde_json::to_vec_pretty(&kept).map_err(Error::from).and_then(|bytes| write_atomic(file, &bytes))
-        }
+        (Some(file), Some(Ok(_lock))) => keep(file, &kept),
         (_, Some(Err(error))) => Err(error),
         _ => Err(Error::invalid("neither `XDG_CACHE_HOME` nor `HOME` is set")),
     };
@@ -103,13 +101,19 @@ fn measured(config: &DecoderConfig, file: Option<&Path>) -> (Kernels, String) {
     }
 }
 
+/// Writes the measurements to a file, unless something that is no file has its name.
+fn keep(file: &Path, kept: &Measurements) -> Result<()> {
+    refuse_irregular(file).at(file)?;
+    write_atomic(file, &serde_json::to_vec_pretty(kept)?)
+}
+
 /// Waits until no other process measures. The lock ends with the file that is returned.
 fn lock(file: &Path) -> Result<File> {
     let path = file.with_extension("lock");
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).at(folder)?;
     }
-    let lock = File::options().create(true).truncate(false).write(true).open(&path).at(&path)?;
+    let lock = open_to_lock(&path).at(&path)?;
     lock.lock().at(&path)?;
     Ok(lock)
 }
@@ -187,6 +191,24 @@ mod tests {
             }
             assert!(measured(&tiny(), Some(&file)).1.starts_with("measured now"));
             assert_eq!(read(&file).len(), 1);
+        }
+    }
+
+    /// Opening a named pipe waits for its other end, and writing a file over it would remove it.
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_in_the_place_of_a_file_is_named_and_left_alone() {
+        for name in ["kernels.lock", "kernels.json"] {
+            let folder = tempfile::tempdir().unwrap();
+            let pipe = folder.path().join(name);
+            assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let file = folder.path().join("kernels.json");
+            std::thread::spawn(move || sender.send(measured(&tiny(), Some(&file)).1));
+            let why = receiver.recv_timeout(std::time::Duration::from_secs(60)).expect("the program waits");
+            let wanted = format!("because {}: is a named pipe, expected a regular file", pipe.display());
+            assert!(why.ends_with(&wanted), "{why}");
+            assert!(!fs::metadata(&pipe).unwrap().is_file());
         }
     }
 

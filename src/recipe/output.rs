@@ -16,7 +16,7 @@ use crate::data::Source;
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular_text};
 use crate::train::{self, BEST};
 use crate::weights::output::{OpenPath, output_folder, refuse_below_file, refuse_unwritable};
-use crate::weights::{TEMPLATES, is_companion, remove_stale, write_atomic};
+use crate::weights::{remove_stale, write_atomic};
 
 /// No recipe has more bytes than this.
 const LARGEST_RECIPE: u64 = 16 << 20;
@@ -27,19 +27,11 @@ const RECIPE: &str = "recipe.toml";
 /// No more runs than these are named beside a folder that holds none.
 const NAMED_RUNS: usize = 3;
 
+/// What to do about something of others in a run directory.
+const MOVE: &str = "move it to another folder, or choose another run directory with `--output`";
+
 /// What shows that a folder holds a run.
 const MARKS: [&str; 2] = [RECIPE, "metrics.jsonl"];
-
-/// What a run writes over, and other folders are known by.
-const RESULTS: [&str; 7] = [
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-];
 
 /// A run directory that no other process writes to.
 pub(super) struct RunDirectory {
@@ -75,8 +67,14 @@ impl RunDirectory {
                 return Err(Error::request(format!(
                     "holds `{BEST}` and no `{RECIPE}` of a run that made it"
                 ))
-                .with_hint("move it to another folder, or choose another run directory with `--output`"))
+                .with_hint(MOVE))
                 .at(output);
+            }
+            let best = output.join(BEST);
+            if is_there(&best) && !best.is_dir() {
+                return Err(Error::request("is no folder, and the run keeps its best evaluation there")
+                    .with_hint(MOVE))
+                .at(best);
             }
         }
         refuse_unwritable(output).at(output)
@@ -159,9 +157,9 @@ impl RunDirectory {
     /// The plan with the date of the run that it goes on with; runs that name none had this one.
     pub(super) fn dated(plan: &Plan) -> Plan {
         let mut plan = plan.clone();
-        if plan.data.template.date == Date::today() && plan.output.join(RECIPE).is_file() {
+        if plan.data.template.date.is_none() && plan.output.join(RECIPE).is_file() {
             let recorded = recorded(&plan).and_then(|recipe| recipe.data.template);
-            plan.data.template.date = recorded.map_or(Date::FIXED, |template| template.date);
+            plan.data.template.date = recorded.map_or(Some(Date::FIXED), |template| template.date);
         }
         plan
     }
@@ -170,9 +168,9 @@ impl RunDirectory {
     pub(super) fn write_recipe(&self, plan: &Plan, told: Option<Date>) -> Result<()> {
         let mut recipe = Recipe::from(plan);
         let TemplateVariables { date, others } = &plan.data.template;
-        if let Some(date) = told {
-            recipe.data.template = Some(TemplateVariables { date, others: others.clone() });
-        } else if *date == Date::FIXED && others.is_empty() {
+        if told.is_some() {
+            recipe.data.template = Some(TemplateVariables { date: told, others: others.clone() });
+        } else if *date == Some(Date::FIXED) && others.is_empty() {
             recipe.data.template = None;
         }
         write_atomic(self.path.join(RECIPE), written(&recipe)?.as_bytes())
@@ -226,22 +224,13 @@ fn refuse_strangers(output: &Path) -> Result<()> {
             others.extend(entry.at(output)?.file_name().into_string().ok());
         }
     }
-    others.retain(|name| {
-        let is_shard = name.starts_with("model-") && name.ends_with(".safetensors");
-        is_shard || is_companion(name) || name == TEMPLATES || train::is_of_run(name)
-    });
+    others.retain(|name| train::is_result(name) || train::is_of_run(name));
     others.sort();
-    let results = RESULTS.iter().copied().filter(|name| output.join(name).exists());
-    let is_folder = |name: &str| output.join(name).is_dir();
-    let verb = |name: &str| if is_folder(name) { "remove it" } else { "write over it" };
-    match results.chain(others.iter().map(String::as_str)).next() {
-        None => Ok(()),
-        Some(name) => {
-            Err(Error::request(format!("holds `{name}` and no run, and the run would {}", verb(name)))
-                .with_hint("choose another folder with `--output`"))
-            .at(output)
-        }
-    }
+    let Some(name) = others.first() else { return Ok(()) };
+    let verb = if output.join(name).is_dir() { "remove it" } else { "write over it" };
+    Err(Error::request(format!("holds `{name}` and no run, and the run would {verb}"))
+        .with_hint("choose another folder with `--output`"))
+    .at(output)
 }
 
 /// Refuses the folder of a file that the run reads.
@@ -287,8 +276,8 @@ fn check_recipe(plan: &Plan) -> Result<()> {
         None => text,
         Some(recipe) => {
             let mut then = Plan::of(&recipe, "");
-            if recipe.data.template.is_none() && plan.data.template.date == Date::FIXED {
-                then.data.template.date = Date::FIXED;
+            if recipe.data.template.is_none() && plan.data.template.date == Some(Date::FIXED) {
+                then.data.template.date = Some(Date::FIXED);
             }
             then.to_toml()?
         }

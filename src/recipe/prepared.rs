@@ -146,7 +146,7 @@ impl Prepared {
         let mut plan = Plan { output: "".into(), ..plan.clone() };
         // Where the date matters, it is in the data; where nothing else is said, nothing is written of it.
         let says_nothing = plan.data.template.others.is_empty();
-        plan.data.template.date = if says_nothing { Date::today() } else { Date::FIXED };
+        plan.data.template.date = (!says_nothing).then_some(Date::FIXED);
         let mut hash = Sha256::new();
         hash.update(plan.to_toml()?);
         hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
@@ -293,7 +293,7 @@ pub(super) fn text_with(
         eos_token: files.eos_token,
         eos_token_ids: files.eos_token_ids,
         add_bos: Some(files.add_bos_token),
-        now: Some(told.date.seconds()),
+        now: Some(told.day().seconds()),
         variables: told.others.clone(),
         special_tokens,
         vocabulary: Some(base.config().vocab_size),

@@ -85,32 +85,32 @@ impl fmt::Display for Date {
 }
 
 /// The date, and further variables by name.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct TemplateVariables {
-    /// Templates that ask for the date get this one; it is today by default. A resumed run keeps the date of its
+    /// Templates that ask for the date get this one, or today's where none is said. A resumed run keeps the date of its
     /// beginning.
-    pub date: Date,
+    pub date: Option<Date>,
     /// These variables are passed to the template unchanged.
     pub others: Map<String, Value>,
-}
-
-impl Default for TemplateVariables {
-    fn default() -> Self {
-        Self { date: Date::today(), others: Map::new() }
-    }
 }
 
 impl TemplateVariables {
     /// The date of [`Date::FIXED`], and nothing more.
     #[must_use]
     pub fn fixed() -> Self {
-        Self { date: Date::FIXED, others: Map::new() }
+        Self { date: Some(Date::FIXED), others: Map::new() }
+    }
+
+    /// The date that templates get.
+    #[must_use]
+    pub fn day(&self) -> Date {
+        self.date.unwrap_or_else(Date::today)
     }
 
     /// Lists the variables that the template reads, with their values; `None` where it reads none.
     #[must_use]
     pub fn told(&self, text: &Text) -> Option<String> {
-        let date = text.template_asks_for("strftime_now").then(|| format!("date = {}", self.date));
+        let date = text.template_asks_for("strftime_now").then(|| format!("date = {}", self.day()));
         let others = self.others.iter().filter(|(name, _)| text.template_asks_for(name));
         let told: Vec<String> =
             date.into_iter().chain(others.map(|(name, value)| format!("{name} = {value}"))).collect();
@@ -120,7 +120,7 @@ impl TemplateVariables {
     /// The variables that no template of the model reads.
     #[must_use]
     pub fn unread(&self, text: &Text) -> Vec<String> {
-        let date = self.date != Date::today() && !text.template_asks_for("strftime_now");
+        let date = self.date.is_some() && !text.template_asks_for("strftime_now");
         let others = self.others.keys().filter(|name| !text.template_asks_for(name));
         date.then(|| "date".to_string()).into_iter().chain(others.cloned()).collect()
     }
@@ -128,8 +128,10 @@ impl TemplateVariables {
 
 impl Serialize for TemplateVariables {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(1 + self.others.len()))?;
-        map.serialize_entry("date", &self.date.to_string())?;
+        let mut map = serializer.serialize_map(None)?;
+        if let Some(date) = self.date {
+            map.serialize_entry("date", &date.to_string())?;
+        }
         for (name, value) in &self.others {
             map.serialize_entry(name, value)?;
         }
@@ -152,7 +154,7 @@ impl<'de> Deserialize<'de> for TemplateVariables {
                 let mut variables = TemplateVariables::default();
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "date" {
-                        variables.date = map.next_value::<Written>()?.0;
+                        variables.date = Some(map.next_value::<Written>()?.0);
                     } else if TAKEN.contains(&name.as_str()) {
                         return Err(de::Error::custom(format!(
                             "`{name}` comes from the conversation and the tokenizer, and cannot be set"

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use super::artifact::LAYOUT;
 use super::plan::DataPlan;
 use super::prepared::text_of;
-use super::template::{Date, TemplateVariables};
+use super::template::TemplateVariables;
 use crate::data::{Layout, SpecialTokens, Text};
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
@@ -26,20 +26,13 @@ impl Told {
     /// For training: what the recipe leaves out, the record of the model says.
     pub(super) fn by_recipe(data: &DataPlan, base: &Pretrained) -> Result<Self> {
         let records = base.text()?.told;
-        let template = match recorded::<TemplateVariables>(&records, TEMPLATE).map_err(in_settings)? {
-            None => data.template.clone(),
-            Some(TemplateVariables { date, mut others }) => {
-                let asked = &data.template;
-                others.extend(asked.others.clone());
-                TemplateVariables {
-                    date: if asked.date == Date::today() { date } else { asked.date },
-                    others,
-                }
-            }
-        };
+        let mut template: TemplateVariables =
+            recorded(&records, TEMPLATE).map_err(in_settings)?.unwrap_or_default();
+        template.others.extend(data.template.others.clone());
+        template.date = data.template.date.or(template.date);
         let own = recorded(&records, SPECIAL_TOKENS).map_err(in_settings)?;
         let special_tokens = data.special_tokens.or(own).unwrap_or_default();
-        Ok(Self { template, special_tokens, is_recorded: own.is_some() })
+        Ok(Self { template: dated(template), special_tokens, is_recorded: own.is_some() })
     }
 
     /// For a model that answers: what the record of its adapter says, else its own `records`, else `template`.
@@ -56,7 +49,7 @@ impl Told {
         }
         let template = recorded(&records, TEMPLATE).map_err(in_settings)?.unwrap_or(template);
         let special_tokens = recorded(&records, SPECIAL_TOKENS).map_err(in_settings)?.unwrap_or_default();
-        Ok(Self { template, special_tokens, is_recorded })
+        Ok(Self { template: dated(template), special_tokens, is_recorded })
     }
 
     /// Tokenizer and chat template of a model, which are told this.
@@ -75,6 +68,11 @@ impl Told {
             if says_more { Some(serde_json::to_string(&self.special_tokens)?) } else { None };
         Ok([(TEMPLATE, template), (SPECIAL_TOKENS, special_tokens)])
     }
+}
+
+/// Today is settled once: a run that goes on past midnight was not told another date.
+fn dated(template: TemplateVariables) -> TemplateVariables {
+    TemplateVariables { date: Some(template.day()), ..template }
 }
 
 fn in_settings(error: Error) -> Error {

@@ -5,14 +5,15 @@
 //! `trainer_state.json` too. Only folders with the fingerprint of the run are written over or removed.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::metrics::FILE as METRICS;
 use super::optimizer::AdamW;
-use super::record::{self, Record, TrainerState};
-use crate::error::{Context, Error, Result, is_there};
+use super::record::{self, Best, Record, TrainerState};
+use crate::error::{Context, Error, Result, is_there, open_regular};
 use crate::ops::Trainables;
 use crate::weights::{Staged, remove_folder};
 
@@ -90,14 +91,14 @@ pub fn refuse_foreign(output: &Path) -> Result<()> {
     }
 }
 
-/// Writes a checkpoint and removes all but the last `keep`.
+/// Writes a checkpoint and removes all but the last `keep`; gives what [`prune`] has to say, too.
 pub(super) fn save(
     output: &Path,
     artifact: &dyn Artifact,
     optimizer: &AdamW,
     state: &TrainerState,
     keep: usize,
-) -> Result<PathBuf> {
+) -> Result<(PathBuf, Option<String>)> {
     let path = output.join(format!("{PREFIX}{}", state.step));
     refuse_to_replace(&path, &state.fingerprint)?;
     let metadata = BTreeMap::from([(record::FINGERPRINT.to_string(), state.fingerprint.clone())]);
@@ -106,13 +107,15 @@ pub(super) fn save(
         optimizer.write(&folder.join(record::OPTIMIZER), &metadata)?;
         Record::write(state, folder)
     })?;
-    prune(output, keep, state)?;
-    Ok(path)
+    let spared = prune(output, keep, state)?;
+    Ok((path, spared))
 }
 
 /// Writes the result of the best evaluation, which is that of `state`.
 pub(super) fn save_best(output: &Path, artifact: &dyn Artifact, state: &TrainerState) -> Result<()> {
-    replace_folder(&output.join(BEST), |folder| {
+    let path = output.join(BEST);
+    refuse_to_replace(&path, &state.fingerprint)?;
+    replace_folder(&path, |folder| {
         artifact.write_result(folder)?;
         Record::write(state, folder)
     })
@@ -120,8 +123,7 @@ pub(super) fn save_best(output: &Path, artifact: &dyn Artifact, state: &TrainerS
 
 /// Refuses a folder that the run did not make and would write over. An empty one is nobody's loss.
 fn refuse_to_replace(path: &Path, fingerprint: &str) -> Result<()> {
-    let is_empty = || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
-    if !is_there(path) || record::is_of(path, fingerprint) || is_empty() {
+    if !is_there(path) || record::is_of(path, fingerprint) || is_empty(path) {
         return Ok(());
     }
     Err(Error::invalid("was not made by this run, and the run would write over it")
@@ -129,37 +131,87 @@ fn refuse_to_replace(path: &Path, fingerprint: &str) -> Result<()> {
     .at(path)
 }
 
-/// Refuses the best evaluation of another run. Version 0.1.0 left no record in it: then `state` tells whether there was one.
-pub(super) fn refuse_other_best(output: &Path, state: &TrainerState) -> Result<()> {
-    let best = output.join(BEST);
-    let is_of_old = !is_there(&best.join(record::FILE)) && state.best.is_some_and(|best| best.step > 0);
-    if is_of_old { Ok(()) } else { refuse_to_replace(&best, &state.fingerprint) }
+fn is_empty(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Finds out whether the best evaluation that `state` tells of is on disk as it was written. One that is missing is written
+/// again where `state` is that of its step, else it is forgotten; a sentence says so.
+pub(super) fn check_best(
+    output: &Path,
+    artifact: &dyn Artifact,
+    state: &mut TrainerState,
+) -> Result<Option<String>> {
+    let path = output.join(BEST);
+    let found = record::fingerprint(&path);
+    // A record that is no JSON any more was one of this program before; reading it says what is wrong.
+    if found.is_some() || record::is_foreign(&path) {
+        let is_of_old = path.is_dir() && !is_there(&path.join(record::FILE)) && state.kernel.is_empty();
+        // Version 0.1.0 left no record in it: then `state` tells whether there was one.
+        match state.best {
+            Some(best) if is_of_old && best.step > 0 => {
+                Record::write(&TrainerState { step: best.step, ..state.clone() }, &path)?;
+            }
+            _ => refuse_to_replace(&path, &state.fingerprint)?,
+        }
+    }
+    let step = state.best.map_or(0, |best| best.step);
+    if is_there(&path) && !is_empty(&path) {
+        // The run may have found a better one after its last checkpoint.
+        let checked = Record::read(&path).and_then(|record| match record.state.step {
+            found if found < step => Err(Error::invalid(format!(
+                "holds the evaluation after step {found}, expected that after step {step}"
+            )))
+            .at(&path),
+            _ => record.verify_files(&path),
+        });
+        return checked.map(|()| None).map_err(|error| {
+            error.with_hint(format!("move `{}` to another folder and go on with `--resume`", path.display()))
+        });
+    }
+    if step == 0 {
+        return Ok(None);
+    }
+    let begin = format!("{}: the best evaluation, after step {step}, is missing", path.display());
+    if step == state.step {
+        save_best(output, artifact, state)?;
+        return Ok(Some(format!("{begin}; it is written again from the checkpoint of that step")));
+    }
+    state.best = state.first_eval_loss.map(|eval_loss| Best { step: 0, eval_loss });
+    Ok(Some(format!("{begin}; later evaluations are no longer compared with it")))
 }
 
 /// Removes all checkpoints of the run up to the step of `state` but the last `keep`, and empty folders before these. Later
-/// ones are not whole, or the run would have gone on from them; so are those without a record, which count for none.
-pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<()> {
+/// ones are not whole, or the run would have gone on from them; so are those without a record, which count for none. A
+/// folder with files of others is kept; of the newest one a sentence says so.
+pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<Option<String>> {
     let mut all = list(output)?;
     all.retain(|(step, _)| *step <= state.step);
     let has_record = |path: &Path| record::fingerprint(path).is_some_and(|found| found == state.fingerprint);
     let whole: Vec<u64> = all.iter().filter(|(_, path)| has_record(path)).map(|(step, _)| *step).collect();
     let first = whole.get(whole.len().saturating_sub(keep.max(1))).copied().unwrap_or(0);
+    let mut spared = None;
     for (_, path) in all.iter().filter(|(step, _)| *step < first) {
-        if record::is_of(path, &state.fingerprint) {
-            remove_folder(path)?;
-        } else {
+        spared = None;
+        if !record::is_of(path, &state.fingerprint) {
             // This removes nothing but an empty folder.
             let _ = std::fs::remove_dir(path);
+        } else if let Some(stranger) = record::strangers(path)?.first() {
+            let (path, stranger) = (path.display(), stranger.display());
+            spared = Some(format!("{path} is kept, because the run did not write `{stranger}` in it"));
+        } else {
+            remove_folder(path)?;
         }
     }
-    Ok(())
+    Ok(spared)
 }
 
-/// Removes the best evaluation of a run that was killed before its first checkpoint, and begins again.
+/// Removes the best evaluation of a run that was killed before its first checkpoint, and begins again. One with files of
+/// others stays until it is replaced.
 pub(super) fn forget_best(output: &Path, fingerprint: &str) -> Result<()> {
     let best = output.join(BEST);
     refuse_to_replace(&best, fingerprint)?;
-    if is_there(&best) { remove_folder(best) } else { Ok(()) }
+    if is_there(&best) && record::strangers(&best)?.is_empty() { remove_folder(best) } else { Ok(()) }
 }
 
 /// Restores what is trained and the optimizer from the checkpoint of `step` at `path`, and gives the run's state. Nothing
@@ -200,9 +252,34 @@ fn refuse_not_finite(name: &str, values: &Tensor) -> Result<()> {
     }
 }
 
-/// Writes a folder beside `path` and puts it in its place when it is whole.
-pub(super) fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// Writes a folder beside `path` and puts it in its place when it is whole. What others put into the one before is in the
+/// new one too.
+fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let staged = Staged::replacing(path)?;
     write(staged.path())?;
+    if path.is_dir() && !path.is_symlink() {
+        for stranger in record::strangers(path)? {
+            link_all(&path.join(&stranger), &staged.path().join(&stranger))?;
+        }
+    }
     staged.commit()
+}
+
+/// Gives a file, or all that is in a folder, a second name, unless something has that name. The first one is left, so that
+/// nothing is lost when the process is killed.
+fn link_all(from: &Path, to: &Path) -> Result<()> {
+    if from.is_dir() && !from.is_symlink() {
+        std::fs::create_dir_all(to).at(to)?;
+        for entry in std::fs::read_dir(from).at(from)? {
+            let name = entry.at(from)?.file_name();
+            link_all(&from.join(&name), &to.join(&name))?;
+        }
+        return Ok(());
+    }
+    if is_there(to) || std::fs::hard_link(from, to).is_ok() {
+        return Ok(());
+    }
+    // Some file systems have no second names, and the system may refuse one for a file of somebody else.
+    open_regular(from).and_then(|mut file| Ok(std::io::copy(&mut file, &mut File::create(to)?)?)).at(from)?;
+    Ok(())
 }

@@ -15,7 +15,7 @@ pub use checkpoint::{Artifact, BEST, fingerprint, is_of_run, is_run, list as che
 pub use event::{Event, Reporter, Sample, StepReport};
 pub use memory::{available_bytes, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWConfig};
-pub use record::{Best, TrainerState};
+pub use record::{Best, TrainerState, is_result};
 pub use run::{Job, Settings, Summary, run};
 pub use schedule::Schedule;
 pub use step::{

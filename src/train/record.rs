@@ -1,6 +1,7 @@
 //! `trainer_state.json`: where a run stands, and digests by which a checkpoint that changed on disk is found.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
@@ -11,7 +12,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Context, Error, Result, read_regular};
-use crate::weights::hexadecimal;
+use crate::weights::{TEMPLATES, hexadecimal, is_companion};
 
 /// No record of a run has more bytes than this.
 const LARGEST: u64 = 16 << 20;
@@ -24,6 +25,19 @@ pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// The fingerprint is under this key in both files.
 pub(super) const FINGERPRINT: &str = "fingerprint";
+
+/// Files of an adapter or a model, beside its shards and companions.
+const RESULTS: [&str; 6] = [
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+];
+
+/// Files that desktops leave in each folder that somebody looks into; nobody misses them.
+const OF_SYSTEMS: [&str; 3] = [".DS_Store", "Thumbs.db", "desktop.ini"];
 
 /// Bytes of a file that are read at once.
 const PART: usize = 1 << 20;
@@ -136,8 +150,39 @@ impl Record {
 
 /// The fingerprint that the record in `folder` holds, whatever else became of it.
 pub(super) fn fingerprint(folder: &Path) -> Option<String> {
-    let record: Value = serde_json::from_slice(&read_regular(&folder.join(FILE), LARGEST).ok()?).ok()?;
-    record.get(FINGERPRINT)?.as_str().map(str::to_string)
+    parsed(folder)?.get(FINGERPRINT)?.as_str().map(str::to_string)
+}
+
+/// The record in `folder` as JSON, whether it is as it was written or not.
+fn parsed(folder: &Path) -> Option<Value> {
+    serde_json::from_slice(&read_regular(&folder.join(FILE), LARGEST).ok()?).ok()
+}
+
+/// Whether a run writes a file or folder of this name into its result.
+#[must_use]
+pub fn is_result(name: &str) -> bool {
+    let is_shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    is_shard || RESULTS.contains(&name) || is_companion(name) || name == TEMPLATES
+}
+
+/// Lists what this program did not write into `folder`. Where its record names no files, their names tell.
+pub(super) fn strangers(folder: &Path) -> Result<Vec<OsString>> {
+    let record = parsed(folder);
+    let files = record.as_ref().and_then(|record| record.get("files")?.as_object());
+    let is_ours = |name: &str| match files {
+        _ if [FILE, OPTIMIZER, TEMPLATES].contains(&name) || OF_SYSTEMS.contains(&name) => true,
+        Some(files) => files.contains_key(name),
+        None => is_result(name),
+    };
+    let mut strangers = Vec::new();
+    for entry in fs::read_dir(folder).at(folder)? {
+        let name = entry.at(folder)?.file_name();
+        if !name.to_str().is_some_and(is_ours) {
+            strangers.push(name);
+        }
+    }
+    strangers.sort();
+    Ok(strangers)
 }
 
 /// Whether `folder` is of the run with this fingerprint. Where its record cannot be read, the optimizer's header tells.

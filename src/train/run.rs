@@ -111,8 +111,9 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     let mut optimizer = AdamW::new(settings.optimizer, job.trainables, !job.artifact.is_exact())?;
     let taken_up = if job.resume { take_up(&job, &mut optimizer, settings, reporter)? } else { None };
     let mut state = match taken_up {
-        Some(state) => {
-            checkpoint::refuse_other_best(job.output, &state)?;
+        Some(mut state) => {
+            let missing = checkpoint::check_best(job.output, job.artifact, &mut state)?;
+            missing.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
             state
         }
         None => {
@@ -163,9 +164,8 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
         if last || is_due(state.step, settings.save_every) {
             metrics.refuse_moved()?;
             metrics.sync()?;
-            let path = checkpoint::save(job.output, job.artifact, &optimizer, &state, settings.keep)?;
+            save(&job, &optimizer, &state, settings, reporter)?;
             saved_at = state.step;
-            reporter.report(&Event::Checkpoint { step: state.step, path });
         }
     }
     Ok(Summary { state, last_eval_loss, routing, seconds: begin.elapsed().as_secs_f64() })
@@ -192,15 +192,20 @@ fn take_up(
                 reporter.report(&Event::Note { text: format!("going on from {}", path.display()) });
                 let now = Kernels::current().to_string();
                 if !state.kernel.is_empty() && state.kernel != now {
+                    let (choice, one) = match Kernels::forced() {
+                        Ok(Some(_)) => ("`PEFT_KERNELS` chooses", "with one choice"),
+                        _ => ("this machine has", "on one machine"),
+                    };
                     reporter.report(&Event::Warning {
                         text: format!(
-                            "the run was computed with {} so far, and this machine has {now}: the last bits will differ \
-                             from those of a run on one machine",
+                            "the run was computed with {} so far, and {choice} {now}: the last bits will differ from \
+                             those of a run {one}",
                             state.kernel
                         ),
                     });
                 }
-                checkpoint::prune(job.output, settings.keep, &state)?;
+                let spared = checkpoint::prune(job.output, settings.keep, &state)?;
+                spared.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
                 return Ok(Some(state));
             }
             // What was asked for is wrong, whatever the older ones hold.
@@ -326,6 +331,20 @@ fn evaluation(
     Ok(Some((eval_loss, evaluation.tally.spreads())))
 }
 
+/// Saves a checkpoint and says so.
+fn save(
+    job: &Job<'_>,
+    optimizer: &AdamW,
+    state: &TrainerState,
+    settings: &Settings,
+    reporter: &mut dyn Reporter,
+) -> Result<()> {
+    let (path, spared) = checkpoint::save(job.output, job.artifact, optimizer, state, settings.keep)?;
+    reporter.report(&Event::Checkpoint { step: state.step, path });
+    spared.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
+    Ok(())
+}
+
 fn interrupted(
     job: &Job<'_>,
     optimizer: &AdamW,
@@ -335,8 +354,7 @@ fn interrupted(
     reporter: &mut dyn Reporter,
 ) -> Result<Error> {
     if state.step > saved_at {
-        let path = checkpoint::save(job.output, job.artifact, optimizer, state, settings.keep)?;
-        reporter.report(&Event::Checkpoint { step: state.step, path });
+        save(job, optimizer, state, settings, reporter)?;
     }
     let (step, steps) = (state.step, settings.steps);
     let message = format!("interrupted after step {step} of {steps}; all of it is saved");

@@ -127,16 +127,21 @@ pub struct Outline {
     pub width: usize,
     /// The head, where it becomes a tensor of its own.
     pub untied: Option<Untied>,
+    /// The most bytes that the weights will have.
+    pub bytes: u64,
 }
 
 impl Outline {
     /// Refuses what cannot be converted as `settings` say, before any weight is read.
     pub fn of(base: &Pretrained, sources: &[Pretrained], settings: &Settings) -> Result<Self> {
+        let bytes_of = |config: &DecoderConfig| {
+            config.num_parameters() as u64 * base.compute_dtype().size_in_bytes() as u64
+        };
         let written = |slices: Option<SplitShape>, shape: &MixtureShape| -> Result<Self> {
             let format = choose_format(settings.format, base.config(), shape)?;
-            let layout = format.layout(base.config_json(), base.config(), shape)?;
-            let untied = Untied::of(base, &family::read(&layout.config)?);
-            Ok(Self { slices, format: Some(format), width: shape.width, untied })
+            let config = family::read(&format.layout(base.config_json(), base.config(), shape)?.config)?;
+            let (untied, bytes) = (Untied::of(base, &config), bytes_of(&config));
+            Ok(Self { slices, format: Some(format), width: shape.width, untied, bytes })
         };
         match settings.method {
             Method::Split => {
@@ -146,15 +151,18 @@ impl Outline {
             }
             Method::Prune => {
                 let slices = SplitShape::of(settings, base.config())?;
-                let width = slices.width;
-                Ok(Self { slices: Some(slices), format: None, width, untied: None })
+                // A pruned model is smaller than the one that it is made of.
+                let (width, bytes) = (slices.width, bytes_of(base.config()));
+                Ok(Self { slices: Some(slices), format: None, width, untied: None, bytes })
             }
             Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
                 written(None, &copies::shape(base, sources, settings)?)
             }
             Method::Expand => {
-                let width = expand::refuse_unfit(base, settings)?.width;
-                Ok(Self { slices: None, format: None, width, untied: None })
+                let moe = expand::refuse_unfit(base, settings)?;
+                let grown = expand::grown(base.config_json(), moe.experts, settings.experts)?;
+                let bytes = bytes_of(&family::read(&grown)?);
+                Ok(Self { slices: None, format: None, width: moe.width, untied: None, bytes })
             }
         }
     }
@@ -209,31 +217,6 @@ fn write(
     refuse_changed()?;
     staged.commit().at(job.output)?;
     Ok(report)
-}
-
-/// Bytes of the weights that a conversion of `base`, with `sources` further checkpoints, writes.
-///
-/// # Errors
-///
-/// Where the conversion itself would fail for what the configuration says.
-pub fn written_bytes(base: &Pretrained, sources: &[Pretrained], settings: &Settings) -> Result<u64> {
-    let format = |shape: &MixtureShape| -> Result<DecoderConfig> {
-        let format = choose_format(settings.format, base.config(), shape)?;
-        family::read(&format.layout(base.config_json(), base.config(), shape)?.config)
-    };
-    let numbers = match settings.method {
-        Method::Split => format(&SplitShape::of(settings, base.config())?.mixture())?.num_parameters(),
-        // A pruned model is smaller than the one that it is made of.
-        Method::Prune => base.config().num_parameters(),
-        Method::Copy | Method::Drop | Method::VirtualGroups | Method::Mix => {
-            format(&copies::shape(base, sources, settings)?)?.num_parameters()
-        }
-        Method::Expand => {
-            let experts = base.config().sparse_layers().next().map_or(0, |(_, moe)| moe.experts);
-            family::read(&expand::grown(base.config_json(), experts, settings.experts)?)?.num_parameters()
-        }
-    };
-    Ok(numbers as u64 * base.compute_dtype().size_in_bytes() as u64)
 }
 
 /// The methods that cut neurons apart.

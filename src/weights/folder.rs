@@ -37,7 +37,7 @@ impl Folder {
     pub(super) fn open(path: &Path) -> Result<(Self, BTreeMap<String, TensorInfo>)> {
         let mut folder = Self {
             path: path.to_path_buf(),
-            warnings: Vec::new(),
+            warnings: super::warnings_of_repeated_keys(path),
             shards: Vec::new(),
             places: BTreeMap::new(),
         };

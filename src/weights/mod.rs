@@ -49,7 +49,7 @@ use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
 pub use header::refuse_repeated_names;
 pub use hub::{HubSettings, OnProgress, report_downloads};
-use json::{LARGEST_JSON, LARGEST_TOKENIZER, read_json, read_json_if_there};
+use json::{LARGEST_JSON, LARGEST_TOKENIZER, read_json, read_json_if_there, warnings_of_repeated_keys};
 pub use mapped::mapped_path_at;
 pub use shards::{
     DEFAULT_SHARD_BYTES, ShardedWriter, TensorSpec, overwrite, write_one_by_one, write_safetensors,
@@ -57,7 +57,7 @@ pub use shards::{
 pub use tensor::{StoredType, TensorInfo};
 pub use text::TextFiles;
 pub use told::{SPECIAL_TOKENS, TEMPLATE, record as record_told};
-pub use write::{Staged, remove_folder, remove_stale, write_atomic};
+pub use write::{Staged, is_weights, remove_folder, remove_stale, write_atomic};
 
 /// An open checkpoint: names, shapes and types are known, values are read when asked for.
 #[derive(Debug)]

@@ -10,6 +10,7 @@
 //! # Ok::<(), peft::Error>(())
 //! ```
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -111,7 +112,7 @@ impl Staged {
     }
 
     /// Syncs what was written and moves it, file by file, into the folder that the new one would be in: each file is
-    /// replaced whole, and what else is there stays.
+    /// replaced whole, weights first, and what else is there stays.
     pub fn commit_files(self) -> Result<()> {
         sync_all(self.path())?;
         let parent = parent(&self.target)?;
@@ -204,10 +205,17 @@ fn shared<'a, 'b, 'c>(
     builder
 }
 
-/// Moves the files of one folder, and those of folders in it, to where they belong in another.
+/// Whether a file of this name holds weights.
+#[must_use]
+pub fn is_weights(name: &OsStr) -> bool {
+    Path::new(name).extension().is_some_and(|ending| ending == "safetensors")
+}
+
+/// Moves the files of one folder, and those of folders in it, to where they belong in another: weights first.
 fn move_files(from: &Path, to: &Path) -> Result<()> {
-    for entry in fs::read_dir(from).at(from)? {
-        let entry = entry.at(from)?;
+    let mut entries = fs::read_dir(from).at(from)?.collect::<std::io::Result<Vec<_>>>().at(from)?;
+    entries.sort_by_key(|entry| !is_weights(&entry.file_name()));
+    for entry in entries {
         let target = to.join(entry.file_name());
         if entry.file_type().at(from)?.is_dir() && target.is_dir() {
             move_files(&entry.path(), &target)?;
@@ -220,10 +228,12 @@ fn move_files(from: &Path, to: &Path) -> Result<()> {
 
 fn sync_all(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).at(folder)? {
-        let path = entry.at(folder)?.path();
-        if path.is_dir() {
+        let entry = entry.at(folder)?;
+        let (path, found) = (entry.path(), entry.file_type().at(folder)?);
+        if found.is_dir() {
             sync_all(&path)?;
-        } else {
+        } else if found.is_file() {
+            // Opening anything else, which a user may have put there, could wait for ever.
             File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
         }
     }

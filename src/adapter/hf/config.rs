@@ -10,7 +10,7 @@ use super::super::config::{Exclude, Init, LoraConfig, Targets};
 use super::super::target::{Placements, check_patterns, few, is_named};
 use super::fields::{Fields, NamesOrText, is_neutral};
 use super::{MERGED_FORM, Provenance, experts};
-use crate::error::{Context, Error, Result, first_lines, read_regular_text};
+use crate::error::{Context, Error, Json, Result, first_lines, read_regular_text};
 
 /// Larger configurations are refused. One that lists all modules of a large mixture has a few hundred kilobytes.
 const LARGEST: u64 = 16 << 20;
@@ -81,7 +81,9 @@ pub(super) fn read(path: &Path) -> Result<Read> {
 }
 
 fn parse(text: &str) -> Result<Read> {
-    let Value::Object(map) = serde_json::from_str(text)? else {
+    let json: Json = serde_json::from_str(text)?;
+    let repeated = json.warning().map(|warning| format!("in the adapter's configuration {warning}"));
+    let Value::Object(map) = json.value else {
         return Err(Error::invalid("is not a JSON object"));
     };
     let mut fields = Fields::new(map);
@@ -129,7 +131,7 @@ fn parse(text: &str) -> Result<Read> {
     }
     let base_model = fields.text("base_model_name_or_path");
     let revision = fields.text("revision");
-    let warnings = fields.leftovers();
+    let warnings = repeated.into_iter().chain(fields.leftovers()).collect();
     if !fields.problems.is_empty() {
         let error = Error::invalid(few(&fields.problems));
         let any_ends = |end: &str| fields.problems.iter().any(|problem| problem.ends_with(end));

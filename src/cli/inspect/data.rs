@@ -21,6 +21,8 @@ pub(super) struct Data {
     characters: Characters,
     /// Keys with text that nothing reads.
     unused: Vec<Key>,
+    /// Keys that stand more than once in an object of a record.
+    repeated: Vec<Key>,
     /// Who says what in the first record.
     first: Vec<Said>,
 }
@@ -43,7 +45,7 @@ struct Said {
 
 impl Data {
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let Records { records, format, unused } = data::read(path, Format::Auto)?;
+        let Records { records, format, unused, repeated } = data::read(path, Format::Auto)?;
         let parts: Vec<Vec<Said>> = records.iter().map(said).collect();
         let lengths: Vec<usize> =
             parts.iter().map(|said| said.iter().map(|part| part.content.chars().count()).sum()).collect();
@@ -59,6 +61,7 @@ impl Data {
                 longest_line: longest.map_or(0, |(index, _)| records[index].line),
             },
             unused,
+            repeated,
             first: parts.into_iter().next().unwrap_or_default(),
         })
     }
@@ -87,9 +90,11 @@ impl Display for Data {
         row(f, "messages", count(self.messages as u64))?;
         let (mean, max) = (count(*mean as u64), count(*max as u64));
         row(f, "characters", format_args!("{mean} on average, {max} at most (line {longest_line})"))?;
-        for Key { key, records, line } in &self.unused {
-            let records = count(*records as u64);
-            row(f, "not used", format_args!("`{key}` of {records} records (the first in line {line})"))?;
+        for (what, keys) in [("not used", &self.unused), ("repeated", &self.repeated)] {
+            for Key { key, records, line } in keys {
+                let records = count(*records as u64);
+                row(f, what, format_args!("`{key}` of {records} records (the first in line {line})"))?;
+            }
         }
         for Said { role, content } in &self.first {
             row(f, role, content.trim())?;

@@ -7,7 +7,7 @@
 //! .locks/models--org--name/<ETag>.lock                held by the process that fetches the blob
 //! ```
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
 use super::{HubId, HubSettings};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, open_to_lock};
 use crate::weights::folder::{INDEX, SINGLE};
 use crate::weights::write_atomic;
 
@@ -124,7 +124,7 @@ impl<'a> Repository<'a> {
         let folder = self.settings.cache.join(".locks").join(&self.folder);
         fs::create_dir_all(&folder).at(&folder)?;
         let path = folder.join(format!("{}.lock", etag.0));
-        let file = OpenOptions::new().create(true).append(true).open(&path).at(&path)?;
+        let file = open_to_lock(&path).at(&path)?;
         // Ours, and that of Python's tools, which hold the same lock.
         let parts = [self.part(etag)?, self.local.blob_path(&format!("{}.incomplete", etag.0))];
         let patience = self.settings.silence * STANDSTILL;
