@@ -61,7 +61,8 @@ impl fmt::Display for ChosenKernels {
     }
 }
 
-/// Looks up in `file` what is fastest for the widest layers of a model, or measures it and keeps it there.
+/// Looks up in `file` what is fastest for the widest layers of a model, or measures it and keeps it there. The number of threads
+/// makes no difference, for results must not depend on it.
 fn measured(config: &DecoderConfig, file: Option<&Path>) -> (Kernels, String) {
     let hidden = config.hidden_size;
     let linears = config.linears();
@@ -70,10 +71,9 @@ fn measured(config: &DecoderConfig, file: Option<&Path>) -> (Kernels, String) {
     let widest = inner.map(|linear| linear.out_features).max().unwrap_or(hidden).min(8192);
     let hidden = hidden.min(8192);
     let key = format!(
-        "{}, {}, {} threads, {hidden} by {widest}, version {}",
+        "{}, {}, {hidden} by {widest}, version {}",
         processor(),
         Kernels::candidates().join(" "),
-        rayon::current_num_threads(),
         env!("CARGO_PKG_VERSION"),
     );
     // Others wait meanwhile: two that measure at once would disturb each other and might keep different results.
@@ -119,8 +119,11 @@ fn lock(file: &Path) -> Result<File> {
 }
 
 fn rate(rate: &KernelRate) -> String {
-    let [wide, narrow] = [rate.f32, rate.bf16].map(|rate| 2e-9 * rate);
-    format!("{} {wide:.0} and {narrow:.0} GFLOP/s", rate.name)
+    let narrow = 2e-9 * rate.bf16;
+    match rate.f32 {
+        Some(wide) => format!("{} {:.0} and {narrow:.0} GFLOP/s", rate.name, 2e-9 * wide),
+        None => format!("{} {narrow:.0} in bf16", rate.name),
+    }
 }
 
 /// The file of measurements, if there is a folder for caches.

@@ -12,7 +12,7 @@ use super::companion::{self, TEMPLATES, companions};
 use super::text::{GENERATION, JINJA, SETTINGS, SPECIAL, TextFiles, templates};
 use super::told::{SPECIAL_TOKENS, TEMPLATE, record};
 use super::{Checkpoint, LARGEST_TOKENIZER, read_json_if_there, write_atomic};
-use crate::error::{Context, Error, Result, is_there, read_regular};
+use crate::error::{Context, Result, is_there, read_regular};
 
 const TOKENIZER: &str = "tokenizer.json";
 

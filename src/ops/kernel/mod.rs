@@ -33,8 +33,8 @@ pub struct Kernels(Choice);
 pub struct KernelRate {
     /// The name of the instructions.
     pub name: &'static str,
-    /// With all factors in f32.
-    pub f32: f64,
+    /// With all factors in f32; `None` if these instructions have no part in such products.
+    pub f32: Option<f64>,
     /// With all factors in bf16.
     pub bf16: f64,
 }
@@ -79,9 +79,11 @@ impl Kernels {
     #[must_use]
     pub fn measure(inputs: usize, outputs: usize) -> (Self, Vec<KernelRate>) {
         let (choice, [wide, narrow]) = measure(inputs, outputs);
-        let rates = wide.iter().zip(&narrow);
-        let rates =
-            rates.map(|((path, f32), (_, bf16))| KernelRate { name: path.name(), f32: *f32, bf16: *bf16 });
+        let rates = narrow.iter().map(|(path, bf16)| KernelRate {
+            name: path.name(),
+            f32: wide.iter().find(|(other, _)| other == path).map(|(_, rate)| *rate),
+            bf16: *bf16,
+        });
         (Self(choice), rates.collect())
     }
 
