@@ -11,8 +11,8 @@ take turns on the same machine: ours, then each of the peers, `--runs` times. Pr
 (of a run: the median of its steps after two), the highest resident memory, seconds from the start of the process to the end of
 the first forward, and the share of the ceiling: what the step would take if it were only multiply-adds at the rate of the
 faster side's products. With `--experts` the model is a mixture of SmolLM2-135M's size with random weights, in Mixtral's layout,
-that is written to a folder of its own first, and the adapters are on attention and all experts. `--sides` names who
-takes turns, where some are known to be slow. `--isa` limits both sides to the same
+that is written to a folder of its own first, and the adapters are on attention and all experts. `--sides` names
+those that take turns, for others that are known to be slow need not run. `--isa` limits both sides to the same
 instructions: ours by PEFT_KERNELS (unless they are the newest here), the peers by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS. The last column
 is the ratio to the fastest peer of any type, which is the one to beat where bf16 is slow. Needs torch, transformers and peft; run it when nothing else does.
 """
@@ -199,6 +199,11 @@ def main():
     sides = [(dtype, name) for dtype in dtypes for name in ["ours"] + options.peers.split(",")]
     if options.sides:
         sides = [tuple(side.split(":")) for side in options.sides.split(",")]
+        known = [(dtype, name) for dtype in ("f32", "bf16") for name in ("ours", "eager", "compiled")]
+        if not set(sides) <= set(known):
+            sys.exit(f"--sides is {options.sides}; expected some of "
+                     + ",".join(":".join(side) for side in known))
+        dtypes = sorted({dtype for dtype, _ in sides})
     found = {side: [] for side in sides}
     for _ in range(options.runs):
         for dtype, name in sides:

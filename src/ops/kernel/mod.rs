@@ -33,7 +33,7 @@ pub struct Kernels(Choice);
 pub struct KernelRate {
     /// The name of the instructions.
     pub name: &'static str,
-    /// With all factors in f32; `None` if these instructions have no part in such products.
+    /// With all factors in f32; `None` where the next older instructions multiply them.
     pub f32: Option<f64>,
     /// With all factors in bf16.
     pub bf16: f64,

@@ -61,15 +61,21 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &
 #[inline(always)]
 pub(crate) fn ask_for<T>(values: &[T], count: usize) {
     for line in values[..count.min(values.len())].chunks(64 / size_of::<T>()) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: every machine of this architecture has the hint, which changes nothing but the time.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = line;
+        ask(line.as_ptr());
     }
+}
+
+/// Asks for the line of the cache that holds a place. The place need not exist: it is not read.
+#[inline(always)]
+pub(crate) fn ask<T>(place: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every machine of this architecture has the hint, which changes nothing but the time.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(place.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
 }
 
 /// A vector of `len` values for `write` to fill in, which gets them with any content: large results need not be zeroed first.

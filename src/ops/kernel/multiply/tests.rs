@@ -233,9 +233,14 @@ fn results_do_not_depend_on_threads() {
         .map(|threads| rayon::ThreadPoolBuilder::new().num_threads(*threads).build().unwrap())
         .collect();
     for path in Path::all() {
-        for (m, n, k) in
-            shapes([(1, 700, 100), (9, 700, 131), (600, 300, 257), (700, 16, 64), (150, 600, 2500)])
-        {
+        for (m, n, k) in shapes([
+            (1, 700, 100),
+            (9, 700, 131),
+            (600, 300, 257),
+            (700, 16, 64),
+            (150, 600, 2500),
+            (200, 96, 4133),
+        ]) {
             for layout in LAYOUTS {
                 let (a, b) = (values(m * k, 1), values(k * n, 2));
                 let terms = [(a_of(layout, &a, m, k), b_of(layout, &b, k, n))];
@@ -244,7 +249,9 @@ fn results_do_not_depend_on_threads() {
                     .map(|pool| {
                         let mut c = vec![0.5f32; m * n];
                         pool.install(|| multiply_by(*path, &mut c, 1.0, 1.0, &terms));
-                        c.iter().map(|c| c.to_bits()).collect()
+                        let mut fresh = vec![f32::NAN; m * n];
+                        pool.install(|| multiply_by(*path, &mut fresh, 0.0, 1.0, &terms));
+                        c.iter().chain(&fresh).map(|c| c.to_bits()).collect()
                     })
                     .collect();
                 assert!(

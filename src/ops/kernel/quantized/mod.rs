@@ -106,30 +106,32 @@ impl Kind {
     /// As [`dot`](Self::dot) in bf16: sums are in f32. Values are taken as they are where the machine multiplies them as
     /// integers, else they are rounded to bf16.
     pub(crate) fn dot_narrow(self, row: &[u8], x: &Row) -> f32 {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(words) = &x.words {
-            // SAFETY: rows have words where the machine has the path, and with it these instructions.
-            return unsafe { words::dot(self, row, words) };
+        match x {
+            Row::Plain(x) => with_format!(self, rounded(row, x)),
+            // SAFETY: rows are words where the machine has the path, and with it these instructions.
+            #[cfg(target_arch = "x86_64")]
+            Row::Words(x) => unsafe { words::dot(self, row, x) },
         }
-        with_format!(self, rounded(row, &x.narrow))
     }
 }
 
 /// A row of bf16 that is multiplied with many rows of blocks.
-pub(crate) struct Row {
-    narrow: Vec<bf16>,
-    /// The row as integers, on paths that have instructions for them and if its values allow it.
+pub(crate) enum Row {
+    Plain(Vec<bf16>),
+    /// As integers, on paths that have instructions for them and if its values allow it.
     #[cfg(target_arch = "x86_64")]
-    words: Option<Words>,
+    Words(Words),
 }
 
 impl Row {
     pub(crate) fn new(values: &[bf16]) -> Self {
-        Self {
-            narrow: values.to_vec(),
-            #[cfg(target_arch = "x86_64")]
-            words: if Path::best() == Path::Portable { None } else { Words::of(values) },
+        #[cfg(target_arch = "x86_64")]
+        if Path::best() != Path::Portable
+            && let Some(words) = Words::of(values)
+        {
+            return Self::Words(words);
         }
+        Self::Plain(values.to_vec())
     }
 }
 

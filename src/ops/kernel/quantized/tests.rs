@@ -86,7 +86,7 @@ fn dots_are_those_of_the_values() {
         let found = f64::from(wide(format, row, &wide_x));
         assert!((found - expected).abs() <= 1e-6 * all, "{what}: {found} for {expected}");
         #[cfg(target_arch = "x86_64")]
-        if let words @ Row { words: Some(_), .. } = Row::new(x) {
+        if let words @ Row::Words(_) = Row::new(x) {
             let (expected, all) = exact(&|i| x[i].to_f32(), &|w| w);
             let found = f64::from(kind.dot_narrow(row, &words));
             assert!((found - expected).abs() <= 1e-6 * all, "{what} as integers: {found} for {expected}");
@@ -135,7 +135,28 @@ fn a_row_as_integers_is_the_row() {
     for value in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e30] {
         assert!(words(&[1.0, value]).is_none(), "{value}");
     }
-    assert!(words(&[-1e20]).is_some());
+    let border = 2f32.powi(74);
+    assert!(words(&[-border]).is_none() && words(&[border * 0.99]).is_some());
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn beside_outliers_integers_are_off_by_a_part_of_the_greatest() {
+    for dtype in ALL {
+        let (kind, columns) = (Kind::of(dtype).unwrap(), 4 * 256);
+        let row = blocks(dtype, columns / dtype.block_size());
+        let value = |i: usize| if i % 32 == 5 { 200.0 } else { (i * 37 % 101) as f32 / 50.0 - 1.0 };
+        let x: Vec<bf16> = (0..columns).map(|i| bf16::from_f32(value(i) / 3.0)).collect();
+        let Row::Words(words) = Row::new(&x) else { continue };
+        let mut w = vec![0.0; columns];
+        kind.fill(&row, 0, &mut w);
+        let products = x.iter().zip(&w).map(|(x, w)| f64::from(x.to_f32()) * f64::from(*w));
+        let sizes: f64 = w.iter().map(|w| f64::from(w.abs())).sum();
+        let expected: f64 = products.clone().sum();
+        let (greatest, all) = (200.0 / 3.0, products.map(f64::abs).sum::<f64>());
+        let off = (f64::from(kind.dot_narrow(&row, &Row::Words(words))) - expected).abs();
+        assert!(off <= greatest * 2f64.powi(-15) * sizes + 1e-6 * all, "{dtype:?}: off by {off}");
+    }
 }
 
 #[test]

@@ -1,41 +1,45 @@
 //! Rows of blocks times a row of bf16, on AVX2 and newer: integers of 16 bits are multiplied and the sum of a part is scaled once.
 //!
 //! A part of the row is 32 whole numbers of 16 bits times a power of two. A bf16 has 8 bits, so every value within a
-//! factor of 128 of the greatest is exact, and each smaller one is off by at most 2^-15 of the greatest.
+//! factor of 128 of the greatest is exact, and each smaller one is off by at most 2^-15 of the greatest. Values below
+//! 2^-102 may become zero.
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_and_si128, _mm_cvtsi32_si128, _mm_cvtsi64_si128,
-    _mm_loadu_si128, _mm_prefetch, _mm_set_epi64x, _mm_set1_epi8, _mm_set1_epi16, _mm_srli_epi16,
-    _mm_srli_si128, _mm_sub_epi8, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_si128,
-    _mm256_cmpeq_epi8, _mm256_cmpeq_epi16, _mm256_cvtepi8_epi16, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
-    _mm256_cvtepu8_epi16, _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_mul_ps, _mm256_or_si256, _mm256_set1_epi8,
+    __m128i, __m256, __m256i, _mm_and_si128, _mm_cvtsi32_si128, _mm_cvtsi64_si128, _mm_loadu_si128,
+    _mm_set_epi64x, _mm_set1_epi8, _mm_set1_epi16, _mm_srli_epi16, _mm_srli_si128, _mm_sub_epi8,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_castsi256_si128, _mm256_cmpeq_epi8,
+    _mm256_cmpeq_epi16, _mm256_cvtepi8_epi16, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16,
+    _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_madd_epi16, _mm256_mul_ps, _mm256_or_si256, _mm256_set1_epi8,
     _mm256_set1_epi16, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi16,
     _mm256_srl_epi16, _mm256_srli_epi16, _mm256_storeu_ps, _mm256_sub_epi8, _mm256_sub_epi16, _mm256_sub_ps,
 };
 
 use half::bf16;
 
+use super::super::rows::ask;
 use super::{Kind, PART, bytes, scales_and_minima};
 
 /// Bytes between what is read and what is asked for: the next page, where the processor does not look by itself.
 const AHEAD: usize = 4096;
-/// Parts whose scales are computed at once.
-const PARTS: usize = 8;
+/// Values of a vector of f32.
+const LANES: usize = 8;
+/// Parts whose scales are computed at once, those of a block of 256 values.
+const PARTS: usize = LANES;
 
 /// A row as integers of 16 bits.
 pub(super) struct Words {
     values: Vec<i16>,
-    /// By what the integers of a part are multiplied, with zeros after the last part up to a multiple of [`PARTS`].
+    /// The factor of each part's integers. Zeros fill the last group of [`PARTS`].
     scales: Vec<f32>,
-    /// The sum of the values of each part, with zeros likewise.
+    /// The sum of each part's values. Zeros fill the last group likewise.
     sums: Vec<f32>,
-    /// The sum of each half of a part, of all that there are.
+    /// The sum of each half of each part, two for a part.
     halves: Vec<f32>,
 }
 
 impl Words {
-    /// The values as integers. `None` if one is infinite, NaN or above 2^73, where scales could overflow.
+    /// The values as integers. `None` if one is infinite, NaN, or 2^74 or larger, where scales could overflow.
     pub(super) fn of(row: &[bf16]) -> Option<Self> {
         /// Bits of an integer beside its sign.
         const BITS: u32 = 15;
@@ -215,23 +219,22 @@ fn all(bytes: &[u8; PART]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn eight(values: &[f32]) -> __m256 {
-    let values = &values[..PARTS];
+    let values = &values[..LANES];
     // SAFETY: eight values are read.
     unsafe { _mm256_loadu_ps(values.as_ptr()) }
 }
 
 /// Asks for bytes that are read soon.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn ask(block: &[u8]) {
-    _mm_prefetch::<_MM_HINT_T0>(block.as_ptr().wrapping_add(AHEAD).cast());
+#[inline(always)]
+fn ask_ahead(block: &[u8]) {
+    ask(block.as_ptr().wrapping_add(AHEAD));
 }
 
 /// The sum of all lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn total(lanes: __m256) -> f32 {
-    let mut values = [0f32; PARTS];
+    let mut values = [0f32; LANES];
     // SAFETY: eight values are written.
     unsafe { _mm256_storeu_ps(values.as_mut_ptr(), lanes) };
     values.iter().sum()
@@ -263,7 +266,7 @@ unsafe fn small<F: Small>(row: &[u8], x: &Words) -> f32 {
             factors
         };
         for (i, block) in blocks.chunks_exact(F::BYTES).enumerate() {
-            ask(block);
+            ask_ahead(block);
             // SAFETY: the caller's promise.
             let [low, high] = x.products(unsafe { F::integers(block) }, first + i);
             let whole = _mm256_cvtepi32_ps(_mm256_add_epi32(low, high));
@@ -318,7 +321,7 @@ unsafe fn large<F: Large>(row: &[u8], x: &Words) -> f32 {
         let mut high = [0, 16].map(|at| _mm256_cvtepu8_epi16(sixteen(bytes(block, 16 + at))));
         for pair in 0..PARTS / 2 {
             let qs = &block[F::NIBBLES + PART * pair..];
-            ask(qs);
+            ask_ahead(qs);
             let [mut first, mut last] = [nibbles(bytes(qs, 0)), nibbles(bytes(qs, 16))];
             if F::FIVE {
                 let bits = |high| {
@@ -469,7 +472,7 @@ unsafe fn sixteens<F: Sixteens>(row: &[u8], x: &Words) -> f32 {
         }
         let factors = factors.as_flattened();
         for part in 0..PARTS {
-            ask(&block[part * F::BYTES / PARTS..]);
+            ask_ahead(&block[part * F::BYTES / PARTS..]);
             // SAFETY: the caller's promise.
             let integers = unsafe { F::integers(block, part) };
             let words = [_mm256_castsi256_si128(integers), _mm256_extracti128_si256::<1>(integers)];

@@ -16,13 +16,6 @@ use super::super::target::{Target, round_to_bf16};
 
 /// Lines that are turned at once, and their depth.
 const SQUARE: usize = 8;
-/// Depth of a block that is written before the next lines are turned: 24 KiB of the widest block.
-const CHUNK: usize = 128;
-
-/// Where lines of each block and chunks of their depth begin.
-fn chunks(lines: usize, width: usize, depth: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..lines).step_by(width).flat_map(move |line| (0..depth).step_by(CHUNK).map(move |deep| (line, deep)))
-}
 
 /// Packs `lines x depth` of the right side into blocks of `width` lines, each `[depth][width]`. Values are rounded to bf16 if `rounds`.
 ///
@@ -46,16 +39,12 @@ pub(super) unsafe fn right(
     }
     if side.along {
         side.wide_pieces(lines.clone(), depth.clone(), scratch, |rows, values, stride| {
-            // A block is written chunk by chunk of depth, so that its lines of the cache are whole before they leave it.
-            for (first, deep) in chunks(rows.len(), width, depth.len()) {
-                let chunk = CHUNK.min(depth.len() - deep);
-                for start in (first..rows.len().min(first + width)).step_by(SQUARE) {
-                    let line = rows.start - lines.start + start;
-                    let block = &mut out[line / width * size..][..size];
-                    let height = SQUARE.min(rows.len() - start);
-                    let to = &mut block[deep * width + line % width..];
-                    turn(&values[start * stride + deep..], stride, (height, chunk), to, width);
-                }
+            for start in (0..rows.len()).step_by(SQUARE) {
+                let line = rows.start - lines.start + start;
+                let block = &mut out[line / width * size..][..size];
+                let height = SQUARE.min(rows.len() - start);
+                let to = &mut block[line % width..];
+                turn(&values[start * stride..], stride, (height, depth.len()), to, width);
             }
         });
     } else {
@@ -134,7 +123,7 @@ fn ahead<T>(values: &[T], at: usize, count: usize) {
 #[target_feature(enable = "avx2,fma")]
 fn copy(from: &[f32], to: &mut [f32]) {
     let ((from, rest), (to, last)) = (from.as_chunks::<SQUARE>(), to.as_chunks_mut::<SQUARE>());
-    // By hand, because a call of memcpy costs more than a block is wide.
+    // By hand: the compiler makes a call of memcpy of a plain loop, and the call takes longer than copying a block's width.
     for (to, from) in to.iter_mut().zip(from) {
         // SAFETY: eight values of each.
         unsafe { _mm256_storeu_ps(to.as_mut_ptr(), _mm256_loadu_ps(from.as_ptr())) };

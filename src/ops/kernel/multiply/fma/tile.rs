@@ -4,7 +4,7 @@
 //! lanes. AVX-512 has 32: 8 lines by 3 vectors of 16 are 24 sums. Each sum is one chain of fused multiply-adds along the
 //! depth, so both give the same bits.
 
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use super::super::super::rows::ask;
 
 /// What a tile multiplies and where its sums go.
 #[derive(Clone, Copy)]
@@ -26,13 +26,6 @@ pub(in super::super) struct Call {
 
 /// Values of a left line for which a tile asks at once: those of a line of the cache.
 const ASKED: usize = 16;
-
-/// Asks for a place that is used soon; it need not be one.
-#[inline(always)]
-fn ask(place: *const f32) {
-    // SAFETY: every machine of this architecture has the hint, which changes nothing but the time.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
-}
 
 /// Instructions that multiply tiles.
 pub(in super::super) trait Tile {
