@@ -28,7 +28,7 @@ const LANES: usize = 8;
 const PARTS: usize = LANES;
 
 /// A row as integers of 16 bits.
-pub(super) struct Words {
+pub(crate) struct Words {
     values: Vec<i16>,
     /// The factor of each part's integers. Zeros fill the last group of [`PARTS`].
     scales: Vec<f32>,
