@@ -84,6 +84,27 @@ fn a_broken_checkpoint_is_named_and_the_one_before_is_used() {
     }
 }
 
+/// Chat templates beside the default have digests as the other files have.
+#[test]
+fn a_further_template_that_changed_is_named() {
+    const NAME: &str = "additional_chat_templates/tool_use.jinja";
+    let place = Place::new();
+    fs::create_dir(place.path("model/additional_chat_templates")).unwrap();
+    fs::write(place.path("model").join(NAME), "tools").unwrap();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let whole = results(&place.path("run"));
+    let path = place.path("run/checkpoint-6").join(NAME);
+    for (wanted, text) in [("was changed after it was written", Some("mine")), ("is missing", None)] {
+        match text {
+            Some(text) => fs::write(&path, text).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let (_, said) = place.run(&RESUME);
+        assert!(said.contains(&format!("run/checkpoint-6/{NAME}: {wanted}")), "{said}");
+        assert_same(&results(&place.path("run")), &whole);
+    }
+}
+
 /// The best evaluation has digests as checkpoints have. It is not written over when it is not what the run wrote.
 #[test]
 fn a_best_evaluation_that_changed_is_named_and_left_alone() {
@@ -163,10 +184,11 @@ fn when_no_checkpoint_is_whole_each_is_named() {
     assert_same(&tree(&place.path("run")), &before);
 }
 
-/// Version 0.1.0 wrote no record of the best evaluation. It gets one, and is replaced by a better one.
+/// Version 0.1.0 wrote no record of the best evaluation. It gets one, and is replaced by a better one, but for what a user put
+/// there.
 #[test]
 fn a_best_evaluation_without_a_record_goes_on() {
-    let (place, whole) = place_with_run();
+    let (place, mut whole) = place_with_run();
     let state = place.path("run/checkpoint-4/trainer_state.json");
     let mut fields: Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
     for key in ["files", "sha256", "kernel"] {
@@ -175,6 +197,10 @@ fn a_best_evaluation_without_a_record_goes_on() {
     fs::write(&state, fields.to_string()).unwrap();
     fs::remove_dir_all(place.path("run/checkpoint-6")).unwrap();
     fs::remove_file(place.path("run/best/trainer_state.json")).unwrap();
+    fs::write(place.path("run/best/notes.txt"), "mine").unwrap();
+    whole.insert("best/notes.txt".to_string(), Some(b"mine".to_vec()));
+    // A process that was killed while it wrote the record left half of it under another name.
+    fs::write(place.path("run/best/.trainer_state.json.Ab12Cd.partial"), "{").unwrap();
     assert_eq!(place.run(&RESUME).1, "");
     let of_best =
         |tree: Tree| -> Tree { tree.into_iter().filter(|(name, _)| name.starts_with("best/")).collect() };

@@ -1,5 +1,5 @@
 use std::fs;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -80,8 +80,12 @@ fn only_checkpoints_of_the_run_are_pruned() {
 
 fn copy(place: &Place, from: &str, to: &str) {
     fs::create_dir(place.path(to)).unwrap();
-    for name in place.names_in(from) {
-        fs::copy(place.path(from).join(&name), place.path(to).join(&name)).unwrap();
+    for (name, bytes) in tree(&place.path(from)) {
+        let path = place.path(to).join(name);
+        match bytes {
+            None => fs::create_dir(path).unwrap(),
+            Some(bytes) => fs::write(path, bytes).unwrap(),
+        }
     }
 }
 
@@ -156,15 +160,33 @@ fn files_of_others_in_folders_of_the_run_stay() {
         fs::create_dir_all(place.path(folder).join("plots/small")).unwrap();
         fs::write(place.path(folder).join("plots/small/loss.svg"), "mine").unwrap();
     }
+    copy(&place, "run/checkpoint-4", "run/checkpoint-3");
+    let template = "additional_chat_templates/mine.jinja";
+    for folder in ["run/best", "run/checkpoint-3"] {
+        fs::create_dir(place.path(folder).join("additional_chat_templates")).unwrap();
+        fs::write(place.path(folder).join(template), "mine").unwrap();
+    }
     #[cfg(unix)]
-    std::os::unix::fs::symlink("..", place.path("run/best/up")).unwrap();
+    {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        symlink("..", place.path("run/best/up")).unwrap();
+        symlink("nowhere", place.path("run/best/dangling")).unwrap();
+        let sealed = place.path("run/best/sealed");
+        fs::write(&sealed, "mine").unwrap();
+        fs::set_permissions(&sealed, fs::Permissions::from_mode(0)).unwrap();
+        let pipe = place.path("run/best/pipe");
+        assert!(Command::new("mkfifo").arg(pipe).status().unwrap().success());
+    }
     let of_best = place.names_in("run/best");
     // What a desktop leaves keeps no checkpoint.
     copy(&place, "run/checkpoint-4", "run/checkpoint-1");
     fs::write(place.path("run/checkpoint-1/.DS_Store"), "").unwrap();
     // The run goes on from step 4, finds a better evaluation after step 6, and keeps the last two checkpoints.
     let (_, said) = place.run(&[&run[..], &["--resume"]].concat());
-    assert_eq!(said, "warning: run/checkpoint-2 is kept, because the run did not write `notes.txt` in it\n");
+    insta::assert_snapshot!(said, @"
+    warning: run/checkpoint-2 is kept, because the run did not write `notes.txt` in it
+    warning: run/checkpoint-3 is kept, because the run did not write `additional_chat_templates/mine.jinja` in it
+    ");
     let state: Value =
         serde_json::from_slice(&fs::read(place.path("run/best/trainer_state.json")).unwrap()).unwrap();
     assert_eq!(state["step"], 6);
@@ -175,7 +197,10 @@ fn files_of_others_in_folders_of_the_run_stay() {
             assert_eq!(fs::read_to_string(place.path(folder).join(name)).unwrap(), "mine", "{folder}");
         }
     }
-    assert_eq!(checkpoints(&place), ["checkpoint-2", "checkpoint-4", "checkpoint-6"]);
+    for folder in ["run/best", "run/checkpoint-3"] {
+        assert_eq!(fs::read_to_string(place.path(folder).join(template)).unwrap(), "mine", "{folder}");
+    }
+    assert_eq!(checkpoints(&place), ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-6"]);
 
     // Begun again, the run leaves it there too.
     for name in checkpoints(&place) {
@@ -185,7 +210,37 @@ fn files_of_others_in_folders_of_the_run_stay() {
     assert_eq!(place.names_in("run/best"), of_best);
 }
 
-/// A file that came into the run directory before the result did is not of the run.
+/// Templates that the run copied keep no checkpoint, whether its record names them or not, as those of earlier builds do;
+/// what a user put beside them does.
+#[test]
+fn further_templates_of_the_run_keep_no_checkpoint() {
+    let place = Place::new();
+    fs::create_dir(place.path("model/additional_chat_templates")).unwrap();
+    fs::write(place.path("model/additional_chat_templates/tool_use.jinja"), "tools").unwrap();
+    let run = ["finetune", "recipe.toml", "--log", "silent"];
+    place.run(&run);
+    for step in 0..=3 {
+        copy(&place, "run/checkpoint-4", &format!("run/checkpoint-{step}"));
+    }
+    for step in [1, 2] {
+        let path = place.path(&format!("run/checkpoint-{step}/trainer_state.json"));
+        let mut state: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let state = state.as_object_mut().unwrap();
+        state.remove("lists_templates").unwrap();
+        let files = state["files"].as_object_mut().unwrap();
+        files.remove("additional_chat_templates/tool_use.jinja").unwrap();
+        fs::write(path, serde_json::to_string_pretty(state).unwrap()).unwrap();
+    }
+    for step in [2, 3] {
+        let notes = format!("run/checkpoint-{step}/additional_chat_templates/notes.md");
+        fs::write(place.path(&notes), "mine").unwrap();
+    }
+    let (_, said) = place.run(&[&run[..], &["--resume"]].concat());
+    insta::assert_snapshot!(said, @"warning: run/checkpoint-3 is kept, because the run did not write `additional_chat_templates/notes.md` in it");
+    assert_eq!(checkpoints(&place), ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-6"]);
+}
+
+/// A file that came into the run directory before the result did, or that was changed there, is not written over.
 #[test]
 fn the_first_result_is_not_written_over_files_of_others() {
     let place = Place::new();
@@ -201,10 +256,75 @@ fn the_first_result_is_not_written_over_files_of_others() {
     fs::write(place.path("run/README.md"), "mine").unwrap();
     insta::assert_snapshot!(refused(&place, &run), @"
     exit 1
-    error: run/README.md: was not written by the run, and its result would be written over it
+    error: run/README.md: differs from the result of the run, which would be written over it
     hint: move it to another folder and go on with `--resume`
     ");
     fs::remove_file(place.path("run/README.md")).unwrap();
+    place.run(&run);
+    assert_same(&tree(&place.path("run")), &whole);
+
+    // Weights are no file like others: those of somebody else stay, and those of the run do not give away what is beside them.
+    for name in ["adapter_model.safetensors", "adapter_config.json"] {
+        fs::write(place.path("run").join(name), "theirs").unwrap();
+        let wanted = format!(
+            "exit 1\nerror: run/{name}: differs from the result of the run, which would be written over it"
+        );
+        let said = refused(&place, &run);
+        assert!(said.starts_with(&wanted), "{said}");
+        fs::remove_file(place.path("run").join(name)).unwrap();
+        place.run(&run);
+        assert_same(&tree(&place.path("run")), &whole);
+    }
+
+    // What the run wrote earlier is replaced, even if it would write something else now.
+    fs::copy(
+        place.path("run/checkpoint-4/adapter_model.safetensors"),
+        place.path("run/adapter_model.safetensors"),
+    )
+    .unwrap();
+    assert!(tree(&place.path("run")) != whole);
+    place.run(&run);
+    assert_same(&tree(&place.path("run")), &whole);
+}
+
+/// Nor are files in a folder of the result, and things in the place of its files that are no files.
+#[test]
+fn the_first_result_is_not_written_over_what_is_no_file_or_in_a_folder() {
+    let place = Place::new();
+    let template = "additional_chat_templates/tool_use.jinja";
+    fs::create_dir(place.path("model/additional_chat_templates")).unwrap();
+    fs::write(place.path("model").join(template), "tools").unwrap();
+    let run = [&finetune("run")[..], &["--resume"]].concat();
+    place.run(&run);
+    let whole = tree(&place.path("run"));
+    let refused_for = |name: &str| {
+        let said = refusal(&place, &run);
+        let wanted = format!(
+            "exit 1\nerror: run/{name}: differs from the result of the run, which would be written over it"
+        );
+        assert!(said.starts_with(&wanted), "{said}");
+    };
+    fs::remove_file(place.path("run/adapter_model.safetensors")).unwrap();
+    fs::write(place.path("run").join(template), "mine").unwrap();
+    refused_for(template);
+    assert_eq!(fs::read_to_string(place.path("run").join(template)).unwrap(), "mine");
+    fs::remove_file(place.path("run").join(template)).unwrap();
+
+    let card = place.path("run/README.md");
+    fs::remove_file(&card).unwrap();
+    fs::create_dir(&card).unwrap();
+    refused_for("README.md");
+    fs::remove_dir(&card).unwrap();
+    #[cfg(unix)]
+    {
+        assert!(Command::new("mkfifo").arg(&card).status().unwrap().success());
+        refused_for("README.md");
+        assert!(std::os::unix::fs::FileTypeExt::is_fifo(&fs::metadata(&card).unwrap().file_type()));
+        fs::remove_file(&card).unwrap();
+        std::os::unix::fs::symlink("nowhere", &card).unwrap();
+        refused_for("README.md");
+        fs::remove_file(&card).unwrap();
+    }
     place.run(&run);
     assert_same(&tree(&place.path("run")), &whole);
 }

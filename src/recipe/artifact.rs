@@ -1,7 +1,6 @@
 //! What a run leaves: an adapter as Hugging Face PEFT loads it, or a model as transformers loads it.
 
-use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -12,11 +11,11 @@ use super::prepared::{PlacedAdapter, Prepared};
 use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
 use crate::data::Layout;
-use crate::error::{Context, Error, Result, is_there, read_regular};
+use crate::error::{Context, Error, Result, is_there};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
-use crate::train::Artifact;
-use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, is_weights, record_told};
+use crate::train::{self, Artifact};
+use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, record_told};
 
 /// Where the tensors' file of an adapter says how its training data was laid out.
 pub(super) const LAYOUT: &str = "peft_rs_layout";
@@ -232,40 +231,44 @@ impl Artifact for Unchanged<'_> {
     }
 }
 
-/// No file of a result but its weights has more bytes than this: a tokenizer has tens of megabytes.
-const LARGEST_OTHER: u64 = 1 << 30;
-
 /// What the result is called until its files are in the run directory.
 pub(super) const RESULT: &str = "result";
 
-/// Writes the result of a run beside what the run directory holds already: each file whole, or not at all.
-pub(super) fn publish(artifact: &dyn Artifact, output: &Path) -> Result<()> {
+/// Writes the result of a run beside what the run directory holds already: each file whole, or not at all. `written` has
+/// the digests of what the run wrote before it went on.
+pub(super) fn publish(artifact: &dyn Artifact, output: &Path, written: &BTreeSet<String>) -> Result<()> {
     let staged = Staged::replacing(output.join(RESULT))?;
     artifact.write_result(staged.path())?;
-    refuse_to_replace(output, staged.path())?;
+    refuse_to_replace(output, staged.path(), written)?;
     staged.commit_files()
 }
 
-/// Refuses to write the first result of a run over files that somebody else put into its directory meanwhile. Weights are
-/// put there first: where there are none, no other file is of an earlier result.
-fn refuse_to_replace(output: &Path, result: &Path) -> Result<()> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(result).at(result)? {
-        let name = entry.at(result)?.file_name();
-        if is_weights(&name) && is_there(&output.join(&name)) {
-            return Ok(());
+/// Refuses to write a result over files that somebody else put into its directory, or changed there. What is the same, or
+/// is as the run wrote it once, is lost to nobody.
+fn refuse_to_replace(output: &Path, result: &Path, written: &BTreeSet<String>) -> Result<()> {
+    let mut entries = fs::read_dir(result).at(result)?.collect::<std::io::Result<Vec<_>>>().at(result)?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let (target, made) = (output.join(entry.file_name()), entry.path());
+        let is_folder = made.is_dir();
+        if !is_there(&target) {
+            continue;
         }
-        names.push(name);
-    }
-    let holds = |name: &OsString, folder: &Path| read_regular(&folder.join(name), LARGEST_OTHER).ok();
-    names.sort();
-    let mut others = names.into_iter().filter(|name| output.join(name).is_file());
-    match others.find(|name| holds(name, output) != holds(name, result)) {
-        None => Ok(()),
-        Some(name) => {
-            Err(Error::invalid("was not written by the run, and its result would be written over it")
+        if is_folder && target.is_dir() {
+            refuse_to_replace(&target, &made, written)?;
+            continue;
+        }
+        // What cannot be read is not known to be the same.
+        let found = if is_folder { None } else { train::digest_of(&target).ok() };
+        let is_known = match found {
+            None => false,
+            Some(found) => written.contains(&found) || train::digest_of(&made)? == found,
+        };
+        if !is_known {
+            return Err(Error::invalid("differs from the result of the run, which would be written over it")
                 .with_hint("move it to another folder and go on with `--resume`"))
-            .at(output.join(name))
+            .at(target);
         }
     }
+    Ok(())
 }

@@ -79,6 +79,7 @@ pub fn finetune(
         sample(&prepared, &model, sample_row, 0, reporter)?;
     }
     let eval = prepared.eval_batches(plan);
+    let written = train::digests_of_run(&plan.output, &fingerprint)?;
     let job = Job {
         model: &model,
         trainables: &trainables,
@@ -98,7 +99,7 @@ pub fn finetune(
         is_failure.then(|| prepared.refuse_changed().err()).flatten().unwrap_or(error)
     })?;
     directory.refuse_moved()?;
-    publish(&artifact, &plan.output)?;
+    publish(&artifact, &plan.output, &written)?;
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     if !summary.routing.is_empty() {
         reporter.report(&Event::Routing { routing: summary.routing.clone() });

@@ -4,8 +4,9 @@
 //! schedule and dropout are pure functions of the step, so the step is all that has to be remembered of them. `best/` has
 //! `trainer_state.json` too. Only folders with the fingerprint of the run are written over or removed.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -15,7 +16,7 @@ use super::optimizer::AdamW;
 use super::record::{self, Best, Record, TrainerState};
 use crate::error::{Context, Error, Result, is_there, open_regular};
 use crate::ops::Trainables;
-use crate::weights::{Staged, remove_folder};
+use crate::weights::{Staged, remove_folder, remove_stale};
 
 /// What a run trains, on disk.
 pub trait Artifact {
@@ -46,7 +47,7 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     if !output.is_dir() {
         return Ok(found);
     }
-    for entry in std::fs::read_dir(output).at(output)? {
+    for entry in fs::read_dir(output).at(output)? {
         let entry = entry.at(output)?;
         let name = entry.file_name();
         if let Some(step) = name.to_str().and_then(step_of) {
@@ -81,6 +82,15 @@ pub fn fingerprint(output: &Path) -> Result<Option<String>> {
     Ok(list(output)?.iter().rev().find_map(|(_, path)| record::fingerprint(path)))
 }
 
+/// SHA-256 of the files that the run with this fingerprint wrote into its checkpoints and its best evaluation.
+pub fn digests_of_run(output: &Path, fingerprint: &str) -> Result<BTreeSet<String>> {
+    let mut folders: Vec<PathBuf> = list(output)?.into_iter().map(|(_, path)| path).collect();
+    folders.push(output.join(BEST));
+    folders.retain(|path| record::is_of(path, fingerprint));
+    // A folder that cannot be read tells nothing; whoever goes on from it says what is wrong.
+    Ok(folders.iter().filter_map(|path| record::recorded_digests(path).ok()).flatten().collect())
+}
+
 /// Refuses a run folder with a checkpoint that this program did not make. Other trainers use the same names.
 pub fn refuse_foreign(output: &Path) -> Result<()> {
     match list(output)?.into_iter().find(|(_, path)| record::is_foreign(path)) {
@@ -91,28 +101,33 @@ pub fn refuse_foreign(output: &Path) -> Result<()> {
     }
 }
 
-/// Writes a checkpoint and removes all but the last `keep`; gives what [`prune`] has to say, too.
+/// Writes a checkpoint and removes all but the last `keep`. Sentences name the folders that are kept because others put
+/// files into them.
 pub(super) fn save(
     output: &Path,
     artifact: &dyn Artifact,
     optimizer: &AdamW,
     state: &TrainerState,
     keep: usize,
-) -> Result<(PathBuf, Option<String>)> {
+) -> Result<(PathBuf, Vec<String>)> {
     let path = output.join(format!("{PREFIX}{}", state.step));
     refuse_to_replace(&path, &state.fingerprint)?;
     let metadata = BTreeMap::from([(record::FINGERPRINT.to_string(), state.fingerprint.clone())]);
-    replace_folder(&path, |folder| {
+    let kept = replace_folder(&path, |folder| {
         artifact.write(folder)?;
         optimizer.write(&folder.join(record::OPTIMIZER), &metadata)?;
         Record::write(state, folder)
     })?;
     let spared = prune(output, keep, state)?;
-    Ok((path, spared))
+    Ok((path, kept.into_iter().chain(spared).collect()))
 }
 
-/// Writes the result of the best evaluation, which is that of `state`.
-pub(super) fn save_best(output: &Path, artifact: &dyn Artifact, state: &TrainerState) -> Result<()> {
+/// Writes the result of the best evaluation, which is that of `state`. A sentence says so where the one before is kept.
+pub(super) fn save_best(
+    output: &Path,
+    artifact: &dyn Artifact,
+    state: &TrainerState,
+) -> Result<Option<String>> {
     let path = output.join(BEST);
     refuse_to_replace(&path, &state.fingerprint)?;
     replace_folder(&path, |folder| {
@@ -132,7 +147,7 @@ fn refuse_to_replace(path: &Path, fingerprint: &str) -> Result<()> {
 }
 
 fn is_empty(folder: &Path) -> bool {
-    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// Finds out whether the best evaluation that `state` tells of is on disk as it was written. One that is missing is written
@@ -150,6 +165,8 @@ pub(super) fn check_best(
         // Version 0.1.0 left no record in it: then `state` tells whether there was one.
         match state.best {
             Some(best) if is_of_old && best.step > 0 => {
+                // A process that was killed here before may have left half a record.
+                remove_stale(&path, |name| name == record::FILE)?;
                 Record::write(&TrainerState { step: best.step, ..state.clone() }, &path)?;
             }
             _ => refuse_to_replace(&path, &state.fingerprint)?,
@@ -174,6 +191,7 @@ pub(super) fn check_best(
     }
     let begin = format!("{}: the best evaluation, after step {step}, is missing", path.display());
     if step == state.step {
+        // There is no folder here, or an empty one, so that nothing in it has to be kept.
         save_best(output, artifact, state)?;
         return Ok(Some(format!("{begin}; it is written again from the checkpoint of that step")));
     }
@@ -183,7 +201,8 @@ pub(super) fn check_best(
 
 /// Removes all checkpoints of the run up to the step of `state` but the last `keep`, and empty folders before these. Later
 /// ones are not whole, or the run would have gone on from them; so are those without a record, which count for none. A
-/// folder with files of others is kept; of the newest one a sentence says so.
+/// folder with files of others is kept. A sentence names the newest that is too old and no older one, so that each is named
+/// when it becomes too old and not again after each later checkpoint.
 pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<Option<String>> {
     let mut all = list(output)?;
     all.retain(|(step, _)| *step <= state.step);
@@ -195,7 +214,7 @@ pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<
         spared = None;
         if !record::is_of(path, &state.fingerprint) {
             // This removes nothing but an empty folder.
-            let _ = std::fs::remove_dir(path);
+            let _ = fs::remove_dir(path);
         } else if let Some(stranger) = record::strangers(path)?.first() {
             let (path, stranger) = (path.display(), stranger.display());
             spared = Some(format!("{path} is kept, because the run did not write `{stranger}` in it"));
@@ -253,33 +272,124 @@ fn refuse_not_finite(name: &str, values: &Tensor) -> Result<()> {
 }
 
 /// Writes a folder beside `path` and puts it in its place when it is whole. What others put into the one before is in the
-/// new one too.
-fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// new one too; where that cannot be, the one before is kept under another name, and a sentence says so.
+fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<Option<String>> {
     let staged = Staged::replacing(path)?;
     write(staged.path())?;
-    if path.is_dir() && !path.is_symlink() {
-        for stranger in record::strangers(path)? {
-            link_all(&path.join(&stranger), &staged.path().join(&stranger))?;
-        }
-    }
-    staged.commit()
+    let Err(error) = carry_strangers(path, staged.path()) else { return staged.commit().map(|()| None) };
+    let kept = keep_aside(path)?;
+    staged.commit()?;
+    let (path, kept) = (path.display(), kept.display());
+    Ok(Some(format!(
+        "the folder that was {path} before is kept as {kept}, because not all of it could be carried over: {error}"
+    )))
 }
 
-/// Gives a file, or all that is in a folder, a second name, unless something has that name. The first one is left, so that
-/// nothing is lost when the process is killed.
-fn link_all(from: &Path, to: &Path) -> Result<()> {
+/// Gives the folder at `path` a name that nothing has yet, and tells that.
+fn keep_aside(path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let mut names = (1_u64..).map(|number| path.with_file_name(format!("{name}-kept-{number}")));
+    let kept = names.find(|kept| !is_there(kept)).unwrap_or_default();
+    fs::rename(path, &kept).at(path)?;
+    Ok(kept)
+}
+
+/// Takes what others put into the folder `from` over into `to`, all of it or an error that names what cannot be taken.
+fn carry_strangers(from: &Path, to: &Path) -> Result<()> {
+    if !from.is_dir() || from.is_symlink() {
+        return Ok(());
+    }
+    let link = |from: &Path, to: &Path| fs::hard_link(from, to);
+    record::strangers(from)?.iter().try_for_each(|path| carry(&from.join(path), &to.join(path), &link))
+}
+
+/// Gives a file, or all that is in a folder, a second name through `link`. The first one is left, so that nothing is lost
+/// when the process is killed.
+fn carry(from: &Path, to: &Path, link: &dyn Fn(&Path, &Path) -> io::Result<()>) -> Result<()> {
     if from.is_dir() && !from.is_symlink() {
-        std::fs::create_dir_all(to).at(to)?;
-        for entry in std::fs::read_dir(from).at(from)? {
+        fs::create_dir_all(to).at(from)?;
+        for entry in fs::read_dir(from).at(from)? {
             let name = entry.at(from)?.file_name();
-            link_all(&from.join(&name), &to.join(&name))?;
+            carry(&from.join(&name), &to.join(&name), link)?;
         }
         return Ok(());
     }
-    if is_there(to) || std::fs::hard_link(from, to).is_ok() {
-        return Ok(());
+    if is_there(to) {
+        return Err(Error::invalid("has the name of a file in the new one")).at(from);
+    }
+    if let Some(folder) = to.parent() {
+        fs::create_dir_all(folder).at(from)?;
     }
     // Some file systems have no second names, and the system may refuse one for a file of somebody else.
-    open_regular(from).and_then(|mut file| Ok(std::io::copy(&mut file, &mut File::create(to)?)?)).at(from)?;
-    Ok(())
+    if link(from, to).is_ok() {
+        return Ok(());
+    }
+    let copied = match fs::read_link(from) {
+        #[cfg(unix)]
+        Ok(target) => std::os::unix::fs::symlink(target, to).map_err(Error::from),
+        _ => open_regular(from).and_then(|mut file| {
+            io::copy(&mut file, &mut File::create(to)?)?;
+            Ok(())
+        }),
+    };
+    if copied.is_err() {
+        // The disk may be full; half a file helps nobody, and the whole one is still there.
+        let _ = fs::remove_file(to);
+    }
+    copied.at(from)
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod tests {
+    use super::*;
+
+    /// What has a name that the new folder needs stays in the old one, under a name that is said.
+    #[test]
+    fn a_folder_is_kept_where_its_files_cannot_be_carried_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let best = folder.path().join(BEST);
+        let write = |folder: &Path| fs::write(folder.join("notes.txt"), "new").at(folder);
+        fs::create_dir(&best).unwrap();
+        fs::write(best.join("notes.txt"), "mine").unwrap();
+        fs::write(best.join("a.txt"), "mine").unwrap();
+        for number in [1, 2] {
+            let kept = folder.path().join(format!("best-kept-{number}"));
+            let (path, at) = (best.display(), kept.display());
+            let said = replace_folder(&best, write).unwrap();
+            let wanted = format!(
+                "the folder that was {path} before is kept as {at}, because not all of it could be carried over: \
+                 {path}/notes.txt: has the name of a file in the new one"
+            );
+            assert_eq!(said.unwrap(), wanted);
+            assert_eq!(fs::read_to_string(best.join("notes.txt")).unwrap(), "new");
+            assert_eq!(fs::read_to_string(kept.join("a.txt")).unwrap(), "mine");
+        }
+        assert_eq!(fs::read_to_string(folder.path().join("best-kept-1/notes.txt")).unwrap(), "mine");
+    }
+
+    /// Links stay links where files have one name only, and a pipe is an error, which ends in no wait.
+    #[cfg(unix)]
+    #[test]
+    fn links_are_made_again_where_the_file_system_has_no_second_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        fs::create_dir_all(from.join("folder")).unwrap();
+        fs::write(from.join("folder/file"), "mine").unwrap();
+        let links = [("to-file", "folder/file"), ("to-folder", "folder"), ("dangling", "nowhere")];
+        for (name, target) in links {
+            std::os::unix::fs::symlink(target, from.join(name)).unwrap();
+        }
+        let refuse = |_: &Path, _: &Path| Err(io::Error::from(io::ErrorKind::Unsupported));
+        carry(&from, &to, &refuse).unwrap();
+        assert_eq!(fs::read_to_string(to.join("folder/file")).unwrap(), "mine");
+        for (name, target) in links {
+            assert_eq!(fs::read_link(to.join(name)).unwrap(), Path::new(target));
+        }
+        let pipe = from.join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let error = carry(&pipe, &to.join("pipe"), &refuse).unwrap_err().to_string();
+        assert_eq!(error, format!("{}: is a named pipe, expected a regular file", pipe.display()));
+        assert!(!is_there(&to.join("pipe")));
+    }
 }

@@ -11,11 +11,13 @@ mod run;
 mod schedule;
 mod step;
 
-pub use checkpoint::{Artifact, BEST, fingerprint, is_of_run, is_run, list as checkpoints, refuse_foreign};
+pub use checkpoint::{
+    Artifact, BEST, digests_of_run, fingerprint, is_of_run, is_run, list as checkpoints, refuse_foreign,
+};
 pub use event::{Event, Reporter, Sample, StepReport};
 pub use memory::{available_bytes, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWConfig};
-pub use record::{Best, TrainerState, is_result};
+pub use record::{Best, TrainerState, digest_of, is_result};
 pub use run::{Job, Settings, Summary, run};
 pub use schedule::Schedule;
 pub use step::{

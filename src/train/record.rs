@@ -1,18 +1,18 @@
 //! `trainer_state.json`: where a run stands, and digests by which a checkpoint that changed on disk is found.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::error::{Context, Error, Result, read_regular};
-use crate::weights::{TEMPLATES, hexadecimal, is_companion};
+use crate::error::{Context, Error, Result, open_regular, read_regular};
+use crate::weights::{TEMPLATES, hexadecimal, is_companion, write_atomic};
 
 /// No record of a run has more bytes than this.
 const LARGEST: u64 = 16 << 20;
@@ -79,9 +79,12 @@ pub struct Best {
 pub(super) struct Record {
     #[serde(flatten)]
     pub(super) state: TrainerState,
-    /// SHA-256 of the other files of the checkpoint by name; version 0.1.0 wrote none.
+    /// SHA-256 of the other files of the checkpoint by their paths from there; version 0.1.0 wrote none.
     #[serde(default)]
     files: BTreeMap<String, String>,
+    /// Whether `files` has the further chat templates too; records of earlier builds left them out.
+    #[serde(default)]
+    lists_templates: bool,
     /// SHA-256 of the text of this file with an empty string in this place.
     #[serde(default)]
     sha256: String,
@@ -91,11 +94,11 @@ impl Record {
     /// Writes the record of a checkpoint whose other files are in `folder`.
     pub(super) fn write(state: &TrainerState, folder: &Path) -> Result<()> {
         let files = digests(folder)?;
-        let record = Self { state: state.clone(), files, sha256: String::new() };
+        let record = Self { state: state.clone(), files, lists_templates: true, sha256: String::new() };
         let text = serde_json::to_string_pretty(&record)?;
         let digest = hexadecimal(&Sha256::digest(&text));
-        let file = folder.join(FILE);
-        fs::write(&file, serde_json::to_string_pretty(&Self { sha256: digest, ..record })?).at(&file)
+        let text = serde_json::to_string_pretty(&Self { sha256: digest, ..record })?;
+        write_atomic(folder.join(FILE), text.as_bytes())
     }
 
     /// Reads the record in `folder` and finds out whether it is as it was written.
@@ -165,24 +168,66 @@ pub fn is_result(name: &str) -> bool {
     is_shard || RESULTS.contains(&name) || is_companion(name) || name == TEMPLATES
 }
 
-/// Lists what this program did not write into `folder`. Where its record names no files, their names tell.
-pub(super) fn strangers(folder: &Path) -> Result<Vec<OsString>> {
+/// Whether a run writes a file of this path into a checkpoint, its record left out.
+fn is_written(path: &str) -> bool {
+    match path.split_once('/') {
+        None => path == OPTIMIZER || (is_result(path) && path != TEMPLATES),
+        Some((_, template)) => template.ends_with(".jinja"),
+    }
+}
+
+/// Lists what this program did not write into `folder`, as paths from there. Where its record names no files, their names
+/// tell.
+pub(super) fn strangers(folder: &Path) -> Result<Vec<PathBuf>> {
     let record = parsed(folder);
-    let files = record.as_ref().and_then(|record| record.get("files")?.as_object());
-    let is_ours = |name: &str| match files {
-        _ if [FILE, OPTIMIZER, TEMPLATES].contains(&name) || OF_SYSTEMS.contains(&name) => true,
-        Some(files) => files.contains_key(name),
-        None => is_result(name),
+    let field = |key: &str| record.as_ref().and_then(|record| record.get(key));
+    let files = field("files").and_then(Value::as_object);
+    let lists_templates = field("lists_templates") == Some(&Value::Bool(true));
+    let is_ours = |path: &str| match files {
+        _ if [FILE, OPTIMIZER].contains(&path) => true,
+        Some(files) if lists_templates || !path.contains('/') => files.contains_key(path),
+        _ => is_written(path),
     };
-    let mut strangers = Vec::new();
+    let is_of_system =
+        |path: &Path| path.file_name().and_then(OsStr::to_str).is_some_and(|name| OF_SYSTEMS.contains(&name));
+    let mut strangers = entries(folder)?;
+    strangers.retain(|path| !is_of_system(path) && !path.to_str().is_some_and(is_ours));
+    Ok(strangers)
+}
+
+/// Lists what is in `folder`, as sorted paths from there. The folder of further chat templates is the only one that a run
+/// writes, so each file in it is listed instead.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
     for entry in fs::read_dir(folder).at(folder)? {
-        let name = entry.at(folder)?.file_name();
-        if !name.to_str().is_some_and(is_ours) {
-            strangers.push(name);
+        let entry = entry.at(folder)?;
+        let name = entry.file_name();
+        let templates = if name == TEMPLATES && entry.file_type().at(folder)?.is_dir() {
+            // One that cannot be looked into counts as what others made.
+            fs::read_dir(entry.path()).and_then(Iterator::collect::<std::io::Result<Vec<_>>>).ok()
+        } else {
+            None
+        };
+        match templates {
+            None => paths.push(PathBuf::from(name)),
+            // Records have this separator on every system.
+            Some(templates) => paths.extend(
+                templates.iter().map(|entry| Path::new(&format!("{TEMPLATES}/")).join(entry.file_name())),
+            ),
         }
     }
-    strangers.sort();
-    Ok(strangers)
+    paths.sort();
+    Ok(paths)
+}
+
+/// SHA-256 of the files that the run wrote into `folder`, as its record has them. A record that has none is of version
+/// 0.1.0; then what is there is read.
+pub(super) fn recorded_digests(folder: &Path) -> Result<Vec<String>> {
+    let record = parsed(folder);
+    match record.as_ref().and_then(|record| record.get("files")?.as_object()) {
+        Some(files) => Ok(files.values().filter_map(|digest| Some(digest.as_str()?.to_string())).collect()),
+        None => Ok(digests(folder)?.into_values().collect()),
+    }
 }
 
 /// Whether `folder` is of the run with this fingerprint. Where its record cannot be read, the optimizer's header tells.
@@ -225,26 +270,24 @@ pub(super) fn is_foreign(folder: &Path) -> bool {
     }
 }
 
-/// SHA-256 of each file in `folder`, by name.
+/// SHA-256 of each file in `folder` that has a path of what a run writes.
 fn digests(folder: &Path) -> Result<BTreeMap<String, String>> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder).at(folder)? {
-        let entry = entry.at(folder)?;
-        if entry.file_type().at(folder)?.is_file() {
-            names.push(entry.file_name().to_string_lossy().into_owned());
-        }
-    }
-    names
+    let is_file = |path: &str| fs::symlink_metadata(folder.join(path)).is_ok_and(|found| found.is_file());
+    let paths = entries(folder)?.into_iter().filter_map(|path| Some(path.to_str()?.to_string()));
+    paths
+        .filter(|path| is_written(path) && is_file(path))
+        .collect::<Vec<_>>()
         .into_par_iter()
-        .map(|name| {
-            let digest = digest_of(&folder.join(&name))?;
-            Ok((name, digest))
+        .map(|path| {
+            let digest = digest_of(&folder.join(&path))?;
+            Ok((path, digest))
         })
         .collect()
 }
 
-fn digest_of(path: &Path) -> Result<String> {
-    let mut file = File::open(path).at(path)?;
+/// SHA-256 of a regular file.
+pub fn digest_of(path: &Path) -> Result<String> {
+    let mut file = open_regular(path).at(path)?;
     let mut part = vec![0; PART];
     let mut hash = Sha256::new();
     loop {

@@ -323,7 +323,8 @@ fn evaluation(
         // The model before the first step is what the user has already.
         if state.step > 0 {
             metrics.refuse_moved()?;
-            checkpoint::save_best(job.output, job.artifact, state)?;
+            let kept = checkpoint::save_best(job.output, job.artifact, state)?;
+            kept.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
         }
     }
     metrics.append(&json!({ "step": state.step, "eval_loss": eval_loss }))?;
@@ -339,9 +340,9 @@ fn save(
     settings: &Settings,
     reporter: &mut dyn Reporter,
 ) -> Result<()> {
-    let (path, spared) = checkpoint::save(job.output, job.artifact, optimizer, state, settings.keep)?;
+    let (path, kept) = checkpoint::save(job.output, job.artifact, optimizer, state, settings.keep)?;
     reporter.report(&Event::Checkpoint { step: state.step, path });
-    spared.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
+    kept.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
     Ok(())
 }
 

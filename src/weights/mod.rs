@@ -57,7 +57,7 @@ pub use shards::{
 pub use tensor::{StoredType, TensorInfo};
 pub use text::TextFiles;
 pub use told::{SPECIAL_TOKENS, TEMPLATE, record as record_told};
-pub use write::{Staged, is_weights, remove_folder, remove_stale, write_atomic};
+pub use write::{Staged, remove_folder, remove_stale, write_atomic};
 
 /// An open checkpoint: names, shapes and types are known, values are read when asked for.
 #[derive(Debug)]

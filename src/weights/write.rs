@@ -12,7 +12,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::{NamedTempFile, TempDir};
@@ -206,8 +206,7 @@ fn shared<'a, 'b, 'c>(
 }
 
 /// Whether a file of this name holds weights.
-#[must_use]
-pub fn is_weights(name: &OsStr) -> bool {
+fn is_weights(name: &OsStr) -> bool {
     Path::new(name).extension().is_some_and(|ending| ending == "safetensors")
 }
 
@@ -234,7 +233,11 @@ fn sync_all(folder: &Path) -> Result<()> {
             sync_all(&path)?;
         } else if found.is_file() {
             // Opening anything else, which a user may have put there, could wait for ever.
-            File::open(&path).and_then(|file| file.sync_all()).at(&path)?;
+            match File::open(&path).and_then(|file| file.sync_all()) {
+                // A file of a user that this process may not read is none that it wrote.
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => (),
+                synced => synced.at(&path)?,
+            }
         }
     }
     sync_folder(folder)
