@@ -585,9 +585,14 @@ fn settings_of_an_adapter_without_a_tokenizer_are_used_and_other_files_named() {
         |output: &str| place.run(&["merge", "--model", "model", "--adapter", "run", "--output", output]).1;
     fs::remove_file(place.path("run/tokenizer.json")).unwrap();
     assert!(!place.run(&generate).1.contains("tokenizer files"), "what is left is the model's");
-    fs::write(place.path("text.jsonl"), r#"{"text": "Where is the kite?"}"#).unwrap();
+    let messages =
+        r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}"#;
+    fs::write(place.path("talk.jsonl"), messages).unwrap();
+    for folder in ["model", "run"] {
+        fs::write(place.path(folder).join("chat_template.jinja"), OWN_TEMPLATE).unwrap();
+    }
     let nll = |model: &[&str]| {
-        let eval = ["eval", "perplexity", "--data", "text.jsonl", "--json", "--model"];
+        let eval = ["eval", "perplexity", "--data", "talk.jsonl", "--json", "--model"];
         place.json(&[&eval[..], model].concat())["nll"].as_f64().unwrap()
     };
     let before = nll(&["model", "--adapter", "run"]);
