@@ -68,10 +68,10 @@ fn other_parts(own: &TextFiles, model: &TextFiles) -> Result<Vec<String>> {
             added.retain(is_shared);
         }
         // Its tokens are compared by their numbers; of a list of tokens the scores count too.
-        if let Some(merging) = parts["model"].as_object_mut() {
-            if merging.get("vocab").is_some_and(Value::is_object) {
-                merging.shift_remove("vocab");
-            }
+        if let Some(merging) = parts["model"].as_object_mut()
+            && merging.get("vocab").is_some_and(Value::is_object)
+        {
+            merging.shift_remove("vocab");
         }
         if own.add_bos_token != model.add_bos_token {
             parts["post_processor"] = Value::Null;
