@@ -2,7 +2,7 @@ use std::fs;
 use std::io::Write;
 use std::process::Stdio;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::place::{Place, refusal};
 
@@ -429,8 +429,16 @@ fn records_that_cannot_be_read_are_named() {
         changed[key] = record;
         fs::write(&path, changed.to_string()).unwrap();
         let told = refusal(&place, &["check", "recipe.toml"]);
-        assert!(told.contains(&format!("tokenizer_config.json: `{key}` is ")), "{told}");
+        assert!(told.contains(&format!("error: model/tokenizer_config.json: `{key}` is ")), "{told}");
     }
+    fs::write(&path, settings.to_string()).unwrap();
+
+    // Of a model without a tokenizer, the settings beside the adapter are read.
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=1"]);
+    fs::remove_file(place.path("model/tokenizer.json")).unwrap();
+    edit(&place.path("run/tokenizer_config.json"), |settings| settings["peft_rs_template"] = 5.into());
+    let told = refusal(&place, &["generate", "--model", "model", "--adapter", "run", "--prompt", "x"]);
+    assert!(told.contains("error: run/tokenizer_config.json: `peft_rs_template` is "), "{told}");
 }
 
 /// The template that the tests give to an adapter; its answers begin otherwise than the model's.
@@ -501,6 +509,143 @@ fn an_adapter_is_asked_through_its_own_template_and_merged_with_it() {
     let settings = fs::read_to_string(place.path("alone/tokenizer_config.json")).unwrap();
     assert!(!settings.contains("old") && settings.contains("m.role"), "{settings}");
     assert!(place.path("alone/tokenizer.json").is_file());
+
+    // With a tokenizer and no settings too, the settings of the merged model have no other template.
+    fs::copy(place.path("model/tokenizer.json"), place.path("run/tokenizer.json")).unwrap();
+    fs::remove_file(place.path("run/tokenizer_config.json")).unwrap();
+    place.run(&["merge", "--model", "model", "--adapter", "run", "--output", "both"]);
+    assert_eq!(fs::read_to_string(place.path("both/chat_template.jinja")).unwrap(), OWN_TEMPLATE);
+    assert_eq!(fs::read_to_string(place.path("both/tokenizer_config.json")).unwrap(), settings);
+}
+
+#[test]
+fn a_tokenizer_of_an_adapter_that_splits_otherwise_is_used() {
+    let place = place_with_adapter();
+    let generate =
+        ["generate", "--model", "model", "--adapter", "run", "--prompt", "x", "--max-new-tokens", "1"];
+    let path = place.path("run/tokenizer.json");
+    let original = fs::read(&path).unwrap();
+    let ending = json!([{ "Sequence": { "id": "A", "type_id": 0 } }, { "SpecialToken": { "id": "<|im_end|>", "type_id": 0 } }]);
+    let ending = json!({
+        "type": "TemplateProcessing", "single": ending, "pair": ending,
+        "special_tokens": { "<|im_end|>": { "id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"] } },
+    });
+    let splits = "its tokenizer splits texts otherwise";
+    for (part, value, said) in [
+        ("merges", Value::Null, splits),
+        ("normalizer", json!({ "type": "Lowercase" }), splits),
+        ("pre_tokenizer", Value::Null, splits),
+        ("post_processor", ending, splits),
+        ("normalized", Value::Null, splits),
+        ("decoder", Value::Null, "its tokenizer joins tokens otherwise"),
+        (
+            "vocab",
+            Value::Null,
+            "1 token that only the model's tokenizer has (`ella`); its tokenizer splits texts otherwise",
+        ),
+    ] {
+        edit(&path, |file| match part {
+            "merges" => drop(file["model"]["merges"].as_array_mut().unwrap().pop()),
+            "normalized" => file["added_tokens"][1]["lstrip"] = true.into(),
+            "vocab" => {
+                file["model"]["merges"].as_array_mut().unwrap().pop();
+                file["model"]["vocab"].as_object_mut().unwrap().remove("ella").unwrap();
+            }
+            _ => file[part] = value,
+        });
+        let told = place.run(&generate).1;
+        let said = format!("the tokenizer files of the adapter `run` are used, not the model's: {said}");
+        assert_eq!(told.lines().next(), Some(said.as_str()), "{part}");
+        fs::write(&path, &original).unwrap();
+    }
+    // Of a file that is only laid out otherwise there is nothing to say.
+    edit(&path, |file| file["padding"] = Value::Null);
+    assert!(fs::read(&path).unwrap() != original);
+    assert!(!place.run(&generate).1.contains("tokenizer files"));
+
+    edit(&path, |file| drop(file["model"]["merges"].as_array_mut().unwrap().pop()));
+    let told = place.run(&["merge", "--model", "model", "--adapter", "run", "--output", "merged"]).1;
+    assert!(told.contains(splits), "{told}");
+    assert!(fs::read(place.path("merged/tokenizer.json")).unwrap() == fs::read(&path).unwrap());
+
+    // Two adapters of which each splits in its own way do not agree.
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=1", "--output", "other"]);
+    edit(&place.path("other/tokenizer.json"), |file| file["normalizer"] = json!({ "type": "Lowercase" }));
+    let both = ["merge", "--model", "model", "--adapter", "run", "--adapter", "other", "--output", "two"];
+    let told = place.run(&both).1;
+    assert!(told.contains("the adapters do not agree about tokenizer and chat template"), "{told}");
+}
+
+#[test]
+fn settings_of_an_adapter_without_a_tokenizer_are_used_and_other_files_named() {
+    let place = place_with_adapter();
+    let generate =
+        ["generate", "--model", "model", "--adapter", "run", "--prompt", "x", "--max-new-tokens", "1"];
+    let merge =
+        |output: &str| place.run(&["merge", "--model", "model", "--adapter", "run", "--output", output]).1;
+    fs::remove_file(place.path("run/tokenizer.json")).unwrap();
+    assert!(!place.run(&generate).1.contains("tokenizer files"), "what is left is the model's");
+    let messages =
+        r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}"#;
+    fs::write(place.path("talk.jsonl"), messages).unwrap();
+    for folder in ["model", "run"] {
+        fs::write(place.path(folder).join("chat_template.jinja"), OWN_TEMPLATE).unwrap();
+    }
+    let nll = |model: &[&str]| {
+        let eval = ["eval", "perplexity", "--data", "talk.jsonl", "--json", "--model"];
+        place.json(&[&eval[..], model].concat())["nll"].as_f64().unwrap()
+    };
+    let before = nll(&["model", "--adapter", "run"]);
+
+    // A file that the model has too is nothing of the adapter's own.
+    for folder in ["model", "run"] {
+        fs::write(place.path(folder).join("vocab.json"), "{}").unwrap();
+    }
+    edit(&place.path("run/tokenizer_config.json"), |settings| {
+        settings["add_bos_token"] = true.into();
+        settings.as_object_mut().unwrap().remove("eos_token");
+    });
+    fs::write(place.path("run/special_tokens_map.json"), r#"{"eos_token": "<|im_start|>"}"#).unwrap();
+    fs::write(place.path("run/merges.txt"), "a b").unwrap();
+    fs::write(place.path("run/tokenizer.model"), "pieces").unwrap();
+    let unused = "its `merges.txt`, `tokenizer.model` are not used, as it has no `tokenizer.json`; \
+        its `add_bos_token` is true, which is not used, as the model's tokenizer does not begin texts with the `bos_token`";
+    let said = format!(
+        "the tokenizer files of the adapter `run` are used, not the model's: its `eos_token` is `<|im_start|>`; {unused}"
+    );
+    assert_eq!(place.run(&generate).1.lines().next(), Some(said.as_str()));
+    let adapted = nll(&["model", "--adapter", "run"]);
+    assert!((before - adapted).abs() > 1e-3);
+    assert!(merge("merged").contains("its `eos_token` is `<|im_start|>`"));
+    assert!((nll(&["merged"]) - adapted).abs() < 1e-4);
+    let settings = |folder: &str| -> Value {
+        serde_json::from_slice(&fs::read(place.path(folder).join("tokenizer_config.json")).unwrap()).unwrap()
+    };
+    let mut expected = settings("model");
+    expected["eos_token"] = "<|im_start|>".into();
+    assert_eq!(settings("merged"), expected);
+
+    // A token that the model's tokenizer lacks ends no text.
+    fs::write(place.path("run/special_tokens_map.json"), r#"{"eos_token": "<own>"}"#).unwrap();
+    let said = "not all tokenizer files beside the adapter `run` are used: \
+        its `merges.txt`, `tokenizer.model` are not used, as it has no `tokenizer.json`; ";
+    let told = place.run(&generate).1;
+    let lacking = "its `eos_token` is `<own>`, which is not used, as the model's tokenizer lacks it";
+    assert!(
+        told.lines().next().is_some_and(|line| line.starts_with(said) && line.contains(lacking)),
+        "{told}"
+    );
+    let told = merge("same");
+    assert!(told.contains(said) && told.contains(lacking), "{told}");
+    assert_eq!(settings("same"), settings("model"));
+
+    fs::remove_file(place.path("run/chat_template.jinja")).unwrap();
+    edit(&place.path("run/tokenizer_config.json"), |settings| {
+        settings["chat_template"] = json!([{ "name": "rag", "template": "x" }]);
+    });
+    let told = refusal(&place, &generate);
+    assert!(told.contains("run/tokenizer_config.json: `chat_template` is a list"), "{told}");
+    assert!(told.contains("into a file `chat_template.jinja` beside the weights"), "{told}");
 }
 
 #[test]

@@ -105,8 +105,7 @@ fn a_link_out_of_the_model_is_not_copied_into_a_result() {
     for command in ["check", "finetune"] {
         let error = refused(&place, &[command, "recipe.toml"]);
         assert!(error.starts_with("exit 1\n"), "{error}");
-        let link =
-            "model/generation_config.json: is a link to `../secret.json`, outside of the model's folder";
+        let link = "model/generation_config.json: is a link to `../secret.json`, outside of its folder";
         assert!(error.contains(link), "{error}");
         assert!(error.contains("hint: replace the link with a copy of the file"), "{error}");
         assert!(tree(&place.path(".")) == before, "`{command}` leaves nothing behind");
@@ -125,7 +124,7 @@ fn a_link_out_of_the_model_is_not_copied_into_a_result() {
     let merge = ["merge", "--model", "model", "--adapter", "run", "--output", "merged"];
     relink(&companion, "../secret.json");
     let error = refused(&place, &merge);
-    assert!(error.contains("outside of the model's folder"), "{error}");
+    assert!(error.contains("outside of its folder"), "{error}");
     assert!(!place.path("merged").exists());
     relink(&companion, "settings.json");
     place.run(&merge);
@@ -146,6 +145,18 @@ fn a_link_out_of_an_adapter_is_not_copied_into_a_result() {
         assert!(!place.path("merged").exists());
         fs::remove_file(place.path("run").join(name)).unwrap();
     }
+
+    // Nothing is written of these files: those of an adapter that another one follows, and what only a tokenizer would need.
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "train.steps=1", "--output", "last"]);
+    fs::write(place.path("last/chat_template.jinja"), "last").unwrap();
+    fs::remove_file(place.path("last/tokenizer.json")).unwrap();
+    for name in ["tokenizer.model", "added_tokens.json"] {
+        relink(&place.path("last").join(name), "../secret");
+    }
+    let both = ["merge", "--model", "model", "--adapter", "run", "--adapter", "last", "--output", "both"];
+    place.run(&both);
+    assert_eq!(fs::read_to_string(place.path("both/chat_template.jinja")).unwrap(), "last");
+    assert!(!place.path("both/tokenizer.model").exists());
 }
 
 /// transformers saves templates beside the default into a folder of their own.
@@ -194,7 +205,7 @@ fn templates_beside_the_default_go_into_every_result() {
     assert!(error.contains(&format!("model/{NAME}: has 1048577 bytes, expected at most 1048576")), "{error}");
     fs::write(tuned.path("secret.jinja"), "secret").unwrap();
     relink(&template, "../../secret.jinja");
-    assert!(refused(&tuned, check).contains("outside of the model's folder"));
+    assert!(refused(&tuned, check).contains("outside of its folder"));
     fs::remove_file(&template).unwrap();
     (0..65).for_each(|n| fs::write(template.with_file_name(format!("{n}.jinja")), "x").unwrap());
     let error = refused(&tuned, check);
@@ -203,7 +214,7 @@ fn templates_beside_the_default_go_into_every_result() {
     fs::create_dir(tuned.path("elsewhere")).unwrap();
     fs::write(tuned.path("elsewhere/tool_use.jinja"), "secret").unwrap();
     relink(&tuned.path("model/additional_chat_templates"), "../elsewhere");
-    assert!(refused(&tuned, check).contains("outside of the model's folder"));
+    assert!(refused(&tuned, check).contains("outside of its folder"));
 }
 
 #[test]
@@ -240,7 +251,7 @@ fn the_blobs_of_a_hub_cache_belong_to_its_snapshots() {
     fs::write(place.path("hub/models--org--other/blobs/x"), "{}").unwrap();
     relink(&snapshot.join("tokenizer.json"), "../../../models--org--other/blobs/x");
     let error = checkpoint.write_companions(&target).unwrap_err().to_string();
-    assert!(error.contains("outside of the model's folder"), "{error}");
+    assert!(error.contains("outside of its folder"), "{error}");
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub(crate) fn open_to_lock(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// Refuses a folder, a pipe or a device in the place of a regular file. Nothing may be there.
+/// Refuses a folder, a pipe or a device in the place of a regular file. It is no error if nothing is there.
 pub(crate) fn refuse_irregular(path: &Path) -> Result<()> {
     fs::metadata(path).map_or(Ok(()), |found| refuse_special(found.file_type()))
 }

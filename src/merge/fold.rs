@@ -99,7 +99,7 @@ fn write(
         survived: totals.survived(),
         untied: plan.untied,
         text: text.said(),
-        warnings: warnings(model, adapters, &text, &receipts, &totals, &plan),
+        warnings: warnings(model, adapters, &text, &receipts, &totals, &plan)?,
         adapters: receipts,
     };
     let text = serde_json::to_string_pretty(&receipt)? + "\n";
@@ -253,7 +253,7 @@ fn warnings(
     receipts: &[AdapterReceipt],
     totals: &Totals,
     plan: &MergePlan<'_>,
-) -> Vec<String> {
+) -> Result<Vec<String>> {
     let mut warnings = model.warnings().to_vec();
     for (adapter, receipt) in adapters.iter().zip(receipts) {
         warnings.extend(adapter.warnings.iter().cloned());
@@ -271,7 +271,7 @@ fn warnings(
              unmerged adapter does"
         ));
     }
-    warnings.extend(text.disagreements(adapters));
+    warnings.extend(text.disagreements(adapters)?);
     warnings.extend(not_converted(plan));
     if plan.untied {
         warnings.push(
@@ -279,7 +279,7 @@ fn warnings(
                 .to_string(),
         );
     }
-    warnings
+    Ok(warnings)
 }
 
 /// A warning that names the tensors that are neither f32, f16 nor bf16, which no `--dtype` converts.

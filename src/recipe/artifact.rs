@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
+use super::told::LAYOUT;
 use super::units::Units;
 use crate::adapter::hf::{self, Provenance};
 use crate::data::Layout;
@@ -16,9 +17,6 @@ use crate::model::Pretrained;
 use crate::ops::Trainables;
 use crate::train::{self, Artifact};
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, record_told};
-
-/// Where the tensors' file of an adapter says how its training data was laid out.
-pub(super) const LAYOUT: &str = "peft_rs_layout";
 
 /// The files of an adapter.
 pub(super) struct AdapterFiles<'a> {

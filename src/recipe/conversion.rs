@@ -55,7 +55,7 @@ impl Prepared {
         let base = Pretrained::open(&plan.model.source)?;
         base.check()?;
         base.check_companions()?;
-        let told = Told::by_records(base.text()?.told, None, TemplateVariables::fixed())?;
+        let told = Told::by_records(&base.text()?, None, TemplateVariables::fixed())?;
         let text = told.text(&base)?;
         refuse_same_checkpoints(plan)?;
         let sources: Vec<Pretrained> =
@@ -76,7 +76,7 @@ impl Prepared {
         }
         lines.extend(read.lines);
         if read.is_templated {
-            lines.extend(told.template.told(&text).map(|told| format!("template: told {told}")));
+            lines.extend(told.read_by(&text).map(|told| format!("template: told {told}")));
         }
         warnings.extend(read.warnings);
         let check = UpcycleCheck {

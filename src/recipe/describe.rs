@@ -31,8 +31,7 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Res
     let counts = &prepared.dataset;
     let is_templated = |counts: &Counts| counts.templated > 0;
     if counts.train_counts.iter().chain(&counts.eval_counts).any(is_templated) {
-        lines
-            .extend(prepared.told.template.told(&prepared.text).map(|told| format!("template: told {told}")));
+        lines.extend(prepared.told.read_by(&prepared.text).map(|told| format!("template: told {told}")));
     }
     lines.push(course(plan, prepared));
     lines.push(ChosenKernels::of(prepared.base.config())?.to_string());
@@ -52,8 +51,8 @@ pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
     let data = prepared.dataset.warnings.iter().map(of_data).chain(unread);
     let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
     let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
-    let rate = high_rate(plan).into_iter().chain(other_text(prepared));
-    model.chain(data).chain(excess).chain(of_mixture).chain(rate).collect()
+    let (rate, of_text) = (high_rate(plan), other_text(prepared));
+    model.chain(data).chain(excess).chain(of_mixture).chain(rate).chain(of_text).collect()
 }
 
 /// What there is to say of the data, with the key of the recipe that changes it.
@@ -88,10 +87,9 @@ fn other_text(prepared: &Prepared) -> Option<String> {
     let Trainee::Adapter(adapter) = &prepared.trained else { return None };
     let source = &adapter.from.as_ref()?.source;
     match prepared.base.adapter_text(Path::new(source)) {
-        Ok(text) => Some(format!(
-            "the adapter `{source}` has tokenizer files of its own, and this run uses the model's: {}",
-            text?.differences.join("; ")
-        )),
+        Ok(text) => Some(text?.said(&format!(
+            "the adapter `{source}` has tokenizer files of its own, and this run uses the model's"
+        ))),
         Err(error) => Some(format!("the tokenizer files beside the adapter are not used: {error}")),
     }
 }

@@ -66,7 +66,7 @@ pub fn finetune(
     let (trainables, artifact, biases) = make_trainable(plan, &prepared, &mut model)?;
     let artifact = Unchanged { prepared: &prepared, artifact };
     let directory = taken.map_or_else(|| RunDirectory::take(&plan.output, resume), Ok)?;
-    let date = prepared.text.template_asks_for("strftime_now").then(|| prepared.told.template.day());
+    let date = prepared.text.template_asks_for("strftime_now").then_some(prepared.told.date);
     directory.write_recipe(plan, date)?;
 
     let sample_row = prepared.dataset.eval.first();

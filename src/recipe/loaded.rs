@@ -6,7 +6,6 @@ use candle_core::Device;
 
 use super::choice::DtypeChoice;
 use super::kernels::ChosenKernels;
-use super::prepared::text_with;
 use super::template::TemplateVariables;
 use super::told::{self, Told, check_records};
 use crate::adapter::{attach, hf};
@@ -47,29 +46,27 @@ impl Loaded {
         };
         let metadata = adapter.as_ref().map(|(_, adapter)| &adapter.metadata);
         let is_of_adapter = metadata.is_some_and(|metadata| metadata.contains_key(SPECIAL_TOKENS));
-        let own = match &adapter {
+        let adapter_text = match &adapter {
             Some((_, adapter)) => base.adapter_text(Path::new(&adapter.source))?,
             None => None,
         };
-        let (files, owner, own) = match (own, &adapter) {
-            (Some(own), Some((_, adapter))) => {
-                let said = format!(
-                    "the tokenizer files of the adapter `{}` are used, not the model's: {}",
-                    adapter.source,
-                    own.differences.join("; ")
-                );
-                (own.files, adapter.source.as_str(), Some(said))
+        let (files, owner, whose_files) = match (adapter_text, &adapter) {
+            (Some(text), Some((_, adapter))) => {
+                let source = adapter.source.as_str();
+                let used = format!("the tokenizer files of the adapter `{source}` are used, not the model's");
+                let said = text.said(&used);
+                (text.files, source, Some(said))
             }
             _ => (base.text()?, base.name(), None),
         };
-        let told = Told::by_records(files.told.clone(), metadata, TemplateVariables::default())?;
-        let text = text_with(files, &base, &told.template, told.special_tokens).at(owner)?;
-        let told = told.template.told(&text).map(|told| format!("the chat template is told {told}"));
+        let told = Told::by_records(&files, metadata, TemplateVariables::default())?;
+        let text = told.text_with(files, &base).at(owner)?;
+        let told = told.read_by(&text).map(|told| format!("the chat template is told {told}"));
         let trained = if is_of_adapter { "adapter" } else { "model" };
         let spelt = text
             .takes_control_tokens_for_text()
             .then(|| format!("control tokens in texts are encoded as text, as the {trained} was trained"));
-        let notes = own.into_iter().chain(told).chain(spelt).collect();
+        let notes = whose_files.into_iter().chain(told).chain(spelt).collect();
         let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
         let (mut warnings, mut layout) = (base.warnings().to_vec(), None);
         if let Some((placements, adapter)) = adapter {

@@ -68,8 +68,9 @@ pub use memory::{Components, Moment, Needs, Way};
 pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };
-pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee, text_of};
+pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee};
 pub use template::{Date, TemplateVariables};
+pub use told::text_of;
 pub use upcycle::{UpcyclePlan, UpcycleRecipe};
 
 use distill::Distill;

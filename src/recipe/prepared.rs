@@ -9,16 +9,14 @@ use super::distill::PreparedTeacher;
 use super::loaded::read_adapter;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
-use super::template::{Date, TemplateVariables};
+use super::template::Date;
 use super::told::Told;
 use crate::adapter::{LoraConfig, Placements, hf, resolve};
-use crate::data::{
-    Batch, Dataset, Order, Preparation, Sampler, SpecialTokens, TemplateParts, Text, eval_batches,
-};
+use crate::data::{Batch, Dataset, Order, Preparation, Sampler, Text, eval_batches};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{InPeft, MoeConfig};
-use crate::weights::{TextFiles, hexadecimal};
+use crate::weights::hexadecimal;
 
 /// A run that is ready to load its weights.
 #[derive(Debug)]
@@ -272,31 +270,4 @@ fn refuse_quantized(base: &Pretrained) -> Result<()> {
     .with_hint(
         "train an adapter, with a table `[adapter]` instead of `train.full`; or give the model in f32, bf16 or f16",
     ))
-}
-
-/// Tokenizer and chat template of a model, with what the template is told and what control tokens in the data are.
-pub fn text_of(base: &Pretrained, told: &TemplateVariables, special_tokens: SpecialTokens) -> Result<Text> {
-    text_with(base.text()?, base, told, special_tokens).at(base.name())
-}
-
-/// As [`text_of`], with text files that need not be the model's own.
-pub(super) fn text_with(
-    files: TextFiles,
-    base: &Pretrained,
-    told: &TemplateVariables,
-    special_tokens: SpecialTokens,
-) -> Result<Text> {
-    let parts = TemplateParts {
-        chat_template: files.chat_template,
-        tool_template: files.tool_template,
-        bos_token: files.bos_token,
-        eos_token: files.eos_token,
-        eos_token_ids: files.eos_token_ids,
-        add_bos: Some(files.add_bos_token),
-        now: Some(told.day().seconds()),
-        variables: told.others.clone(),
-        special_tokens,
-        vocabulary: Some(base.config().vocab_size),
-    };
-    Text::new(files.tokenizer, parts)
 }

@@ -101,22 +101,6 @@ impl TemplateVariables {
         Self { date: Some(Date::FIXED), others: Map::new() }
     }
 
-    /// The date that templates get.
-    #[must_use]
-    pub fn day(&self) -> Date {
-        self.date.unwrap_or_else(Date::today)
-    }
-
-    /// Lists the variables that the template reads, with their values; `None` where it reads none.
-    #[must_use]
-    pub fn told(&self, text: &Text) -> Option<String> {
-        let date = text.template_asks_for("strftime_now").then(|| format!("date = {}", self.day()));
-        let others = self.others.iter().filter(|(name, _)| text.template_asks_for(name));
-        let told: Vec<String> =
-            date.into_iter().chain(others.map(|(name, value)| format!("{name} = {value}"))).collect();
-        (!told.is_empty()).then(|| told.join(", "))
-    }
-
     /// The variables that no template of the model reads.
     #[must_use]
     pub fn unread(&self, text: &Text) -> Vec<String> {

@@ -3,64 +3,102 @@
 use std::collections::BTreeMap;
 
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
-use super::artifact::LAYOUT;
 use super::plan::DataPlan;
-use super::prepared::text_of;
-use super::template::TemplateVariables;
-use crate::data::{Layout, SpecialTokens, Text};
-use crate::error::{Error, Result};
+use super::template::{Date, TemplateVariables};
+use crate::data::{Layout, SpecialTokens, TemplateParts, Text};
+use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
-use crate::weights::{SPECIAL_TOKENS, TEMPLATE};
+use crate::weights::{SPECIAL_TOKENS, TEMPLATE, TextFiles};
+
+/// Where the tensors' file of an adapter says how its training data was laid out.
+pub(super) const LAYOUT: &str = "peft_rs_layout";
 
 /// What chat templates are told, and what control tokens in texts are.
 #[derive(Debug, Clone)]
 pub(super) struct Told {
-    pub(super) template: TemplateVariables,
-    pub(super) special_tokens: SpecialTokens,
+    /// Today is settled once: a run that goes on past midnight was not told another date.
+    pub(super) date: Date,
+    /// Further variables of chat templates.
+    others: Map<String, Value>,
+    special_tokens: SpecialTokens,
     /// Whether the model's own record says what control tokens are.
     is_recorded: bool,
 }
 
 impl Told {
-    /// For training: what the recipe leaves out, the record of the model says.
-    pub(super) fn by_recipe(data: &DataPlan, base: &Pretrained) -> Result<Self> {
-        let records = base.text()?.told;
-        let mut template: TemplateVariables =
-            recorded(&records, TEMPLATE).map_err(in_settings)?.unwrap_or_default();
-        template.others.extend(data.template.others.clone());
-        template.date = data.template.date.or(template.date);
-        let own = recorded(&records, SPECIAL_TOKENS).map_err(in_settings)?;
-        let special_tokens = data.special_tokens.or(own).unwrap_or_default();
-        Ok(Self { template: dated(template), special_tokens, is_recorded: own.is_some() })
+    fn new(template: TemplateVariables, special_tokens: SpecialTokens, is_recorded: bool) -> Self {
+        let TemplateVariables { date, others } = template;
+        Self { date: date.unwrap_or_else(Date::today), others, special_tokens, is_recorded }
     }
 
-    /// For a model that answers: what the record of its adapter says, else its own `records`, else `template`.
+    /// For training: what the recipe leaves out, the record of the model says.
+    pub(super) fn by_recipe(data: &DataPlan, base: &Pretrained) -> Result<Self> {
+        let TextFiles { told: records, told_by, .. } = base.text()?;
+        let mut template: TemplateVariables = recorded(&records, TEMPLATE).at(&told_by)?.unwrap_or_default();
+        template.others.extend(data.template.others.clone());
+        template.date = data.template.date.or(template.date);
+        let own = recorded(&records, SPECIAL_TOKENS).at(&told_by)?;
+        let special_tokens = data.special_tokens.or(own).unwrap_or_default();
+        Ok(Self::new(template, special_tokens, own.is_some()))
+    }
+
+    /// For a model that answers: what the record of its adapter says, else that of its text files, else `template`.
     pub(super) fn by_records(
-        mut records: BTreeMap<String, String>,
+        files: &TextFiles,
         adapter: Option<&BTreeMap<String, String>>,
         template: TemplateVariables,
     ) -> Result<Self> {
+        let mut records = files.told.clone();
         let is_recorded = records.contains_key(SPECIAL_TOKENS);
         for key in [TEMPLATE, SPECIAL_TOKENS] {
+            // What the adapter says was read with it and is no error here.
             if let Some(record) = adapter.and_then(|adapter| adapter.get(key)) {
                 records.insert(key.to_string(), record.clone());
             }
         }
-        let template = recorded(&records, TEMPLATE).map_err(in_settings)?.unwrap_or(template);
-        let special_tokens = recorded(&records, SPECIAL_TOKENS).map_err(in_settings)?.unwrap_or_default();
-        Ok(Self { template: dated(template), special_tokens, is_recorded })
+        let template = recorded(&records, TEMPLATE).at(&files.told_by)?.unwrap_or(template);
+        let special_tokens = recorded(&records, SPECIAL_TOKENS).at(&files.told_by)?.unwrap_or_default();
+        Ok(Self::new(template, special_tokens, is_recorded))
     }
 
     /// Tokenizer and chat template of a model, which are told this.
     pub(super) fn text(&self, base: &Pretrained) -> Result<Text> {
-        text_of(base, &self.template, self.special_tokens)
+        self.text_with(base.text()?, base).at(base.name())
+    }
+
+    /// As [`Self::text`], with text files that need not be the model's own.
+    pub(super) fn text_with(&self, files: TextFiles, base: &Pretrained) -> Result<Text> {
+        let parts = TemplateParts {
+            chat_template: files.chat_template,
+            tool_template: files.tool_template,
+            bos_token: files.bos_token,
+            eos_token: files.eos_token,
+            eos_token_ids: files.eos_token_ids,
+            add_bos: Some(files.add_bos_token),
+            now: Some(self.date.seconds()),
+            variables: self.others.clone(),
+            special_tokens: self.special_tokens,
+            vocabulary: Some(base.config().vocab_size),
+        };
+        Text::new(files.tokenizer, parts)
+    }
+
+    /// Lists the variables that the chat template reads, with their values; `None` where it reads none.
+    pub(super) fn read_by(&self, text: &Text) -> Option<String> {
+        let date = text.template_asks_for("strftime_now").then(|| format!("date = {}", self.date));
+        let others = self.others.iter().filter(|(name, _)| text.template_asks_for(name));
+        let told: Vec<String> =
+            date.into_iter().chain(others.map(|(name, value)| format!("{name} = {value}"))).collect();
+        (!told.is_empty()).then(|| told.join(", "))
     }
 
     /// The record for what is trained: `None` where nothing has to be said.
     pub(super) fn records(&self, text: &Text) -> Result<[(&'static str, Option<String>); 2]> {
-        let template = match self.template.told(text) {
-            Some(_) => Some(serde_json::to_string(&self.template)?),
+        let template = TemplateVariables { date: Some(self.date), others: self.others.clone() };
+        let template = match self.read_by(text) {
+            Some(_) => Some(serde_json::to_string(&template)?),
             None => None,
         };
         let says_more = self.is_recorded || self.special_tokens != SpecialTokens::default();
@@ -70,13 +108,10 @@ impl Told {
     }
 }
 
-/// Today is settled once: a run that goes on past midnight was not told another date.
-fn dated(template: TemplateVariables) -> TemplateVariables {
-    TemplateVariables { date: Some(template.day()), ..template }
-}
-
-fn in_settings(error: Error) -> Error {
-    Error::At { path: "tokenizer_config.json".into(), source: Box::new(error) }
+/// Tokenizer and chat template of a model, with what the template is told and what control tokens in the data are. Without
+/// a date templates get today's.
+pub fn text_of(base: &Pretrained, told: &TemplateVariables, special_tokens: SpecialTokens) -> Result<Text> {
+    Told::new(told.clone(), special_tokens, false).text(base)
 }
 
 /// Fails where the metadata of an adapter say what cannot be read.

@@ -49,7 +49,7 @@ impl Choice {
 /// One layer, cut.
 #[derive(Debug, Clone)]
 pub(super) struct Slices {
-    /// Neurons that are always on. A number above the network's neurons stands for a neuron whose weights are zero.
+    /// Neurons that are always on. A number at or above the number of neurons stands for a neuron whose weights are zero.
     pub(super) shared: Vec<usize>,
     /// The neurons of each expert.
     pub(super) experts: Vec<Vec<usize>>,

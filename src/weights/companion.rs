@@ -116,7 +116,7 @@ pub(super) fn copy_file(path: &Path, folder: &Path, target: &Path) -> Result<()>
     std::fs::write(&copy, bytes).at(&copy)
 }
 
-/// Refuses a link that leads out of the model's folder. In the Hub's cache, the repository's own blobs belong to it.
+/// Refuses a link that leads out of the folder of a model or an adapter. In the Hub's cache, the repository's own blobs belong to it.
 fn refuse_foreign(path: &Path, folder: &Path) -> Result<()> {
     // A link that leads nowhere is an error when the file is opened.
     let Ok(target) = path.canonicalize() else { return Ok(()) };
@@ -128,8 +128,8 @@ fn refuse_foreign(path: &Path, folder: &Path) -> Result<()> {
     }
     let link = std::fs::read_link(path).unwrap_or(target);
     Err(Error::invalid(format!(
-        "is a link to `{}`, outside of the model's folder, and would be copied into the result",
+        "is a link to `{}`, outside of its folder, and would be copied into the result",
         link.display()
     ))
-    .with_hint("replace the link with a copy of the file if it belongs to the model, else remove the link"))
+    .with_hint("replace the link with a copy of the file if it belongs there, else remove the link"))
 }

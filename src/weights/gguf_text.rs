@@ -64,6 +64,7 @@ impl TextFiles {
             pad_token: token("padding"),
             unk_token: token("unknown"),
             told: Default::default(),
+            told_by: Default::default(),
             eos_token_ids: endings.into_iter().filter_map(special).collect(),
             add_bos_token: false,
         }

@@ -30,6 +30,7 @@ pub mod output;
 mod shards;
 mod tensor;
 mod text;
+mod text_differences;
 mod tokenizer;
 mod told;
 mod write;

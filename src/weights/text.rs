@@ -33,6 +33,8 @@ pub struct TextFiles {
     pub add_bos_token: bool,
     /// What the model was told about its text when all its weights were trained, by key.
     pub told: BTreeMap<String, String>,
+    /// The file that says what the model was told.
+    pub told_by: PathBuf,
 }
 
 impl TextFiles {
@@ -50,12 +52,7 @@ impl TextFiles {
         let settings = super::read_json_if_there(&folder.join(SETTINGS))?;
         let special = super::read_json_if_there(&folder.join(SPECIAL))?;
         let generation = super::read_json_if_there(&folder.join(GENERATION))?;
-        let token = |name: &str| -> Result<Option<String>> {
-            match token(&settings, name).at(folder.join(SETTINGS))? {
-                None => self::token(&special, name).at(folder.join(SPECIAL)),
-                found => Ok(found),
-            }
-        };
+        let token = |name: &str| special_token(folder, [&settings, &special], name);
         let (chat_template, tool_template) = templates(folder, &settings)?;
         let eos_token = token("eos_token")?;
         let mut eos_token_ids = endings(config).at(folder.join("config.json"))?;
@@ -71,6 +68,7 @@ impl TextFiles {
             eos_token_ids,
             add_bos_token: false,
             told: super::told::of(&settings),
+            told_by: folder.join(SETTINGS),
             tokenizer,
         }
         .settled())
@@ -113,6 +111,18 @@ impl TextFiles {
         let first = caught(|| Some(*self.tokenizer.encode_fast("a", true).ok()?.get_ids().first()?));
         self.add_bos_token = bos.is_some() && first.is_ok_and(|first| first == bos);
         self
+    }
+}
+
+/// Reads a special token of a folder from its settings; what these leave out, its file of special tokens says.
+pub(super) fn special_token(
+    folder: &Path,
+    [settings, special]: [&Value; 2],
+    name: &str,
+) -> Result<Option<String>> {
+    match token(settings, name).at(folder.join(SETTINGS))? {
+        None => token(special, name).at(folder.join(SPECIAL)),
+        found => Ok(found),
     }
 }
 
@@ -164,7 +174,7 @@ fn no_default(what: &str, names: &[String]) -> Error {
     let names: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
     let names = if names.is_empty() { "no names".to_string() } else { names.join(", ") };
     Error::invalid(format!("{what} without one named `default`: it has {names}"))
-        .with_hint("put the template to use into a file `chat_template.jinja` in the model's folder")
+        .with_hint("put the template to use into a file `chat_template.jinja` beside the weights")
 }
 
 fn read_template(path: &Path) -> Result<String> {

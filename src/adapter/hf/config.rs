@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Json, Result, first_lines, read_regular_text}
 /// Larger configurations are refused. One that lists all modules of a large mixture has a few hundred kilobytes.
 const LARGEST: u64 = 16 << 20;
 
-/// Adapters with a larger alpha are refused: training gives far smaller ones.
+/// Adapters with a larger alpha are refused: nobody sets one but by mistake or as an attack.
 const LARGEST_ALPHA: f64 = 1e6;
 
 /// Keys that say nothing about the values computed.
