@@ -225,7 +225,8 @@ fn refuse_strangers(output: &Path) -> Result<()> {
         }
     }
     others.retain(|name| train::is_result(name) || train::is_of_run(name));
-    others.sort();
+    // A folder is known by its configuration, so that it is named first.
+    others.sort_by_key(|name| (!name.ends_with("config.json"), name.clone()));
     let Some(name) = others.first() else { return Ok(()) };
     let verb = if output.join(name).is_dir() { "remove it" } else { "write over it" };
     Err(Error::request(format!("holds `{name}` and no run, and the run would {verb}"))
