@@ -173,7 +173,7 @@ fn files_of_others_in_folders_of_the_run_stay() {
         symlink("nowhere", place.path("run/best/dangling")).unwrap();
         let sealed = place.path("run/best/sealed");
         fs::write(&sealed, "mine").unwrap();
-        fs::set_permissions(&sealed, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&sealed, fs::Permissions::from_mode(0o0)).unwrap();
         let pipe = place.path("run/best/pipe");
         assert!(Command::new("mkfifo").arg(pipe).status().unwrap().success());
     }
