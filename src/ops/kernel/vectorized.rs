@@ -46,14 +46,16 @@ thread_local! {
 /// Calls `f` with each of the vectors that this machine has.
 #[cfg(test)]
 pub(crate) fn with_each_vectors(mut f: impl FnMut(Vectors)) {
-    let mut all = vec![Vectors::Base];
-    #[cfg(target_arch = "x86_64")]
-    {
-        let best = Vectors::best();
-        all.extend([Vectors::Avx2].into_iter().filter(|_| best != Vectors::Base));
-        all.extend([Vectors::Avx512].into_iter().filter(|_| best == Vectors::Avx512));
-    }
-    for vectors in all {
+    let best = Vectors::best();
+    let all = [
+        (Vectors::Base, true),
+        #[cfg(target_arch = "x86_64")]
+        (Vectors::Avx2, best != Vectors::Base),
+        #[cfg(target_arch = "x86_64")]
+        (Vectors::Avx512, best == Vectors::Avx512),
+    ];
+    let _ = best;
+    for (vectors, _) in all.into_iter().filter(|(_, is_here)| *is_here) {
         FORCED.set(Some(vectors));
         f(vectors);
         FORCED.set(None);

@@ -122,6 +122,7 @@ impl Side<'_> {
     }
 
     /// The bf16 values when lines can be read where they are stored.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn in_place(&self) -> Option<&[bf16]> {
         match self.factor.source {
             Source::Bf16(values) if self.along => Some(values),

@@ -109,7 +109,7 @@ pub(crate) fn multiply_by<T: Target>(
         };
     }
     match path {
-        Path::Portable => portable::multiply(&c, &sides, shape, alpha, beta, crew, wide),
+        Path::Portable => portable::multiply(&c, &sides, shape, scales, crew, wide),
         // SAFETY: the machine has the path, and with it these instructions.
         #[cfg(target_arch = "x86_64")]
         Path::Avx2 => unsafe { fma::multiply::<fma::Avx2, T>(&c, &sides, shape, scales, crew, wide) },

@@ -30,8 +30,7 @@ pub(super) fn multiply<T: Target>(
     out: &Out<'_, T>,
     terms: &[(Side<'_>, Side<'_>)],
     (m, n): (usize, usize),
-    alpha: f32,
-    beta: f32,
+    (alpha, beta): (f32, f32),
     crew: Crew,
     wide: bool,
 ) {
