@@ -102,8 +102,9 @@ pub(crate) fn multiply_by<T: Target>(
         // SAFETY: the machine has the path, and with it these instructions.
         return unsafe {
             match path {
-                Path::Avx2 => decode::multiply::<decode::Avx2, T>(&c, &sides, shape, scales, crew),
-                Path::Avx512 => decode::multiply::<decode::Avx512, T>(&c, &sides, shape, scales, crew),
+                Path::Avx2 | Path::Avx512 => {
+                    decode::multiply::<decode::Wide, T>(&c, &sides, shape, scales, crew)
+                }
                 _ => decode::multiply::<decode::Narrow, T>(&c, &sides, shape, scales, crew),
             }
         };

@@ -17,7 +17,7 @@ use super::path::Path;
 use super::target::{Target, round_to_bf16};
 
 pub(super) use narrow::Narrow;
-pub(super) use wide::{Avx2, Avx512};
+pub(super) use wide::Wide;
 
 /// Columns of a task: few, so that threads end together.
 const TASK: usize = 32;
