@@ -48,6 +48,8 @@ impl Words {
         /// Exponents as f32 stores them: the bias, and those between which scales neither vanish nor overflow.
         const BIAS: u32 = 127;
         const LEAST: u32 = 40;
+        /// 1.5 times 2^23: adding it and taking it away rounds to whole numbers as the processor does, without a call.
+        const WHOLE: f32 = 12_582_912.0;
         const MOST: u32 = 200;
 
         let parts = (row.len() / PART).next_multiple_of(PARTS);
@@ -66,7 +68,7 @@ impl Words {
             // Powers of two, so that multiplying with them is exact.
             let power = |exponent: u32| f32::from_bits(exponent << 23);
             let (up, down) = (power(2 * BIAS + BITS - 1 - exponent), power(exponent - (BITS - 1)));
-            words.values.extend(part.iter().map(|value| (value.to_f32() * up).round_ties_even() as i16));
+            words.values.extend(part.iter().map(|value| (value.to_f32() * up + WHOLE - WHOLE) as i16));
             words.scales[number] = down;
             let half = |at: usize| part[at..][..PART / 2].iter().map(|value| value.to_f32()).sum::<f32>();
             let halves = [half(0), half(PART / 2)];
