@@ -24,7 +24,7 @@ pub struct Loaded {
     pub text: Text,
     /// How the adapter's training data was laid out, where it says so.
     pub layout: Option<Layout>,
-    /// What the user should know: whose tokenizer files are used, what the chat template is told, and how control tokens are
+    /// These lines tell the user whose tokenizer files are used, what the chat template is told, and how control tokens are
     /// encoded.
     pub notes: Vec<String>,
     /// What the user should look at.

@@ -27,7 +27,7 @@ const RECIPE: &str = "recipe.toml";
 /// No more runs than these are named beside a folder that holds none.
 const NAMED_RUNS: usize = 3;
 
-/// What to do about something of others in a run directory.
+/// This hint tells how to make room where a run directory holds files that the run did not make.
 const MOVE: &str = "move it to another folder, or choose another run directory with `--output`";
 
 /// What shows that a folder holds a run.

@@ -68,7 +68,7 @@ impl Told {
         self.text_with(base.text()?, base).at(base.name())
     }
 
-    /// As [`Self::text`], with text files that need not be the model's own.
+    /// Makes tokenizer and chat template of text files, which may be those of an adapter, and of what the template is told.
     pub(super) fn text_with(&self, files: TextFiles, base: &Pretrained) -> Result<Text> {
         let parts = TemplateParts {
             chat_template: files.chat_template,

@@ -343,7 +343,7 @@ fn carry(from: &Path, to: &Path, link: &dyn Fn(&Path, &Path) -> io::Result<()>) 
 mod tests {
     use super::*;
 
-    /// What has a name that the new folder needs stays in the old one, under a name that is said.
+    /// A user's file whose name the new folder needs stays in the old folder, and a warning names that folder.
     #[test]
     fn a_folder_is_kept_where_its_files_cannot_be_carried_over() {
         let folder = tempfile::tempdir().unwrap();

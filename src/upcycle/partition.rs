@@ -16,7 +16,7 @@ use crate::ops::{matmul, scores};
 pub(super) struct Grounds<'a> {
     /// Inputs and energies of the neurons to assign, on the tokens that routers are fitted to.
     pub(super) fitted: &'a Evidence,
-    /// The same on other tokens, by which the best of several partitions is chosen.
+    /// Evidence from other tokens chooses the best of several partitions.
     pub(super) chosen_by: &'a Evidence,
     /// Their gate rows, `[neurons, hidden]`, f32.
     pub(super) gates: &'a Tensor,

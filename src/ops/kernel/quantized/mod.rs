@@ -103,8 +103,8 @@ impl Kind {
         with_format!(self, wide(row, x))
     }
 
-    /// As [`dot`](Self::dot) in bf16: sums are in f32. Values are taken as they are where the machine multiplies them as
-    /// integers, else they are rounded to bf16.
+    /// Multiplies a row of blocks with a row of bf16 and sums in f32. Weights are rounded to bf16 only where the machine
+    /// does not multiply them as integers.
     pub(crate) fn dot_narrow(self, row: &[u8], x: &Row) -> f32 {
         match x {
             Row::Plain(x) => with_format!(self, rounded(row, x)),
@@ -118,7 +118,7 @@ impl Kind {
 /// A row of bf16 that is multiplied with many rows of blocks.
 pub(crate) enum Row {
     Plain(Vec<bf16>),
-    /// As integers, on paths that have instructions for them and if its values allow it.
+    /// The row holds integers where the path has instructions for them and no value is too large.
     #[cfg(target_arch = "x86_64")]
     Words(Words),
 }

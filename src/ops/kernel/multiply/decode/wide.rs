@@ -25,38 +25,28 @@ pub(in super::super) struct Wide;
 impl Dots for Wide {
     const NARROW: bool = false;
 
+    #[target_feature(enable = "avx2,fma")]
     unsafe fn dots<const M: usize>(
         terms: &[(Rows<'_>, Side<'_>)],
         row: usize,
         columns: &Range<usize>,
         filled: &[f32],
     ) -> [[f32; LINES]; M] {
-        // SAFETY: the caller's promise.
-        unsafe { dots(terms, row, columns, filled) }
-    }
-}
-
-#[target_feature(enable = "avx2,fma")]
-fn dots<const M: usize>(
-    terms: &[(Rows<'_>, Side<'_>)],
-    row: usize,
-    columns: &Range<usize>,
-    filled: &[f32],
-) -> [[f32; LINES]; M] {
-    let (mut folded, mut filled) = ([[0.0; LINES]; M], filled);
-    for (rows, right) in terms {
-        let Rows::Wide(x, stride) = rows else { unreachable!("rows are in f32") };
-        let (weights, next) = (weights(right, columns, &mut filled), LINES * right.factor.stride);
-        // Row by row: the sums of several would not fit into the registers, and the weights are in the L1 cache.
-        for (i, folded) in folded.iter_mut().enumerate() {
-            let x = &x[(row + i) * stride..][..right.depth()];
-            match weights {
-                Weights::Narrow(w) => add(folded, x, w, next),
-                Weights::Wide(w) => add(folded, x, w, next),
+        let (mut folded, mut filled) = ([[0.0; LINES]; M], filled);
+        for (rows, right) in terms {
+            let Rows::Wide(x, stride) = rows else { unreachable!("rows are in f32") };
+            let (weights, next) = (weights(right, columns, &mut filled), LINES * right.factor.stride);
+            // Row by row: the sums of several would not fit into the registers, and the weights are in the L1 cache.
+            for (i, folded) in folded.iter_mut().enumerate() {
+                let x = &x[(row + i) * stride..][..right.depth()];
+                match weights {
+                    Weights::Narrow(w) => add(folded, x, w, next),
+                    Weights::Wide(w) => add(folded, x, w, next),
+                }
             }
         }
+        folded
     }
-    folded
 }
 
 /// A type of weights that vectors of f32 are made of.

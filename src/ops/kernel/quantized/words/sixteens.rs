@@ -27,7 +27,7 @@ pub(super) trait Sixteens {
     /// The integers of a part, one in each byte.
     ///
     /// # Safety
-    /// As [`scales`](Self::scales).
+    /// The machine has avx2, fma and f16c.
     unsafe fn integers(block: &[u8], part: usize) -> __m256i;
 }
 
