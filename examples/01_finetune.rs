@@ -15,7 +15,8 @@ use peft::Result;
 use peft::adapter::{LoraConfig, Targets, attach, hf, init, resolve};
 use peft::data::{Dataset, Format, Order, Preparation, Sampler, Source, SpecialTokens, TrainOn};
 use peft::model::{Decoder, Pretrained, Recompute};
-use peft::recipe::{TemplateVariables, text_of};
+use peft::recipe::TemplateVariables;
+use peft::run::text_of;
 use peft::train::{AdamW, AdamWConfig, step_gradients};
 
 fn main() -> Result<()> {

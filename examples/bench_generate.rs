@@ -19,7 +19,7 @@ use peft::Result;
 use peft::generate::{Limits, Sampling, Session};
 use peft::model::{Decoder, Pretrained};
 use peft::ops::{KeepBuffers, Kernels, Op, Weight};
-use peft::recipe::ChosenKernels;
+use peft::run::ChosenKernels;
 use peft::train::peak_rss_bytes;
 use rayon::prelude::*;
 use serde_json::json;

@@ -22,7 +22,7 @@ use peft::data::Batch;
 use peft::model::config::{FeedForwardConfig, LinearConfig, Site};
 use peft::model::{Decoder, DecoderConfig, Pretrained, Recompute};
 use peft::ops::{Documents, KeepBuffers, Kernels, Op, matmul};
-use peft::recipe::ChosenKernels;
+use peft::run::ChosenKernels;
 use peft::train::{AdamW, AdamWConfig, peak_rss_bytes, step_gradients};
 use serde_json::json;
 

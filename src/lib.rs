@@ -7,7 +7,8 @@
 //! use std::path::PathBuf;
 //! use std::sync::atomic::AtomicBool;
 //!
-//! use peft::recipe::{Document, Plan, Recipe, finetune};
+//! use peft::recipe::{Document, Plan, Recipe};
+//! use peft::run::finetune;
 //! use peft::train::{Event, Reporter};
 //!
 //! struct Silent;
@@ -35,7 +36,7 @@
 //! ```
 //!
 //! [`ops`] holds the arithmetic, each operation a forward and the backward that belongs to it; [`model`] composes them;
-//! [`recipe`] tells the whole run as a story; [`cli`] alone knows the terminal. [`generate`] and [`eval`] use a decoder
+//! [`recipe`] is the text of an experiment, and [`run`] does its work; [`cli`] alone knows the terminal. [`generate`] and [`eval`] use a decoder
 //! without training it.
 
 pub mod adapter;
@@ -48,6 +49,7 @@ pub mod merge;
 pub mod model;
 pub mod ops;
 pub mod recipe;
+pub mod run;
 pub mod train;
 pub mod upcycle;
 pub mod weights;

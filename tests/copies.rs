@@ -162,7 +162,7 @@ fn prompts_go_to_the_expert_that_they_stand_for() {
     let upcycle = ["upcycle", "upcycle.toml", "--set", &set];
     place.run(&upcycle);
     let base = Pretrained::open(place.path("mixture").to_str().unwrap()).unwrap();
-    let text = peft::recipe::text_of(&base, &Default::default(), Default::default()).unwrap();
+    let text = peft::run::text_of(&base, &Default::default(), Default::default()).unwrap();
     let model = Decoder::open(&base, DType::F32, &Device::Cpu).unwrap();
     for (expert, prompts) in prompts.iter().enumerate() {
         let tokens: Vec<u32> =

@@ -57,7 +57,7 @@ fn a_run_whose_model_is_overwritten_saves_nothing_more() {
     let plan = Plan::of(&Recipe::read(&Document::parse("test.toml", &recipe).unwrap()).unwrap(), "test");
     // Saved after steps 2, 4 and 6.
     let mut reporter = OverwritesAt { step: 3, path: &weights };
-    let error = peft::recipe::finetune(&plan, false, &AtomicBool::new(false), &mut reporter).unwrap_err();
+    let error = peft::run::finetune(&plan, false, &AtomicBool::new(false), &mut reporter).unwrap_err();
     assert_eq!(error.to_string(), format!("{}: {CHANGED}", weights.display()));
     assert_eq!(error.exit_code(), 1);
     assert!(place.path("run/checkpoint-2").exists());
@@ -102,7 +102,7 @@ fn an_upcycling_whose_model_is_overwritten_writes_nothing() {
         }
         Ok(())
     };
-    let error = peft::recipe::upcycle(&UpcyclePlan::of(&recipe, "test"), &mut say, &mut |_| {});
+    let error = peft::run::upcycle(&UpcyclePlan::of(&recipe, "test"), &mut say, &mut |_| {});
     assert_eq!(error.unwrap_err().to_string(), format!("{}: {CHANGED}", weights.display()));
     assert!(!place.path("mixture").exists());
 }

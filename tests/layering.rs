@@ -15,15 +15,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("train", &["model", "adapter", "eval", "data", "ops", "weights"]),
     ("merge", &["model", "adapter", "weights"]),
     ("upcycle", &["model", "eval", "data", "weights", "ops"]),
+    // Types of settings alone: a recipe opens no file.
+    ("recipe", &["ops", "data", "model", "adapter", "train", "upcycle"]),
     (
-        "recipe",
-        &["ops", "weights", "data", "model", "adapter", "eval", "generate", "train", "merge", "upcycle"],
+        "run",
+        &[
+            "ops", "weights", "data", "model", "adapter", "eval", "generate", "train", "merge", "upcycle",
+            "recipe",
+        ],
     ),
     (
         "cli",
         &[
             "ops", "weights", "data", "model", "adapter", "eval", "generate", "train", "merge", "upcycle",
-            "recipe",
+            "recipe", "run",
         ],
     ),
     // The binary chooses its allocator.

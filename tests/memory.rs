@@ -5,7 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use peft::model::config::Projection;
 use peft::model::footprint::{Piece, TrainedParts};
 use peft::model::{DecoderConfig, family};
-use peft::recipe::{Memory, Needs, RecomputeChoice};
+use peft::recipe::RecomputeChoice;
+use peft::run::{Memory, Needs};
 use serde_json::{Value, json};
 
 use super::place::Place;

@@ -303,7 +303,7 @@ fn all_weights(stored: DType, computed: &str) -> Tree {
     };
     let run = |output: &str, resume: bool, after: &[u64]| {
         let flag = AtomicBool::new(false);
-        peft::recipe::finetune(&plan(output), resume, &flag, &mut Stop { after, flag: &flag })
+        peft::run::finetune(&plan(output), resume, &flag, &mut Stop { after, flag: &flag })
     };
     run("whole", false, &[]).unwrap();
     for (resume, after) in [(false, 3), (true, 4), (true, 7)] {

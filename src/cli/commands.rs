@@ -13,7 +13,8 @@ use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upc
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
-use crate::recipe::{self, Document, Segment, UpcyclePlan, Work, figures};
+use crate::recipe::{Document, UpcyclePlan, Work};
+use crate::run::{self, Segment, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
 
 /// The most bytes of a recipe: 16 MiB.
@@ -27,7 +28,7 @@ pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<
     let promise = "saving a checkpoint after this step; press Ctrl-C again to stop at once";
     let interrupted = interrupt::listen(terminal, promise)?;
     let mut reporter = BeginsWithTraining(terminal.reporter());
-    recipe::finetune(&plan, arguments.resume, interrupted, &mut reporter)?;
+    run::finetune(&plan, arguments.resume, interrupted, &mut reporter)?;
     Ok(())
 }
 
@@ -36,7 +37,7 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
         Work::Finetune(plan) => plan,
         Work::Upcycle(plan) => return check_upcycle(&plan, arguments.json, terminal),
     };
-    let report = recipe::check(&plan)?;
+    let report = run::check(&plan)?;
     if arguments.json {
         return terminal.write_json(&report);
     }
@@ -60,8 +61,7 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
 
 pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
     let base = Pretrained::open(&arguments.model)?;
-    let adapters =
-        arguments.adapter.iter().map(|folder| recipe::read_adapter(folder)?.for_model(base.config()));
+    let adapters = arguments.adapter.iter().map(|folder| run::read_adapter(folder)?.for_model(base.config()));
     let adapters = adapters.collect::<Result<Vec<_>>>()?;
     let dtype = arguments.dtype.map(|dtype| match dtype {
         WrittenDtype::F32 => DType::F32,
@@ -103,7 +103,7 @@ pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
 }
 
 fn check_upcycle(plan: &UpcyclePlan, json: bool, terminal: &mut Terminal) -> Result<()> {
-    let report = recipe::check_upcycle(plan)?;
+    let report = run::check_upcycle(plan)?;
     if json {
         return terminal.write_json(&report);
     }
@@ -145,7 +145,7 @@ pub(super) fn upcycle(arguments: &Upcycle, terminal: &mut Terminal) -> Result<()
             }
         }
     };
-    recipe::upcycle(&plan, &mut say, &mut |warning| terminal.warn(warning))?;
+    run::upcycle(&plan, &mut say, &mut |warning| terminal.warn(warning))?;
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::interrupt;
 use super::report::{Log, can_draw};
 use super::terminal::{escaped, message, note};
-use crate::recipe::figures::{bytes, duration};
+use crate::run::figures::{bytes, duration};
 use crate::weights::OnProgress;
 
 /// A log line about a slow download is written at most this often.

@@ -8,7 +8,8 @@ use crate::data::{self, Layout, Message, Role, Row, Source, Text, eval_batches};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::generate::{Ended, Limits, Outcome, Sampling, Session};
-use crate::recipe::{DtypeChoice, Loaded};
+use crate::recipe::DtypeChoice;
+use crate::run::Loaded;
 
 /// Tokens of a batch in evaluation.
 pub(super) const EVAL_TOKENS: usize = 2048;

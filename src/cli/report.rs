@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::routing::table;
 use super::terminal::{Label, in_message};
-use crate::recipe::figures::{bytes, count, duration};
+use crate::run::figures::{bytes, count, duration};
 use crate::train::{Event, Reporter, Sample, StepReport};
 
 /// The form in which progress is told.

@@ -7,8 +7,6 @@ use candle_core::DType;
 use serde::de::{self, Deserialize, Deserializer};
 use serde::{Serialize, Serializer};
 
-use crate::model::Pretrained;
-
 /// What a recipe is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -33,11 +31,11 @@ pub enum DtypeChoice {
 }
 
 impl DtypeChoice {
-    /// The type that products with the weights of `base` are computed in.
+    /// The type that products are computed in, where `stored` is the one that fits the files of the model.
     #[must_use]
-    pub fn of(self, base: &Pretrained) -> DType {
+    pub fn or(self, stored: DType) -> DType {
         match self {
-            Self::Auto => base.compute_dtype(),
+            Self::Auto => stored,
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
         }

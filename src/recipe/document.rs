@@ -206,7 +206,7 @@ impl Text<'_> {
 }
 
 /// A recipe as TOML.
-pub(super) fn written(recipe: &impl serde::Serialize) -> Result<String> {
+pub(crate) fn written(recipe: &impl serde::Serialize) -> Result<String> {
     toml::to_string(recipe)
         .map_err(|error| Error::invalid(format!("the plan cannot be written as TOML: {error}")))
 }

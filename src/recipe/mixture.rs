@@ -120,7 +120,7 @@ impl MixturePlan {
 
     /// Changes the routing of `model` as the plan says; refuses what a dense model has no place for, and routers that nothing
     /// would reach. `seed` is the run's, and with `full` all weights are trained.
-    pub(super) fn apply(&self, model: &mut DecoderConfig, name: &str, seed: u64, full: bool) -> Result<()> {
+    pub(crate) fn apply(&self, model: &mut DecoderConfig, name: &str, seed: u64, full: bool) -> Result<()> {
         if model.sparse_layers().next().is_none() {
             return match self.key() {
                 None => Ok(()),

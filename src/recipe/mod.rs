@@ -28,53 +28,30 @@ use crate::data::{Format, SpecialTokens, TrainOn};
 use crate::error::{Error, Result};
 use crate::train::Schedule;
 
-mod artifact;
 mod bounds;
-mod calibration;
-mod check;
 mod choice;
-mod continued;
-mod conversion;
-mod describe;
-mod disk;
 mod distill;
 mod document;
-pub mod figures;
-mod finetune;
-mod fitting;
-mod kernels;
-mod loaded;
-mod memory;
 mod mixture;
-mod output;
 mod plan;
-mod prepared;
 mod template;
-mod told;
 mod typed;
-mod units;
 mod upcycle;
 
-pub use check::{Report, Segment, Target, check};
 pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
-pub use conversion::{UpcycleCheck, check_upcycle, upcycle};
-pub use distill::{DistillPlan, PreparedTeacher};
+pub use distill::DistillPlan;
 pub use document::Document;
-pub use finetune::finetune;
-pub use fitting::Memory;
-pub use kernels::ChosenKernels;
-pub use loaded::{Loaded, read_adapter};
-pub use memory::{Components, Moment, Needs, Way};
+pub use mixture::{ExpertChoice, MixturePlan, RouterTraining};
 pub use plan::{
     AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
 };
-pub use prepared::{PlacedAdapter, Prepared, Trainable, Trainee};
 pub use template::{Date, TemplateVariables};
-pub use told::text_of;
 pub use upcycle::{UpcyclePlan, UpcycleRecipe};
 
+pub(crate) use document::written;
+pub(crate) use upcycle::name_of;
+
 use distill::Distill;
-pub use mixture::{ExpertChoice, MixturePlan, RouterTraining};
 use mixture::{Losses, Routing};
 
 /// A fine-tuning recipe as it was written: what is `None` was left out.

@@ -150,7 +150,7 @@ fn quarters(experts: usize, shared: Option<usize>, active: Option<usize>) -> (us
 }
 
 /// The name that a choice has in recipes.
-pub(super) fn name_of(choice: impl Serialize) -> String {
+pub(crate) fn name_of(choice: impl Serialize) -> String {
     serde_json::to_value(choice).ok().and_then(|name| name.as_str().map(str::to_string)).unwrap_or_default()
 }
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use peft::adapter::attach;
 use peft::merge::merge;
 use peft::model::{Decoder, Pretrained};
-use peft::recipe::read_adapter;
+use peft::run::read_adapter;
 use serde_json::json;
 
 use super::chance::{Chance, mutate_bytes};

@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
 use peft::error::Context;
-use peft::recipe::{Document, Plan, Recipe, Work, check, check_upcycle, finetune};
+use peft::recipe::{Document, Plan, Recipe, Work};
+use peft::run::{check, check_upcycle, finetune};
 use peft::train::{Event, Reporter};
 use serde_json::json;
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::row;
 use crate::adapter::{LoraConfig, Targets, hf};
 use crate::error::Result;
-use crate::recipe::figures::count;
+use crate::run::figures::count;
 
 /// What there is to know of an adapter.
 #[derive(Debug, Serialize)]

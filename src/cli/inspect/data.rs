@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::row;
 use crate::data::{self, Conversation, Format, Key, Message, Record, Records};
 use crate::error::Result;
-use crate::recipe::figures::count;
+use crate::run::figures::count;
 
 /// What there is to know of a data file without a tokenizer.
 #[derive(Debug, Serialize)]

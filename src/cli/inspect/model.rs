@@ -9,7 +9,7 @@ use super::row;
 use crate::error::Result;
 use crate::model::Pretrained;
 use crate::model::config::{DecoderConfig, FeedForwardConfig, LayerConfig};
-use crate::recipe::figures::{bytes, count};
+use crate::run::figures::{bytes, count};
 
 /// What there is to know of a model.
 #[derive(Debug, Serialize)]

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::row;
 use crate::error::{Context, Error, Result, read_regular, read_regular_text};
-use crate::recipe::figures::{bytes, count};
 use crate::recipe::{Document, Plan, Recipe};
+use crate::run::figures::{bytes, count};
 use crate::train;
 
 /// No file of a run that is shown has more bytes than this: 4 GiB.

@@ -8,11 +8,10 @@ use candle_core::{Device, Var};
 
 use super::artifact::{AdapterFiles, ModelFiles, Unchanged, publish};
 use super::describe::{describe, warnings};
+use super::directory::RunDirectory;
 use super::disk::Disk;
-use super::fitting::Memory;
+use super::memory::Memory;
 use super::memory::Way;
-use super::output::RunDirectory;
-use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
 use super::units::Units;
 use crate::adapter::{attach, init};
@@ -22,6 +21,7 @@ use crate::generate::{Limits, Sampling, Session};
 use crate::model::Decoder;
 use crate::model::config::RouterNoise;
 use crate::ops::Trainables;
+use crate::recipe::Plan;
 use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary, Teacher};
 
 /// Tokens of a sample that shows what the model says.

@@ -3,13 +3,13 @@
 use serde::Serialize;
 
 use super::describe::{describe, warnings};
+use super::directory::RunDirectory;
 use super::disk::Disk;
-use super::fitting::Memory;
-use super::output::RunDirectory;
-use super::plan::Plan;
+use super::memory::Memory;
 use super::prepared::{Prepared, Trainable, Trainee};
 use crate::data::{Counts, preview};
 use crate::error::Result;
+use crate::recipe::Plan;
 
 /// What is known of a run before it begins.
 #[derive(Debug, Clone, Serialize)]

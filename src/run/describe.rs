@@ -3,18 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::distill::PreparedTeacher;
 use super::figures;
-use super::fitting::Memory;
 use super::kernels::ChosenKernels;
-use super::mixture::{MixturePlan, RouterTraining};
-use super::plan::{Length, Plan, Trained};
+use super::memory::Memory;
 use super::prepared::{Prepared, Trainee};
+use super::teacher::PreparedTeacher;
 use crate::data::{Counts, Layout, Warning};
 use crate::error::Result;
 use crate::model::config::{Overflow, RouterNoise, RoutingKind, RoutingVariant};
 use crate::model::{RouterLosses, family};
 use crate::ops::distillation::Terms;
+use crate::recipe::{Length, MixturePlan, Plan, RouterTraining, Trained};
 
 /// The model, what is trained, the data and the course of training.
 pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Result<Vec<String>> {

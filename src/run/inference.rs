@@ -4,14 +4,13 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use super::choice::DtypeChoice;
 use super::kernels::ChosenKernels;
-use super::template::TemplateVariables;
 use super::told::{self, Told, check_records};
 use crate::adapter::{attach, hf};
 use crate::data::{Layout, Text};
 use crate::error::{Context, Error, Result, is_there};
 use crate::model::{Decoder, Pretrained};
+use crate::recipe::{DtypeChoice, TemplateVariables};
 use crate::train;
 use crate::weights::SPECIAL_TOKENS;
 
@@ -67,7 +66,7 @@ impl Loaded {
             .takes_control_tokens_for_text()
             .then(|| format!("control tokens in texts are encoded as text, as the {trained} was trained"));
         let notes = whose_files.into_iter().chain(told).chain(spelt).collect();
-        let mut model = Decoder::open(&base, dtype.of(&base), &Device::Cpu)?;
+        let mut model = Decoder::open(&base, dtype.or(base.compute_dtype()), &Device::Cpu)?;
         let (mut warnings, mut layout) = (base.warnings().to_vec(), None);
         if let Some((placements, adapter)) = adapter {
             attach(model.linears_mut(), &placements.placements, &adapter.tensors, 0.0, 0)?;

@@ -4,12 +4,12 @@
 use candle_core::DType;
 use serde::Serialize;
 
-use super::plan::Plan;
-use super::prepared::{Prepared, Trainee};
+use super::super::prepared::{Prepared, Trainee};
 use crate::data::Row;
 use crate::model::config::MoeConfig;
 use crate::model::footprint::{Computed, Held, Piece, TrainedParts};
 use crate::model::{DecoderConfig, Recompute};
+use crate::recipe::Plan;
 
 /// What the memory of a run follows from.
 #[derive(Debug, Clone)]

@@ -2,12 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::mixture::{ExpertChoice, RouterTraining};
-use super::plan::AdapterPlan;
 use crate::adapter::{LoraConfig, Targets, hf, tensor_names};
 use crate::error::{Error, Result};
 use crate::model::DecoderConfig;
 use crate::model::config::Site;
+use crate::recipe::{AdapterPlan, ExpertChoice, RouterTraining};
 
 /// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe. What the recipe
 /// says otherwise must not differ from it.

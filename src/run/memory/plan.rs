@@ -4,13 +4,12 @@ use std::cmp::Reverse;
 
 use serde::Serialize;
 
-use super::choice::{Bytes, RecomputeChoice};
-use super::figures;
-use super::memory::{Components, Moment, Needs, Way};
-use super::plan::{MemoryBudget, Plan, Trained};
-use super::prepared::Prepared;
+use super::super::figures;
+use super::super::prepared::Prepared;
+use super::{Components, Moment, Needs, Way};
 use crate::error::{Error, Result};
 use crate::model::Recompute;
+use crate::recipe::{Bytes, MemoryBudget, Plan, RecomputeChoice, Trained};
 use crate::train;
 
 /// Tokens that are computed at once where memory allows: more take more memory and are no faster.
@@ -100,7 +99,7 @@ impl Memory {
     }
 
     /// What was chosen and why, in one line.
-    pub(super) fn line(&self) -> String {
+    pub(in crate::run) fn line(&self) -> String {
         let bytes = figures::bytes;
         let kept = match self.checkpoint {
             RecomputeChoice::Block => "layers computed again in the backward",
@@ -133,7 +132,7 @@ impl Memory {
     }
 
     /// What to say about a budget that cannot be kept.
-    pub(super) fn excess(&self, plan: &Plan) -> Option<(String, String)> {
+    pub(in crate::run) fn excess(&self, plan: &Plan) -> Option<(String, String)> {
         if self.fits() {
             return None;
         }
@@ -154,7 +153,7 @@ impl Memory {
 
     /// Refuses a budget that was asked for and cannot be kept. Where it is only what the machine has free now, that may
     /// change, and pages of mapped weights are given back when others need them.
-    pub(super) fn refuse_excess(&self, plan: &Plan) -> Result<()> {
+    pub(in crate::run) fn refuse_excess(&self, plan: &Plan) -> Result<()> {
         match self.excess(plan).filter(|_| self.budget_is_asked_for) {
             None => Ok(()),
             Some((text, hint)) => Err(Error::request(text).with_hint(hint)),

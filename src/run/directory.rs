@@ -6,14 +6,11 @@ use std::path::{Component, Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::Recipe;
 use super::artifact::RESULT;
-use super::document::{Document, written};
-use super::plan::{Evaluation, Plan, Trained};
-use super::template::{Date, TemplateVariables};
 use crate::adapter::hf::shell_word;
 use crate::data::Source;
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular_text};
+use crate::recipe::{Date, Document, Evaluation, Plan, Recipe, TemplateVariables, Trained, written};
 use crate::train::{self, BEST};
 use crate::weights::output::{OpenPath, output_folder, refuse_below_file, refuse_unwritable};
 use crate::weights::{remove_stale, write_atomic};

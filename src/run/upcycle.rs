@@ -6,16 +6,14 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::calibration;
-use super::choice::DtypeChoice;
-use super::distill::refuse_other_tokens;
 use super::kernels::ChosenKernels;
-use super::template::TemplateVariables;
+use super::teacher::refuse_other_tokens;
 use super::told::Told;
-use super::upcycle::UpcyclePlan;
 use crate::data::Text;
 use crate::error::{Error, Result};
 use crate::model::Pretrained;
 use crate::model::family::MixtureFormat;
+use crate::recipe::{DtypeChoice, TemplateVariables, UpcyclePlan};
 use crate::upcycle::{
     self, Calibration, Event, Job, Method, Outline, Refit, Report, RouterKind, Settings, SplitShape,
     dense_network,
@@ -224,7 +222,7 @@ pub fn upcycle(
     let dtype = match plan.model.dtype {
         // Statistics are sums of squares, and what is fitted has to be better than what is rounded away.
         DtypeChoice::Auto => candle_core::DType::F32,
-        chosen => chosen.of(&base),
+        chosen => chosen.or(base.compute_dtype()),
     };
     let job = Job {
         base: &base,

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::plan::Plan;
 use super::prepared::{PlacedAdapter, Prepared};
 use super::told::LAYOUT;
 use super::units::Units;
@@ -15,6 +14,7 @@ use crate::data::Layout;
 use crate::error::{Context, Error, Result, is_there};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
+use crate::recipe::Plan;
 use crate::train::{self, Artifact};
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, record_told};
 

@@ -4,18 +4,16 @@ use candle_core::DType;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::continued::continued;
-use super::distill::PreparedTeacher;
-use super::loaded::read_adapter;
-use super::mixture::{ExpertChoice, RouterTraining};
-use super::plan::{AdapterPlan, Evaluation, Length, Plan, Trained};
-use super::template::Date;
+use super::continue_from::continued;
+use super::inference::read_adapter;
+use super::teacher::PreparedTeacher;
 use super::told::Told;
 use crate::adapter::{LoraConfig, Placements, hf, resolve};
 use crate::data::{Batch, Dataset, Order, Preparation, Sampler, Text, eval_batches};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{InPeft, MoeConfig};
+use crate::recipe::{AdapterPlan, Date, Evaluation, ExpertChoice, Length, Plan, RouterTraining, Trained};
 use crate::weights::hexadecimal;
 
 /// A run that is ready to load its weights.
@@ -81,7 +79,7 @@ impl Prepared {
         let trained = Trainee::of(plan, &base)?;
         let told = Told::by_recipe(&plan.data, &base)?;
         let text = told.text(&base)?;
-        let dtype = plan.model.dtype.of(&base);
+        let dtype = plan.model.dtype.or(base.compute_dtype());
         let teacher = PreparedTeacher::of(plan, &base, text.tokenizer(), dtype)?;
         let (train, eval, eval_share) = match &plan.data.eval {
             Evaluation::Files(files) => (&plan.data.train, files.as_slice(), 0.0),

@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::plan::DataPlan;
-use super::template::{Date, TemplateVariables};
 use crate::data::{Layout, SpecialTokens, TemplateParts, Text};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
+use crate::recipe::{DataPlan, Date, TemplateVariables};
 use crate::weights::{SPECIAL_TOKENS, TEMPLATE, TextFiles};
 
 /// Where the tensors' file of an adapter says how its training data was laid out.

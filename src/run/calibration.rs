@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::figures;
-use super::upcycle::{UpcyclePlan, name_of};
 use crate::data::{self, Row, Source, load_for_perplexity};
 use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
+use crate::recipe::{UpcyclePlan, name_of};
 use crate::upcycle::{Calibration, Method, Origin, Refit, SplitShape, Text, WINDOW};
 
 /// With fewer tokens for each expert than this, neither routers nor experts can be told from noise.

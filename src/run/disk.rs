@@ -5,9 +5,9 @@ use std::path::Path;
 
 use candle_core::DType;
 
-use super::plan::Plan;
 use super::prepared::{Prepared, Trainee};
 use crate::error::Result;
+use crate::recipe::Plan;
 use crate::weights::output::refuse_full_disk;
 
 /// Bytes of a line of `metrics.jsonl`, counted generously.
