@@ -71,6 +71,9 @@ pub enum Error {
         /// What went wrong with it.
         source: Box<Self>,
     },
+    /// Several things are wrong, in the order in which they were found.
+    #[error("{}", listed(.0))]
+    Several(Vec<Self>),
     /// Reading or writing failed.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -102,6 +105,21 @@ impl Error {
     /// A file or a tensor is wrong (exit status 1).
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::Invalid { message: message.into(), hint: None }
+    }
+
+    /// All of `errors`, of which there is at least one.
+    #[must_use]
+    pub fn several(mut errors: Vec<Self>) -> Self {
+        if errors.len() == 1 { errors.remove(0) } else { Self::Several(errors) }
+    }
+
+    /// Each thing that is wrong by itself: the error, or those that it holds.
+    #[must_use]
+    pub fn each(&self) -> &[Self] {
+        match self {
+            Self::Several(errors) => errors,
+            one => std::slice::from_ref(one),
+        }
     }
 
     /// The same error with a remedy. Errors that wrap another hand it on to the innermost.
@@ -165,9 +183,19 @@ impl Error {
             Self::At { source, .. } | Self::AtLine { source, .. } | Self::InTensor { source, .. } => {
                 source.exit_code()
             }
+            Self::Several(errors) => errors.first().map_or(1, Self::exit_code),
             _ => 1,
         }
     }
+}
+
+/// The messages of errors on a line each, with the remedies between them.
+fn listed(errors: &[Error]) -> String {
+    let lines = errors.iter().flat_map(|error| {
+        let hint = error.hint().map(|hint| format!("hint: {hint}"));
+        std::iter::once(error.to_string()).chain(hint)
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Leaves out the middle of a text that is longer than about `most` characters. What it gives is short enough to stay as it

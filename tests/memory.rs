@@ -4,7 +4,7 @@ use std::fs;
 use candle_core::{DType, Device, Tensor};
 use peft::model::config::Projection;
 use peft::model::footprint::{Piece, TrainedParts};
-use peft::model::{DecoderConfig, family};
+use peft::model::{DecoderConfig, Recompute, family};
 use peft::recipe::RecomputeChoice;
 use peft::run::{Memory, Needs};
 use serde_json::{Value, json};
@@ -70,7 +70,7 @@ fn chosen(needs: &Needs, choice: RecomputeChoice, mib: u64) -> String {
     let memory = Memory::choose(needs, choice, mib * MIB, true);
     let fits = if memory.fits() { "fits" } else { "does not fit" };
     let peak = memory.peak_bytes / MIB;
-    format!("{mib} MiB: {:?}, {} tokens, {peak} MiB, {fits}", memory.checkpoint, memory.piece_tokens)
+    format!("{mib} MiB: {:?}, {} tokens, {peak} MiB, {fits}", memory.recompute, memory.piece_tokens)
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn a_document_is_never_cut() {
     let mut needs = needs(one_billion(), true, 1);
     needs.batches = vec![vec![(300, 299), (3000, 2999), (20, 19)]];
     let memory = Memory::choose(&needs, RecomputeChoice::Auto, u64::MAX, false);
-    assert_eq!((memory.checkpoint, memory.piece_tokens), (RecomputeChoice::None, 3000));
+    assert_eq!((memory.recompute, memory.piece_tokens), (Recompute::None, 3000));
     assert_eq!(Memory::choose(&needs, RecomputeChoice::Auto, MIB, false).piece_tokens, 3000);
     // A batch that is smaller than a piece is computed as one.
     needs.batches = vec![vec![(30, 29), (40, 39)]];
@@ -240,21 +240,21 @@ fn a_run_takes_what_was_predicted() {
     let on_attention = "adapter = { rank = 8, targets = [\"q_proj\", \"v_proj\"] }\n";
     let mut lines = Vec::new();
     for (dtype, train, networks) in [
-        ("f32", "checkpoint = \"none\"", Networks::Dense),
-        ("f32", "checkpoint = \"block\"", Networks::Dense),
-        ("bf16", "checkpoint = \"none\"", Networks::Dense),
+        ("f32", "recompute = \"none\"", Networks::Dense),
+        ("f32", "recompute = \"block\"", Networks::Dense),
+        ("bf16", "recompute = \"none\"", Networks::Dense),
         ("f32", "full = true", Networks::Dense),
-        ("f32", "checkpoint = \"none\"", Networks::Experts(8)),
-        ("bf16", "checkpoint = \"none\"", Networks::Experts(32)),
-        ("f32", "checkpoint = \"block\"", Networks::Experts(16)),
-        ("f32", "checkpoint = \"none\", router = \"full\"", Networks::Experts(8)),
+        ("f32", "recompute = \"none\"", Networks::Experts(8)),
+        ("bf16", "recompute = \"none\"", Networks::Experts(32)),
+        ("f32", "recompute = \"block\"", Networks::Experts(16)),
+        ("f32", "recompute = \"none\", router = \"full\"", Networks::Experts(8)),
         ("f32", "full = true", Networks::Experts(8)),
         ("f32", ON_ATTENTION, Networks::Experts(8)),
-        ("f32", "checkpoint = \"none\"", Networks::Shared(8)),
-        ("bf16", "checkpoint = \"block\"", Networks::Shared(8)),
+        ("f32", "recompute = \"none\"", Networks::Shared(8)),
+        ("bf16", "recompute = \"block\"", Networks::Shared(8)),
     ] {
         let place = match train {
-            ON_ATTENTION => large_place_with(dtype, "checkpoint = \"none\"", on_attention),
+            ON_ATTENTION => large_place_with(dtype, "recompute = \"none\"", on_attention),
             _ => large_place(dtype, train),
         };
         larger_model(&place, networks);
@@ -296,7 +296,7 @@ fn routers_reach_down_to_the_first_sparse_layer() {
 /// One that has nothing in common with the model but its shape, so that all of it is held.
 #[test]
 fn a_run_with_a_teacher_takes_what_was_predicted() {
-    let place = large_place("f32", "checkpoint = \"none\"");
+    let place = large_place("f32", "recompute = \"none\"");
     fs::create_dir(place.path("teacher")).unwrap();
     larger_model(&place, Networks::Dense);
     for name in place.names_in("model") {

@@ -8,9 +8,10 @@ use peft::model::RouterLosses;
 use peft::model::config::{Overflow, RouterNoise, RoutingKind};
 use peft::ops::distillation::Terms;
 use peft::recipe::{
-    AdapterPlan, Bytes, DataPlan, DistillPlan, Document, DtypeChoice, Evaluation, ExpertChoice, Length,
-    MemoryBudget, MixturePlan, ModelPlan, Plan, Recipe, RecomputeChoice, RouterTraining, Said, TrainPlan,
-    Trained, UpcyclePlan, UpcycleRecipe, Work,
+    AdapterPlan, AdapterRecipe, Bytes, ContinuedAdapter, DataPlan, DistillPlan, Document, DtypeChoice,
+    Evaluation, ExpertChoice, FreshAdapter, Length, MemoryBudget, Method, MixturePlan, ModelPlan, Plan,
+    Recipe, RecomputeChoice, RouterTraining, Task, TrainPlan, Trained, UpcyclePlan, UpcycleRecipe, Work,
+    commented,
 };
 use peft::train::Schedule;
 use proptest::prelude::*;
@@ -28,6 +29,13 @@ data.train = [{ path = "data.jsonl" }]
 
 fn plan(text: &str) -> Result<Plan, Error> {
     Ok(Plan::of(&Recipe::read(&Document::parse("test.toml", text)?)?, "test"))
+}
+
+/// The new adapter that a plan trains.
+fn fresh(plan: Plan) -> FreshAdapter {
+    let Trained::Adapter(adapter) = plan.trained else { panic!("the recipe has an adapter") };
+    let AdapterPlan::Fresh(adapter) = *adapter else { panic!("the adapter is a new one") };
+    adapter
 }
 
 /// What the user reads when `text` is refused.
@@ -92,19 +100,17 @@ fn what_is_left_out_is_filled_in() {
     eval_every = 50
     save_every = 50
     keep = 3
-    checkpoint = "auto"
+    recompute = "auto"
     "#);
 }
 
 #[test]
 fn seeds_and_alpha_follow_what_is_written() {
     let text = format!("seed = 7\n{SHORTEST}").replace("adapter = {}", "adapter.rank = 8");
-    let Trained::Adapter(adapter) = plan(&text).unwrap().trained else { panic!("the recipe has an adapter") };
+    let adapter = fresh(plan(&text).unwrap());
     assert_eq!((adapter.config.seed, adapter.config.dropout_seed), (7, 8));
     assert_eq!(adapter.config.alpha, Some(8.0));
-    let Trained::Adapter(adapter) = plan(&text.replace("rank = 8", "seed = 20")).unwrap().trained else {
-        panic!("the recipe has an adapter")
-    };
+    let adapter = fresh(plan(&text.replace("rank = 8", "seed = 20")).unwrap());
     assert_eq!((adapter.config.seed, adapter.config.dropout_seed), (20, 21));
 }
 
@@ -231,9 +237,9 @@ fn numbers_have_ranges() {
     insta::assert_snapshot!(refusal_of("train.memory_budget = \"4 gigs\""), @"test.toml:6: `train.memory_budget`: expected an amount of memory such as `4GiB` or `512MiB`, found `4 gigs`");
     insta::assert_snapshot!(refusal_of("data.eval_share = 1"), @"test.toml:6: `data.eval_share`: expected a number above 0 and below 1, found `1`");
     insta::assert_snapshot!(refusal_of("data.max_length = 1"), @"test.toml:6: `data.max_length`: expected a whole number of at least 2, found `1`");
-    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.dropout = 1.0")), @"test.toml:4: `adapter.dropout`: expected a number of at least 0 and below 1, found `1`");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.dropout = 1.0")), @"test.toml:4: `adapter.dropout`: expected a number of at least 0 and below 1, found `1.0`");
     insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.alpha = 0")), @"test.toml:4: `adapter.alpha`: expected a number above 0, found `0`");
-    insta::assert_snapshot!(refusal(&SHORTEST.replace("path =", "weight = 0.0, path =")), @"test.toml:5: `data.train.weight`: expected a number above 0, found `0`");
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("path =", "weight = 0.0, path =")), @"test.toml:5: `data.train.weight`: expected a number above 0, found `0.0`");
 }
 
 #[test]
@@ -288,6 +294,132 @@ fn routing_that_needs_another_key_is_refused_and_what_is_off_is_not() {
         distill = { kl = 1.0, temperature = 1.0, hidden = 0.0 }
     "#;
     assert_eq!(plan(&format!("{SHORTEST}{off}")).unwrap(), plan(SHORTEST).unwrap());
+}
+
+#[test]
+fn everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file() {
+    let wrong = "
+task = \"finetune\"
+model = { sorce = \"model\" }
+adapter = { rank = \"many\", dropout = 2 }
+data.train = [{ path = 5 }, { paht = \"x\" }]
+train.steps = 0
+zebra = 1
+";
+    insta::assert_snapshot!(refusal(wrong), @r#"
+    test.toml:3: unknown key `model.sorce`
+    hint: did you mean `source`?
+    test.toml:4: `adapter.rank`: expected a whole number, found the string "many"
+    test.toml:4: `adapter.dropout`: expected a number of at least 0 and below 1, found `2`
+    test.toml:5: `data.train.path`: expected a path in a string, found `5`
+    test.toml:5: unknown key `data.train.paht`
+    hint: did you mean `path`?
+    test.toml:6: `train.steps`: expected a whole number of at least 1, found `0`
+    test.toml:7: unknown key `zebra`
+    hint: expected one of `task`, `seed`, `output`, `model`, `adapter`, `data`, `train`, `routing`, `losses`, `distill`
+    "#);
+    let contradicting = format!("{SHORTEST}data.eval = []\ntrain = {{ steps = 1, epochs = 1, full = true }}");
+    insta::assert_snapshot!(refusal(&contradicting), @"
+    test.toml:6: `data.eval` is empty: expected at least one file
+    test.toml:7: `train.steps` and `train.epochs` both say how long to train
+    hint: leave one of them out
+    test.toml:7: `train.full = true` trains all weights, so there can be no `[adapter]`
+    hint: leave one of them out
+    ");
+}
+
+/// Each key of the reference is a sentence, and its example is a value that the key takes.
+#[test]
+fn keys_are_described_and_their_examples_are_read() {
+    for task in [Task::Finetune, Task::Upcycle] {
+        let shortest = match task {
+            Task::Finetune => SHORTEST.to_string(),
+            Task::Upcycle => {
+                "task = \"upcycle\"\nmodel.source = \"m\"\ncalibration.data = [{ path = \"c\" }]".to_string()
+            }
+        };
+        let keys: Vec<_> = task.keys().collect();
+        assert!(keys.len() >= 20, "{}", keys.len());
+        for (path, key) in keys {
+            assert!(key.meaning().ends_with('.'), "{path}: {}", key.meaning());
+            assert!(!key.values().is_empty() && !key.default().is_empty(), "{path}");
+            if path.starts_with("data.train.") {
+                continue;
+            }
+            let example = key.example();
+            let value = toml::de::DeValue::parse(&example)
+                .unwrap_or_else(|error| panic!("{path} = {example}: {error}"))
+                .into_inner();
+            let mut document = Document::parse("test.toml", &shortest).unwrap();
+            document.set(&path, value, "here").unwrap();
+            let error = match task {
+                Task::Finetune => Recipe::read(&document).err(),
+                Task::Upcycle => UpcycleRecipe::read(&document).err(),
+            };
+            // A key alone may contradict another; its own value has to be right.
+            let said = error.map_or_else(String::new, |error| error.to_string());
+            assert!(!said.contains("expected") && !said.contains("unknown key"), "{path}: {said}");
+        }
+    }
+}
+
+#[test]
+fn the_recipe_with_every_key_is_a_recipe_and_so_is_each_of_its_comments() {
+    let text = commented(Task::Finetune);
+    assert_eq!(plan(&text).unwrap(), {
+        let shortest = "task = \"finetune\"\nmodel.source = \"HuggingFaceTB/SmolLM2-135M\"\nadapter = {}\n";
+        plan(&format!("{shortest}data.train = [{{ path = \"train.jsonl\" }}]")).unwrap()
+    });
+    let (upcycle, read) = (commented(Task::Upcycle), |text: &str| {
+        UpcycleRecipe::read(&Document::parse("test.toml", text).unwrap())
+    });
+    read(&upcycle).unwrap();
+    // Without the marks of comments every key is one that recipes have.
+    let is_key = |line: &&str| line.starts_with("# ") && line.contains(" = ") && !line.contains(". ");
+    let bare = |text: &str| {
+        let lines = text.lines().map(|line| if is_key(&line) { &line[2..] } else { line });
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    let said = plan(&bare(&text)).unwrap_err().to_string();
+    assert!(!said.contains("unknown key") && said.contains("both say how long to train"), "{said}");
+    assert!(text.lines().chain(upcycle.lines()).all(|line| line.chars().count() <= 100), "{text}");
+}
+
+#[test]
+fn the_schema_has_every_key_with_its_bounds() {
+    let schema = peft::recipe::schema();
+    let of_task = &schema["oneOf"][0]["properties"];
+    assert_eq!(of_task["task"]["enum"], serde_json::json!(["finetune"]));
+    for (path, _) in Task::Finetune.keys().filter(|(path, _)| !path.starts_with("data.train.")) {
+        let mut node = of_task;
+        for part in path.split('.') {
+            node = if node.get(part).is_some() { &node[part] } else { &node["properties"][part] };
+        }
+        assert!(node["description"].is_string(), "{path}: {node}");
+    }
+    let rank = &of_task["adapter"]["properties"]["rank"];
+    assert_eq!((&rank["type"], &rank["maximum"]), (&"integer".into(), &65_536.into()));
+    assert_eq!(
+        of_task["train"]["properties"]["schedule"]["enum"],
+        serde_json::json!(["constant", "linear", "cosine"])
+    );
+    assert_eq!(of_task["data"]["required"], serde_json::json!(["train"]));
+    assert_eq!(of_task["data"]["properties"]["train"]["items"]["required"], serde_json::json!(["path"]));
+}
+
+#[test]
+fn keys_of_earlier_versions_are_read() {
+    let earlier = plan(&format!("{SHORTEST}train.checkpoint = \"block\"")).unwrap();
+    assert_eq!(earlier, plan(&format!("{SHORTEST}train.recompute = \"block\"")).unwrap());
+    assert_eq!(earlier.train.recompute, RecomputeChoice::Block);
+    insta::assert_snapshot!(refusal_of("train = { checkpoint = \"block\", recompute = \"none\" }"), @"
+    test.toml:6: `train.checkpoint` is the earlier name of `train.recompute`, which is given too
+    hint: leave one of them out
+    ");
+    insta::assert_snapshot!(refusal_of("train.checkpoint = \"blok\""), @"
+    test.toml:6: `train.recompute`: expected one of `auto`, `none`, `block`, found `blok`
+    hint: did you mean `block`?
+    ");
 }
 
 /// Whatever a message calls by the name of a recipe's key is one.
@@ -606,8 +738,30 @@ fn trained() -> impl Strategy<Value = Trained> {
                 dropout_seed,
                 ..LoraConfig::default()
             };
-            let (from, said, experts) = (from.map(PathBuf::from), Said::ALL, ExpertChoice::All(true));
-            Trained::Adapter(Box::new(AdapterPlan { config, from, said, experts, shared_experts: true }))
+            Trained::Adapter(Box::new(match from.map(PathBuf::from) {
+                None => AdapterPlan::Fresh(FreshAdapter {
+                    config,
+                    experts: ExpertChoice::All(true),
+                    shared_experts: true,
+                }),
+                Some(from) => AdapterPlan::Continue(ContinuedAdapter {
+                    from: from.clone(),
+                    dropout,
+                    dropout_seed,
+                    expected: AdapterRecipe {
+                        method: Some(Method::Lora),
+                        rank: Some(rank),
+                        alpha: Some(alpha),
+                        dropout: Some(dropout),
+                        init: Some(init),
+                        seed: Some(seed),
+                        dropout_seed: Some(dropout_seed),
+                        from: Some(from),
+                        rslora: rslora.then_some(true),
+                        ..AdapterRecipe::default()
+                    },
+                }),
+            }))
         },
     );
     prop_oneof![4 => adapter, 1 => Just(Trained::Full)]
@@ -634,7 +788,7 @@ fn train() -> impl Strategy<Value = TrainPlan> {
     let length =
         prop_oneof![(1u64..1 << 40).prop_map(Length::Steps), number(0.01..100.0).prop_map(Length::Epochs)];
     let schedule = prop_oneof![Just(Schedule::Constant), Just(Schedule::Linear), Just(Schedule::Cosine)];
-    let checkpoint =
+    let recompute =
         prop_oneof![Just(RecomputeChoice::Auto), Just(RecomputeChoice::None), Just(RecomputeChoice::Block)];
     let budget = prop_oneof![
         Just(MemoryBudget::Free),
@@ -643,8 +797,8 @@ fn train() -> impl Strategy<Value = TrainPlan> {
     ];
     let sizes = (1usize..1000, 1usize..1000, 0u64..1000, 0u64..1000, 1usize..100);
     let rates = (number(1e-9..10.0), number(0.0..1.0), number(0.0..10.0), number(0.0..100.0));
-    (length, sizes, rates, schedule, checkpoint, budget).prop_map(
-        |(length, sizes, rates, schedule, checkpoint, memory_budget)| {
+    (length, sizes, rates, schedule, recompute, budget).prop_map(
+        |(length, sizes, rates, schedule, recompute, memory_budget)| {
             let (batch_size, accumulate, eval_every, save_every, keep) = sizes;
             let (learning_rate, warmup, weight_decay, max_grad_norm) = rates;
             TrainPlan {
@@ -659,7 +813,7 @@ fn train() -> impl Strategy<Value = TrainPlan> {
                 eval_every,
                 save_every,
                 keep,
-                checkpoint,
+                recompute,
                 memory_budget,
             }
         },

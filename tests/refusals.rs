@@ -189,7 +189,7 @@ fn nonsense_laid_over() {
     ");
     insta::assert_snapshot!(refused_recipe("steps = 6", "epochs = 1e300"), @"
     exit 2
-    error: recipe.toml:7: `train.epochs`: expected a number above 0 and at most 10000, found `1e300`
+    error: recipe.toml:7: `train.epochs`: expected a number of at most 10000, found `1e300`
     ");
 }
 

@@ -481,3 +481,53 @@ fn every_zero_steps_is_at_the_end() {
         .collect();
     assert_eq!(evaluated, [6]);
 }
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// `tests/fixtures/run` is the folder of a run that was killed after step 2 of 4. The program that wrote it kept one hash of
+/// all settings as words in its records, and knew fewer keys.
+#[test]
+fn a_run_of_an_earlier_program_goes_on() {
+    let place = Place::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    copy_folder(&root.join("tests/fixtures/run"), &place.path("earlier"));
+    copy_folder(&root.join("examples/tiny-llama"), &place.path("earlier/model"));
+    let within = |arguments: &[&str]| {
+        let mut command = place.command(arguments);
+        let output = command.current_dir(place.path("earlier")).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, said) = within(&["finetune", "recipe.toml", "--output", "whole"]);
+    assert_eq!(code, Some(0), "{said}");
+    let other = "data.train=[{ path = \"data.jsonl\", weight = 2 }]";
+    let (code, said) = within(&["finetune", "run/recipe.toml", "--resume", "--set", other]);
+    assert_eq!(code, Some(2), "{said}");
+    let records = fs::read_to_string(place.path("earlier/data.jsonl")).unwrap();
+    fs::write(place.path("earlier/data.jsonl"), records.replace("box 3", "box 9")).unwrap();
+    let (code, said) = within(&["finetune", "recipe.toml", "--resume"]);
+    assert!(
+        code == Some(2) && said.contains("the data are not those that the run was started with"),
+        "{said}"
+    );
+    fs::write(place.path("earlier/data.jsonl"), records).unwrap();
+    let (code, said) = within(&["finetune", "recipe.toml", "--resume"]);
+    assert!(code == Some(0) && said.contains("going on from run/checkpoint-2"), "{said}");
+    // The machine that computed the first steps may have had other instructions.
+    let last = |run: &str| {
+        let metrics = fs::read_to_string(place.path("earlier").join(run).join("metrics.jsonl")).unwrap();
+        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter_map(|line| line["eval_loss"].as_f64()).next_back().unwrap()
+    };
+    assert!((last("run") - last("whole")).abs() < 1e-4, "{} and {}", last("run"), last("whole"));
+}

@@ -8,12 +8,13 @@ use candle_core::DType;
 use super::builtin::{self, Builtin};
 use super::interrupt::{self, BeginsWithTraining};
 use super::overrides::{lay_over, lay_string};
+use super::reference;
 use super::terminal::{Terminal, indented};
 use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype};
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
-use crate::recipe::{Document, UpcyclePlan, Work};
+use crate::recipe::{self, Document, UpcyclePlan, Work};
 use crate::run::{self, Segment, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
 
@@ -164,7 +165,12 @@ pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()
             }
             Ok(())
         }
-        Some(RecipesAction::Show { name }) => terminal.write(format_args!("{}", Builtin::named(name)?.text)),
+        Some(RecipesAction::Show { name }) => match reference::every_key(name) {
+            Some(text) => terminal.write(format_args!("{text}")),
+            None => terminal.write(format_args!("{}", Builtin::named(name)?.text)),
+        },
+        Some(RecipesAction::Keys { key }) => reference::keys(key.as_deref(), terminal),
+        Some(RecipesAction::Schema) => terminal.write_json(&recipe::schema()),
     }
 }
 
@@ -180,6 +186,9 @@ fn work(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) 
     }
     if let Some(output) = output {
         lay_string(&mut document, "output", output, "--output")?;
+    }
+    for (old, new) in document.rename_old_keys()? {
+        terminal.say(format_args!("`{old}` is called `{new}` now"));
     }
     let work = Work::of(&document, &name)?;
     builtin::refuse_absent(&work)?;

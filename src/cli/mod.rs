@@ -20,6 +20,7 @@ mod inspect;
 mod interrupt;
 mod models;
 mod overrides;
+mod reference;
 mod report;
 mod routing;
 mod terminal;
@@ -75,7 +76,7 @@ enum Command {
     Eval(Eval),
     /// Describe a model, an adapter, a data file or a run
     Inspect(Inspect),
-    /// List the recipes built into this program, or show one
+    /// Show recipes, and what they can say: built-in recipes, keys, a schema
     Recipes(Recipes),
 }
 
@@ -237,9 +238,16 @@ enum RecipesAction {
     List,
     /// Print a recipe
     Show {
-        /// The name of a built-in recipe
+        /// The name of a built-in recipe; `all` or `all-upcycle` for one with every key
         name: String,
     },
+    /// List the keys of recipes, or describe one
+    Keys {
+        /// A key such as `train.learning_rate`, or a table such as `train`
+        key: Option<String>,
+    },
+    /// Print a JSON Schema of recipes, which editors check and complete keys with
+    Schema,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -55,7 +55,7 @@ fn value(text: &str) -> Result<DeValue<'_>, String> {
 mod tests {
     use super::*;
     use crate::adapter::Targets;
-    use crate::recipe::{Length, Plan, Recipe, Trained};
+    use crate::recipe::{AdapterPlan, Length, Plan, Recipe, Trained};
 
     const RECIPE: &str = r#"
         task = "finetune"
@@ -99,6 +99,7 @@ mod tests {
         assert!(!plan.data.pack);
         assert_eq!(plan.output.to_str(), Some("runs/a=b"));
         let Trained::Adapter(adapter) = plan.trained else { panic!("the recipe has an adapter") };
+        let AdapterPlan::Fresh(adapter) = *adapter else { panic!("the adapter is a new one") };
         assert_eq!(adapter.config.rank, 8);
         assert_eq!(adapter.config.targets, Targets::names(["q_proj", "v_proj"]));
     }

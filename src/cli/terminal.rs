@@ -126,13 +126,15 @@ impl Terminal {
             message(format_args!("{event}"));
             return;
         }
-        // What was interrupted on request is no error.
-        match error.exit_code() {
-            130 => message(format_args!("{error}")),
-            _ => labelled(Label::new("error", AnsiColor::Red, self.coloured), format_args!("{error}")),
-        }
-        if let Some(hint) = error.hint() {
-            labelled(Label::new("hint", AnsiColor::Cyan, self.coloured), format_args!("{hint}"));
+        for error in error.each() {
+            // What was interrupted on request is no error.
+            match error.exit_code() {
+                130 => message(format_args!("{error}")),
+                _ => labelled(Label::new("error", AnsiColor::Red, self.coloured), format_args!("{error}")),
+            }
+            if let Some(hint) = error.hint() {
+                labelled(Label::new("hint", AnsiColor::Cyan, self.coloured), format_args!("{hint}"));
+            }
         }
     }
 }

@@ -21,7 +21,7 @@ use super::{container, record};
 use crate::error::{Context, Error, Json, Result, nearest_path, read_regular};
 
 /// A data file of the recipe.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Source {
     /// A `.jsonl` or `.json` file.
     pub path: PathBuf,

@@ -43,7 +43,8 @@ pub struct Output {
 }
 
 /// What the forward of a layer keeps for the backward.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Recompute {
     /// Everything that the backward needs.
     None,

@@ -1,6 +1,6 @@
-//! Numbers as recipes may say them: each function reads one optional number and refuses what lies outside.
+//! Bounds of numbers in recipes: what is refused, and how it is said.
 
-use serde::de::{Deserialize, Deserializer, Error, Unexpected};
+use super::document::Value;
 
 /// Seeds and sizes end where TOML's whole numbers do, so that every plan can be written down.
 const LARGEST: u64 = i64::MAX as u64;
@@ -18,88 +18,72 @@ pub(super) const EXPERTS: u64 = 65_536;
 /// Checkpoints that are kept.
 pub(super) const CHECKPOINTS: u64 = 1_000_000;
 
-/// A whole number of at least `LEAST`.
-pub(super) fn at_least<'de, D: Deserializer<'de>, const LEAST: u64>(
-    deserializer: D,
-) -> Result<Option<u64>, D::Error> {
-    between::<D, LEAST, LARGEST>(deserializer)
+/// Which numbers a key takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Bound {
+    /// Whatever its type takes.
+    None,
+    /// Whole numbers from the first to the second.
+    Whole(u64, u64),
+    /// Numbers above 0, up to this.
+    Positive(f64),
+    /// Numbers from 0 to this.
+    NotNegative(f64),
+    /// Numbers from 0 to 1, both included.
+    Share,
+    /// Numbers from 0 up to, but not, 1.
+    BelowOne,
+    /// Numbers between 0 and 1, neither included.
+    Part,
 }
 
-/// A whole number from `LEAST` to `MOST`.
-pub(super) fn between<'de, D: Deserializer<'de>, const LEAST: u64, const MOST: u64>(
-    deserializer: D,
-) -> Result<Option<u64>, D::Error> {
-    let number = u64::deserialize(deserializer)?;
-    let expected = match number {
-        number if number < LEAST => format!("a whole number of at least {LEAST}"),
-        number if number > MOST => format!("a whole number of at most {MOST}"),
-        number => return Ok(Some(number)),
-    };
-    Err(D::Error::invalid_value(Unexpected::Unsigned(number), &expected.as_str()))
-}
+impl Bound {
+    /// Whole numbers of at least `least`.
+    pub(super) const fn at_least(least: u64) -> Self {
+        Self::Whole(least, LARGEST)
+    }
 
-/// Reads a number like [`between`], as a `usize`.
-pub(super) fn count<'de, D: Deserializer<'de>, const LEAST: u64, const MOST: u64>(
-    deserializer: D,
-) -> Result<Option<usize>, D::Error> {
-    let number = between::<D, LEAST, MOST>(deserializer)?;
-    number.map(|number| usize::try_from(number).map_err(D::Error::custom)).transpose()
-}
-
-/// A number above 0 and at most `MOST`.
-pub(super) fn positive<'de, D: Deserializer<'de>, const MOST: u64>(
-    deserializer: D,
-) -> Result<Option<f64>, D::Error> {
-    at_most::<D, MOST>(number(deserializer, "a number above 0", |x| x > 0.0)?)
-}
-
-/// A number from 0 to `MOST`.
-pub(super) fn not_negative<'de, D: Deserializer<'de>, const MOST: u64>(
-    deserializer: D,
-) -> Result<Option<f64>, D::Error> {
-    at_most::<D, MOST>(number(deserializer, "a number of at least 0", |x| x >= 0.0)?)
-}
-
-fn at_most<'de, D: Deserializer<'de>, const MOST: u64>(number: Option<f64>) -> Result<Option<f64>, D::Error> {
-    match number {
-        Some(number) if number > MOST as f64 => {
-            let expected = format!("a number of at most {MOST}");
-            Err(D::Error::invalid_value(Unexpected::Float(number), &expected.as_str()))
+    /// What was expected, where it is not `value`.
+    pub(super) fn refuses(self, value: &Value) -> Option<String> {
+        let (whole, number) = match value {
+            Value::Integer(number) => (Some(*number), *number as f64),
+            Value::Float(number) => (None, *number),
+            _ => return None,
+        };
+        let number_at_most = |most: f64| (number > most).then(|| format!("a number of at most {most}"));
+        let is_finite = number.is_finite();
+        let unless = |fits: bool, words: &str| (!(is_finite && fits)).then(|| words.to_string());
+        match self {
+            Self::None => None,
+            Self::Whole(least, most) => {
+                let whole = u64::try_from(whole?).unwrap_or(0);
+                if whole < least {
+                    Some(format!("a whole number of at least {least}"))
+                } else {
+                    (whole > most).then(|| format!("a whole number of at most {most}"))
+                }
+            }
+            Self::Positive(most) => unless(number > 0.0, "a number above 0").or_else(|| number_at_most(most)),
+            Self::NotNegative(most) => {
+                unless(number >= 0.0, "a number of at least 0").or_else(|| number_at_most(most))
+            }
+            Self::Share => unless((0.0..=1.0).contains(&number), "a number from 0 to 1"),
+            Self::BelowOne => unless((0.0..1.0).contains(&number), "a number of at least 0 and below 1"),
+            Self::Part => unless(number > 0.0 && number < 1.0, "a number above 0 and below 1"),
         }
-        number => Ok(number),
     }
-}
 
-/// A number above 0 that ends somewhere: each epoch is counted before a run begins.
-pub(super) fn epochs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-    number(deserializer, "a number above 0 and at most 10000", |x| x > 0.0 && x <= 10_000.0)
-}
-
-/// A number from 0 to 1, both included.
-pub(super) fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-    number(deserializer, "a number from 0 to 1", |x| (0.0..=1.0).contains(&x))
-}
-
-/// A number from 0 up to, but not, 1.
-pub(super) fn below_one<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-    number(deserializer, "a number of at least 0 and below 1", |x| (0.0..1.0).contains(&x))
-}
-
-/// A number between 0 and 1, neither included.
-pub(super) fn part<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-    number(deserializer, "a number above 0 and below 1", |x| x > 0.0 && x < 1.0)
-}
-
-fn number<'de, D: Deserializer<'de>>(
-    deserializer: D,
-    expected: &'static str,
-    fits: fn(f64) -> bool,
-) -> Result<Option<f64>, D::Error> {
-    let number = f64::deserialize(deserializer)?;
-    // Negative zero is zero: it would print as `-0.0` in the resolved recipe.
-    let number = number + 0.0;
-    if number.is_finite() && fits(number) {
-        return Ok(Some(number));
+    /// What it lets pass, in words.
+    pub(super) fn words(self) -> Option<String> {
+        Some(match self {
+            Self::None => return None,
+            Self::Whole(least, LARGEST) => format!("a whole number of at least {least}"),
+            Self::Whole(least, most) => format!("a whole number from {least} to {most}"),
+            Self::Positive(most) => format!("a number above 0 and at most {most}"),
+            Self::NotNegative(most) => format!("a number from 0 to {most}"),
+            Self::Share => "a number from 0 to 1".to_string(),
+            Self::BelowOne => "a number of at least 0 and below 1".to_string(),
+            Self::Part => "a number above 0 and below 1".to_string(),
+        })
     }
-    Err(D::Error::invalid_value(Unexpected::Float(number), &expected))
 }

@@ -1,36 +1,31 @@
 //! `[distill]`: the teacher that the trained model is to be like.
 
-use serde::{Deserialize, Serialize};
-
-use super::bounds;
+use super::bounds::Bound;
+use super::keys::{Written, keys};
 use crate::error::Error;
 use crate::ops::distillation::Terms;
 
-/// `[distill]`; without a teacher its other keys do nothing.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-pub(super) struct Distill {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    teacher: Option<String>,
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    kl: Option<f64>,
-    #[serde(deserialize_with = "bounds::positive::<_, 1000>", skip_serializing_if = "Option::is_none")]
-    temperature: Option<f64>,
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    hidden: Option<f64>,
+keys! {
+    table "distill" like "a table";
+
+    /// `[distill]`; without a teacher its other keys do nothing.
+    #[derive(Default)]
+    written pub struct DistillRecipe;
+
+    /// How much a teacher counts.
+    planned struct DistillValues {}
+
+    /// The teacher that the model learns from: a folder, a `.gguf` file or a Hub id.
+    teacher: String => "no teacher", "\"models/dense\"";
+    /// How much the divergence from the teacher's predictions counts in the loss.
+    kl: f64 [Bound::NotNegative(1e6)] = 1.0;
+    /// The temperature that both predictions are divided by before they are compared.
+    temperature: f64 [Bound::Positive(1000.0)] = 1.0;
+    /// How much the difference from the teacher's last hidden state counts in the loss.
+    hidden: f64 [Bound::NotNegative(1e6)] = 0.0;
 }
 
-impl Distill {
-    pub(super) fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-
+impl DistillRecipe {
     /// A teacher of whom nothing is learned.
     pub(super) fn contradiction(&self) -> Option<Error> {
         let plan = DistillPlan::of(self)?;
@@ -51,20 +46,15 @@ pub struct DistillPlan {
 }
 
 impl DistillPlan {
-    pub(super) fn of(recipe: &Distill) -> Option<Self> {
-        let Distill { teacher, kl, temperature, hidden } = recipe;
-        let terms = Terms {
-            kl: kl.unwrap_or(1.0),
-            temperature: temperature.unwrap_or(1.0),
-            hidden: hidden.unwrap_or(0.0),
-        };
-        Some(Self { teacher: teacher.clone()?, terms })
+    pub(super) fn of(recipe: &DistillRecipe) -> Option<Self> {
+        let DistillValues { kl, temperature, hidden } = DistillValues::of_keys(recipe);
+        Some(Self { teacher: recipe.teacher.clone()?, terms: Terms { kl, temperature, hidden } })
     }
 
     /// The table that says it.
-    pub(super) fn table(&self) -> Distill {
+    pub(super) fn table(&self) -> DistillRecipe {
         let Terms { kl, temperature, hidden } = self.terms;
-        let teacher = Some(self.teacher.clone());
-        Distill { teacher, kl: Some(kl), temperature: Some(temperature), hidden: Some(hidden) }
+        let values = DistillValues { kl, temperature, hidden };
+        DistillRecipe { teacher: Some(self.teacher.clone()), ..values.written() }
     }
 }

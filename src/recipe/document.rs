@@ -11,6 +11,9 @@ use toml::de::{DeTable, DeValue};
 
 use crate::error::{Context, Error, Result};
 
+/// Keys of earlier versions, and what they are called now.
+const OLD_KEYS: [(&str, &str); 1] = [("train.checkpoint", "train.recompute")];
+
 /// A recipe's text, with flags laid over it, before it is typed.
 #[derive(Debug, Clone)]
 pub struct Document {
@@ -92,19 +95,52 @@ impl Document {
         Ok(())
     }
 
+    /// Gives keys of earlier versions their names of today, and says which.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a key stands there under both names.
+    pub fn rename_old_keys(&mut self) -> Result<Vec<(&'static str, &'static str)>> {
+        let mut renamed = Vec::new();
+        for (old, new) in OLD_KEYS {
+            let Some(node) = self.taken(old) else { continue };
+            let (tables, name) = new.rsplit_once('.').unwrap_or(("", new));
+            let Some(Value::Table(table)) = self.node_mut(tables).map(|node| &mut node.value) else {
+                continue;
+            };
+            if table.contains_key(name) {
+                let error =
+                    Error::request(format!("`{old}` is the earlier name of `{new}`, which is given too"));
+                return Err(self.error_from(&node.origin, error.with_hint("leave one of them out")));
+            }
+            table.insert(name.to_string(), node);
+            renamed.push((old, new));
+        }
+        Ok(renamed)
+    }
+
     /// Takes what is said at `key` out; gives whether there was anything.
     pub fn remove(&mut self, key: &str) -> bool {
+        self.taken(key).is_some()
+    }
+
+    fn taken(&mut self, key: &str) -> Option<Node> {
         let (tables, last) = key.rsplit_once('.').unwrap_or(("", key));
+        match &mut self.node_mut(tables)?.value {
+            Value::Table(table) => table.remove(last),
+            _ => None,
+        }
+    }
+
+    /// What is said at `key`; of the empty key the whole document.
+    fn node_mut(&mut self, key: &str) -> Option<&mut Node> {
+        let parts = key.split('.').filter(|part| !part.is_empty());
         let mut node = &mut self.root;
-        for part in tables.split('.').filter(|part| !part.is_empty()) {
-            let Value::Table(table) = &mut node.value else { return false };
-            let Some(inner) = table.get_mut(part) else { return false };
-            node = inner;
+        for part in parts {
+            let Value::Table(table) = &mut node.value else { return None };
+            node = table.get_mut(part)?;
         }
-        match &mut node.value {
-            Value::Table(table) => table.remove(last).is_some(),
-            _ => false,
-        }
+        Some(node)
     }
 
     /// Says of `error` that it is about `key`: the line or the flag that the key, or the table it is missing in, has.
@@ -117,6 +153,18 @@ impl Document {
             }
         }
         self.error_from(&node.origin, error)
+    }
+
+    /// One error of errors about keys, in the order of the file.
+    pub(super) fn errors_at(&self, errors: Vec<(&str, Error)>) -> Error {
+        let mut errors: Vec<Error> =
+            errors.into_iter().map(|(key, error)| self.error_at(key, error)).collect();
+        errors.sort_by_key(|error| match error {
+            Error::AtLine { line, .. } => *line,
+            Error::At { .. } => 0,
+            _ => usize::MAX,
+        });
+        Error::several(errors)
     }
 
     /// Says of `error` that it comes from `origin`.

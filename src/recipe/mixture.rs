@@ -2,7 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Recipe, bounds};
+use super::bounds::{self, Bound};
+use super::document::Node;
+use super::keys::{Written, keys};
+use super::kind::Kind;
+use super::reading::{Faults, KeyValue, leaves};
+use super::tables::TrainRecipe;
+use super::typed::read_leaf;
 use crate::error::{Error, Result};
 use crate::model::RouterLosses;
 use crate::model::config::{
@@ -46,43 +52,40 @@ pub struct MixturePlan {
 }
 
 impl MixturePlan {
-    pub(super) fn of(recipe: &Recipe) -> Self {
-        let Routing { active, noise, capacity_factor, capacity_warmup, overflow, kind } = recipe.routing;
-        let Losses { switch, importance, load, load_std, z, bias_update, pooled } = recipe.losses;
-        let [switch, importance, load, load_std, z] =
-            [switch, importance, load, load_std, z].map(|coefficient| coefficient.unwrap_or(0.0));
+    pub(super) fn of(train: &TrainRecipe, routing: &RoutingRecipe, losses: &LossesRecipe) -> Self {
+        let RoutingValues { noise, capacity_warmup, overflow, kind } = RoutingValues::of_keys(routing);
+        let LossesValues { switch, importance, load, load_std, z, bias_update, pooled } =
+            LossesValues::of_keys(losses);
         Self {
-            router: recipe.train.router,
-            active,
+            router: train.router.unwrap_or_default(),
+            active: routing.active,
             noise,
-            capacity_factor,
-            capacity_warmup: capacity_warmup.unwrap_or(0),
+            capacity_factor: routing.capacity_factor,
+            capacity_warmup,
             overflow,
             kind,
             losses: RouterLosses { switch, importance, load, load_std, z, pooled },
-            bias_update: bias_update.unwrap_or(0.0),
+            bias_update,
         }
     }
 
-    /// The tables that say it.
-    pub(super) fn tables(&self) -> (Routing, Losses) {
-        let Self {
-            active, noise, capacity_factor, capacity_warmup, overflow, kind, losses, bias_update, ..
-        } = *self;
+    /// The tables that say it, but for what is trained of routers; none where they say nothing.
+    pub(super) fn tables(&self) -> (Option<RoutingRecipe>, Option<LossesRecipe>) {
+        let Self { active, noise, capacity_factor, capacity_warmup, overflow, kind, losses, .. } = *self;
+        let Self { bias_update, .. } = *self;
         let RouterLosses { switch, importance, load, load_std, z, pooled } = losses;
-        let on = |coefficient: f64| (coefficient > 0.0).then_some(coefficient);
-        let capacity_warmup = (capacity_warmup > 0).then_some(capacity_warmup);
-        let routing = Routing { active, noise, capacity_factor, capacity_warmup, overflow, kind };
-        let losses = Losses {
-            switch: on(switch),
-            importance: on(importance),
-            load: on(load),
-            load_std: on(load_std),
-            z: on(z),
-            bias_update: on(bias_update),
-            pooled,
-        };
-        (routing, losses)
+        let nothing = Self { router: self.router, ..Self::default() };
+        let says_losses = (losses, bias_update) != (nothing.losses, nothing.bias_update);
+        let says_routing = Self { losses: nothing.losses, bias_update: 0.0, ..*self } != nothing;
+        let routing = RoutingValues { noise, capacity_warmup, overflow, kind }.written();
+        let routing = RoutingRecipe { active, capacity_factor, ..routing };
+        let losses = LossesValues { switch, importance, load, load_std, z, bias_update, pooled }.written();
+        (says_routing.then_some(routing), says_losses.then_some(losses))
+    }
+
+    /// `train.router`, where it says something.
+    pub(super) fn router_key(&self) -> Option<RouterTraining> {
+        (self.router != RouterTraining::Frozen).then_some(self.router)
     }
 
     /// The first key that asks for something only a mixture of experts has.
@@ -160,85 +163,67 @@ impl MixturePlan {
     }
 }
 
-/// `[routing]`
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-pub(super) struct Routing {
-    #[serde(
-        deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    active: Option<usize>,
-    noise: RouterNoise,
-    #[serde(deserialize_with = "bounds::positive::<_, 65_536>", skip_serializing_if = "Option::is_none")]
-    capacity_factor: Option<f64>,
-    #[serde(
-        deserialize_with = "bounds::between::<_, 0, { bounds::STEPS }>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    capacity_warmup: Option<u64>,
-    overflow: Overflow,
-    kind: RoutingKind,
+keys! {
+    table "routing" like "a table";
+
+    /// `[routing]`
+    #[derive(Default)]
+    written pub struct RoutingRecipe;
+
+    /// The keys of routing that have a value of their own.
+    planned struct RoutingValues {}
+
+    /// Experts that a token is sent to.
+    active: usize [Bound::Whole(1, bounds::EXPERTS)] => "as many as the model's `config.json` says", "2";
+    /// Noise that is added to the router's logits in training.
+    noise: RouterNoise = RouterNoise::default();
+    /// The most tokens of an expert, as a multiple of an equal share.
+    capacity_factor: f64 [Bound::Positive(65_536.0)] => "no limit", "1.25";
+    /// Steps in which the limit comes down to `capacity_factor`.
+    capacity_warmup: u64 [Bound::Whole(0, bounds::STEPS)] = 0;
+    /// Where tokens go whose expert is full.
+    overflow: Overflow = Overflow::default();
+    /// By what experts are chosen.
+    kind: RoutingKind = RoutingKind::default();
 }
 
-impl Routing {
-    pub(super) fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
+keys! {
+    table "losses" like "a table";
+
+    /// `[losses]`
+    #[derive(Default)]
+    written pub struct LossesRecipe;
+
+    /// How much each loss on routers counts.
+    planned struct LossesValues {}
+
+    /// Coefficient of the load-balancing loss of Switch Transformers.
+    switch: f64 [Bound::NotNegative(1e6)] = 0.0;
+    /// Coefficient of the variation of the experts' importance, which is the sum of their weights.
+    importance: f64 [Bound::NotNegative(1e6)] = 0.0;
+    /// Coefficient of the variation of the experts' load under noise.
+    load: f64 [Bound::NotNegative(1e6)] = 0.0;
+    /// Coefficient of the deviation of the experts' load.
+    load_std: f64 [Bound::NotNegative(1e6)] = 0.0;
+    /// Coefficient of the z-loss, which keeps the router's logits small.
+    z: f64 [Bound::NotNegative(1e6)] = 0.0;
+    /// Step of selection biases that follow the load of each expert; 0: they stay.
+    bias_update: f64 [Bound::NotNegative(1e6)] = 0.0;
+    /// Whether the losses are computed over the tokens of all layers together, as transformers does.
+    pooled: bool = false;
 }
 
-/// `[losses]`
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-pub(super) struct Losses {
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    switch: Option<f64>,
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    importance: Option<f64>,
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    load: Option<f64>,
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    load_std: Option<f64>,
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    z: Option<f64>,
-    #[serde(
-        deserialize_with = "bounds::not_negative::<_, 1_000_000>",
-        skip_serializing_if = "Option::is_none"
-    )]
-    bias_update: Option<f64>,
-    pooled: bool,
-}
-
-impl Losses {
-    pub(super) fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-impl Recipe {
-    /// A key of `[routing]` that another key forbids, or needs and has not.
-    pub(super) fn contradiction_of_routing(&self) -> Option<(&'static str, Error)> {
-        let Routing { noise, capacity_factor, capacity_warmup, .. } = self.routing;
+impl RoutingRecipe {
+    /// A key that another key forbids, or needs and has not.
+    pub(super) fn contradiction(&self, train: &TrainRecipe) -> Option<(&'static str, Error)> {
+        let Self { capacity_factor, capacity_warmup, .. } = *self;
+        let noise = self.noise.unwrap_or_default();
         if capacity_warmup.is_some_and(|steps| steps > 0) && capacity_factor.is_none() {
             let error = Error::request("`routing.capacity_warmup` leads to a capacity that is not given");
             return Some(("routing.capacity_warmup", error.with_hint("set `routing.capacity_factor` too")));
         }
-        let trains_routers = self.train.router != RouterTraining::Frozen || self.train.full == Some(true);
+        let trains_routers =
+            train.router.unwrap_or_default() != RouterTraining::Frozen || train.full == Some(true);
         if noise == RouterNoise::Learned && !trains_routers {
             let error =
                 Error::request("learned noise is trained with the routers, and `train.router` is \"frozen\"");
@@ -257,6 +242,18 @@ pub enum ExpertChoice {
     All(bool),
     /// Those with these numbers, in every layer.
     Some(Vec<usize>),
+}
+
+leaves!(RouterTraining, RouterNoise, Overflow, RoutingKind);
+
+impl KeyValue for ExpertChoice {
+    fn read(node: &Node, faults: &mut Faults) -> Option<Self> {
+        faults.kept(read_leaf(node), &node.origin)
+    }
+
+    fn kind() -> Kind {
+        Kind::Words("`true`, `false` or a list of the numbers of experts".to_string())
+    }
 }
 
 /// The pattern on paths that leaves out what is not to have an adapter; none where everything may have one.

@@ -21,216 +21,101 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
-use crate::adapter::{Init, Targets};
-use crate::data::{Format, SpecialTokens, TrainOn};
+use crate::adapter::Targets;
 use crate::error::{Error, Result};
-use crate::train::Schedule;
 
 mod bounds;
 mod choice;
 mod distill;
 mod document;
+mod keys;
+mod kind;
 mod mixture;
 mod plan;
+mod reading;
+mod reference;
+mod tables;
 mod template;
 mod typed;
 mod upcycle;
 
 pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
-pub use distill::DistillPlan;
+pub use distill::{DistillPlan, DistillRecipe};
 pub use document::Document;
-pub use mixture::{ExpertChoice, MixturePlan, RouterTraining};
+pub use keys::{Key, Table};
+pub use kind::Kind;
+pub use mixture::{ExpertChoice, LossesRecipe, MixturePlan, RouterTraining, RoutingRecipe};
 pub use plan::{
-    AdapterPlan, DataPlan, Evaluation, Length, MemoryBudget, ModelPlan, Plan, Said, TrainPlan, Trained,
+    AdapterPlan, ContinuedAdapter, Evaluation, FreshAdapter, Length, MemoryBudget, Plan, Trained,
 };
+pub use reference::{commented, schema};
+pub use tables::{AdapterRecipe, DataPlan, DataRecipe, ModelPlan, ModelRecipe, TrainPlan, TrainRecipe};
 pub use template::{Date, TemplateVariables};
-pub use upcycle::{UpcyclePlan, UpcycleRecipe};
+pub use upcycle::{CalibrationRecipe, FormatChoice, MethodRecipe, UpcyclePlan, UpcycleRecipe};
 
 pub(crate) use document::written;
 pub(crate) use upcycle::name_of;
 
-use distill::Distill;
-use mixture::{Losses, Routing};
+use bounds::Bound;
+use keys::keys;
 
-/// A fine-tuning recipe as it was written: what is `None` was left out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub struct Recipe {
-    /// Always [`Task::Finetune`] here.
-    pub task: Task,
+keys! {
+    table "" like "a table";
+
+    /// A fine-tuning recipe as it was written: what is `None` was left out.
+    written pub struct Recipe;
+
+    /// The tables of a recipe, where those that are left out are empty.
+    planned pub(super) struct Tables {
+        /// The run directory.
+        output: PathBuf,
+        /// The adapter; `None`: all weights are trained.
+        adapter: Option<AdapterRecipe>,
+    }
+
+    /// What the recipe is for.
+    task: Task, "\"finetune\"";
     /// The seed of everything random.
-    #[serde(default, deserialize_with = "bounds::at_least::<_, 0>")]
-    pub seed: Option<u64>,
+    seed: u64 [Bound::at_least(0)] = 42;
     /// The run directory.
-    pub output: Option<PathBuf>,
-    /// What is trained.
-    pub model: ModelRecipe,
-    /// The adapter; left out when all weights are trained.
-    pub adapter: Option<AdapterRecipe>,
-    /// What it is trained on.
-    pub data: DataRecipe,
-    /// How it is trained.
-    #[serde(default)]
-    pub train: TrainRecipe,
-    #[serde(default, skip_serializing_if = "Routing::is_default")]
-    routing: Routing,
-    #[serde(default, skip_serializing_if = "Losses::is_default")]
-    losses: Losses,
-    #[serde(default, skip_serializing_if = "Distill::is_default")]
-    distill: Distill,
+    output: PathBuf => "`runs/` and the name of the recipe's file", "\"runs/first\"";
+    /// The model that is trained.
+    model: ModelRecipe, "{ source = \"HuggingFaceTB/SmolLM2-135M\" }";
+    /// The adapter; left out where all weights are trained.
+    adapter: AdapterRecipe => "none, which `train.full` needs", "{ rank = 16 }";
+    /// The data that the model is trained and evaluated on.
+    data: DataRecipe, "{ train = [{ path = \"train.jsonl\" }] }";
+    /// How the model is trained.
+    train: TrainRecipe = TrainRecipe::default(), "{ epochs = 3 }";
+    /// How a mixture of experts sends tokens to its experts.
+    routing: RoutingRecipe = RoutingRecipe::default(), "{ capacity_factor = 1.25 }";
+    /// Losses that spread the tokens over the experts of a mixture.
+    losses: LossesRecipe = LossesRecipe::default(), "{ switch = 0.01 }";
+    /// A teacher that the model learns from.
+    distill: DistillRecipe = DistillRecipe::default(), "{ teacher = \"models/dense\" }";
 }
 
-/// `[model]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub struct ModelRecipe {
-    /// A folder, a `.gguf` file or a Hub id.
-    pub source: String,
-    /// The number format of the frozen weights.
-    pub dtype: Option<DtypeChoice>,
-}
+/// The tables of a fine-tuning recipe.
+const FINETUNE: &[Table] = &[
+    Recipe::TABLE,
+    ModelRecipe::TABLE,
+    AdapterRecipe::TABLE,
+    DataRecipe::TABLE,
+    tables::SOURCE,
+    TrainRecipe::TABLE,
+    RoutingRecipe::TABLE,
+    LossesRecipe::TABLE,
+    DistillRecipe::TABLE,
+];
 
-/// `[adapter]`
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-pub struct AdapterRecipe {
-    /// The kind of adapter.
-    pub method: Option<Method>,
-    /// Columns of the low-rank factors; 0: no adapter.
-    #[serde(deserialize_with = "bounds::count::<_, 0, { bounds::RANK }>")]
-    pub rank: Option<usize>,
-    /// The numerator of the scale.
-    #[serde(deserialize_with = "bounds::positive::<_, 1_000_000>")]
-    pub alpha: Option<f64>,
-    /// Share of the inputs dropped in training.
-    #[serde(deserialize_with = "bounds::below_one")]
-    pub dropout: Option<f64>,
-    /// The layers that get one.
-    pub targets: Option<Targets>,
-    /// How the factors begin.
-    pub init: Option<Init>,
-    /// Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
-    pub rslora: Option<bool>,
-    /// Seed of the factors.
-    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
-    pub seed: Option<u64>,
-    /// Seed of the dropout masks.
-    #[serde(deserialize_with = "bounds::at_least::<_, 0>")]
-    pub dropout_seed: Option<u64>,
-    /// The adapter to go on training.
-    pub from: Option<PathBuf>,
-    /// Which experts of a mixture get one.
-    pub experts: Option<ExpertChoice>,
-    /// Whether shared experts get one.
-    pub shared_experts: Option<bool>,
-}
-
-/// `[data]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub struct DataRecipe {
-    /// Files to train on.
-    pub train: Vec<SourceRecipe>,
-    /// Files to evaluate on.
-    pub eval: Option<Vec<SourceRecipe>>,
-    /// Share of the documents of `train` held out when `eval` is left out.
-    #[serde(default, deserialize_with = "bounds::part")]
-    pub eval_share: Option<f64>,
-    /// Tokens of the longest document.
-    #[serde(default, deserialize_with = "bounds::count::<_, 2, { bounds::TOKENS }>")]
-    pub max_length: Option<usize>,
-    /// Whether a batch is filled with as many documents as fit.
-    pub pack: Option<bool>,
-    /// Which tokens are learned.
-    pub train_on: Option<TrainOn>,
-    /// Sets the variables that chat templates get in addition to the conversation: the date, and any other.
-    pub template: Option<TemplateVariables>,
-    /// Whether control tokens such as `<|im_end|>` in the data are the model's own tokens or text.
-    pub special_tokens: Option<SpecialTokens>,
-}
-
-/// A file of `[data]`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table such as { path = \"data.jsonl\" }")]
-pub struct SourceRecipe {
-    /// A `.jsonl` or `.json` file.
-    pub path: PathBuf,
-    /// How often each document is seen per epoch.
-    #[serde(default, deserialize_with = "bounds::positive::<_, 1000>")]
-    pub weight: Option<f64>,
-    /// What its records look like.
-    pub format: Option<Format>,
-}
-
-/// `[train]`
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-pub struct TrainRecipe {
-    /// Whether all weights are trained, without an adapter.
-    pub full: Option<bool>,
-    /// Optimizer steps.
-    #[serde(deserialize_with = "bounds::between::<_, 1, { bounds::STEPS }>")]
-    pub steps: Option<u64>,
-    /// Passes over the training data, instead of `steps`.
-    #[serde(deserialize_with = "bounds::epochs")]
-    pub epochs: Option<f64>,
-    /// Rows of a batch.
-    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::ROWS }>")]
-    pub batch_size: Option<usize>,
-    /// Batches of a step.
-    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::ROWS }>")]
-    pub accumulate: Option<usize>,
-    /// The highest learning rate.
-    #[serde(deserialize_with = "bounds::positive::<_, 10>")]
-    pub learning_rate: Option<f64>,
-    /// Its course.
-    pub schedule: Option<Schedule>,
-    /// Share of the steps in which it rises.
-    #[serde(deserialize_with = "bounds::share")]
-    pub warmup: Option<f64>,
-    /// Decoupled weight decay.
-    #[serde(deserialize_with = "bounds::not_negative::<_, 100>")]
-    pub weight_decay: Option<f64>,
-    /// Gradients are scaled down to this norm; 0: never.
-    #[serde(deserialize_with = "bounds::not_negative::<_, 1_000_000_000>")]
-    pub max_grad_norm: Option<f64>,
-    /// Steps between evaluations, one before the first step and one at the end; 0: only at the end.
-    #[serde(deserialize_with = "bounds::between::<_, 0, { bounds::STEPS }>")]
-    pub eval_every: Option<u64>,
-    /// Steps between checkpoints, one at the end; 0: only at the end.
-    #[serde(deserialize_with = "bounds::between::<_, 0, { bounds::STEPS }>")]
-    pub save_every: Option<u64>,
-    /// Checkpoints that are kept, the newest.
-    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::CHECKPOINTS }>")]
-    pub keep: Option<usize>,
-    /// What is recomputed in the backward pass.
-    pub checkpoint: Option<RecomputeChoice>,
-    /// The memory that recomputation and pieces are chosen for.
-    pub memory_budget: Option<Bytes>,
-    /// What of the routers of a mixture of experts is trained.
-    #[serde(skip_serializing_if = "is_frozen")]
-    pub router: RouterTraining,
-}
-
-fn is_frozen(router: &RouterTraining) -> bool {
-    *router == RouterTraining::Frozen
-}
+/// The tables of an upcycling recipe.
+const UPCYCLE: &[Table] =
+    &[UpcycleRecipe::TABLE, ModelRecipe::TABLE, MethodRecipe::TABLE, CalibrationRecipe::TABLE];
 
 impl Task {
     /// What a recipe is for.
     pub fn of(document: &Document) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct OfTask {
-            task: Task,
-        }
-
-        let read = document.typed::<OfTask>().map_err(|error| match error {
-            Error::At { .. } => error.with_hint("begin the recipe with `task = \"finetune\"`"),
-            other => other,
-        })?;
-        Ok(read.task)
+        document.key("task", "begin the recipe with `task = \"finetune\"`")
     }
 }
 
@@ -289,48 +174,54 @@ impl Recipe {
                 .with_hint("`peft upcycle` runs this recipe");
             return Err(document.error_at("task", error));
         }
-        let recipe: Self = document.typed()?;
-        match recipe.contradiction() {
-            None => Ok(recipe),
-            Some((key, error)) => Err(document.error_at(key, error)),
-        }
+        let mut document = document.clone();
+        document.rename_old_keys()?;
+        let recipe: Self = document.read()?;
+        let contradictions = recipe.contradictions();
+        if contradictions.is_empty() { Ok(recipe) } else { Err(document.errors_at(contradictions)) }
     }
 
-    /// A key that another key, or this version, forbids.
-    fn contradiction(&self) -> Option<(&'static str, Error)> {
-        let Self { adapter, data, train, .. } = self;
+    /// Keys that other keys forbid, each with what is wrong.
+    fn contradictions(&self) -> Vec<(&'static str, Error)> {
+        let Tables { train, adapter, data, routing, distill, .. } = Tables::of(self, "");
         let full = train.full.unwrap_or(false);
-        if let Some(found) = self.contradiction_of_routing() {
-            return Some(found);
-        }
-        if let Some(error) = self.distill.contradiction() {
-            return Some(("distill.kl", error));
+        let mut found = Vec::from_iter(routing.contradiction(&train));
+        if let Some(error) = distill.contradiction() {
+            found.push(("distill.kl", error));
         }
         if train.steps.is_some() && train.epochs.is_some() {
             let error = Error::request("`train.steps` and `train.epochs` both say how long to train");
-            return Some(("train.epochs", error.with_hint("leave one of them out")));
+            found.push(("train.epochs", error.with_hint("leave one of them out")));
         }
         if full && adapter.is_some() {
             let error =
                 Error::request("`train.full = true` trains all weights, so there can be no `[adapter]`");
-            return Some(("train.full", error.with_hint("leave one of them out")));
+            found.push(("train.full", error.with_hint("leave one of them out")));
         }
         if !full && adapter.is_none() {
             let error = Error::request("nothing would be trained: there is no `[adapter]`");
             let hint = "add an `[adapter]` table, or set `train.full = true` to train all weights";
-            return Some(("adapter", error.with_hint(hint)));
+            found.push(("adapter", error.with_hint(hint)));
         }
         if let Some(AdapterRecipe { targets: Some(Targets::Names(names)), .. }) = adapter
             && names.is_empty()
         {
             let error = Error::request("`adapter.targets` is empty, so nothing would be trained");
-            return Some(("adapter.targets", error.with_hint("\"all-linear\" takes every linear layer")));
+            found.push(("adapter.targets", error.with_hint("\"all-linear\" takes every linear layer")));
         }
         for (key, sources) in [("data.train", Some(&data.train)), ("data.eval", data.eval.as_ref())] {
             if sources.is_some_and(Vec::is_empty) {
-                return Some((key, Error::request(format!("`{key}` is empty: expected at least one file"))));
+                found.push((key, Error::request(format!("`{key}` is empty: expected at least one file"))));
             }
         }
-        None
+        found
+    }
+}
+
+impl Tables {
+    /// Those of a recipe whose file has this name without its ending.
+    pub(super) fn of(recipe: &Recipe, name: &str) -> Self {
+        let output = recipe.output.clone().unwrap_or_else(|| PathBuf::from("runs").join(name));
+        Self::of_keys(recipe, output, recipe.adapter.clone())
     }
 }

@@ -1,4 +1,4 @@
-//! Types a [`Document`](super::document::Document): serde's view of its nodes.
+//! Types the values of a [`Document`](super::document::Document): serde's view of its nodes.
 //!
 //! A deserializer of our own, because serde's messages name Rust types and know no place. Here every fault carries
 //! the key and the line or flag it comes from, and says what was expected in words.
@@ -9,20 +9,23 @@ use std::slice;
 
 use serde::de::value::StrDeserializer;
 use serde::de::{
-    DeserializeOwned, DeserializeSeed, Deserializer, Error as _, Expected, IntoDeserializer, MapAccess,
-    SeqAccess, Unexpected, Visitor,
+    Deserialize, DeserializeSeed, Deserializer, Error as _, Expected, IntoDeserializer, MapAccess, SeqAccess,
+    Unexpected, Visitor,
 };
 
 use super::document::{Document, Node, Origin, Value};
 use crate::error::{Error, Result, nearest};
 
+/// Reads a value that serde knows.
+pub(super) fn read_leaf<'de, T: Deserialize<'de>>(node: &'de Node) -> Result<T, Fault> {
+    T::deserialize(node)
+}
+
 impl Document {
-    /// Reads the document as a `T`.
-    pub(super) fn typed<T: DeserializeOwned>(&self) -> Result<T> {
-        T::deserialize(&self.root).map_err(|fault| {
-            let origin = fault.origin.clone().unwrap_or(Origin::Document);
-            self.error_from(&origin, fault.into_error())
-        })
+    /// The error that a fault stands for, with its place.
+    pub(super) fn error_of(&self, fault: Fault) -> Error {
+        let origin = fault.origin.clone().unwrap_or(Origin::Document);
+        self.error_from(&origin, fault.into_error())
     }
 }
 
@@ -38,7 +41,7 @@ pub(super) struct Fault {
 #[derive(Debug)]
 enum FaultKind {
     /// The last part of the key is unknown; those that would be known.
-    UnknownKey(&'static [&'static str]),
+    UnknownKey(Vec<&'static str>),
     MissingKey(&'static str),
     UnknownName {
         found: String,
@@ -56,7 +59,32 @@ impl Fault {
         Self { kind, key: Vec::new(), origin: None }
     }
 
-    fn within(mut self, key: Option<&str>, origin: &Origin) -> Self {
+    /// Another value was `expected` than `node` is.
+    pub(super) fn unfit(expected: &str, node: &Node) -> Self {
+        Self::new(FaultKind::Unfit { expected: expected.to_string(), found: node.value.describe() })
+    }
+
+    /// A key is none of those that are `known` in its table.
+    pub(super) fn unknown_key(known: Vec<&'static str>) -> Self {
+        Self::new(FaultKind::UnknownKey(known))
+    }
+
+    /// A table has not the key that it needs.
+    pub(super) fn missing_key(name: &'static str) -> Self {
+        Self::new(FaultKind::MissingKey(name))
+    }
+
+    /// Where it stands among the faults of a document: those of the whole first, then line by line, then flags.
+    pub(super) fn place(&self) -> (u8, usize) {
+        match &self.origin {
+            None | Some(Origin::Document) => (0, 0),
+            Some(Origin::Line(line)) => (1, *line),
+            Some(Origin::Flag(_)) => (2, 0),
+        }
+    }
+
+    /// Adds the key around it, and the place if none is known yet.
+    pub(super) fn within(mut self, key: Option<&str>, origin: &Origin) -> Self {
         self.key.extend(key.map(str::to_string));
         self.origin.get_or_insert_with(|| origin.clone());
         self
@@ -67,8 +95,8 @@ impl Fault {
         let key = keys.join(".");
         let (message, hint) = match self.kind {
             FaultKind::UnknownKey(known) => {
-                let hint = keys.last().and_then(|wanted| did_you_mean(wanted, known));
-                let hint = hint.or_else(|| Some(format!("expected {}", one_of(known))));
+                let hint = keys.last().and_then(|wanted| did_you_mean(wanted, &known));
+                let hint = hint.or_else(|| Some(format!("expected {}", one_of(&known))));
                 (format!("unknown key `{key}`"), hint)
             }
             FaultKind::MissingKey(missing) => {
@@ -156,11 +184,11 @@ impl serde::de::Error for Fault {
     }
 
     fn unknown_field(_: &str, expected: &'static [&'static str]) -> Self {
-        Self::new(FaultKind::UnknownKey(expected))
+        Self::unknown_key(expected.to_vec())
     }
 
     fn missing_field(field: &'static str) -> Self {
-        Self::new(FaultKind::MissingKey(field))
+        Self::missing_key(field)
     }
 }
 

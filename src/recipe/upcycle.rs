@@ -6,12 +6,14 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::bounds::{self, Bound};
 use super::choice::Task;
-use super::document::Document;
-use super::plan::ModelPlan;
-use super::{ModelRecipe, SourceRecipe, bounds};
+use super::document::{Document, written};
+use super::keys::keys;
+use super::reading::leaves;
+use super::tables::{ModelPlan, ModelRecipe};
 use crate::data::Source;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::family::MixtureFormat;
 use crate::upcycle::{KeepDense, Method, Partition, Refit, RouterKind, Settings};
 
@@ -22,61 +24,94 @@ const COPIES: usize = 8;
 /// Copies that a token is sent to unless the recipe says otherwise.
 const ACTIVE_COPIES: usize = 2;
 
-/// An upcycling recipe as it was written: what is `None` was left out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub struct UpcycleRecipe {
-    task: Task,
-    #[serde(default, deserialize_with = "bounds::at_least::<_, 0>")]
-    seed: Option<u64>,
-    output: Option<PathBuf>,
-    model: ModelRecipe,
-    #[serde(default)]
-    upcycle: UpcycleTable,
-    calibration: Option<CalibrationTable>,
+keys! {
+    table "" like "a table";
+
+    /// An upcycling recipe as it was written: what is `None` was left out.
+    written pub struct UpcycleRecipe;
+
+    /// The tables of an upcycling recipe, where those that are left out are empty.
+    planned struct UpcycleTables {
+        /// The new folder.
+        output: PathBuf,
+        /// The calibration text; `None`: none.
+        calibration: Option<CalibrationRecipe>,
+    }
+
+    /// What the recipe is for.
+    task: Task, "\"upcycle\"";
+    /// The seed of everything random.
+    seed: u64 [Bound::at_least(0)] = 42;
+    /// The folder that the mixture is written to.
+    output: PathBuf => "`models/` and the name of the recipe's file", "\"models/first\"";
+    /// The dense model that is converted.
+    model: ModelRecipe, "{ source = \"HuggingFaceTB/SmolLM2-135M\" }";
+    /// How the model is converted.
+    upcycle: MethodRecipe = MethodRecipe::default(), "{ experts = 8 }";
+    /// The text that routers and experts are fitted to and measured on.
+    calibration: CalibrationRecipe => "none, where the method needs none", "{ data = [{ path = \"text.jsonl\" }] }";
 }
 
-/// `[upcycle]`
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, expecting = "a table")]
-struct UpcycleTable {
-    method: Option<Method>,
-    /// Slices of each network, shared ones included (16 unless told); of copies how many (8); for `expand` how many are
-    /// added (1).
-    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
-    experts: Option<usize>,
-    /// Slices that every token goes through: a quarter of `experts`, rounded, unless told.
-    #[serde(deserialize_with = "bounds::count::<_, 0, { bounds::EXPERTS }>")]
-    shared: Option<usize>,
-    /// Slices that a token is sent to besides: a quarter of `experts`, rounded and at least 1, unless told; of copies 2.
-    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
-    active: Option<usize>,
-    partition: Option<Partition>,
-    router: Option<RouterKind>,
-    refit: Option<Refit>,
-    keep_dense: Option<KeepDense>,
-    #[serde(deserialize_with = "bounds::share")]
-    drop_ratio: Option<f64>,
-    #[serde(deserialize_with = "bounds::count::<_, 1, { bounds::EXPERTS }>")]
-    groups: Option<usize>,
-    sources: Option<Vec<String>>,
-    prompts: Option<Vec<Vec<String>>>,
-    format: Option<FormatChoice>,
-    verify: Option<bool>,
-    baselines: Option<bool>,
+keys! {
+    table "upcycle" like "a table";
+
+    /// `[upcycle]`
+    #[derive(Default)]
+    written pub struct MethodRecipe;
+
+    /// The keys of a conversion that have a value of their own.
+    planned struct MethodValues {}
+
+    /// How the dense model becomes a mixture.
+    method: Method = Method::default();
+    /// Slices of each network, shared ones included; of copies how many; for `expand` how many are added.
+    experts: usize [Bound::Whole(1, bounds::EXPERTS)] => "16 slices, 8 copies, 1 added expert", "8";
+    /// Slices that every token goes through.
+    shared: usize [Bound::Whole(0, bounds::EXPERTS)] => "a quarter of `experts`, rounded; of copies 0", "2";
+    /// Slices or copies that a token is sent to besides.
+    active: usize [Bound::Whole(1, bounds::EXPERTS)]
+        => "a quarter of `experts`, rounded and at least 1; of copies 2", "2";
+    /// How neurons are spread over slices.
+    partition: Partition = Partition::default();
+    /// How routers are made.
+    router: RouterKind => "\"ridge\" for slices, \"random\" for copies", "\"hidden-kmeans\"";
+    /// What down projections are fitted to.
+    refit: Refit => "\"local\" for slices, \"none\" for copies", "\"stream\"";
+    /// Which layers stay dense.
+    keep_dense: KeepDense = KeepDense::default();
+    /// Share of the values of each copy that is drawn anew.
+    drop_ratio: f64 [Bound::Share] => "0.5; 0 for `expand`", "0.3";
+    /// Groups of virtual experts.
+    groups: usize [Bound::Whole(1, bounds::EXPERTS)] => "4 for `virtual-groups`, else 1", "4";
+    /// Further checkpoints whose networks become experts.
+    sources: Vec<String> = Vec::new(), "[\"models/other\"]";
+    /// Prompts of each expert, from which its router is made.
+    prompts: Vec<Vec<String>> = Vec::new(), "[[\"Write a poem\"], [\"Solve\"]]";
+    /// The family that the mixture is written as.
+    format: FormatChoice = FormatChoice::default();
+    /// Whether the mixture is read back and compared with the dense model.
+    verify: bool = true;
+    /// Whether the account also measures simpler ways to make a mixture of this size.
+    baselines: bool = true;
 }
 
-/// `upcycle.format`
+/// The family that a mixture is written as.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum FormatChoice {
+pub enum FormatChoice {
+    /// The first family that has a place for everything.
     #[default]
     Auto,
+    /// GLM-4.5 MoE.
     Glm4Moe,
+    /// Granite MoE with shared experts.
     #[serde(rename = "granitemoeshared")]
     GraniteMoeShared,
+    /// Qwen2 MoE.
     Qwen2Moe,
+    /// Mixtral.
     Mixtral,
+    /// Qwen3 MoE.
     Qwen3Moe,
 }
 
@@ -93,17 +128,29 @@ impl FormatChoice {
     }
 }
 
-/// `[calibration]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-struct CalibrationTable {
-    data: Vec<SourceRecipe>,
-    eval: Option<Vec<SourceRecipe>>,
-    #[serde(default, deserialize_with = "bounds::count::<_, 64, { bounds::TOKENS }>")]
-    tokens: Option<usize>,
-    #[serde(default, deserialize_with = "bounds::count::<_, 32, { bounds::TOKENS }>")]
-    held_out: Option<usize>,
+keys! {
+    table "calibration" like "a table";
+
+    /// `[calibration]`
+    written pub struct CalibrationRecipe;
+
+    /// The calibration text with its defaults.
+    planned struct CalibrationValues {
+        /// Further text to measure on.
+        eval: Vec<Source>,
+    }
+
+    /// Files of text to fit to and to measure on.
+    data: Vec<Source>, "[{ path = \"text.jsonl\" }]";
+    /// Files of further text to measure on.
+    eval: Vec<Source> => "none", "[{ path = \"code.jsonl\" }]";
+    /// Tokens to fit to.
+    tokens: usize [Bound::Whole(64, bounds::TOKENS)] = 65_536;
+    /// Tokens that are kept out to measure on.
+    held_out: usize [Bound::Whole(32, bounds::TOKENS)] = 8192;
 }
+
+leaves!(Method, Partition, RouterKind, Refit, KeepDense, FormatChoice);
 
 /// A conversion before it opens anything. Nothing in it means "the default".
 #[derive(Debug, Clone, PartialEq)]
@@ -129,13 +176,16 @@ pub struct UpcyclePlan {
 }
 
 impl UpcycleRecipe {
+    /// The table `[upcycle]`, empty where it is left out.
+    fn table(&self) -> MethodRecipe {
+        self.upcycle.clone().unwrap_or_default()
+    }
+
     /// Types a document and checks that its keys agree with each other.
     pub fn read(document: &Document) -> Result<Self> {
-        let recipe: Self = document.typed()?;
-        match recipe.conflict() {
-            None => Ok(recipe),
-            Some((key, error)) => Err(document.error_at(key, error)),
-        }
+        let recipe: Self = document.read()?;
+        let conflicts = recipe.conflicts();
+        if conflicts.is_empty() { Ok(recipe) } else { Err(document.errors_at(conflicts)) }
     }
 }
 
@@ -158,10 +208,13 @@ impl UpcyclePlan {
     /// Fills in the defaults. `name` is the recipe's file name without its ending; the folder is called after it.
     #[must_use]
     pub fn of(recipe: &UpcycleRecipe, name: &str) -> Self {
-        let table = &recipe.upcycle;
-        let method = table.method.unwrap_or_default();
+        let output = recipe.output.clone().unwrap_or_else(|| PathBuf::from("models").join(name));
+        let tables = UpcycleTables::of_keys(recipe, output, recipe.calibration.clone());
+        let table = &tables.upcycle;
+        let values = MethodValues::of_keys(table);
+        let method = values.method;
         let cuts = method.cuts();
-        let sources = table.sources.as_ref().map_or(0, Vec::len);
+        let sources = values.sources.len();
         let experts = table.experts.unwrap_or(match method {
             Method::Split | Method::Prune => SLICES,
             Method::Expand => 1,
@@ -179,33 +232,31 @@ impl UpcyclePlan {
             experts,
             shared,
             active,
-            partition: table.partition.unwrap_or_default(),
+            partition: values.partition,
             router: table.router.unwrap_or(if cuts { RouterKind::Ridge } else { RouterKind::Random }),
             refit: table.refit.unwrap_or(if cuts { Refit::Local } else { Refit::None }),
-            keep_dense: table.keep_dense.unwrap_or_default(),
+            keep_dense: values.keep_dense,
             drop_ratio: table.drop_ratio.unwrap_or(if method == Method::Expand { 0.0 } else { 0.5 }),
             groups: table.groups.unwrap_or(if method == Method::VirtualGroups { 4 } else { 1 }),
-            format: table.format.unwrap_or_default().format(),
-            verify: table.verify.unwrap_or(true),
-            baselines: table.baselines.unwrap_or(true),
-            seed: recipe.seed.unwrap_or(42),
+            format: values.format.format(),
+            verify: values.verify,
+            baselines: values.baselines,
+            seed: tables.seed,
         };
-        let calibration = recipe.calibration.as_ref();
-        let sources = |recipes: &[SourceRecipe]| recipes.iter().map(SourceRecipe::source).collect();
-        let eval = calibration.and_then(|c| c.eval.as_deref());
+        let calibration = tables.calibration.unwrap_or_else(CalibrationRecipe::of_nothing);
+        let further = calibration.eval.clone().unwrap_or_default();
+        let CalibrationValues { data, eval, tokens, held_out } =
+            CalibrationValues::of_keys(&calibration, further);
         Self {
-            output: recipe.output.clone().unwrap_or_else(|| PathBuf::from("models").join(name)),
-            model: ModelPlan {
-                source: recipe.model.source.clone(),
-                dtype: recipe.model.dtype.unwrap_or_default(),
-            },
+            output: tables.output,
+            model: ModelPlan::of(&tables.model),
             settings,
-            sources: table.sources.clone().unwrap_or_default(),
-            prompts: table.prompts.clone().unwrap_or_default(),
-            data: calibration.map_or(Vec::new(), |c| sources(&c.data)),
-            eval: eval.map_or(Vec::new(), sources),
-            tokens: calibration.and_then(|c| c.tokens).unwrap_or(65_536),
-            held_out: calibration.and_then(|c| c.held_out).unwrap_or(8192),
+            sources: values.sources,
+            prompts: values.prompts,
+            data,
+            eval,
+            tokens,
+            held_out,
         }
     }
 
@@ -226,8 +277,8 @@ impl UpcyclePlan {
             task: Task::Upcycle,
             seed: Some(seed),
             output: Some(self.output.clone()),
-            model: ModelRecipe { source: self.model.source.clone(), dtype: Some(self.model.dtype) },
-            upcycle: UpcycleTable {
+            model: self.model.table(),
+            upcycle: Some(MethodRecipe {
                 method: Some(method),
                 experts: Some(experts),
                 shared: cuts.then_some(shared),
@@ -243,16 +294,22 @@ impl UpcyclePlan {
                 format: Some(format),
                 verify: Some(verify),
                 baselines: (method == Method::Split).then_some(baselines),
-            },
-            calibration: (!self.data.is_empty()).then(|| CalibrationTable {
-                data: self.data.iter().map(SourceRecipe::from).collect(),
-                eval: (!self.eval.is_empty()).then(|| self.eval.iter().map(SourceRecipe::from).collect()),
+            }),
+            calibration: (!self.data.is_empty()).then(|| CalibrationRecipe {
+                data: self.data.clone(),
+                eval: (!self.eval.is_empty()).then(|| self.eval.clone()),
                 tokens: Some(self.tokens),
                 held_out: Some(self.held_out),
             }),
         };
-        toml::to_string(&recipe)
-            .map_err(|error| Error::invalid(format!("the plan cannot be written as TOML: {error}")))
+        written(&recipe)
+    }
+}
+
+impl CalibrationRecipe {
+    /// The table that names no file, where the method needs none.
+    fn of_nothing() -> Self {
+        Self { data: Vec::new(), eval: None, tokens: None, held_out: None }
     }
 }
 

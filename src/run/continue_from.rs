@@ -6,18 +6,17 @@ use crate::adapter::{LoraConfig, Targets, hf, tensor_names};
 use crate::error::{Error, Result};
 use crate::model::DecoderConfig;
 use crate::model::config::Site;
-use crate::recipe::{AdapterPlan, ExpertChoice, RouterTraining};
+use crate::recipe::{AdapterRecipe, ContinuedAdapter, ExpertChoice, RouterTraining};
 
 /// The configuration of an adapter that training goes on with: its own, with the dropout of the recipe. What the recipe
 /// says otherwise must not differ from it.
 pub(super) fn continued(
-    written: &AdapterPlan,
-    asked: LoraConfig,
+    plan: &ContinuedAdapter,
     router: RouterTraining,
     adapter: &hf::Adapter,
     model: &DecoderConfig,
 ) -> Result<LoraConfig> {
-    let AdapterPlan { said, experts, shared_experts, .. } = written;
+    let AdapterRecipe { rank, alpha, targets, rslora, experts, shared_experts, .. } = &plan.expected;
     let own = &adapter.config;
     let adapted = Adapted::of(adapter, model);
     if router == RouterTraining::Lora && !adapted.routers {
@@ -29,30 +28,38 @@ pub(super) fn continued(
         ));
     }
     let mut differing = Vec::new();
-    if said.rank && asked.rank != own.rank {
-        differing.push(format!("`adapter.rank` is {}, and its rank is {}", asked.rank, own.rank));
+    if let Some(rank) = rank.filter(|rank| *rank != own.rank) {
+        differing.push(format!("`adapter.rank` is {rank}, and its rank is {}", own.rank));
     }
-    if said.alpha && asked.alpha() != own.alpha() {
-        differing.push(format!("`adapter.alpha` is {}, and its alpha is {}", asked.alpha(), own.alpha()));
+    if let Some(alpha) = alpha.filter(|alpha| *alpha != own.alpha()) {
+        differing.push(format!("`adapter.alpha` is {alpha}, and its alpha is {}", own.alpha()));
     }
-    if said.rslora && asked.rslora != own.rslora {
-        differing.push(format!("`adapter.rslora` is {}, and its own is {}", asked.rslora, own.rslora));
+    if let Some(rslora) = rslora.filter(|rslora| *rslora != own.rslora) {
+        differing.push(format!("`adapter.rslora` is {rslora}, and its own is {}", own.rslora));
     }
-    if said.targets && !same_targets(&asked.targets, &own.targets) {
-        differing.push("`adapter.targets` are not its targets".to_string());
+    if let Some(targets) = targets.clone() {
+        let targets = match router {
+            RouterTraining::Lora => targets.with_routers(model),
+            RouterTraining::Frozen | RouterTraining::Full => targets,
+        };
+        if !same_targets(&targets, &own.targets) {
+            differing.push("`adapter.targets` are not its targets".to_string());
+        }
     }
-    if said.experts && adapted.experts != adapted.chosen(experts) {
+    if experts.as_ref().is_some_and(|experts| adapted.experts != adapted.chosen(experts)) {
         let numbers: Vec<String> = adapted.experts.iter().map(ToString::to_string).collect();
         let its = if numbers.is_empty() { "none".to_string() } else { numbers.join(", ") };
         differing.push(format!("`adapter.experts` are not its experts, which are {its}"));
     }
-    if said.shared_experts && adapted.has_shared && adapted.shared_experts != *shared_experts {
+    let shared_experts = shared_experts.filter(|_| adapted.has_shared);
+    if let Some(shared_experts) = shared_experts.filter(|shared| *shared != adapted.shared_experts) {
         let its = if adapted.shared_experts { "has terms" } else { "has no terms" };
         differing
             .push(format!("`adapter.shared_experts` is {shared_experts}, and it {its} on shared experts"));
     }
     if differing.is_empty() {
-        return Ok(LoraConfig { dropout: asked.dropout, dropout_seed: asked.dropout_seed, ..own.clone() });
+        let (dropout, dropout_seed) = (plan.dropout, plan.dropout_seed);
+        return Ok(LoraConfig { dropout, dropout_seed, ..own.clone() });
     }
     Err(Error::request(format!("the adapter in `adapter.from` is another one: {}", differing.join("; ")))
         .with_hint("leave these keys out: it keeps its own"))

@@ -153,7 +153,7 @@ fn trained(plan: &Plan, prepared: &Prepared) -> Vec<String> {
         line += &format!(", dropout {}", config.dropout);
     }
     if let Trained::Adapter(written) = &plan.trained {
-        match &written.from {
+        match written.earlier() {
             Some(from) => line += &format!(", going on from {}", from.display()),
             None => line += &format!(", seed {}", config.seed),
         }

@@ -240,7 +240,7 @@ fn refuse_sources(plan: &Plan, output: &Path) -> Result<()> {
     };
     let model = Some(Path::new(&plan.model.source));
     let from = match &plan.trained {
-        Trained::Adapter(adapter) => adapter.from.as_deref(),
+        Trained::Adapter(adapter) => adapter.earlier(),
         Trained::Full => None,
     };
     let teacher = plan.distill.as_ref().map(|distill| Path::new(&distill.teacher));
@@ -280,12 +280,12 @@ fn check_recipe(plan: &Plan) -> Result<()> {
             then.to_toml()?
         }
     };
-    let (Ok(then), Ok(now)) = (then.parse::<Table>(), plan.to_toml()?.parse::<Table>()) else {
+    let Ok(then) = then.parse::<Table>() else {
         return Err(Error::invalid("not a recipe of this version"))
             .at(path)
             .map_err(|error| error.with_hint("start anew with another `--output`"));
     };
-    let (then, now) = (flat(then), flat(now));
+    let (then, now) = (flat(then), settings_of(plan)?);
     let keys: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
     let said = |value: Option<&String>| value.map_or("left out".to_string(), |value| format!("`{value}`"));
     let differing: Vec<&String> =
@@ -326,6 +326,12 @@ fn setting(key: &str, value: &str) -> String {
         || format!("value = {value}").parse::<Table>().is_ok();
     let value = if is_read_otherwise { Value::from(value).to_string() } else { value.to_string() };
     shell_word(&format!("{key}={value}"))
+}
+
+/// Everything that a plan says, as TOML by the whole names of its keys.
+pub(super) fn settings_of(plan: &Plan) -> Result<BTreeMap<String, String>> {
+    let table = plan.to_toml()?.parse::<Table>();
+    table.map(flat).map_err(|error| Error::invalid(format!("the plan cannot be read as TOML: {error}")))
 }
 
 /// Values by their whole keys: `train.steps`.

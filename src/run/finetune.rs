@@ -22,7 +22,10 @@ use crate::model::Decoder;
 use crate::model::config::RouterNoise;
 use crate::ops::Trainables;
 use crate::recipe::Plan;
-use crate::train::{self, AdamWConfig, Artifact, Event, Job, Reporter, Sample, Settings, Summary, Teacher};
+use crate::train::{
+    self, AdamWConfig, Artifact, Difference, Event, Identity, Job, Reporter, Sample, Settings, Summary,
+    Teacher,
+};
 
 /// Tokens of a sample that shows what the model says.
 const SAMPLE_TOKENS: usize = 48;
@@ -42,11 +45,11 @@ pub fn finetune(
     let memory = Memory::of(plan, &prepared);
     memory.refuse_excess(plan)?;
     Disk::of(plan, &prepared).refuse_excess(&plan.output)?;
-    let fingerprint = prepared.fingerprint(plan)?;
+    let identity = prepared.identity(plan)?;
     // A new directory is made once the model is there: a program that runs out of memory would leave it empty.
     let taken = plan.output.is_dir().then(|| RunDirectory::take(&plan.output, resume)).transpose()?;
     if resume {
-        refuse_other(plan, &fingerprint)?;
+        refuse_other(plan, &identity)?;
     }
     if let Some(text) = RunDirectory::nothing_to_resume(&plan.output).filter(|_| resume) {
         reporter.report(&Event::Warning { text });
@@ -79,7 +82,7 @@ pub fn finetune(
         sample(&prepared, &model, sample_row, 0, reporter)?;
     }
     let eval = prepared.eval_batches(plan);
-    let written = train::digests_of_run(&plan.output, &fingerprint)?;
+    let written = train::digests_of_run(&plan.output, &identity)?;
     let job = Job {
         model: &model,
         trainables: &trainables,
@@ -89,7 +92,7 @@ pub fn finetune(
         train: prepared.sampler(plan),
         eval: &eval,
         output: &plan.output,
-        fingerprint,
+        identity,
         resume,
         interrupt,
     };
@@ -109,24 +112,26 @@ pub fn finetune(
 }
 
 /// Refuses to go on with other data or another model than the run began with, and says which of them it is.
-fn refuse_other(plan: &Plan, now: &str) -> Result<()> {
-    let Some(then) = train::fingerprint(&plan.output)? else { return Ok(()) };
-    let part =
-        |of: &str, name: &str| of.split(' ').skip_while(|word| *word != name).nth(1).map(str::to_string);
-    let same = |name: &str| part(&then, name) == part(now, name);
-    if then != now && same("data") && same("weights") && !same("teacher") {
-        return Err(Error::request("the teacher is not the one that the run was started with")
-            .with_hint("resume with the files it was started with, or start anew with another `--output`"))
-        .at(&plan.output);
-    }
-    let what = match (same("data"), same("weights")) {
-        _ if then == now => return Ok(()),
-        (false, true) => "the data are not those that the run was started with".to_string(),
-        (true, false) => {
+fn refuse_other(plan: &Plan, now: &Identity) -> Result<()> {
+    let Some(then) = train::identity_of_run(&plan.output)? else { return Ok(()) };
+    let differences = then.differences(now);
+    let has = |part: Difference| differences.contains(&part);
+    let keys = differences.iter().filter_map(|difference| match difference {
+        Difference::Key(key, then, now) => Some(format!("`{key}` was {then} and is {now} now")),
+        _ => None,
+    });
+    let what = match (has(Difference::Data), has(Difference::Weights)) {
+        _ if differences.is_empty() => return Ok(()),
+        (true, true) => "the data and the model are not those that the run was started with".to_string(),
+        (true, false) => "the data are not those that the run was started with".to_string(),
+        (false, true) => {
             let model = &plan.model.source;
             format!("the weights of `{model}` are not those that the run was started with")
         }
-        _ => "the data and the model are not those that the run was started with".to_string(),
+        _ if has(Difference::Teacher) => {
+            "the teacher is not the one that the run was started with".to_string()
+        }
+        _ => format!("the run was started with other settings: {}", keys.collect::<Vec<_>>().join("; ")),
     };
     Err(Error::request(what)
         .with_hint("resume with the files it was started with, or start anew with another `--output`"))

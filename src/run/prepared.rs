@@ -2,9 +2,9 @@
 
 use candle_core::DType;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use super::continue_from::continued;
+use super::directory::settings_of;
 use super::inference::read_adapter;
 use super::teacher::PreparedTeacher;
 use super::told::Told;
@@ -14,7 +14,10 @@ use crate::error::{Context, Error, Result};
 use crate::model::Pretrained;
 use crate::model::config::{InPeft, MoeConfig};
 use crate::recipe::{AdapterPlan, Date, Evaluation, ExpertChoice, Length, Plan, RouterTraining, Trained};
-use crate::weights::hexadecimal;
+use crate::train::Identity;
+
+/// Keys of a model's configuration that tell who wrote it.
+const NOT_OF_THE_MODEL: [&str; 3] = ["transformers_version", "_name_or_path", "architectures"];
 
 /// A run that is ready to load its weights.
 #[derive(Debug)]
@@ -136,23 +139,23 @@ impl Prepared {
         eval_batches(&self.dataset.eval, plan.eval_tokens())
     }
 
-    /// What a resumed run must have in common with its beginning: data, weights and everything else that decides a
-    /// value. Each on its own, so that one can say which of them is another.
-    pub fn fingerprint(&self, plan: &Plan) -> Result<String> {
+    /// What a resumed run must have in common with its beginning.
+    pub fn identity(&self, plan: &Plan) -> Result<Identity> {
         let mut plan = Plan { output: "".into(), ..plan.clone() };
         // Where the date matters, it is in the data; where nothing else is said, nothing is written of it.
         let says_nothing = plan.data.template.others.is_empty();
         plan.data.template.date = (!says_nothing).then_some(Date::FIXED);
-        let mut hash = Sha256::new();
-        hash.update(plan.to_toml()?);
-        hash.update(format!("{:?} {:?}", self.dtype, self.base.config()));
-        let settings: String = hexadecimal(&hash.finalize());
-        let (data, weights) = (self.dataset.fingerprint(), self.base.checkpoint().digest()?);
-        let teacher = match &self.teacher {
-            None => String::new(),
-            Some(teacher) => format!(" teacher {}", teacher.base.checkpoint().digest()?),
-        };
-        Ok(format!("data {data} weights {weights} settings {settings}{teacher}"))
+        let mut config = self.base.config_json().as_object().cloned().unwrap_or_default();
+        NOT_OF_THE_MODEL.iter().for_each(|key| drop(config.remove(*key)));
+        let teacher = self.teacher.iter().map(|teacher| teacher.base.checkpoint().digest()).next();
+        Ok(Identity {
+            data: self.dataset.fingerprint(),
+            weights: self.base.checkpoint().digest()?,
+            teacher: teacher.transpose()?,
+            dtype: Some(self.dtype.as_str().to_string()),
+            config,
+            settings: settings_of(&plan)?,
+        })
     }
 
     /// How many numbers are trained, and how many there are.
@@ -192,19 +195,21 @@ impl Trainee {
             refuse_unwritable(base)?;
             return Ok(Self::Full);
         };
-        let from = match &written.from {
-            Some(path) => Some(read_adapter(path)?.for_model(base.config())?),
-            None => None,
-        };
         refuse_dense(written, base)?;
         refuse_unknown_experts(written, base)?;
-        let mut asked = written.config.clone();
-        if plan.mixture.router == RouterTraining::Lora {
-            asked.targets = asked.targets.with_routers(base.config());
-        }
-        let config = match &from {
-            Some(adapter) => continued(written, asked, plan.mixture.router, adapter, base.config())?,
-            None => asked,
+        let router = plan.mixture.router;
+        let (config, from) = match &**written {
+            AdapterPlan::Fresh(fresh) => {
+                let mut config = fresh.config.clone();
+                if router == RouterTraining::Lora {
+                    config.targets = config.targets.with_routers(base.config());
+                }
+                (config, None)
+            }
+            AdapterPlan::Continue(earlier) => {
+                let adapter = read_adapter(&earlier.from)?.for_model(base.config())?;
+                (continued(earlier, router, &adapter, base.config())?, Some(adapter))
+            }
         };
         if config.rank == 0 {
             return Err(Error::request("`adapter.rank` is 0, so nothing would be trained")
@@ -214,18 +219,20 @@ impl Trainee {
             Some(adapter) => adapter.fit(base).at(&adapter.source)?,
             None => resolve(&config, base.config())?,
         };
-        let routers = plan.mixture.router == RouterTraining::Full;
+        let routers = router == RouterTraining::Full;
         Ok(Self::Adapter(Box::new(PlacedAdapter { config, placements, from, routers })))
     }
 }
 
 /// Which experts get an adapter is no question of a dense model.
 fn refuse_dense(written: &AdapterPlan, base: &Pretrained) -> Result<()> {
-    let key = match (&written.experts, written.shared_experts) {
+    let (experts, shared_experts) = experts_of(written);
+    let is_some = experts.is_some_and(|experts| *experts != ExpertChoice::All(true));
+    let key = match (is_some, shared_experts) {
         _ if base.config().sparse_layers().next().is_some() => return Ok(()),
-        (ExpertChoice::All(true), true) => return Ok(()),
-        (ExpertChoice::All(true), false) => "adapter.shared_experts",
-        _ => "adapter.experts",
+        (false, None | Some(true)) => return Ok(()),
+        (false, Some(false)) => "adapter.shared_experts",
+        (true, _) => "adapter.experts",
     };
     Err(Error::request(format!("`{key}` is for mixtures of experts, and `{}` is dense", base.name()))
         .with_hint("leave it out"))
@@ -233,7 +240,7 @@ fn refuse_dense(written: &AdapterPlan, base: &Pretrained) -> Result<()> {
 
 /// A number that no expert has would leave out all experts it stands for, without a word.
 fn refuse_unknown_experts(written: &AdapterPlan, base: &Pretrained) -> Result<()> {
-    let ExpertChoice::Some(numbers) = &written.experts else { return Ok(()) };
+    let (Some(ExpertChoice::Some(numbers)), _) = experts_of(written) else { return Ok(()) };
     let experts = base.config().sparse_layers().map(|(_, moe)| moe.experts).max().unwrap_or(0);
     let Some(unknown) = numbers.iter().find(|number| **number >= experts) else { return Ok(()) };
     Err(Error::request(format!(
@@ -241,6 +248,16 @@ fn refuse_unknown_experts(written: &AdapterPlan, base: &Pretrained) -> Result<()
         base.name()
     ))
     .with_hint(format!("experts are numbered from 0 to {}", experts.saturating_sub(1))))
+}
+
+/// What a plan says of experts and of shared experts.
+fn experts_of(written: &AdapterPlan) -> (Option<&ExpertChoice>, Option<bool>) {
+    match written {
+        AdapterPlan::Fresh(fresh) => (Some(&fresh.experts), Some(fresh.shared_experts)),
+        AdapterPlan::Continue(earlier) => {
+            (earlier.expected.experts.as_ref(), earlier.expected.shared_experts)
+        }
+    }
 }
 
 /// A trained model is written with a tensor per expert, which families with a layout of their own do not read.

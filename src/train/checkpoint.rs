@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::identity::Identity;
 use super::metrics::FILE as METRICS;
 use super::optimizer::AdamW;
 use super::record::{self, Best, Record, TrainerState};
@@ -77,16 +78,16 @@ pub fn is_run(folder: &Path) -> bool {
     folder.join(METRICS).is_file()
 }
 
-/// The fingerprint of the run in `output`; one without a checkpoint has none and may go on with anything.
-pub fn fingerprint(output: &Path) -> Result<Option<String>> {
-    Ok(list(output)?.iter().rev().find_map(|(_, path)| record::fingerprint(path)))
+/// The identity of the run in `output`; one without a checkpoint has none and may go on with anything.
+pub fn identity_of_run(output: &Path) -> Result<Option<Identity>> {
+    Ok(list(output)?.iter().rev().find_map(|(_, path)| record::identity(path)))
 }
 
-/// SHA-256 of the files that the run with this fingerprint wrote into its checkpoints and its best evaluation.
-pub fn digests_of_run(output: &Path, fingerprint: &str) -> Result<BTreeSet<String>> {
+/// SHA-256 of the files that the run with this identity wrote into its checkpoints and its best evaluation.
+pub fn digests_of_run(output: &Path, run: &Identity) -> Result<BTreeSet<String>> {
     let mut folders: Vec<PathBuf> = list(output)?.into_iter().map(|(_, path)| path).collect();
     folders.push(output.join(BEST));
-    folders.retain(|path| record::is_of(path, fingerprint));
+    folders.retain(|path| record::is_of(path, run));
     // A folder that cannot be read tells nothing; whoever goes on from it says what is wrong.
     Ok(folders.iter().filter_map(|path| record::recorded_digests(path).ok()).flatten().collect())
 }
@@ -111,8 +112,8 @@ pub(super) fn save(
     keep: usize,
 ) -> Result<(PathBuf, Vec<String>)> {
     let path = output.join(format!("{PREFIX}{}", state.step));
-    refuse_to_replace(&path, &state.fingerprint)?;
-    let metadata = BTreeMap::from([(record::FINGERPRINT.to_string(), state.fingerprint.clone())]);
+    refuse_to_replace(&path, &state.identity)?;
+    let metadata = BTreeMap::from([(record::IDENTITY.to_string(), serde_json::to_string(&state.identity)?)]);
     let kept = replace_folder(&path, |folder| {
         artifact.write(folder)?;
         optimizer.write(&folder.join(record::OPTIMIZER), &metadata)?;
@@ -129,7 +130,7 @@ pub(super) fn save_best(
     state: &TrainerState,
 ) -> Result<Option<String>> {
     let path = output.join(BEST);
-    refuse_to_replace(&path, &state.fingerprint)?;
+    refuse_to_replace(&path, &state.identity)?;
     replace_folder(&path, |folder| {
         artifact.write_result(folder)?;
         Record::write(state, folder)
@@ -137,8 +138,8 @@ pub(super) fn save_best(
 }
 
 /// Refuses a folder that the run did not make and would write over. An empty one is nobody's loss.
-fn refuse_to_replace(path: &Path, fingerprint: &str) -> Result<()> {
-    if !is_there(path) || record::is_of(path, fingerprint) || is_empty(path) {
+fn refuse_to_replace(path: &Path, run: &Identity) -> Result<()> {
+    if !is_there(path) || record::is_of(path, run) || is_empty(path) {
         return Ok(());
     }
     Err(Error::invalid("was not made by this run, and the run would write over it")
@@ -158,7 +159,7 @@ pub(super) fn check_best(
     state: &mut TrainerState,
 ) -> Result<Option<String>> {
     let path = output.join(BEST);
-    let found = record::fingerprint(&path);
+    let found = record::identity(&path);
     // A record that is no JSON any more was one of this program before; reading it says what is wrong.
     if found.is_some() || record::is_foreign(&path) {
         let is_of_old = path.is_dir() && !is_there(&path.join(record::FILE)) && state.kernel.is_empty();
@@ -169,7 +170,7 @@ pub(super) fn check_best(
                 remove_stale(&path, |name| name == record::FILE)?;
                 Record::write(&TrainerState { step: best.step, ..state.clone() }, &path)?;
             }
-            _ => refuse_to_replace(&path, &state.fingerprint)?,
+            _ => refuse_to_replace(&path, &state.identity)?,
         }
     }
     let step = state.best.map_or(0, |best| best.step);
@@ -206,13 +207,13 @@ pub(super) fn check_best(
 pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<Option<String>> {
     let mut all = list(output)?;
     all.retain(|(step, _)| *step <= state.step);
-    let has_record = |path: &Path| record::fingerprint(path).is_some_and(|found| found == state.fingerprint);
+    let has_record = |path: &Path| record::identity(path).is_some_and(|found| found.is_same(&state.identity));
     let whole: Vec<u64> = all.iter().filter(|(_, path)| has_record(path)).map(|(step, _)| *step).collect();
     let first = whole.get(whole.len().saturating_sub(keep.max(1))).copied().unwrap_or(0);
     let mut spared = None;
     for (_, path) in all.iter().filter(|(step, _)| *step < first) {
         spared = None;
-        if !record::is_of(path, &state.fingerprint) {
+        if !record::is_of(path, &state.identity) {
             // This removes nothing but an empty folder.
             let _ = fs::remove_dir(path);
         } else if let Some(stranger) = record::strangers(path)?.first() {
@@ -227,9 +228,9 @@ pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<
 
 /// Removes the best evaluation of a run that was killed before its first checkpoint, and begins again. One with files of
 /// others stays until it is replaced.
-pub(super) fn forget_best(output: &Path, fingerprint: &str) -> Result<()> {
+pub(super) fn forget_best(output: &Path, run: &Identity) -> Result<()> {
     let best = output.join(BEST);
-    refuse_to_replace(&best, fingerprint)?;
+    refuse_to_replace(&best, run)?;
     if is_there(&best) && record::strangers(&best)?.is_empty() { remove_folder(best) } else { Ok(()) }
 }
 
@@ -240,10 +241,10 @@ pub(super) fn restore(
     artifact: &dyn Artifact,
     optimizer: &mut AdamW,
     trainables: &Trainables,
-    fingerprint: &str,
+    run: &Identity,
 ) -> Result<TrainerState> {
     let record = Record::read(path)?;
-    if record.state.fingerprint != fingerprint {
+    if !record.state.identity.is_same(run) {
         return Err(Error::request("the run was started with other data or other settings").with_hint(
             "resume with the recipe and the files it was started with, or start anew with another `--output`",
         ))

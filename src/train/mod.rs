@@ -3,6 +3,7 @@
 mod arrival;
 mod checkpoint;
 mod event;
+mod identity;
 mod memory;
 mod metrics;
 mod optimizer;
@@ -12,9 +13,10 @@ mod schedule;
 mod step;
 
 pub use checkpoint::{
-    Artifact, BEST, digests_of_run, fingerprint, is_of_run, is_run, list as checkpoints, refuse_foreign,
+    Artifact, BEST, digests_of_run, identity_of_run, is_of_run, is_run, list as checkpoints, refuse_foreign,
 };
 pub use event::{Event, Reporter, Sample, StepReport};
+pub use identity::{Difference, Identity};
 pub use memory::{available_bytes, peak_rss_bytes};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use record::{Best, TrainerState, digest_of, is_result};

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::identity::Identity;
 use crate::error::{Context, Error, Result, open_regular, read_regular};
 use crate::weights::{TEMPLATES, hexadecimal, is_companion, write_atomic};
 
@@ -20,11 +21,11 @@ const LARGEST: u64 = 16 << 20;
 /// The file in the folder of a checkpoint.
 pub(super) const FILE: &str = "trainer_state.json";
 
-/// The optimizer's state in the folder of a checkpoint. Its header repeats the fingerprint of the run.
+/// The optimizer's state in the folder of a checkpoint. Its header repeats the identity of the run.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// The fingerprint is under this key in both files.
-pub(super) const FINGERPRINT: &str = "fingerprint";
+/// The identity is under this key in both files.
+pub(super) const IDENTITY: &str = "fingerprint";
 
 /// Files of an adapter or a model, beside its shards and companions.
 const RESULTS: [&str; 6] = [
@@ -58,8 +59,9 @@ pub struct TrainerState {
     /// The most tokens that are computed at once, as the run began with: another cut would round sums otherwise, and the
     /// memory that it was chosen for may be another when the run goes on.
     pub piece_tokens: usize,
-    /// Holds a digest of the data and settings, which must not change when the run continues.
-    pub fingerprint: String,
+    /// What must not change when the run continues: data, weights and settings.
+    #[serde(rename = "fingerprint")]
+    pub identity: Identity,
     /// The instructions that the run was computed with, which decide its last bits; version 0.1.0 wrote none.
     #[serde(default)]
     pub kernel: String,
@@ -151,9 +153,9 @@ impl Record {
     }
 }
 
-/// The fingerprint that the record in `folder` holds, whatever else became of it.
-pub(super) fn fingerprint(folder: &Path) -> Option<String> {
-    parsed(folder)?.get(FINGERPRINT)?.as_str().map(str::to_string)
+/// The identity that the record in `folder` holds, whatever else became of it.
+pub(super) fn identity(folder: &Path) -> Option<Identity> {
+    serde_json::from_value(parsed(folder)?.get(IDENTITY)?.clone()).ok()
 }
 
 /// The record in `folder` as JSON, whether it is as it was written or not.
@@ -230,14 +232,13 @@ pub(super) fn recorded_digests(folder: &Path) -> Result<Vec<String>> {
     }
 }
 
-/// Whether `folder` is of the run with this fingerprint. Where its record cannot be read, the optimizer's header tells.
-pub(super) fn is_of(folder: &Path, fingerprint: &str) -> bool {
-    let found = self::fingerprint(folder).or_else(|| fingerprint_of_optimizer(folder));
-    found.is_some_and(|found| found == fingerprint)
+/// Whether `folder` is of the run with this identity. Where its record cannot be read, the optimizer's header tells.
+pub(super) fn is_of(folder: &Path, run: &Identity) -> bool {
+    identity(folder).or_else(|| identity_of_optimizer(folder)).is_some_and(|found| found.is_same(run))
 }
 
-/// The fingerprint in the header of the optimizer's state; version 0.1.0 wrote none.
-fn fingerprint_of_optimizer(folder: &Path) -> Option<String> {
+/// The identity in the header of the optimizer's state; version 0.1.0 wrote none.
+fn identity_of_optimizer(folder: &Path) -> Option<Identity> {
     let path = folder.join(OPTIMIZER);
     // Opening anything but a regular file may wait for ever.
     if !fs::metadata(&path).ok()?.is_file() {
@@ -253,7 +254,7 @@ fn fingerprint_of_optimizer(folder: &Path) -> Option<String> {
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).ok()?;
     let header: Value = serde_json::from_slice(&header).ok()?;
-    header.get("__metadata__")?.get(FINGERPRINT)?.as_str().map(str::to_string)
+    Identity::parse(header.get("__metadata__")?.get(IDENTITY)?.as_str()?)
 }
 
 /// Whether a folder of the name of a checkpoint shows no sign of this program. Other trainers use the same names.
@@ -264,9 +265,7 @@ pub(super) fn is_foreign(folder: &Path) -> bool {
     }
     match read_regular(&folder.join(FILE), LARGEST) {
         Err(_) => true,
-        Ok(text) => {
-            serde_json::from_slice::<Value>(&text).is_ok_and(|state| state.get(FINGERPRINT).is_none())
-        }
+        Ok(text) => serde_json::from_slice::<Value>(&text).is_ok_and(|state| state.get(IDENTITY).is_none()),
     }
 }
 

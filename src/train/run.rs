@@ -12,6 +12,7 @@ use serde_json::json;
 use super::arrival::Arrival;
 use super::checkpoint::{self, Artifact};
 use super::event::{Event, Reporter, StepReport};
+use super::identity::Identity;
 use super::memory::peak_rss_bytes;
 use super::metrics::{FILE as METRICS, Metrics};
 use super::optimizer::{AdamW, AdamWConfig};
@@ -77,8 +78,8 @@ pub struct Job<'a> {
     pub eval: &'a [Batch],
     /// The run folder; exists.
     pub output: &'a Path,
-    /// A digest of data and settings: a resumed run must have the same.
-    pub fingerprint: String,
+    /// Data, weights and settings: a resumed run must have the same.
+    pub identity: Identity,
     /// Whether to go on from the last checkpoint in `output`.
     pub resume: bool,
     /// Set from outside to stop after the current step.
@@ -117,9 +118,9 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
             state
         }
         None => {
-            checkpoint::forget_best(job.output, &job.fingerprint)?;
+            checkpoint::forget_best(job.output, &job.identity)?;
             TrainerState {
-                fingerprint: job.fingerprint.clone(),
+                identity: job.identity.clone(),
                 piece_tokens: settings.piece_tokens,
                 ..TrainerState::default()
             }
@@ -182,7 +183,7 @@ fn take_up(
     let mut broken: Vec<Error> = Vec::new();
     for (step, path) in checkpoint::list(job.output)?.into_iter().rev() {
         let restored =
-            checkpoint::restore((step, &path), job.artifact, optimizer, job.trainables, &job.fingerprint);
+            checkpoint::restore((step, &path), job.artifact, optimizer, job.trainables, &job.identity);
         match restored {
             Ok(state) => {
                 for error in broken {

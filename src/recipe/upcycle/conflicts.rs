@@ -1,8 +1,8 @@
 //! Finds keys of an upcycling recipe that contradict each other, before any file is opened.
 
-use super::{CalibrationTable, FormatChoice, UpcyclePlan, UpcycleRecipe, UpcycleTable, name_of};
+use super::{CalibrationRecipe, FormatChoice, MethodRecipe, UpcyclePlan, UpcycleRecipe, name_of};
+use crate::data::Source;
 use crate::error::Error;
-use crate::recipe::SourceRecipe;
 use crate::upcycle::{KeepDense, Method, Refit, RouterKind, Settings};
 
 /// A key, and what is wrong with its value.
@@ -13,19 +13,22 @@ fn conflict(key: &'static str, message: impl Into<String>, hint: &str) -> Option
 }
 
 impl UpcycleRecipe {
-    /// The first key that contradicts another.
-    pub(super) fn conflict(&self) -> Option<Conflict> {
+    /// The keys that contradict another, each with what is wrong.
+    pub(super) fn conflicts(&self) -> Vec<Conflict> {
         let settings = UpcyclePlan::of(self, "").settings;
-        self.idle_key(settings.method)
-            .or_else(|| self.conflict_of_sources(settings.method))
-            .or_else(|| self.conflict_of_numbers(&settings))
-            .or_else(|| self.conflict_of_calibration(settings.method))
-            .or_else(|| self.conflict_of_router(&settings))
+        let found = [
+            self.idle_key(settings.method),
+            self.conflict_of_sources(settings.method),
+            self.conflict_of_numbers(&settings),
+            self.conflict_of_calibration(settings.method),
+            self.conflict_of_router(&settings),
+        ];
+        found.into_iter().flatten().collect()
     }
 
     /// A key that asks for something that the method does not do.
     fn idle_key(&self, method: Method) -> Option<Conflict> {
-        let UpcycleTable {
+        let MethodRecipe {
             shared,
             active,
             partition,
@@ -37,7 +40,7 @@ impl UpcycleRecipe {
             keep_dense,
             format,
             ..
-        } = &self.upcycle;
+        } = self.table();
         if method == Method::Expand && active.is_some() {
             let message = "`upcycle.active` does nothing with `upcycle.method = \"expand\"`: a token keeps the number \
                            of experts that it has in the mixture";
@@ -64,7 +67,11 @@ impl UpcycleRecipe {
 
     fn conflict_of_sources(&self, method: Method) -> Option<Conflict> {
         const KEY: &str = "upcycle.sources";
-        let sources = self.upcycle.sources.as_ref().filter(|sources| !sources.is_empty());
+        let sources = self
+            .upcycle
+            .as_ref()
+            .and_then(|table| table.sources.as_ref())
+            .filter(|sources| !sources.is_empty());
         let Some(sources) = sources else {
             return match method {
                 Method::Mix => {
@@ -83,7 +90,7 @@ impl UpcycleRecipe {
             let message = format!("`upcycle.sources` has `{}` twice, or it is `model.source`", all[twice]);
             return conflict(KEY, message, "two experts would be the same; name each checkpoint once");
         }
-        match self.upcycle.experts {
+        match self.table().experts {
             Some(experts) if experts != all.len() => {
                 let message = format!(
                     "`upcycle.experts` is {experts}, and `mix` makes an expert of each of {} checkpoints",
@@ -139,7 +146,7 @@ impl UpcycleRecipe {
 
     fn conflict_of_calibration(&self, method: Method) -> Option<Conflict> {
         let cuts = method.cuts();
-        let Some(CalibrationTable { data, eval, .. }) = &self.calibration else {
+        let Some(CalibrationRecipe { data, eval, .. }) = &self.calibration else {
             if !cuts && method != Method::Expand {
                 return None;
             }
@@ -150,7 +157,7 @@ impl UpcycleRecipe {
             let message = "`calibration.data` is empty: expected at least one file";
             return Some(("calibration.data", Error::request(message)));
         }
-        let is_learned_from = |file: &&SourceRecipe| data.iter().any(|own| own.path == file.path);
+        let is_learned_from = |file: &&Source| data.iter().any(|own| own.path == file.path);
         if let Some(file) = eval.iter().flatten().find(is_learned_from) {
             let path = file.path.display();
             let message = format!("`calibration.eval` has `{path}`, which `calibration.data` has too");
@@ -167,7 +174,7 @@ impl UpcycleRecipe {
     fn conflict_of_router(&self, settings: &Settings) -> Option<Conflict> {
         const KEY: &str = "upcycle.prompts";
         let Settings { method, experts, router, .. } = *settings;
-        let prompts = self.upcycle.prompts.as_deref().unwrap_or_default();
+        let prompts = self.table().prompts.unwrap_or_default();
         if (router == RouterKind::Prompts) == prompts.is_empty() {
             let message = match prompts.is_empty() {
                 false => "`upcycle.prompts` is for `router = \"prompts\"`",

@@ -31,7 +31,7 @@ pub struct Memory {
     /// Whether the recipe says that budget; otherwise it is nine tenths of what the machine has free.
     pub budget_is_asked_for: bool,
     /// What is recomputed in the backward: `none` or `block`.
-    pub checkpoint: RecomputeChoice,
+    pub recompute: Recompute,
     /// The most tokens that are computed at once.
     pub piece_tokens: usize,
     /// Whether the largest batch is computed in several pieces.
@@ -51,7 +51,7 @@ impl Memory {
             MemoryBudget::Free => train::available_bytes() / 10 * 9,
         };
         let asked_for = plan.train.memory_budget != MemoryBudget::Free;
-        Self::choose(&needs, plan.train.checkpoint, budget, asked_for)
+        Self::choose(&needs, plan.train.recompute, budget, asked_for)
     }
 
     /// The fastest way that fits into `budget`, or the smallest when none does.
@@ -72,10 +72,7 @@ impl Memory {
             components,
             budget_bytes: budget,
             budget_is_asked_for: asked_for,
-            checkpoint: match way.recompute {
-                Recompute::None => RecomputeChoice::None,
-                Recompute::Block => RecomputeChoice::Block,
-            },
+            recompute: way.recompute,
             piece_tokens: way.piece_tokens,
             several_pieces: needs.largest_batch() > way.piece_tokens,
             unconstrained_bytes: measured.first().map_or(0, total),
@@ -85,11 +82,7 @@ impl Memory {
     /// How the run computes.
     #[must_use]
     pub fn way(&self) -> Way {
-        let recompute = match self.checkpoint {
-            RecomputeChoice::Block => Recompute::Block,
-            RecomputeChoice::None | RecomputeChoice::Auto => Recompute::None,
-        };
-        Way { recompute, piece_tokens: self.piece_tokens }
+        Way { recompute: self.recompute, piece_tokens: self.piece_tokens }
     }
 
     /// Whether it is within the budget.
@@ -101,9 +94,9 @@ impl Memory {
     /// What was chosen and why, in one line.
     pub(in crate::run) fn line(&self) -> String {
         let bytes = figures::bytes;
-        let kept = match self.checkpoint {
-            RecomputeChoice::Block => "layers computed again in the backward",
-            RecomputeChoice::None | RecomputeChoice::Auto => "nothing computed twice",
+        let kept = match self.recompute {
+            Recompute::Block => "layers computed again in the backward",
+            Recompute::None => "nothing computed twice",
         };
         let mut line = format!(
             "memory: {} of {} {}; {kept}, up to {} tokens at once",
@@ -142,9 +135,9 @@ impl Memory {
             true => format!("`train.memory_budget` allows {budget}"),
             false => format!("the machine has {budget} free"),
         };
-        let how = match self.checkpoint {
-            RecomputeChoice::Block => "with layers computed again and",
-            RecomputeChoice::None | RecomputeChoice::Auto => "with `train.checkpoint = \"none\"` and",
+        let how = match self.recompute {
+            Recompute::Block => "with layers computed again and",
+            Recompute::None => "with `train.recompute = \"none\"` and",
         };
         let tokens = figures::count(self.piece_tokens as u64);
         let text = format!("the run takes {peak} {how} {tokens} tokens at once, and {of}");
@@ -165,9 +158,9 @@ impl Memory {
 fn remedies(memory: &Memory, plan: &Plan) -> String {
     let Components { weights, optimizer, adapter, gradients, activations, layer, .. } = memory.components;
     let (of_piece, of_trained) = (activations + layer, optimizer + adapter + gradients);
-    let again = match memory.checkpoint {
-        RecomputeChoice::Block => "a smaller `data.max_length`",
-        RecomputeChoice::None | RecomputeChoice::Auto => "`train.checkpoint = \"block\"`",
+    let again = match memory.recompute {
+        Recompute::Block => "a smaller `data.max_length`",
+        Recompute::None => "`train.recompute = \"block\"`",
     };
     let trained = match plan.trained {
         Trained::Full => "an `[adapter]` instead of `train.full`",
