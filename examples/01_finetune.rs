@@ -1,66 +1,52 @@
-//! The training loop by hand, for those who want their own:
+//! A fine-tuning run from code, as `peft finetune` does it from a recipe:
 //!
 //!     cargo run --release --example 01_finetune
 //!
-//! Takes the bundled tiny model, puts low-rank pairs beside its feed-forward layers, makes thirty steps on the quickstart
-//! data and writes an adapter that Hugging Face PEFT loads. `peft finetune` does the same with checkpoints, resuming,
-//! evaluation and a receipt of its settings.
+//! Trains an adapter for the bundled tiny model, and leaves a run directory that `peft finetune --resume` and Hugging Face PEFT
+//! understand. `02_merge` folds its result into the model.
 
 #![expect(clippy::print_stdout, reason = "a program that tells what it does")]
 
-use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
-use candle_core::Device;
 use peft::Result;
-use peft::adapter::{LoraConfig, Targets, attach, hf, init, resolve};
-use peft::data::{Dataset, Format, Order, Preparation, Sampler, Source, SpecialTokens, TrainOn};
-use peft::model::{Decoder, Pretrained, Recompute};
-use peft::recipe::TemplateVariables;
-use peft::run::text_of;
-use peft::train::{AdamW, AdamWConfig, step_gradients};
+use peft::recipe::Plan;
+use peft::run::finetune;
+use peft::train::{Event, Reporter};
+
+/// Takes what happens, and prints a part of it.
+struct Losses;
+
+impl Reporter for Losses {
+    fn report(&mut self, event: &Event) {
+        match event {
+            Event::Step(report) if report.step % 10 == 0 => {
+                println!("step {:2}  loss {:.4}", report.step, report.loss);
+            }
+            Event::Evaluation { step, eval_loss, .. } => println!("step {step:2}  eval loss {eval_loss:.4}"),
+            Event::Warning { text } => println!("warning: {text}"),
+            _ => {}
+        }
+    }
+}
 
 fn main() -> Result<()> {
-    // A model is opened without reading its weights: configuration, names and shapes are known at once.
-    let base = Pretrained::open("examples/tiny-llama")?;
-    let mut model = Decoder::open(&base, base.compute_dtype(), &Device::Cpu)?;
+    // What is not said has the default of its key: `peft recipes keys` lists them.
+    let plan = Plan::finetune("examples/tiny-llama")
+        .rank(16)
+        .data("datasets/quickstart.jsonl")
+        .steps(60)
+        .learning_rate(2e-3)
+        .output("runs/01_finetune")
+        .build()?;
 
-    // Data becomes rows: tokens, and for each of them whether it is to be learned.
-    let text = text_of(&base, &TemplateVariables::default(), SpecialTokens::default())?;
-    let source = Source { path: "datasets/quickstart.jsonl".into(), weight: 1.0, format: Format::Auto };
-    let preparation =
-        Preparation { max_length: 512, train_on: TrainOn::Completion, eval_share: 0.05, seed: 42 };
-    let data = Dataset::load(&[source], &[], &text, &preparation)?;
-    let order = Order { seed: 42, batch_size: 4, pack: true, max_length: 512 };
-    let mut batches = Sampler::new(&data.train, order);
+    // The plan as a recipe: reading this text gives the same plan.
+    println!("{}", plan.to_toml()?);
 
-    // An adapter is something done to a model: the layers that it goes to, its first values, then attaching it. What
-    // comes back are the trainables, which share storage with the model.
-    let config = LoraConfig {
-        rank: 16,
-        alpha: Some(32.0),
-        targets: Targets::names(["gate_proj", "up_proj", "down_proj"]),
-        ..LoraConfig::default()
-    };
-    let placements = resolve(&config, base.config())?;
-    let first = init::fresh(&config, &placements.placements, base.config(), &Device::Cpu)?;
-    let trainables = attach(model.linears_mut(), &placements.placements, &first, 0.0, 0)?;
-
-    // A step: the gradients of the mean loss over all labelled tokens, then an update.
-    let mut optimizer = AdamW::new(AdamWConfig::default(), &trainables, false)?;
-    for step in 0..30 {
-        let batch = [batches.batch(step)];
-        let result = step_gradients(&model, &trainables, &batch, Some(step), Recompute::None)?;
-        let clip = (1.0 / result.norm).min(1.0);
-        optimizer.update(&trainables, &result.gradients, clip, 2e-3)?;
-        println!("step {:2}  loss {:.4}  gradient norm {:.3}", step + 1, result.loss, result.norm);
-    }
-
-    let folder = Path::new("runs/01_finetune");
-    std::fs::create_dir_all(folder)?;
-    let tensors = trainables.iter().map(|(name, variable)| (&**name, variable.as_tensor()));
-    let provenance =
-        hf::Provenance { base_model: Some("examples/tiny-llama".to_string()), ..Default::default() };
-    hf::write(folder, &config, &placements, tensors, &provenance)?;
-    println!("wrote {}", folder.display());
+    // Another thread may set this flag: the run then saves a checkpoint and ends.
+    let interrupt = AtomicBool::new(false);
+    // `true` goes on with a run that is in the directory, and begins one where there is none.
+    let summary = finetune(&plan, true, &interrupt, &mut Losses)?;
+    println!("{} steps, eval loss {:?}", summary.state.step, summary.last_eval_loss);
     Ok(())
 }

@@ -1,13 +1,12 @@
 //! Parameter-efficient fine-tuning on [candle](candle_core): pretrained weights are loaded and frozen, small low-rank
 //! adapters are trained beside them, and folded back. Reads and writes what Hugging Face's tools read and write.
 //!
-//! The shortest way is the one the program takes: a recipe becomes a plan, and the plan a run.
+//! The shortest way is the one the program takes: a plan, made in code or from a recipe, becomes a run.
 //!
 //! ```no_run
-//! use std::path::PathBuf;
 //! use std::sync::atomic::AtomicBool;
 //!
-//! use peft::recipe::{Document, Plan, Recipe};
+//! use peft::recipe::Plan;
 //! use peft::run::finetune;
 //! use peft::train::{Event, Reporter};
 //!
@@ -16,13 +15,14 @@
 //!     fn report(&mut self, _: &Event) {}
 //! }
 //!
-//! let path = PathBuf::from("recipes/quickstart.toml");
-//! let document = Document::parse(path.clone(), &std::fs::read_to_string(path)?)?;
-//! let plan = Plan::of(&Recipe::read(&document)?, "quickstart");
+//! let plan = Plan::finetune("examples/tiny-llama").rank(16).data("datasets/quickstart.jsonl").build()?;
 //! let summary = finetune(&plan, false, &AtomicBool::new(false), &mut Silent)?;
 //! println!("{:?}", summary.last_eval_loss);
 //! # Ok::<(), peft::Error>(())
 //! ```
+//!
+//! The programs in `examples/` are to be read: `01_finetune` is such a run, `02_merge` folds an adapter into its model, `03_upcycle`
+//! turns a dense model into a mixture of experts, and `04_own_loop` is a training loop by hand.
 //!
 //! The rooms, and what flows between them:
 //!

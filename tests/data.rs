@@ -81,8 +81,13 @@ fn quickstart() -> (Text, Dataset) {
         weight: 1.0,
         format: Format::Auto,
     };
-    let preparation =
-        Preparation { max_length: 512, train_on: TrainOn::Completion, eval_share: 0.1, seed: 42 };
+    let preparation = Preparation {
+        max_length: 512,
+        train_on: TrainOn::Completion,
+        eval_share: 0.1,
+        eval_least: 0,
+        seed: 42,
+    };
     let dataset = Dataset::load(&[source], &[], &text, &preparation).unwrap();
     (text, dataset)
 }

@@ -612,3 +612,61 @@ fn check_knows_the_run_that_is_there() {
     let wanted = "warning: `peft finetune` needs another folder with `--output`: run: the run was started with another recipe: ";
     assert!(said.starts_with(wanted), "{said}");
 }
+
+/// The top folder of a run has the weights of the best evaluation, or on request those of the last step.
+#[test]
+fn a_run_leaves_its_best_weights_or_its_last() {
+    let place = Place::new();
+    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
+    // The learning rate grows at the end, so that the last evaluation is not the best.
+    let recipe = recipe.replace("learning_rate = 1e-2", "learning_rate = 2.0, warmup = 1.0");
+    fs::write(place.path("recipe.toml"), recipe.replace("eval_every = 3", "eval_every = 1")).unwrap();
+    let run = |output: &str, set: &str| {
+        place.run(&["finetune", "recipe.toml", "--output", output, "--set", set, "--log", "json"]).1
+    };
+    let said = run("best", "train.final=best");
+    let end: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let step = end["result"]["step"].as_u64().unwrap();
+    assert!(end["event"] == "end" && end["result"]["is_best"] == true && (1..6).contains(&step), "{end}");
+    let weights = |path: &str| fs::read(place.path(path).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(weights("best"), weights("best/best"));
+    assert_ne!(weights("best"), weights("best/checkpoint-6"));
+    let said = run("last", "train.final=last");
+    let end: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    assert_eq!((&end["result"]["step"], &end["result"]["is_best"]), (&6.into(), &false.into()));
+    assert_ne!(weights("last"), weights("last/best"));
+}
+
+#[test]
+fn of_few_documents_none_is_held_out_unless_a_share_is_asked_for() {
+    let place = Place::new();
+    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
+    fs::write(place.path("recipe.toml"), recipe.replace("eval_share = 0.2, ", "")).unwrap();
+    let documents = |set: &[&str]| {
+        let report = place.json(&[&["check", "recipe.toml", "--json"], set].concat());
+        report["eval_documents"].as_u64().unwrap()
+    };
+    assert_eq!(documents(&[]), 0);
+    assert_eq!(documents(&["--set", "data.eval_share=0.25"]), 6);
+    let records: String =
+        (0..50).map(|n| format!("{{\"prompt\": \"Kite {n}?\", \"completion\": \"Box {n}.\"}}\n")).collect();
+    fs::write(place.path("data.jsonl"), records).unwrap();
+    assert!(documents(&[]) > 0);
+    assert_eq!(documents(&["--set", "data.eval=false"]), 0);
+}
+
+#[test]
+fn the_metrics_of_a_run_are_drawn_and_printed_as_csv() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let (csv, _) = place.run(&["inspect", "run", "--csv"]);
+    let lines: Vec<&str> = csv.lines().collect();
+    let columns: Vec<&str> = lines[0].split(',').collect();
+    assert!(columns[0] == "step" && columns.contains(&"eval_loss") && columns.contains(&"loss"), "{csv}");
+    // Six steps and an evaluation before, after the third and after the last.
+    assert_eq!(lines.len(), 1 + 6 + 3);
+    assert!(lines.iter().all(|line| line.split(',').count() == columns.len()), "{csv}");
+    let (said, _) = place.run(&["inspect", "run"]);
+    assert!(said.chars().filter(|c| ('▁'..='█').contains(c)).count() == 6 + 3, "{said}");
+    assert!(refusal(&place, &["inspect", "model", "--csv"]).contains("`model` is none"));
+}

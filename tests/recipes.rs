@@ -9,9 +9,9 @@ use peft::model::config::{Overflow, RouterNoise, RoutingKind};
 use peft::ops::distillation::Terms;
 use peft::recipe::{
     AdapterPlan, AdapterRecipe, Bytes, ContinuedAdapter, DataPlan, DistillPlan, Document, DtypeChoice,
-    Evaluation, ExpertChoice, FreshAdapter, Length, MemoryBudget, Method, MixturePlan, ModelPlan, Plan,
-    Recipe, RecomputeChoice, RouterTraining, Task, TrainPlan, Trained, UpcyclePlan, UpcycleRecipe, Work,
-    commented,
+    Evaluation, ExpertChoice, Final, FreshAdapter, Length, MemoryBudget, Method, MixturePlan, ModelPlan,
+    Plan, Recipe, RecomputeChoice, RouterTraining, Task, TrainPlan, Trained, UpcyclePlan, UpcycleRecipe,
+    Warmup, Work, commented,
 };
 use peft::train::Schedule;
 use proptest::prelude::*;
@@ -77,7 +77,6 @@ fn what_is_left_out_is_filled_in() {
     dropout_seed = 43
 
     [data]
-    eval_share = 0.05
     max_length = 512
     pack = true
     train_on = "completion"
@@ -100,6 +99,7 @@ fn what_is_left_out_is_filled_in() {
     eval_every = 50
     save_every = 50
     keep = 3
+    final = "best"
     recompute = "auto"
     "#);
 }
@@ -231,7 +231,7 @@ fn numbers_have_ranges() {
     insta::assert_snapshot!(refusal_of("train.learning_rate = 0"), @"test.toml:6: `train.learning_rate`: expected a number above 0, found `0`");
     insta::assert_snapshot!(refusal_of("train.learning_rate = nan"), @"test.toml:6: `train.learning_rate`: expected a number above 0, found `NaN`");
     insta::assert_snapshot!(refusal_of("train.learning_rate = inf"), @"test.toml:6: `train.learning_rate`: expected a number above 0, found `inf`");
-    insta::assert_snapshot!(refusal_of("train.warmup = 1.5"), @"test.toml:6: `train.warmup`: expected a number from 0 to 1, found `1.5`");
+    insta::assert_snapshot!(refusal_of("train.warmup = 1.5"), @"test.toml:6: `train.warmup`: expected a share of the steps from 0 to 1, or a whole number of steps from 2 on, found `1.5`");
     insta::assert_snapshot!(refusal_of("train.batch_size = 0"), @"test.toml:6: `train.batch_size`: expected a whole number of at least 1, found `0`");
     insta::assert_snapshot!(refusal_of("train.max_grad_norm = -1"), @"test.toml:6: `train.max_grad_norm`: expected a number of at least 0, found `-1`");
     insta::assert_snapshot!(refusal_of("train.memory_budget = \"4 gigs\""), @"test.toml:6: `train.memory_budget`: expected an amount of memory such as `4GiB` or `512MiB`, found `4 gigs`");
@@ -419,6 +419,36 @@ fn keys_of_earlier_versions_are_read() {
     insta::assert_snapshot!(refusal_of("train.checkpoint = \"blok\""), @"
     test.toml:6: `train.recompute`: expected one of `auto`, `none`, `block`, found `blok`
     hint: did you mean `block`?
+    ");
+}
+
+#[test]
+fn a_warmup_is_a_share_or_a_number_of_steps() {
+    let warmup = |text: &str| plan(&format!("{SHORTEST}train.warmup = {text}")).unwrap().train.warmup;
+    for (text, expected) in [
+        ("0.1", Warmup::Share(0.1)),
+        ("0", Warmup::Share(0.0)),
+        ("1", Warmup::Share(1.0)),
+        ("1.0", Warmup::Share(1.0)),
+        ("2", Warmup::Steps(2)),
+        ("500", Warmup::Steps(500)),
+    ] {
+        assert_eq!(warmup(text), expected, "{text}");
+    }
+    assert_eq!((Warmup::Share(0.05).updates(30), Warmup::Steps(500).updates(30)), (2, 500));
+    insta::assert_snapshot!(refusal_of("train.warmup = -2"), @"test.toml:6: `train.warmup`: expected a share of the steps from 0 to 1, or a whole number of steps from 2 on, found `-2`");
+}
+
+#[test]
+fn what_is_evaluated_on_is_files_a_share_or_nothing() {
+    let eval = |line: &str| plan(&format!("{SHORTEST}{line}")).unwrap().data.eval;
+    assert_eq!(eval(""), Evaluation::ShareOfMany);
+    assert_eq!(eval("data.eval = false"), Evaluation::Off);
+    assert_eq!(eval("data.eval_share = 0.1"), Evaluation::Share(0.1));
+    insta::assert_snapshot!(refusal_of("data.eval = true"), @"test.toml:6: `data.eval`: expected `false` or a list of files, found `true`");
+    insta::assert_snapshot!(refusal_of("data.eval = false\ndata.eval_share = 0.1"), @"
+    test.toml:7: `data.eval` and `data.eval_share` both say what to evaluate on
+    hint: leave one of them out
     ");
 }
 
@@ -768,8 +798,12 @@ fn trained() -> impl Strategy<Value = Trained> {
 }
 
 fn data() -> impl Strategy<Value = DataPlan> {
-    let eval =
-        prop_oneof![sources().prop_map(Evaluation::Files), number(0.001..0.999).prop_map(Evaluation::Share)];
+    let eval = prop_oneof![
+        sources().prop_map(Evaluation::Files),
+        number(0.001..0.999).prop_map(Evaluation::Share),
+        Just(Evaluation::ShareOfMany),
+        Just(Evaluation::Off),
+    ];
     let train_on = prop_oneof![Just(TrainOn::Completion), Just(TrainOn::All)];
     (sources(), eval, 2usize..100_000, any::<bool>(), train_on).prop_map(
         |(train, eval, max_length, pack, train_on)| DataPlan {
@@ -796,9 +830,11 @@ fn train() -> impl Strategy<Value = TrainPlan> {
         (1u64..64).prop_map(|gib| MemoryBudget::Limit(Bytes(gib << 30))),
     ];
     let sizes = (1usize..1000, 1usize..1000, 0u64..1000, 0u64..1000, 1usize..100);
-    let rates = (number(1e-9..10.0), number(0.0..1.0), number(0.0..10.0), number(0.0..100.0));
-    (length, sizes, rates, schedule, recompute, budget).prop_map(
-        |(length, sizes, rates, schedule, recompute, memory_budget)| {
+    let warmup = prop_oneof![number(0.0..1.0).prop_map(Warmup::Share), (2u64..9999).prop_map(Warmup::Steps)];
+    let rates = (number(1e-9..10.0), warmup, number(0.0..10.0), number(0.0..100.0));
+    let r#final = prop_oneof![Just(Final::Best), Just(Final::Last)];
+    (length, sizes, rates, schedule, recompute, budget, r#final).prop_map(
+        |(length, sizes, rates, schedule, recompute, memory_budget, r#final)| {
             let (batch_size, accumulate, eval_every, save_every, keep) = sizes;
             let (learning_rate, warmup, weight_decay, max_grad_norm) = rates;
             TrainPlan {
@@ -813,6 +849,7 @@ fn train() -> impl Strategy<Value = TrainPlan> {
                 eval_every,
                 save_every,
                 keep,
+                r#final,
                 recompute,
                 memory_budget,
             }
@@ -894,4 +931,22 @@ proptest! {
     fn no_text_makes_the_reader_panic(text in "(task = \"finetune\"\n)?[a-z.=\"\\[\\]{}0-9\n -]{0,200}") {
         let _ = plan(&text);
     }
+}
+
+/// The table of keys in README says what the program says.
+#[test]
+fn the_readme_has_the_defaults_of_its_keys() {
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let keys: std::collections::BTreeMap<String, &peft::recipe::Key> = Task::Finetune.keys().collect();
+    let mut found = 0;
+    for line in readme.lines() {
+        let cells: Vec<&str> = line.split(" | ").collect();
+        let [names, default, _] = cells[..] else { continue };
+        let names = names.trim_start_matches("| ").split(", ").map(|name| name.trim_matches('`'));
+        for key in names.filter_map(|name| keys.get(name)) {
+            found += 1;
+            assert_eq!(key.default(), default, "{line}");
+        }
+    }
+    assert!(found >= 20, "{found}");
 }

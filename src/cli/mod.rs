@@ -221,6 +221,9 @@ struct Eval {
 struct Inspect {
     /// A model, an adapter, a data file or a run
     path: String,
+    /// Print the metrics of a run as CSV
+    #[arg(long, conflicts_with = "json")]
+    csv: bool,
     /// Print one JSON document
     #[arg(long)]
     json: bool,

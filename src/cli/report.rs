@@ -1,6 +1,7 @@
 //! The forms in which a run is told on stderr: a live bar, plain lines, JSON lines, or silence.
 
 use std::io::{self, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -8,8 +9,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::routing::table;
 use super::terminal::{Label, in_message};
+use crate::adapter::hf::shell_word;
 use crate::run::figures::{bytes, count, duration};
-use crate::train::{Event, Reporter, Sample, StepReport};
+use crate::train::{Event, FinalWeights, Reporter, Sample, StepReport};
 
 /// The form in which progress is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -263,10 +265,31 @@ fn messages(event: &Event) -> Vec<String> {
         }
         Event::Routing { routing } => return table(routing).lines().map(str::to_string).collect(),
         Event::Checkpoint { path, .. } => format!("saved {}", path.display()),
-        Event::End { path, seconds } => format!("done in {}: {}", duration(*seconds), path.display()),
+        Event::End { path, seconds, result } => {
+            return vec![format!("done in {}: {}", duration(*seconds), path.display()), ending(path, result)];
+        }
         Event::Start { .. } | Event::Step(_) => return Vec::new(),
     };
     vec![message]
+}
+
+/// Says which weights a run left, and what to do with them.
+fn ending(path: &Path, result: &FinalWeights) -> String {
+    let loss = |loss: Option<f64>| loss.map_or_else(String::new, |loss| format!(" (eval loss {loss:.4})"));
+    let step = result.step;
+    let which = match (result.is_best, result.last_eval_loss) {
+        (true, Some(last)) => format!(
+            "it holds the weights after step {step}{}, the best evaluation; the last had {last:.4}",
+            loss(result.eval_loss)
+        ),
+        _ => format!("it holds the weights after step {step}{}", loss(result.eval_loss)),
+    };
+    let path = shell_word(&path.to_string_lossy());
+    let next = match &result.base {
+        Some(base) => format!("peft chat --model {} --adapter {path}", shell_word(base)),
+        None => format!("peft chat --model {path}"),
+    };
+    format!("{which}; talk to it with `{next}`")
 }
 
 /// When stderr is gone there is nobody left to tell. Control characters are shown; only our labels are coloured.
@@ -325,7 +348,17 @@ mod tests {
             step(2, 2),
             Event::Evaluation { step: 2, eval_loss: 2.1, best: false },
             Event::Checkpoint { step: 2, path: "runs/quickstart/checkpoint-2".into() },
-            Event::End { path: "runs/quickstart".into(), seconds: 61.2 },
+            Event::End {
+                path: "runs/quickstart".into(),
+                seconds: 61.2,
+                result: FinalWeights {
+                    step: 1,
+                    eval_loss: Some(2.0),
+                    last_eval_loss: Some(2.1),
+                    is_best: true,
+                    base: Some("model".into()),
+                },
+            },
         ]
     }
 
@@ -345,6 +378,7 @@ mod tests {
         step 2  eval loss 2.1000  perplexity 8.17
         saved runs/quickstart/checkpoint-2
         done in 1m01s: runs/quickstart
+        it holds the weights after step 1 (eval loss 2.0000), the best evaluation; the last had 2.1000; talk to it with `peft chat --model model --adapter runs/quickstart`
         ");
     }
 
@@ -357,7 +391,17 @@ mod tests {
             Event::Warning { text: text.clone() },
             Event::Sample { step: 1, sample },
             Event::Checkpoint { step: 1, path: text.clone().into() },
-            Event::End { path: text.into(), seconds: 1.0 },
+            Event::End {
+                path: text.into(),
+                seconds: 1.0,
+                result: FinalWeights {
+                    step: 1,
+                    eval_loss: Some(2.0),
+                    last_eval_loss: Some(2.1),
+                    is_best: true,
+                    base: Some("model".into()),
+                },
+            },
         ];
         let mut lines = Lines::new(Vec::new(), false);
         told(|event| lines.report(event), &events);

@@ -27,6 +27,8 @@ pub struct Preparation {
     pub train_on: TrainOn,
     /// The share of the training documents that is held out where there is no other data to evaluate on.
     pub eval_share: f64,
+    /// The fewest documents of which a share is held out.
+    pub eval_least: usize,
     /// Decides what is held out.
     pub seed: u64,
 }
@@ -75,7 +77,10 @@ impl Dataset {
             eval_rows.extend(rows);
             eval_counts.push(counts);
         }
-        if eval.is_empty() && preparation.eval_share > 0.0 {
+        let documents = all_rows(&parts).count();
+        if eval.is_empty() && preparation.eval_share > 0.0 && documents < preparation.eval_least {
+            // Of so few documents each counts, and a loss on one or two of them says little.
+        } else if eval.is_empty() && preparation.eval_share > 0.0 {
             eval_rows = mix::hold_out(&mut parts, preparation.eval_share, preparation.seed);
             if eval_rows.is_empty() {
                 warnings.push(Warning::NothingToHoldOut);
@@ -321,7 +326,7 @@ mod tests {
     }
 
     fn preparation(max_length: usize, eval_share: f64) -> Preparation {
-        Preparation { max_length, train_on: TrainOn::Completion, eval_share, seed: 1 }
+        Preparation { max_length, train_on: TrainOn::Completion, eval_share, eval_least: 0, seed: 1 }
     }
 
     #[test]

@@ -64,6 +64,46 @@ pub enum RecomputeChoice {
     Block,
 }
 
+/// How long the learning rate rises.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Warmup {
+    /// This share of the steps, from 0 to 1.
+    Share(f64),
+    /// So many steps, more than one.
+    Steps(u64),
+}
+
+impl Warmup {
+    /// The updates of it, in a run of so many.
+    #[must_use]
+    pub fn updates(self, steps: u64) -> u64 {
+        match self {
+            Self::Share(share) => (share * steps as f64).ceil() as u64,
+            Self::Steps(updates) => updates,
+        }
+    }
+}
+
+impl Serialize for Warmup {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Share(share) => serializer.serialize_f64(*share),
+            Self::Steps(updates) => serializer.serialize_u64(*updates),
+        }
+    }
+}
+
+/// Which weights a run leaves as its result.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Final {
+    /// Those of the evaluation with the lowest loss; without an evaluation the last.
+    #[default]
+    Best,
+    /// Those after the last step.
+    Last,
+}
+
 /// An amount of memory: `4GiB` in a recipe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);

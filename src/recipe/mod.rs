@@ -25,6 +25,7 @@ use crate::adapter::Targets;
 use crate::error::{Error, Result};
 
 mod bounds;
+mod builder;
 mod choice;
 mod distill;
 mod document;
@@ -39,7 +40,8 @@ mod template;
 mod typed;
 mod upcycle;
 
-pub use choice::{Bytes, DtypeChoice, Method, RecomputeChoice, Task};
+pub use builder::PlanBuilder;
+pub use choice::{Bytes, DtypeChoice, Final, Method, RecomputeChoice, Task, Warmup};
 pub use distill::{DistillPlan, DistillRecipe};
 pub use document::Document;
 pub use keys::{Key, Table};
@@ -49,7 +51,9 @@ pub use plan::{
     AdapterPlan, ContinuedAdapter, Evaluation, FreshAdapter, Length, MemoryBudget, Plan, Trained,
 };
 pub use reference::{commented, schema};
-pub use tables::{AdapterRecipe, DataPlan, DataRecipe, ModelPlan, ModelRecipe, TrainPlan, TrainRecipe};
+pub use tables::{
+    AdapterRecipe, DataPlan, DataRecipe, EvalFiles, ModelPlan, ModelRecipe, TrainPlan, TrainRecipe,
+};
 pub use template::{Date, TemplateVariables};
 pub use upcycle::{CalibrationRecipe, FormatChoice, MethodRecipe, UpcyclePlan, UpcycleRecipe};
 
@@ -209,7 +213,15 @@ impl Recipe {
             let error = Error::request("`adapter.targets` is empty, so nothing would be trained");
             found.push(("adapter.targets", error.with_hint("\"all-linear\" takes every linear layer")));
         }
-        for (key, sources) in [("data.train", Some(&data.train)), ("data.eval", data.eval.as_ref())] {
+        let eval = match &data.eval {
+            Some(EvalFiles::Files(files)) => Some(files),
+            Some(EvalFiles::Off(_)) | None => None,
+        };
+        if data.eval.is_some() && data.eval_share.is_some() {
+            let error = Error::request("`data.eval` and `data.eval_share` both say what to evaluate on");
+            found.push(("data.eval_share", error.with_hint("leave one of them out")));
+        }
+        for (key, sources) in [("data.train", Some(&data.train)), ("data.eval", eval)] {
             if sources.is_some_and(Vec::is_empty) {
                 found.push((key, Error::request(format!("`{key}` is empty: expected at least one file"))));
             }

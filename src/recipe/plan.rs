@@ -83,6 +83,17 @@ pub enum Evaluation {
     Files(Vec<Source>),
     /// This share of the training documents, which is then not trained on.
     Share(f64),
+    /// [`HELD_OUT`](Self::HELD_OUT) of the training documents, where there are [`MANY`](Self::MANY).
+    ShareOfMany,
+    /// Nothing.
+    Off,
+}
+
+impl Evaluation {
+    /// The share that is held out where a recipe says nothing.
+    pub const HELD_OUT: f64 = 0.05;
+    /// The fewest documents of which anything is held out where a recipe says nothing: of fewer, each counts.
+    pub const MANY: usize = 50;
 }
 
 /// How long a run trains.

@@ -4,20 +4,32 @@ use std::path::PathBuf;
 
 use super::Task;
 use super::bounds::{self, Bound};
-use super::choice::{Bytes, DtypeChoice, Method, RecomputeChoice};
-use super::document::Node;
+use super::choice::{Bytes, DtypeChoice, Final, Method, RecomputeChoice, Warmup};
+use super::document::{Node, Value};
 use super::keys::{Table, Written, keys};
 use super::kind::Kind;
 use super::mixture::{ExpertChoice, RouterTraining};
 use super::plan::{Evaluation, Length, MemoryBudget};
 use super::reading::{Faults, KeyValue, leaves};
 use super::template::TemplateVariables;
-use super::typed::read_leaf;
+use super::typed::{Fault, read_leaf};
 use crate::adapter::{Init, Targets};
 use crate::data::{Format, Source, SpecialTokens, TrainOn};
 use crate::train::Schedule;
 
-leaves!(Task, DtypeChoice, Method, RecomputeChoice, Bytes, Init, TrainOn, Format, SpecialTokens, Schedule);
+leaves!(
+    Task,
+    DtypeChoice,
+    Final,
+    Method,
+    RecomputeChoice,
+    Bytes,
+    Init,
+    TrainOn,
+    Format,
+    SpecialTokens,
+    Schedule
+);
 
 impl KeyValue for Targets {
     fn read(node: &Node, faults: &mut Faults) -> Option<Self> {
@@ -26,6 +38,55 @@ impl KeyValue for Targets {
 
     fn kind() -> Kind {
         Kind::Words("a list of names, a regular expression, or \"all-linear\"".to_string())
+    }
+}
+
+impl KeyValue for Warmup {
+    fn read(node: &Node, faults: &mut Faults) -> Option<Self> {
+        match node.value {
+            Value::Integer(number @ 2..) if number as u64 <= bounds::STEPS => {
+                Some(Self::Steps(number as u64))
+            }
+            Value::Integer(number @ 0..=1) => Some(Self::Share(number as f64)),
+            // Negative zero is zero.
+            Value::Float(number) if (0.0..=1.0).contains(&number) => Some(Self::Share(number + 0.0)),
+            _ => {
+                let expected = "a share of the steps from 0 to 1, or a whole number of steps from 2 on";
+                faults.add(Fault::unfit(expected, node), &node.origin);
+                None
+            }
+        }
+    }
+
+    fn kind() -> Kind {
+        Kind::Words("a number from 0 to 1, or a whole number of steps from 2 on".to_string())
+    }
+}
+
+/// `data.eval`: files, or `false`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[serde(untagged)]
+pub enum EvalFiles {
+    /// No evaluation.
+    Off(bool),
+    /// Files of their own.
+    Files(Vec<Source>),
+}
+
+impl KeyValue for EvalFiles {
+    fn read(node: &Node, faults: &mut Faults) -> Option<Self> {
+        match node.value {
+            Value::Boolean(false) => Some(Self::Off(false)),
+            Value::Boolean(true) => {
+                faults.add(Fault::unfit("`false` or a list of files", node), &node.origin);
+                None
+            }
+            _ => Vec::read(node, faults).map(Self::Files),
+        }
+    }
+
+    fn kind() -> Kind {
+        Kind::Words("`false`, or a list, each a table with path, weight, format".to_string())
     }
 }
 
@@ -108,10 +169,10 @@ keys! {
 
     /// Files to train on.
     train: Vec<Source>, "[{ path = \"train.jsonl\" }]";
-    /// Files to evaluate on.
-    eval: Vec<Source> => "a share of `data.train`", "[{ path = \"eval.jsonl\" }]";
+    /// Files to evaluate on; `false`: no evaluation.
+    eval: EvalFiles => "a share of `data.train`", "[{ path = \"eval.jsonl\" }]";
     /// Share of the documents of `train` that is held out when `eval` is left out.
-    eval_share: f64 [Bound::Part] => "0.05 where `data.eval` is left out", "0.1";
+    eval_share: f64 [Bound::Part] => "0.05, but nothing of fewer than 50 documents", "0.1";
     /// Tokens of the longest document.
     max_length: usize [Bound::Whole(2, bounds::TOKENS)] = 512;
     /// Whether a batch is filled with as many documents as fit.
@@ -184,8 +245,8 @@ keys! {
     learning_rate: f64 [Bound::Positive(10.0)] = 2e-4;
     /// The course of the learning rate after the warmup.
     schedule: Schedule = Schedule::default();
-    /// Share of the steps in which the learning rate rises.
-    warmup: f64 [Bound::Share] = 0.05;
+    /// Steps in which the learning rate rises: a share of all from 0 to 1, or their number from 2 on.
+    warmup: Warmup = Warmup::Share(0.05);
     /// Decoupled weight decay.
     weight_decay: f64 [Bound::NotNegative(100.0)] = 0.0;
     /// Gradients are scaled down to this norm; 0: never.
@@ -196,6 +257,8 @@ keys! {
     save_every: u64 [Bound::Whole(0, bounds::STEPS)] = 50;
     /// Checkpoints that are kept, the newest.
     keep: usize [Bound::Whole(1, bounds::CHECKPOINTS)] = 3;
+    /// Which weights the run leaves as its result: those of the best evaluation, or of the last step.
+    r#final: Final = Final::default();
     /// Which activations are computed again in the backward pass instead of being kept.
     recompute: RecomputeChoice = RecomputeChoice::default();
     /// The memory that recomputation and pieces are chosen for.
@@ -206,9 +269,11 @@ keys! {
 
 impl DataPlan {
     pub(super) fn of(recipe: &DataRecipe) -> Self {
-        let eval = match &recipe.eval {
-            Some(eval) => Evaluation::Files(eval.clone()),
-            None => Evaluation::Share(recipe.eval_share.unwrap_or(0.05)),
+        let eval = match (&recipe.eval, recipe.eval_share) {
+            (Some(EvalFiles::Files(files)), _) => Evaluation::Files(files.clone()),
+            (Some(EvalFiles::Off(_)), _) => Evaluation::Off,
+            (None, Some(share)) => Evaluation::Share(share),
+            (None, None) => Evaluation::ShareOfMany,
         };
         Self::of_keys(recipe, eval, recipe.template.clone().unwrap_or_default(), recipe.special_tokens)
     }
@@ -216,8 +281,10 @@ impl DataPlan {
     /// The table that says it.
     pub(super) fn table(&self) -> DataRecipe {
         let (eval, eval_share) = match &self.eval {
-            Evaluation::Files(eval) => (Some(eval.clone()), None),
+            Evaluation::Files(files) => (Some(EvalFiles::Files(files.clone())), None),
+            Evaluation::Off => (Some(EvalFiles::Off(false)), None),
             Evaluation::Share(share) => (None, Some(*share)),
+            Evaluation::ShareOfMany => (None, None),
         };
         // Left out where nothing is said, so that the recipes of earlier runs are still theirs.
         let template = (self.template != TemplateVariables::default()).then(|| self.template.clone());

@@ -232,11 +232,21 @@ impl Artifact for Unchanged<'_> {
 /// What the result is called until its files are in the run directory.
 pub(super) const RESULT: &str = "result";
 
-/// Writes the result of a run beside what the run directory holds already: each file whole, or not at all. `written` has
-/// the digests of what the run wrote before it went on.
-pub(super) fn publish(artifact: &dyn Artifact, output: &Path, written: &BTreeSet<String>) -> Result<()> {
+/// Writes the result of a run beside what the run directory holds already: each file whole, or not at all. With `best` the
+/// result is a copy of the best evaluation, else what is trained now. `written` has the digests of what the run wrote before
+/// it went on.
+pub(super) fn publish(
+    artifact: &dyn Artifact,
+    output: &Path,
+    written: &BTreeSet<String>,
+    best: bool,
+) -> Result<()> {
     let staged = Staged::replacing(output.join(RESULT))?;
-    artifact.write_result(staged.path())?;
+    if best {
+        train::copy_best(output, staged.path())?;
+    } else {
+        artifact.write_result(staged.path())?;
+    }
     refuse_to_replace(output, staged.path(), written)?;
     staged.commit_files()
 }

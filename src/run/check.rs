@@ -2,11 +2,12 @@
 
 use serde::Serialize;
 
-use super::describe::{describe, warnings};
+use super::describe::describe;
 use super::directory::RunDirectory;
 use super::disk::Disk;
 use super::memory::Memory;
 use super::prepared::{Prepared, Trainable, Trainee};
+use super::warnings::warnings;
 use crate::data::{Counts, preview};
 use crate::error::Result;
 use crate::recipe::Plan;

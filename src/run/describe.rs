@@ -1,19 +1,18 @@
 //! The plan of a run in lines of text: what its first lines and `peft check` say.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use super::figures;
 use super::kernels::ChosenKernels;
 use super::memory::Memory;
 use super::prepared::{Prepared, Trainee};
 use super::teacher::PreparedTeacher;
-use crate::data::{Counts, Layout, Warning};
+use crate::data::{Counts, Layout};
 use crate::error::Result;
+use crate::model::RouterLosses;
 use crate::model::config::{Overflow, RouterNoise, RoutingKind, RoutingVariant};
-use crate::model::{RouterLosses, family};
 use crate::ops::distillation::Terms;
-use crate::recipe::{Length, MixturePlan, Plan, RouterTraining, Trained};
+use crate::recipe::{Evaluation, Length, MixturePlan, Plan, RouterTraining, Trained};
 
 /// The model, what is trained, the data and the course of training.
 pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Result<Vec<String>> {
@@ -23,10 +22,7 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Res
     lines.extend(prepared.teacher.iter().map(teacher));
     lines.extend(prepared.dataset.train_counts.iter().map(|counts| data("train", counts)));
     lines.extend(prepared.dataset.eval_counts.iter().map(|counts| data("eval", counts)));
-    if prepared.dataset.eval_counts.is_empty() {
-        let held_out = figures::count(prepared.dataset.eval.len() as u64);
-        lines.push(format!("eval: {held_out} documents held out of training"));
-    }
+    lines.extend(evaluation(plan, prepared));
     let counts = &prepared.dataset;
     let is_templated = |counts: &Counts| counts.templated > 0;
     if counts.train_counts.iter().chain(&counts.eval_counts).any(is_templated) {
@@ -40,91 +36,20 @@ pub(super) fn describe(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Res
     Ok(lines)
 }
 
-/// What to look at before starting.
-pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
-    let teacher = prepared.teacher.iter().flat_map(|teacher| teacher.base.warnings());
-    let model = prepared.base.warnings().iter().chain(teacher).cloned();
-    let unread = plan.data.template.unread(&prepared.text);
-    let unread =
-        unread.iter().map(|name| format!("no chat template of the model reads `data.template.{name}`"));
-    let data = prepared.dataset.warnings.iter().map(of_data).chain(unread);
-    let excess = memory.excess(plan).map(|(text, remedies)| format!("{text}; {remedies}"));
-    let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
-    let (rate, of_text) = (high_rate(plan), other_text(prepared));
-    model.chain(data).chain(excess).chain(of_mixture).chain(rate).chain(of_text).collect()
-}
-
-/// What there is to say of the data, with the key of the recipe that changes it.
-fn of_data(warning: &Warning) -> String {
-    match warning {
-        Warning::ControlTokens(_, 1, _) => {
-            format!("{warning}, and `data.special_tokens = \"text\"` encodes it as text")
+/// What is evaluated where no file says it.
+fn evaluation(plan: &Plan, prepared: &Prepared) -> Option<String> {
+    match plan.data.eval {
+        Evaluation::Files(_) => None,
+        Evaluation::Off => Some("eval: none".to_string()),
+        Evaluation::ShareOfMany if prepared.dataset.eval.is_empty() => Some(format!(
+            "eval: none, for all of fewer than {} documents are trained on; `data.eval_share = 0.1` holds a tenth out",
+            Evaluation::MANY
+        )),
+        Evaluation::Share(_) | Evaluation::ShareOfMany => {
+            let held_out = figures::count(prepared.dataset.eval.len() as u64);
+            Some(format!("eval: {held_out} documents held out of training"))
         }
-        Warning::ControlTokens(..) => {
-            format!("{warning}, and `data.special_tokens = \"text\"` encodes them as text")
-        }
-        _ => warning.to_string(),
     }
-}
-
-/// A learning rate that ends in the same loss whatever the data.
-fn high_rate(plan: &Plan) -> Option<String> {
-    /// No published recipe for AdamW has as much.
-    const HIGH: f64 = 0.1;
-
-    let rate = plan.train.learning_rate;
-    (rate > HIGH).then(|| {
-        format!(
-            "`train.learning_rate` is {rate}: each step moves every trained value by about as much, and training will \
-             not converge; adapters learn with 1e-4 to 1e-2"
-        )
-    })
-}
-
-/// Warns where the adapter that training goes on with was trained on texts that became other tokens.
-fn other_text(prepared: &Prepared) -> Option<String> {
-    let Trainee::Adapter(adapter) = &prepared.trained else { return None };
-    let source = &adapter.from.as_ref()?.source;
-    match prepared.base.adapter_text(Path::new(source)) {
-        Ok(text) => Some(text?.said(&format!(
-            "the adapter `{source}` has tokenizer files of its own, and this run uses the model's"
-        ))),
-        Err(error) => Some(format!("the tokenizer files beside the adapter are not used: {error}")),
-    }
-}
-
-/// An adapter has no place for a number of experts.
-fn own_number(plan: &Plan, prepared: &Prepared) -> Option<String> {
-    let (_, moe) = prepared.base.config().sparse_layers().next()?;
-    let model = family::read(prepared.base.config_json()).ok()?;
-    let (_, own) = model.sparse_layers().next()?;
-    if moe.active == own.active || plan.trained == Trained::Full {
-        return None;
-    }
-    Some(format!(
-        "`routing.active` is {} in this run alone: `peft eval`, `generate` and `merge` take the model's own {} experts of a \
-         token",
-        moe.active, own.active
-    ))
-}
-
-/// What a loss on routers is depends on what is computed at once.
-fn own_pieces(plan: &Plan, memory: &Memory) -> Option<String> {
-    let mixture = &plan.mixture;
-    let by_piece = match (mixture.capacity_factor.is_some(), mixture.losses.are_on()) {
-        (false, false) => return None,
-        (true, false) => "the capacity of experts is",
-        (false, true) => "losses on routers are",
-        (true, true) => "losses on routers and the capacity of experts are",
-    };
-    if !memory.several_pieces || memory.budget_is_asked_for {
-        return None;
-    }
-    Some(format!(
-        "{by_piece} taken over the tokens computed at once, {} of a batch, and these follow the memory that is free: set \
-         `train.memory_budget` for a run that can be repeated",
-        figures::count(memory.piece_tokens as u64)
-    ))
 }
 
 fn model(prepared: &Prepared) -> String {

@@ -84,7 +84,7 @@ impl RunDirectory {
         if !MARKS.iter().any(|name| output.join(name).exists()) {
             return Self::check(plan, false).map(|()| None);
         }
-        match Self::check(&Self::dated(plan), true) {
+        match Self::check(&Self::as_begun(plan), true) {
             Ok(()) => Ok(Some(format!(
                 "`{}` holds a run of this recipe already: `peft finetune` goes on with it with `--resume`, or writes to \
                  another folder with `--output`",
@@ -151,12 +151,23 @@ impl RunDirectory {
         self.place.iter().try_for_each(OpenPath::refuse_moved)
     }
 
-    /// The plan with the date of the run that it goes on with; runs that name none had this one.
-    pub(super) fn dated(plan: &Plan) -> Plan {
+    /// The plan with what the run that it goes on with settled: the date, where the recipe names none, and the share that
+    /// is held out, which earlier versions took of few documents too.
+    pub(super) fn as_begun(plan: &Plan) -> Plan {
         let mut plan = plan.clone();
-        if plan.data.template.date.is_none() && plan.output.join(RECIPE).is_file() {
-            let recorded = recorded(&plan).and_then(|recipe| recipe.data.template);
-            plan.data.template.date = recorded.map_or(Some(Date::FIXED), |template| template.date);
+        if !plan.output.join(RECIPE).is_file() {
+            return plan;
+        }
+        let recorded = recorded(&plan).map(|recipe| recipe.data);
+        if plan.data.template.date.is_none() {
+            let template = recorded.as_ref().and_then(|data| data.template.as_ref());
+            // Runs that name none had this one.
+            plan.data.template.date = template.map_or(Some(Date::FIXED), |template| template.date);
+        }
+        if plan.data.eval == Evaluation::ShareOfMany
+            && let Some(share) = recorded.and_then(|data| data.eval_share)
+        {
+            plan.data.eval = Evaluation::Share(share);
         }
         plan
     }
@@ -236,7 +247,7 @@ fn refuse_sources(plan: &Plan, output: &Path) -> Result<()> {
     let Ok(output) = fs::canonicalize(output) else { return Ok(()) };
     let eval: &[Source] = match &plan.data.eval {
         Evaluation::Files(files) => files,
-        Evaluation::Share(_) => &[],
+        Evaluation::Share(_) | Evaluation::ShareOfMany | Evaluation::Off => &[],
     };
     let model = Some(Path::new(&plan.model.source));
     let from = match &plan.trained {

@@ -7,13 +7,14 @@ use std::sync::atomic::AtomicBool;
 use candle_core::{Device, Var};
 
 use super::artifact::{AdapterFiles, ModelFiles, Unchanged, publish};
-use super::describe::{describe, warnings};
+use super::describe::describe;
 use super::directory::RunDirectory;
 use super::disk::Disk;
 use super::memory::Memory;
 use super::memory::Way;
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
 use super::units::Units;
+use super::warnings::warnings;
 use crate::adapter::{attach, init};
 use crate::data::Row;
 use crate::error::{Context, Error, Result};
@@ -21,10 +22,10 @@ use crate::generate::{Limits, Sampling, Session};
 use crate::model::Decoder;
 use crate::model::config::RouterNoise;
 use crate::ops::Trainables;
-use crate::recipe::Plan;
+use crate::recipe::{Final, Plan, Trained};
 use crate::train::{
-    self, AdamWConfig, Artifact, Difference, Event, Identity, Job, Reporter, Sample, Settings, Summary,
-    Teacher,
+    self, AdamWConfig, Artifact, Difference, Event, FinalWeights, Identity, Job, Reporter, Sample, Settings,
+    Summary, Teacher,
 };
 
 /// Tokens of a sample that shows what the model says.
@@ -39,7 +40,7 @@ pub fn finetune(
     reporter: &mut dyn Reporter,
 ) -> Result<Summary> {
     let asked = plan;
-    let plan = &if resume { RunDirectory::dated(plan) } else { plan.clone() };
+    let plan = &if resume { RunDirectory::as_begun(plan) } else { plan.clone() };
     RunDirectory::check(plan, resume)?;
     let prepared = Prepared::of(plan)?;
     let memory = Memory::of(plan, &prepared);
@@ -102,13 +103,31 @@ pub fn finetune(
         is_failure.then(|| prepared.refuse_changed().err()).flatten().unwrap_or(error)
     })?;
     directory.refuse_moved()?;
-    publish(&artifact, &plan.output, &written)?;
+    let result = final_weights(plan, &summary);
+    publish(&artifact, &plan.output, &written, result.is_best)?;
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     if !summary.routing.is_empty() {
         reporter.report(&Event::Routing { routing: summary.routing.clone() });
     }
-    reporter.report(&Event::End { path: plan.output.clone(), seconds: summary.seconds });
+    reporter.report(&Event::End { path: plan.output.clone(), seconds: summary.seconds, result });
     Ok(summary)
+}
+
+/// Which weights the run leaves. The best evaluation may be the one before training; then there is nothing to go back to.
+fn final_weights(plan: &Plan, summary: &Summary) -> FinalWeights {
+    let state = &summary.state;
+    let earlier = state.best.filter(|best| best.step > 0 && best.step < state.step);
+    let best = earlier.filter(|_| plan.train.r#final == Final::Best);
+    FinalWeights {
+        step: best.map_or(state.step, |best| best.step),
+        eval_loss: best.map(|best| best.eval_loss).or(summary.last_eval_loss),
+        last_eval_loss: summary.last_eval_loss,
+        is_best: best.is_some(),
+        base: match plan.trained {
+            Trained::Adapter(_) => Some(plan.model.source.clone()),
+            Trained::Full => None,
+        },
+    }
 }
 
 /// Refuses to go on with other data or another model than the run began with, and says which of them it is.
@@ -201,7 +220,7 @@ fn settings(plan: &Plan, prepared: &Prepared, way: Way) -> Settings {
         accumulate: train.accumulate as u64,
         learning_rate: train.learning_rate,
         schedule: train.schedule,
-        warmup: (train.warmup * prepared.steps as f64).ceil() as u64,
+        warmup: train.warmup.updates(prepared.steps),
         optimizer: AdamWConfig { weight_decay: train.weight_decay, ..AdamWConfig::default() },
         max_grad_norm: train.max_grad_norm,
         eval_every: train.eval_every,

@@ -20,6 +20,7 @@ mod teacher;
 mod told;
 mod units;
 mod upcycle;
+mod warnings;
 
 pub use check::{Report, Segment, Target, check};
 pub use finetune::finetune;

@@ -84,14 +84,17 @@ impl Prepared {
         let text = told.text(&base)?;
         let dtype = plan.model.dtype.or(base.compute_dtype());
         let teacher = PreparedTeacher::of(plan, &base, text.tokenizer(), dtype)?;
-        let (train, eval, eval_share) = match &plan.data.eval {
-            Evaluation::Files(files) => (&plan.data.train, files.as_slice(), 0.0),
-            Evaluation::Share(share) => (&plan.data.train, [].as_slice(), *share),
+        let (eval, eval_share, eval_least) = match &plan.data.eval {
+            Evaluation::Files(files) => (files.as_slice(), 0.0, 0),
+            Evaluation::Share(share) => ([].as_slice(), *share, 0),
+            Evaluation::ShareOfMany => ([].as_slice(), Evaluation::HELD_OUT, Evaluation::MANY),
+            Evaluation::Off => ([].as_slice(), 0.0, 0),
         };
         let preparation = Preparation {
             max_length: plan.data.max_length,
             train_on: plan.data.train_on,
             eval_share,
+            eval_least,
             seed: plan.seed,
         };
         let most = base.config().max_position_embeddings;
@@ -107,7 +110,7 @@ impl Prepared {
                 _ => format!("set `data.max_length` to {most} or less"),
             }));
         }
-        let dataset = Dataset::load(train, eval, &text, &preparation)?;
+        let dataset = Dataset::load(&plan.data.train, eval, &text, &preparation)?;
         let mut prepared = Self { base, told, text, dataset, trained, teacher, dtype, steps: 0 };
         prepared.steps = prepared.steps_of(plan);
         Ok(prepared)

@@ -14,10 +14,10 @@ use candle_core::{DType, Device, Tensor};
 use super::identity::Identity;
 use super::metrics::FILE as METRICS;
 use super::optimizer::AdamW;
-use super::record::{self, Best, Record, TrainerState};
+use super::record::{self, BEST, Record, TrainerState};
 use crate::error::{Context, Error, Result, is_there, open_regular};
 use crate::ops::Trainables;
-use crate::weights::{Staged, remove_folder, remove_stale};
+use crate::weights::{Staged, remove_folder};
 
 /// What a run trains, on disk.
 pub trait Artifact {
@@ -39,9 +39,6 @@ pub(super) fn restorable(number: f64) -> f64 {
 }
 
 const PREFIX: &str = "checkpoint-";
-/// The folder of the best evaluation.
-pub const BEST: &str = "best";
-
 /// The checkpoints in a run folder with their steps, oldest first.
 pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
@@ -123,22 +120,8 @@ pub(super) fn save(
     Ok((path, kept.into_iter().chain(spared).collect()))
 }
 
-/// Writes the result of the best evaluation, which is that of `state`. A sentence says so where the one before is kept.
-pub(super) fn save_best(
-    output: &Path,
-    artifact: &dyn Artifact,
-    state: &TrainerState,
-) -> Result<Option<String>> {
-    let path = output.join(BEST);
-    refuse_to_replace(&path, &state.identity)?;
-    replace_folder(&path, |folder| {
-        artifact.write_result(folder)?;
-        Record::write(state, folder)
-    })
-}
-
 /// Refuses a folder that the run did not make and would write over. An empty one is nobody's loss.
-fn refuse_to_replace(path: &Path, run: &Identity) -> Result<()> {
+pub(super) fn refuse_to_replace(path: &Path, run: &Identity) -> Result<()> {
     if !is_there(path) || record::is_of(path, run) || is_empty(path) {
         return Ok(());
     }
@@ -147,57 +130,8 @@ fn refuse_to_replace(path: &Path, run: &Identity) -> Result<()> {
     .at(path)
 }
 
-fn is_empty(folder: &Path) -> bool {
+pub(super) fn is_empty(folder: &Path) -> bool {
     fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
-}
-
-/// Finds out whether the best evaluation that `state` tells of is on disk as it was written. One that is missing is written
-/// again where `state` is that of its step, else it is forgotten; a sentence says so.
-pub(super) fn check_best(
-    output: &Path,
-    artifact: &dyn Artifact,
-    state: &mut TrainerState,
-) -> Result<Option<String>> {
-    let path = output.join(BEST);
-    let found = record::identity(&path);
-    // A record that is no JSON any more was one of this program before; reading it says what is wrong.
-    if found.is_some() || record::is_foreign(&path) {
-        let is_of_old = path.is_dir() && !is_there(&path.join(record::FILE)) && state.kernel.is_empty();
-        // Version 0.1.0 left no record in it: then `state` tells whether there was one.
-        match state.best {
-            Some(best) if is_of_old && best.step > 0 => {
-                // A process that was killed here before may have left half a record.
-                remove_stale(&path, |name| name == record::FILE)?;
-                Record::write(&TrainerState { step: best.step, ..state.clone() }, &path)?;
-            }
-            _ => refuse_to_replace(&path, &state.identity)?,
-        }
-    }
-    let step = state.best.map_or(0, |best| best.step);
-    if is_there(&path) && !is_empty(&path) {
-        // The run may have found a better one after its last checkpoint.
-        let checked = Record::read(&path).and_then(|record| match record.state.step {
-            found if found < step => Err(Error::invalid(format!(
-                "holds the evaluation after step {found}, expected that after step {step}"
-            )))
-            .at(&path),
-            _ => record.verify_files(&path),
-        });
-        return checked.map(|()| None).map_err(|error| {
-            error.with_hint(format!("move `{}` to another folder and go on with `--resume`", path.display()))
-        });
-    }
-    if step == 0 {
-        return Ok(None);
-    }
-    let begin = format!("{}: the best evaluation, after step {step}, is missing", path.display());
-    if step == state.step {
-        // There is no folder here, or an empty one, so that nothing in it has to be kept.
-        save_best(output, artifact, state)?;
-        return Ok(Some(format!("{begin}; it is written again from the checkpoint of that step")));
-    }
-    state.best = state.first_eval_loss.map(|eval_loss| Best { step: 0, eval_loss });
-    Ok(Some(format!("{begin}; later evaluations are no longer compared with it")))
 }
 
 /// Removes all checkpoints of the run up to the step of `state` but the last `keep`, and empty folders before these. Later
@@ -224,14 +158,6 @@ pub(super) fn prune(output: &Path, keep: usize, state: &TrainerState) -> Result<
         }
     }
     Ok(spared)
-}
-
-/// Removes the best evaluation of a run that was killed before its first checkpoint, and begins again. One with files of
-/// others stays until it is replaced.
-pub(super) fn forget_best(output: &Path, run: &Identity) -> Result<()> {
-    let best = output.join(BEST);
-    refuse_to_replace(&best, run)?;
-    if is_there(&best) && record::strangers(&best)?.is_empty() { remove_folder(best) } else { Ok(()) }
 }
 
 /// Restores what is trained and the optimizer from the checkpoint of `step` at `path`, and gives the run's state. Nothing
@@ -274,7 +200,7 @@ fn refuse_not_finite(name: &str, values: &Tensor) -> Result<()> {
 
 /// Writes a folder beside `path` and puts it in its place when it is whole. What others put into the one before is in the
 /// new one too; where that cannot be, the one before is kept under another name, and a sentence says so.
-fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<Option<String>> {
+pub(super) fn replace_folder(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<Option<String>> {
     let staged = Staged::replacing(path)?;
     write(staged.path())?;
     let Err(error) = carry_strangers(path, staged.path()) else { return staged.commit().map(|()| None) };

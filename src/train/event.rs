@@ -110,7 +110,24 @@ pub enum Event {
         path: PathBuf,
         /// Seconds spent in steps and evaluation.
         seconds: f64,
+        /// Which weights it is.
+        result: FinalWeights,
     },
+}
+
+/// Which weights a run left as its result.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FinalWeights {
+    /// Those after so many steps.
+    pub step: u64,
+    /// The loss of these weights on the evaluation data.
+    pub eval_loss: Option<f64>,
+    /// The loss after the last step.
+    pub last_eval_loss: Option<f64>,
+    /// Whether they are those of an evaluation before the last step.
+    pub is_best: bool,
+    /// The model that the adapter belongs to; `None`: the result is a model.
+    pub base: Option<String>,
 }
 
 /// Takes the events of a run.

@@ -18,6 +18,9 @@ use crate::weights::{TEMPLATES, hexadecimal, is_companion, write_atomic};
 /// No record of a run has more bytes than this.
 const LARGEST: u64 = 16 << 20;
 
+/// The folder of the best evaluation.
+pub const BEST: &str = "best";
+
 /// The file in the folder of a checkpoint.
 pub(super) const FILE: &str = "trainer_state.json";
 
@@ -101,6 +104,11 @@ impl Record {
         let digest = hexadecimal(&Sha256::digest(&text));
         let text = serde_json::to_string_pretty(&Self { sha256: digest, ..record })?;
         write_atomic(folder.join(FILE), text.as_bytes())
+    }
+
+    /// The paths of the other files.
+    pub(super) fn files(&self) -> impl Iterator<Item = &str> {
+        self.files.keys().map(String::as_str)
     }
 
     /// Reads the record in `folder` and finds out whether it is as it was written.

@@ -10,6 +10,7 @@ use candle_core::{Tensor, Var};
 use serde_json::json;
 
 use super::arrival::Arrival;
+use super::best;
 use super::checkpoint::{self, Artifact};
 use super::event::{Event, Reporter, StepReport};
 use super::identity::Identity;
@@ -113,12 +114,12 @@ pub fn run(mut job: Job<'_>, settings: &Settings, reporter: &mut dyn Reporter) -
     let taken_up = if job.resume { take_up(&job, &mut optimizer, settings, reporter)? } else { None };
     let mut state = match taken_up {
         Some(mut state) => {
-            let missing = checkpoint::check_best(job.output, job.artifact, &mut state)?;
+            let missing = best::check_best(job.output, job.artifact, &mut state)?;
             missing.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
             state
         }
         None => {
-            checkpoint::forget_best(job.output, &job.identity)?;
+            best::forget_best(job.output, &job.identity)?;
             TrainerState {
                 identity: job.identity.clone(),
                 piece_tokens: settings.piece_tokens,
@@ -324,7 +325,7 @@ fn evaluation(
         // The model before the first step is what the user has already.
         if state.step > 0 {
             metrics.refuse_moved()?;
-            let kept = checkpoint::save_best(job.output, job.artifact, state)?;
+            let kept = best::save_best(job.output, job.artifact, state)?;
             kept.into_iter().for_each(|text| reporter.report(&Event::Warning { text }));
         }
     }

@@ -78,7 +78,7 @@ pub enum Event {
         /// The number of all layers.
         layers: usize,
     },
-    /// The new folder is complete. [`crate::recipe::upcycle`] sends this event last.
+    /// The new folder is complete. [`crate::run::upcycle`] sends this event last.
     End {
         /// Its folder.
         path: PathBuf,

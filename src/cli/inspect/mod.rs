@@ -37,6 +37,16 @@ enum Found {
 
 pub(super) fn inspect(arguments: &Inspect, terminal: &mut Terminal) -> Result<()> {
     let found = Found::at(&arguments.path)?;
+    if arguments.csv {
+        let Found::Run(_) = found else {
+            return Err(Error::request(format!(
+                "`--csv` prints the metrics of a run, and `{}` is none",
+                arguments.path
+            ))
+            .with_hint("leave `--csv` out, or name the folder of a run"));
+        };
+        return terminal.write(format_args!("{}", run::csv(Path::new(&arguments.path))?));
+    }
     if arguments.json {
         return terminal.write_json(&found);
     }

@@ -1,9 +1,11 @@
 //! A run directory: what was trained, how far, and how well.
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::row;
 use crate::error::{Context, Error, Result, read_regular, read_regular_text};
@@ -27,6 +29,9 @@ pub(super) struct Run {
     tokens: u64,
     first_loss: Option<f64>,
     last_loss: Option<f64>,
+    /// The loss of each step, to be drawn.
+    #[serde(skip)]
+    losses: Vec<f64>,
     evaluations: Vec<Evaluation>,
     tokens_per_second: Option<f64>,
     peak_rss_bytes: Option<u64>,
@@ -84,12 +89,61 @@ impl Run {
             tokens: steps.iter().filter_map(|line| line.tokens).sum(),
             first_loss: steps.first().and_then(|line| line.loss),
             last_loss: steps.last().and_then(|line| line.loss),
+            losses: steps.iter().filter_map(|line| line.loss).collect(),
             evaluations: evaluations.collect(),
             tokens_per_second: (!speeds.is_empty()).then(|| speeds.iter().sum::<f64>() / speeds.len() as f64),
             peak_rss_bytes: steps.iter().filter_map(|line| line.peak_rss_bytes).max(),
             checkpoints: train::checkpoints(path)?.into_iter().map(|(step, _)| step).collect(),
         })
     }
+}
+
+/// The columns of a drawn course.
+const COLUMNS: usize = 50;
+
+/// Draws the course of values from the lowest to the highest in one line; a column is the mean of as many values as it takes.
+fn sparkline(values: &[f64]) -> String {
+    const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+
+    let each = values.len().div_ceil(COLUMNS).max(1);
+    let means: Vec<f64> =
+        values.chunks(each).map(|chunk| chunk.iter().sum::<f64>() / chunk.len() as f64).collect();
+    let (low, high) =
+        means.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(*x), high.max(*x)));
+    let level = |mean: &f64| match high > low {
+        true => LEVELS[((mean - low) / (high - low) * 7.0).round() as usize],
+        false => LEVELS[0],
+    };
+    means.iter().map(level).collect()
+}
+
+/// The metrics of a run as CSV: the step, then a column for each number or text in any line, by name.
+pub(super) fn csv(path: &Path) -> Result<String> {
+    let metrics = path.join(METRICS_FILE);
+    let text = read_regular_text(&metrics, LARGEST).at(&metrics)?;
+    let is_whole = |line: &&str| line.ends_with('\n');
+    let lines: Vec<Map<String, Value>> = text
+        .split_inclusive('\n')
+        .filter(is_whole)
+        .enumerate()
+        .map(|(index, line)| serde_json::from_str(line).at_line(&metrics, index + 1))
+        .collect::<Result<_>>()?;
+    let is_value = |value: &Value| !value.is_array() && !value.is_object();
+    let names: BTreeSet<&str> =
+        lines.iter().flatten().filter(|(_, value)| is_value(value)).map(|(key, _)| key.as_str()).collect();
+    let others = names.into_iter().filter(|name| *name != "step");
+    let columns: Vec<&str> = std::iter::once("step").chain(others).collect();
+    let cell = |value: Option<&Value>| match value {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => format!("\"{}\"", text.replace('"', "\"\"")),
+        Some(value) => value.to_string(),
+    };
+    let mut csv = columns.join(",") + "\n";
+    for line in &lines {
+        let cells: Vec<String> = columns.iter().map(|column| cell(line.get(*column))).collect();
+        csv += &(cells.join(",") + "\n");
+    }
+    Ok(csv)
 }
 
 /// The model that the recipe of a run names; a folder of metrics alone has none.
@@ -114,6 +168,7 @@ impl Display for Run {
         row(f, "tokens", count(self.tokens))?;
         if let (Some(first), Some(last)) = (self.first_loss, self.last_loss) {
             row(f, "loss", format_args!("{first:.4} at first, {last:.4} at last"))?;
+            row(f, "", sparkline(&self.losses))?;
         }
         if let (Some(first), Some(last)) = (self.evaluations.first(), self.evaluations.last()) {
             // Losses are finite: a run stops at the first that is not.
@@ -122,6 +177,8 @@ impl Display for Run {
             let (first, last) = (first.eval_loss, last.eval_loss);
             let best = format!("{:.4} at best after step {}", best.eval_loss, best.step);
             row(f, "eval loss", format_args!("{first:.4} at first, {last:.4} at last, {best}"))?;
+            let losses: Vec<f64> = self.evaluations.iter().map(|evaluation| evaluation.eval_loss).collect();
+            row(f, "", sparkline(&losses))?;
         }
         if let Some(speed) = self.tokens_per_second {
             row(f, "speed", format_args!("{} tokens/s", count(speed.round() as u64)))?;
@@ -131,5 +188,20 @@ impl Display for Run {
         }
         let checkpoints: Vec<String> = self.checkpoints.iter().map(u64::to_string).collect();
         row(f, "checkpoints", if checkpoints.is_empty() { "none".into() } else { checkpoints.join(", ") })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_course_is_drawn_from_its_lowest_to_its_highest() {
+        assert_eq!(sparkline(&[7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]), "█▇▆▅▄▃▂▁");
+        assert_eq!(sparkline(&[1.0, 1.0]), "▁▁");
+        assert_eq!(sparkline(&[]), "");
+        let long: Vec<f64> = (0..1000).map(f64::from).collect();
+        let drawn = sparkline(&long);
+        assert!(drawn.chars().count() == 50 && drawn.starts_with('▁') && drawn.ends_with('█'), "{drawn}");
     }
 }
