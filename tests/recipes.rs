@@ -7,6 +7,7 @@ use peft::data::{Format, Source, TrainOn};
 use peft::model::RouterLosses;
 use peft::model::config::{Overflow, RouterNoise, RoutingKind};
 use peft::ops::distillation::Terms;
+use peft::recipe::other_tools::{Meaning, foreign_keys};
 use peft::recipe::{
     AdapterPlan, Bytes, DataPlan, DistillPlan, Document, DtypeChoice, Evaluation, ExpertChoice, Length,
     MemoryBudget, MixturePlan, ModelPlan, Plan, Recipe, RecomputeChoice, RouterTraining, Said, TrainPlan,
@@ -127,6 +128,70 @@ fn unknown_keys_are_refused_with_the_nearest() {
     test.toml:6: unknown key `data.train.paht`
     hint: did you mean `path`?
     ");
+}
+
+#[test]
+fn keys_of_other_tools_lead_to_those_that_mean_them() {
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.lora_r = 8")), @"
+    test.toml:4: unknown key `adapter.lora_r`
+    hint: `lora_r` of other tools is `adapter.rank` here
+    ");
+    insta::assert_snapshot!(refusal_of("train.warmup_steps = 100"), @"
+    test.toml:6: unknown key `train.warmup_steps`
+    hint: `warmup_steps` of other tools is `train.warmup` here, a share of the steps: 0.05 is the first twentieth
+    ");
+    insta::assert_snapshot!(refusal_of("per-device-train-batch-size = 2"), @"
+    test.toml:6: unknown key `per-device-train-batch-size`
+    hint: `per-device-train-batch-size` of other tools is `train.batch_size` here
+    ");
+    insta::assert_snapshot!(refusal_of("train.seed = 3"), @"
+    test.toml:6: unknown key `train.seed`
+    hint: `seed` stands above the first table of a recipe
+    ");
+    insta::assert_snapshot!(refusal_of("weight_decay = 0.1"), @"
+    test.toml:6: unknown key `weight_decay`
+    hint: `weight_decay` belongs to `[train]`: `train.weight_decay`
+    ");
+    insta::assert_snapshot!(refusal_of("train.resume_from_checkpoint = true"), @"
+    test.toml:6: unknown key `train.resume_from_checkpoint`
+    hint: leave `resume_from_checkpoint` out: the flag `--resume` of `peft finetune` goes on from the newest checkpoint
+    ");
+    insta::assert_snapshot!(refusal_of("deepspeed = \"zero3.json\""), @"
+    test.toml:6: unknown key `deepspeed`
+    hint: leave `deepspeed` out, which is not built: a run uses one process on one machine
+    ");
+    insta::assert_snapshot!(upcycle_refusal("calibration.max_length = 512"), @"
+    test.toml:5: unknown key `calibration.max_length`
+    hint: expected one of `data`, `eval`, `tokens`, `held_out`
+    ");
+}
+
+/// The whole table: each name stands in it once, the keys of ours that it names exist, and a recipe with the name is told
+/// them.
+#[test]
+fn every_key_of_another_tool_has_its_hint() {
+    let mut names = std::collections::BTreeSet::new();
+    for key in foreign_keys() {
+        let sentence = match key.meaning {
+            Meaning::Key(ours, _) => {
+                let mut document = Document::parse("test.toml", SHORTEST).unwrap();
+                document.set(ours, toml::de::DeValue::Boolean(true), "here").unwrap();
+                let said = Recipe::read(&document).map_or_else(|error| error.to_string(), |_| String::new());
+                assert!(!said.contains("unknown key"), "{said}");
+                ours
+            }
+            Meaning::Said(_, sentence) | Meaning::NotBuilt(_, sentence) => sentence,
+        };
+        for name in key.names {
+            assert!(names.insert(name), "`{name}` stands in the table twice");
+            // No key of `[losses]` has the name of one of another tool.
+            let said = refusal_of(&format!("losses.{} = true", name.replace('*', "anything")));
+            let hint = said.split_once("\nhint: ").unwrap_or_else(|| panic!("{said}")).1;
+            let stands_above = hint.ends_with("stands above the first table of a recipe");
+            assert!(hint.contains(sentence) || stands_above, "{name}: {hint}");
+        }
+    }
+    assert!(names.len() >= 80, "{}", names.len());
 }
 
 #[test]

@@ -771,8 +771,9 @@ fn two_tokens_are_a_document() {
 fn near_misses_are_led_to_the_key() {
     let place = Place::new();
     for (set, expected) in [
-        ("adapter.lora_alpha=32", "did you mean `alpha`?"),
-        ("adapter.lora_dropout=0.1", "did you mean `dropout`?"),
+        ("adapter.lora_alpha=32", "hint: `lora_alpha` of other tools is `adapter.alpha` here"),
+        ("lora_r=16", "hint: `lora_r` of other tools is `adapter.rank` here"),
+        ("adapter.my_alpha=32", "did you mean `alpha`?"),
         ("train.steps=150.0", "`train.steps`: expected a whole number, found `150.0`"),
     ] {
         let told = refused(&place, &["check", "recipe.toml", "--set", set]);

@@ -46,6 +46,7 @@ mod kernels;
 mod loaded;
 mod memory;
 mod mixture;
+pub mod other_tools;
 mod output;
 mod plan;
 mod prepared;
