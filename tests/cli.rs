@@ -41,7 +41,7 @@ fn help() {
       chat      Talk to a model
       eval      Measure a model on a data file
       inspect   Describe a model, an adapter, a data file or a run
-      recipes   List the recipes built into this program, or show one
+      recipes   List the built-in recipes, show one, or convert the configuration of another tool
       help      Print this message or the help of the given subcommand(s)
 
     Options:
@@ -354,14 +354,15 @@ fn help_of_recipes() {
     insta::assert_snapshot!(told(&["recipes", "-h"]), @"
     exit 0
     ----- stdout
-    List the recipes built into this program, or show one
+    List the built-in recipes, show one, or convert the configuration of another tool
 
     Usage: peft recipes [OPTIONS] [COMMAND]
 
     Commands:
-      list  List the recipes built into this program
-      show  Print a recipe
-      help  Print this message or the help of the given subcommand(s)
+      list     List the recipes built into this program
+      show     Print a recipe
+      convert  Turn a configuration of axolotl, LLaMA-Factory or mlx-lm into a recipe
+      help     Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help  Print help (see more with '--help')

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use candle_core::DType;
 
 use super::builtin::{self, Builtin};
+use super::convert;
 use super::interrupt::{self, BeginsWithTraining};
 use super::overrides::{lay_over, lay_string};
 use super::terminal::{Terminal, indented};
@@ -17,7 +18,7 @@ use crate::recipe::{self, Document, Segment, UpcyclePlan, Work, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
 
 /// The most bytes of a recipe: 16 MiB.
-const LARGEST_RECIPE: u64 = 16 << 20;
+pub(super) const LARGEST_RECIPE: u64 = 16 << 20;
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
     let plan = match work(&arguments.recipe, arguments.output.as_deref(), terminal)? {
@@ -165,6 +166,7 @@ pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()
             Ok(())
         }
         Some(RecipesAction::Show { name }) => terminal.write(format_args!("{}", Builtin::named(name)?.text)),
+        Some(RecipesAction::Convert { file, output }) => convert::run(file, output.as_deref(), terminal),
     }
 }
 

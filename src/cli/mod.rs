@@ -14,6 +14,7 @@ use crate::weights::report_downloads;
 
 mod builtin;
 mod commands;
+mod convert;
 mod downloads;
 mod faults;
 mod inspect;
@@ -75,7 +76,7 @@ enum Command {
     Eval(Eval),
     /// Describe a model, an adapter, a data file or a run
     Inspect(Inspect),
-    /// List the recipes built into this program, or show one
+    /// List the built-in recipes, show one, or convert the configuration of another tool
     Recipes(Recipes),
 }
 
@@ -239,6 +240,17 @@ enum RecipesAction {
     Show {
         /// The name of a built-in recipe
         name: String,
+    },
+    /// Turn a configuration of axolotl, LLaMA-Factory or mlx-lm into a recipe
+    ///
+    /// The tool is told by the keys. The recipe goes to stdout; what it does not say is listed on stderr, with its line
+    /// and the reason.
+    Convert {
+        /// A YAML or JSON file
+        file: PathBuf,
+        /// The file to write; must not exist yet [default: stdout]
+        #[arg(long, value_name = "RECIPE.toml")]
+        output: Option<PathBuf>,
     },
 }
 

@@ -101,6 +101,14 @@ pub(super) fn meaning_of(name: &str) -> Option<Meaning> {
         .or_else(|| by(&|known| known.strip_suffix('*').is_some_and(|first| name.starts_with(first))))
 }
 
+/// What is done instead of a key that recipes do not have.
+pub(super) fn sentence(name: &str) -> Option<&'static str> {
+    match meaning_of(name)? {
+        Said(_, sentence) | NotBuilt(_, sentence) => Some(sentence),
+        Key(..) => None,
+    }
+}
+
 /// Says what to write instead of a key of another tool, or where a key of ours belongs.
 pub(in crate::recipe) fn hint(name: &str) -> Option<String> {
     let said = match meaning_of(name)? {
