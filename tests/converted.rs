@@ -365,3 +365,31 @@ fn the_command_writes_a_recipe_and_tells_what_it_leaves_out() {
     let (checked, _) = place.run(&["check", "new.toml", short[0], short[1]]);
     assert!(checked.contains("data/kites/train.jsonl"), "{checked}");
 }
+
+/// Each command that takes a recipe sends a configuration of another tool to `peft recipes convert`.
+#[test]
+fn recipes_that_are_yaml_or_json_are_sent_to_the_conversion() {
+    let place = Place::new();
+    let files = [
+        ("other.yml", AXOLOTL, "a configuration of axolotl"),
+        ("OTHER.YAML", "a: 1\n", "by its ending YAML or JSON"),
+        ("adapter_config.json", "{\"r\": 8}", "by its ending YAML or JSON"),
+        ("other.txt", LLAMA_FACTORY, "a configuration of LLaMA-Factory"),
+    ];
+    for (name, text, found) in files {
+        fs::write(place.path(name), text).unwrap();
+        for command in ["finetune", "check", "upcycle"] {
+            let output = place.command(&[command, name]).output().unwrap();
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            let stem = Path::new(name).with_extension("toml").display().to_string();
+            let expected = format!(
+                "error: {name}: {found}, expected a recipe in TOML\nhint: `peft recipes convert {name} --output {stem}` \
+                 makes a recipe of a configuration of axolotl, LLaMA-Factory or mlx-lm\n"
+            );
+            assert_eq!((output.status.code(), stderr), (Some(2), expected));
+        }
+    }
+    let output = place.command(&["recipes", "convert", "othr.yml"]).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(stderr, "error: othr.yml: there is no such file\nhint: did you mean `other.yml`?\n");
+}

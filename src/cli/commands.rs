@@ -174,6 +174,7 @@ pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()
 fn work(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) -> Result<Work> {
     let (path, text) = recipe_text(&arguments.recipe)?;
     let name = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
+    convert::refuse_other_tool(&path, &text)?;
     let mut document = Document::parse(path, &text)?;
     for set in &arguments.set {
         if let Some(replaced) = lay_over(&mut document, set)? {

@@ -7,7 +7,8 @@ use std::path::Path;
 use super::commands::LARGEST_RECIPE;
 use super::terminal::Terminal;
 use crate::error::{Context, Error, Result, nearest_path, read_regular};
-use crate::recipe::other_tools::{Remark, convert};
+use crate::recipe::Document;
+use crate::recipe::other_tools::{Remark, Tool, convert};
 
 /// Converts `path`, and writes the recipe to stdout or into `output`, which must not exist yet.
 pub(super) fn run(path: &Path, output: Option<&Path>, terminal: &mut Terminal) -> Result<()> {
@@ -34,6 +35,27 @@ pub(super) fn run(path: &Path, output: Option<&Path>, terminal: &mut Terminal) -
         terminal.say(format_args!("wrote {output}; `peft check {output}` says what it will do"));
     }
     Ok(())
+}
+
+/// Refuses a recipe that is YAML or JSON, by its ending or because it is a configuration of another tool.
+pub(super) fn refuse_other_tool(path: &Path, text: &str) -> Result<()> {
+    let ending = path.extension().map(|ending| ending.to_string_lossy().to_lowercase());
+    let is_other = ending.is_some_and(|ending| ["yaml", "yml", "json"].contains(&ending.as_str()));
+    let tool = match is_other || Document::parse(path, text).is_err() {
+        true => Tool::of_text(text),
+        false => None,
+    };
+    let found = match tool {
+        Some(tool) => format!("a configuration of {}", tool.name()),
+        None if is_other => "by its ending YAML or JSON".to_string(),
+        None => return Ok(()),
+    };
+    let (from, to) = (path.display(), path.with_extension("toml"));
+    let hint = format!(
+        "`peft recipes convert {from} --output {}` makes a recipe of a configuration of axolotl, LLaMA-Factory or mlx-lm",
+        to.display()
+    );
+    Err(Error::request(format!("{found}, expected a recipe in TOML")).with_hint(hint)).at(path)
 }
 
 fn text(path: &Path) -> Result<String> {
