@@ -97,6 +97,23 @@ fn what_is_left_out_is_filled_in() {
     "#);
 }
 
+/// Paths alone are files without a weight and a format of their own; what is written stays in the resolved recipe.
+#[test]
+fn data_may_be_paths() {
+    let tables = plan(&SHORTEST.replace("data.jsonl", "parts/*.jsonl")).unwrap();
+    for data in ["\"parts/*.jsonl\"", "[\"parts/*.jsonl\"]"] {
+        let paths = plan(&SHORTEST.replace("[{ path = \"data.jsonl\" }]", data)).unwrap();
+        assert_eq!(paths, tables);
+        assert!(paths.to_toml().unwrap().contains("path = \"parts/*.jsonl\""));
+    }
+    let mixed = "[\"a\", { path = \"b\", weight = 2 }]\ndata.eval = \"c\"";
+    let plan = plan(&SHORTEST.replace("[{ path = \"data.jsonl\" }]", mixed)).unwrap();
+    let weights: Vec<_> =
+        plan.data.train.iter().map(|source| (source.path.to_str(), source.weight)).collect();
+    assert_eq!(weights, [(Some("a"), 1.0), (Some("b"), 2.0)]);
+    assert!(matches!(&plan.data.eval, Evaluation::Files(files) if files[0].path == Path::new("c")));
+}
+
 #[test]
 fn seeds_and_alpha_follow_what_is_written() {
     let text = format!("seed = 7\n{SHORTEST}").replace("adapter = {}", "adapter.rank = 8");
@@ -202,8 +219,8 @@ fn wrong_types_say_what_was_expected_and_found() {
     insta::assert_snapshot!(refusal_of("train = 5"), @"test.toml:6: `train`: expected a table, found `5`");
     insta::assert_snapshot!(refusal_of("output = 5"), @"test.toml:6: `output`: expected a path in a string, found `5`");
     insta::assert_snapshot!(refusal_of("data.pack = \"yes\""), @r#"test.toml:6: `data.pack`: expected `true` or `false`, found the string "yes""#);
-    insta::assert_snapshot!(refusal_of("data.eval = { path = \"x\" }"), @"test.toml:6: `data.eval`: expected a list, found a table");
-    insta::assert_snapshot!(refusal_of("data.eval = [\"x\"]"), @r#"test.toml:6: `data.eval`: expected a table such as { path = "data.jsonl" }, found the string "x""#);
+    insta::assert_snapshot!(refusal_of("data.eval = { path = \"x\" }"), @"test.toml:6: `data.eval`: expected a list of files, or a path in a string, found a table");
+    insta::assert_snapshot!(refusal_of("data.eval = [5]"), @r#"test.toml:6: `data.eval`: expected a path in a string, or a table such as { path = "data.jsonl" }, found `5`"#);
     insta::assert_snapshot!(refusal_of("train.learning_rate = 2024-01-01"), @"test.toml:6: `train.learning_rate`: expected a number, found the date 2024-01-01");
 }
 

@@ -495,9 +495,15 @@ fn no_data() {
     error: elsewhere/none.jsonl: there is no such file
     hint: relative paths are relative to the folder that the command runs in
     ");
-    insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"model\" }]"), @"
+    fs::create_dir(place.path("texts")).unwrap();
+    insta::assert_snapshot!(refused_with(&place, "data.train=texts"), @"
     exit 2
-    error: model: is a folder, expected a `.jsonl` or `.json` file
+    error: texts: a folder without a `.jsonl` or `.json` file, expected one at least
+    ");
+    insta::assert_snapshot!(refused_with(&place, "data.train=texts/*.jsonl"), @"
+    exit 2
+    error: texts/*.jsonl: no file has a path of this pattern
+    hint: `*` stands for any part of a name, and `**` for any folders; paths begin in the folder that the command runs in
     ");
     insta::assert_snapshot!(refused_data(""), @"
     exit 1

@@ -40,6 +40,7 @@ mod disk;
 mod distill;
 mod document;
 pub mod figures;
+mod files;
 mod finetune;
 mod fitting;
 mod kernels;
@@ -156,8 +157,10 @@ pub struct AdapterRecipe {
 #[serde(deny_unknown_fields, expecting = "a table")]
 pub struct DataRecipe {
     /// Files to train on.
+    #[serde(deserialize_with = "files::list")]
     pub train: Vec<SourceRecipe>,
     /// Files to evaluate on.
+    #[serde(default, deserialize_with = "files::optional")]
     pub eval: Option<Vec<SourceRecipe>>,
     /// Share of the documents of `train` held out when `eval` is left out.
     #[serde(default, deserialize_with = "bounds::part")]
@@ -179,7 +182,7 @@ pub struct DataRecipe {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table such as { path = \"data.jsonl\" }")]
 pub struct SourceRecipe {
-    /// A `.jsonl` or `.json` file.
+    /// A `.jsonl` or `.json` file; in `[data]` also a folder of them, or a pattern such as `data/*.jsonl`.
     pub path: PathBuf,
     /// How often each document is seen per epoch.
     #[serde(default, deserialize_with = "bounds::positive::<_, 1000>")]

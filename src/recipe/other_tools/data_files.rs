@@ -111,8 +111,13 @@ impl Draft {
                 self.to_do(line, format!("`{path}` is not read: save its records as JSON Lines in `{new}`"));
                 self.add(to, new, format);
             }
+            // A folder, or a pattern.
             _ if path.starts_with(['.', '/', '~']) || ds_type.is_some() => {
-                self.to_do(line, format!("`{path}` is no `.jsonl` or `.json` file: name each file in it"));
+                let read = matches!(ds_type, None | Some("json" | "file"));
+                if !read {
+                    let text = format!("`{path}` holds no JSON: save its records as `.jsonl` files there");
+                    self.to_do(line, text);
+                }
                 self.add(to, path, format);
             }
             _ => self.add_of_hub(to, path, format, line),

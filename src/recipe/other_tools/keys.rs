@@ -81,7 +81,7 @@ impl Reading {
             Self::AllLinear => ": \"all-linear\" takes every linear layer",
             Self::PromptLearned | Self::AnswersLearned => ": \"completion\" or \"all\"",
             Self::Recompute => ": \"auto\", \"block\" or \"none\"",
-            Self::Files => ", a list of files: [{ path = \"data.jsonl\" }]",
+            Self::Files => ", a path in a string, or a list of them",
         }
     }
 }
