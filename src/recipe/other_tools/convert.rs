@@ -284,14 +284,14 @@ impl Conversion<'_> {
                         "`{from}`: `{key}` is a share of the steps, of which `peft check` says how many there are: set it \
                          to {part} divided by their number"
                     );
-                    self.draft.to_do(line, text);
+                    self.draft.demand(line, text);
                     continue;
                 }
                 _ => {
                     let text = format!(
                         "`{from}`: `{key}` is a number of steps, of which `peft check` says how many there are in all"
                     );
-                    self.draft.to_do(line, text);
+                    self.draft.demand(line, text);
                     continue;
                 }
             };
@@ -304,11 +304,11 @@ impl Conversion<'_> {
         if self.draft.get("model.source").is_none() {
             self.draft.put("model.source", "MODEL");
             self.draft
-                .to_do(1, "no model is named: put its folder, GGUF file or Hub id in the place of `MODEL`");
+                .demand(1, "no model is named: put its folder, GGUF file or Hub id in the place of `MODEL`");
         }
         if self.draft.train.is_empty() {
             let path = "data.jsonl".to_string();
-            self.draft.to_do(1, "no data is named: put the path of a file into `data.train`");
+            self.draft.demand(1, "no data is named: put the path of a file into `data.train`");
             self.draft.train.push(DataFile { path, format: None });
         }
         if !self.tool.evaluates(self.entries) {

@@ -28,7 +28,7 @@ impl Draft {
     fn add_of_hub(&mut self, to: Use, id: &str, format: Option<&'static str>, line: usize) {
         let name = id.rsplit('/').next().unwrap_or(id);
         let path = format!("{name}.jsonl");
-        self.to_do(line, format!("`{id}` is a dataset of the Hub: download it, and save it as `{path}`"));
+        self.demand(line, format!("`{id}` is a dataset of the Hub: download it, and save it as `{path}`"));
         self.add(to, path, format);
     }
 
@@ -43,7 +43,7 @@ impl Draft {
             match value {
                 Value::Table(keys) => self.axolotl_dataset(keys, *line, to),
                 Value::Text(path) => self.path_or_id(to, path, None, None, *line),
-                _ => self.to_do(*line, format!("`{}`: expected a table with `path`", entry.key)),
+                _ => self.demand(*line, format!("`{}`: expected a table with `path`", entry.key)),
             }
         }
     }
@@ -59,7 +59,7 @@ impl Draft {
             (None, Some(path)) => {
                 self.path_or_id(to, &path.value.text(), ds_type.as_deref(), format, path.line);
             }
-            (None, None) => self.to_do(line, "a dataset without `path`"),
+            (None, None) => self.demand(line, "a dataset without `path`"),
         }
         for Entry { line, key, value } in keys {
             let said = match key.as_str() {
@@ -88,7 +88,7 @@ impl Draft {
                     "`type: {name}` has no format of its own here: records need the keys of `messages`, `alpaca`, \
                      `prompt-completion` or `text`"
                 );
-                self.to_do(kind.line, text);
+                self.demand(kind.line, text);
                 None
             }
         }
@@ -108,7 +108,7 @@ impl Draft {
             Some("jsonl" | "json") => self.add(to, path, format),
             Some("parquet" | "csv" | "arrow" | "txt") => {
                 let new = Path::new(path).with_extension("jsonl").display().to_string();
-                self.to_do(line, format!("`{path}` is not read: save its records as JSON Lines in `{new}`"));
+                self.demand(line, format!("`{path}` is not read: save its records as JSON Lines in `{new}`"));
                 self.add(to, new, format);
             }
             // A folder, or a pattern.
@@ -116,7 +116,7 @@ impl Draft {
                 let read = matches!(ds_type, None | Some("json" | "file"));
                 if !read {
                     let text = format!("`{path}` holds no JSON: save its records as `.jsonl` files there");
-                    self.to_do(line, text);
+                    self.demand(line, text);
                 }
                 self.add(to, path, format);
             }
@@ -143,7 +143,7 @@ impl Draft {
                         "`{name}` is explained in `{folder}/dataset_info.json`, which cannot be read from here or has no \
                          such name: put the path of its `file_name` in the place of `{path}`"
                     );
-                    self.to_do(entry.line, text);
+                    self.demand(entry.line, text);
                     self.add(to, path, None);
                 }
             }
@@ -174,18 +174,18 @@ impl Draft {
                     "`{name}` has `{column}` under `{key}`: records need the keys of the format `{format}`, which \
                      `peft check` tests"
                 );
-                self.to_do(line, text);
+                self.demand(line, text);
             }
         }
         if about.get("ranking") == Some(&serde_json::Value::Bool(true)) {
-            self.to_do(line, format!("`{name}` has preferences, which are not trained on"));
+            self.demand(line, format!("`{name}` has preferences, which are not trained on"));
         }
         match (text("hf_hub_url").or(text("ms_hub_url")), text("file_name")) {
             (Some(id), _) => self.add_of_hub(to, id, Some(format), line),
             (None, Some(file)) => {
                 self.path_or_id(to, &format!("{folder}/{file}"), Some("file"), Some(format), line)
             }
-            (None, None) => self.to_do(line, format!("`{name}` has no `file_name` in `dataset_info.json`")),
+            (None, None) => self.demand(line, format!("`{name}` has no `file_name` in `dataset_info.json`")),
         }
     }
 
@@ -198,7 +198,7 @@ impl Draft {
                 "`{folder}` is taken for a folder: if it is a dataset of the Hub, download it, and save it as \
                  `{folder}/train.jsonl` and `{folder}/valid.jsonl`"
             );
-            self.to_do(entry.line, text);
+            self.demand(entry.line, text);
         }
         self.add(Use::Train, format!("{folder}/train.jsonl"), None);
         self.add(Use::Eval, format!("{folder}/valid.jsonl"), None);

@@ -95,7 +95,7 @@ impl Draft {
     }
 
     /// Remarks what the user has to do; the recipe says it too.
-    pub(super) fn to_do(&mut self, line: usize, text: impl Into<String>) {
+    pub(super) fn demand(&mut self, line: usize, text: impl Into<String>) {
         let text = text.into();
         // A comment of a recipe is one line, whatever the text quotes.
         self.to_do.push(format!("line {line}: {}", text.replace(char::is_control, " ")));
