@@ -41,7 +41,7 @@ fn help() {
       chat      Talk to a model
       eval      Measure a model on a data file
       inspect   Describe a model, an adapter, a data file or a run
-      recipes   Show recipes, and what they can say: built-in recipes, keys, a schema
+      recipes   Show recipes and what they can say, or convert the configuration of another tool
       help      Print this message or the help of the given subcommand(s)
 
     Options:
@@ -354,16 +354,17 @@ fn help_of_recipes() {
     insta::assert_snapshot!(told(&["recipes", "-h"]), @"
     exit 0
     ----- stdout
-    Show recipes, and what they can say: built-in recipes, keys, a schema
+    Show recipes and what they can say, or convert the configuration of another tool
 
     Usage: peft recipes [OPTIONS] [COMMAND]
 
     Commands:
-      list    List the recipes built into this program
-      show    Print a recipe
-      keys    List the keys of recipes, or describe one
-      schema  Print a JSON Schema of recipes, which editors check and complete keys with
-      help    Print this message or the help of the given subcommand(s)
+      list     List the recipes built into this program
+      show     Print a recipe
+      keys     List the keys of recipes, or describe one
+      schema   Print a JSON Schema of recipes, which editors check and complete keys with
+      convert  Turn a configuration of axolotl, LLaMA-Factory or mlx-lm into a recipe
+      help     Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help  Print help (see more with '--help')

@@ -7,6 +7,7 @@ use peft::data::{Format, Source, TrainOn};
 use peft::model::RouterLosses;
 use peft::model::config::{Overflow, RouterNoise, RoutingKind};
 use peft::ops::distillation::Terms;
+use peft::recipe::other_tools::{Meaning, foreign_keys};
 use peft::recipe::{
     AdapterPlan, AdapterRecipe, Bytes, ContinuedAdapter, DataPlan, DistillPlan, Document, DtypeChoice,
     Evaluation, ExpertChoice, Final, FreshAdapter, Length, MemoryBudget, Method, MixturePlan, ModelPlan,
@@ -104,6 +105,23 @@ fn what_is_left_out_is_filled_in() {
     "#);
 }
 
+/// Paths alone are files without a weight and a format of their own; what is written stays in the resolved recipe.
+#[test]
+fn data_may_be_paths() {
+    let tables = plan(&SHORTEST.replace("data.jsonl", "parts/*.jsonl")).unwrap();
+    for data in ["\"parts/*.jsonl\"", "[\"parts/*.jsonl\"]"] {
+        let paths = plan(&SHORTEST.replace("[{ path = \"data.jsonl\" }]", data)).unwrap();
+        assert_eq!(paths, tables);
+        assert!(paths.to_toml().unwrap().contains("path = \"parts/*.jsonl\""));
+    }
+    let mixed = "[\"a\", { path = \"b\", weight = 2 }]\ndata.eval = \"c\"";
+    let plan = plan(&SHORTEST.replace("[{ path = \"data.jsonl\" }]", mixed)).unwrap();
+    let weights: Vec<_> =
+        plan.data.train.iter().map(|source| (source.path.to_str(), source.weight)).collect();
+    assert_eq!(weights, [(Some("a"), 1.0), (Some("b"), 2.0)]);
+    assert!(matches!(&plan.data.eval, Evaluation::Files(files) if files[0].path == Path::new("c")));
+}
+
 #[test]
 fn seeds_and_alpha_follow_what_is_written() {
     let text = format!("seed = 7\n{SHORTEST}").replace("adapter = {}", "adapter.rank = 8");
@@ -136,6 +154,70 @@ fn unknown_keys_are_refused_with_the_nearest() {
 }
 
 #[test]
+fn keys_of_other_tools_lead_to_those_that_mean_them() {
+    insta::assert_snapshot!(refusal(&SHORTEST.replace("adapter = {}", "adapter.lora_r = 8")), @"
+    test.toml:4: unknown key `adapter.lora_r`
+    hint: `lora_r` of other tools is `adapter.rank` here
+    ");
+    insta::assert_snapshot!(refusal_of("train.warmup_steps = 100"), @"
+    test.toml:6: unknown key `train.warmup_steps`
+    hint: `warmup_steps` of other tools is `train.warmup` here, a share of the steps: 0.05 is the first twentieth
+    ");
+    insta::assert_snapshot!(refusal_of("per-device-train-batch-size = 2"), @"
+    test.toml:6: unknown key `per-device-train-batch-size`
+    hint: `per-device-train-batch-size` of other tools is `train.batch_size` here
+    ");
+    insta::assert_snapshot!(refusal_of("train.seed = 3"), @"
+    test.toml:6: unknown key `train.seed`
+    hint: `seed` stands above the first table of a recipe
+    ");
+    insta::assert_snapshot!(refusal_of("weight_decay = 0.1"), @"
+    test.toml:6: unknown key `weight_decay`
+    hint: `weight_decay` belongs to `[train]`: `train.weight_decay`
+    ");
+    insta::assert_snapshot!(refusal_of("train.resume_from_checkpoint = true"), @"
+    test.toml:6: unknown key `train.resume_from_checkpoint`
+    hint: leave `resume_from_checkpoint` out: the flag `--resume` of `peft finetune` goes on from the newest checkpoint
+    ");
+    insta::assert_snapshot!(refusal_of("deepspeed = \"zero3.json\""), @"
+    test.toml:6: unknown key `deepspeed`
+    hint: leave `deepspeed` out, which is not built: a run uses one process on one machine
+    ");
+    insta::assert_snapshot!(upcycle_refusal("calibration.max_length = 512"), @"
+    test.toml:5: unknown key `calibration.max_length`
+    hint: expected one of `data`, `eval`, `tokens`, `held_out`
+    ");
+}
+
+/// The whole table: each name stands in it once, the keys of ours that it names exist, and a recipe with the name is told
+/// them.
+#[test]
+fn every_key_of_another_tool_has_its_hint() {
+    let mut names = std::collections::BTreeSet::new();
+    for key in foreign_keys() {
+        let sentence = match key.meaning {
+            Meaning::Key(ours, _) => {
+                let mut document = Document::parse("test.toml", SHORTEST).unwrap();
+                document.set(ours, toml::de::DeValue::Boolean(true), "here").unwrap();
+                let said = Recipe::read(&document).map_or_else(|error| error.to_string(), |_| String::new());
+                assert!(!said.contains("unknown key"), "{said}");
+                ours
+            }
+            Meaning::Said(_, sentence) | Meaning::NotBuilt(_, sentence) => sentence,
+        };
+        for name in key.names {
+            assert!(names.insert(name), "`{name}` stands in the table twice");
+            // No key of `[losses]` has the name of one of another tool.
+            let said = refusal_of(&format!("losses.{} = true", name.replace('*', "anything")));
+            let hint = said.split_once("\nhint: ").unwrap_or_else(|| panic!("{said}")).1;
+            let stands_above = hint.ends_with("stands above the first table of a recipe");
+            assert!(hint.contains(sentence) || stands_above, "{name}: {hint}");
+        }
+    }
+    assert!(names.len() >= 80, "{}", names.len());
+}
+
+#[test]
 fn wrong_types_say_what_was_expected_and_found() {
     insta::assert_snapshot!(refusal_of("train.steps = \"many\""), @r#"test.toml:6: `train.steps`: expected a whole number, found the string "many""#);
     insta::assert_snapshot!(refusal_of("train.steps = 1.5"), @"test.toml:6: `train.steps`: expected a whole number, found `1.5`");
@@ -143,8 +225,8 @@ fn wrong_types_say_what_was_expected_and_found() {
     insta::assert_snapshot!(refusal_of("train = 5"), @"test.toml:6: `train`: expected a table, found `5`");
     insta::assert_snapshot!(refusal_of("output = 5"), @"test.toml:6: `output`: expected a path in a string, found `5`");
     insta::assert_snapshot!(refusal_of("data.pack = \"yes\""), @r#"test.toml:6: `data.pack`: expected `true` or `false`, found the string "yes""#);
-    insta::assert_snapshot!(refusal_of("data.eval = { path = \"x\" }"), @"test.toml:6: `data.eval`: expected a list, found a table");
-    insta::assert_snapshot!(refusal_of("data.eval = [\"x\"]"), @r#"test.toml:6: `data.eval`: expected a table such as { path = "data.jsonl" }, found the string "x""#);
+    insta::assert_snapshot!(refusal_of("data.eval = { path = \"x\" }"), @"test.toml:6: `data.eval`: expected a list of files, or a path in a string, found a table");
+    insta::assert_snapshot!(refusal_of("data.eval = [5]"), @r#"test.toml:6: `data.eval`: expected a path in a string, or a table such as { path = "data.jsonl" }, found `5`"#);
     insta::assert_snapshot!(refusal_of("train.learning_rate = 2024-01-01"), @"test.toml:6: `train.learning_rate`: expected a number, found the date 2024-01-01");
 }
 

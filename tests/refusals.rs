@@ -495,9 +495,15 @@ fn no_data() {
     error: elsewhere/none.jsonl: there is no such file
     hint: relative paths are relative to the folder that the command runs in
     ");
-    insta::assert_snapshot!(refused_with(&place, "data.train=[{ path = \"model\" }]"), @"
+    fs::create_dir(place.path("texts")).unwrap();
+    insta::assert_snapshot!(refused_with(&place, "data.train=texts"), @"
     exit 2
-    error: model: is a folder, expected a `.jsonl` or `.json` file
+    error: texts: a folder without a `.jsonl` or `.json` file, expected one at least
+    ");
+    insta::assert_snapshot!(refused_with(&place, "data.train=texts/*.jsonl"), @"
+    exit 2
+    error: texts/*.jsonl: no file has a path of this pattern
+    hint: `*` stands for any part of a name, and `**` for any folders; paths begin in the folder that the command runs in
     ");
     insta::assert_snapshot!(refused_data(""), @"
     exit 1
@@ -771,8 +777,9 @@ fn two_tokens_are_a_document() {
 fn near_misses_are_led_to_the_key() {
     let place = Place::new();
     for (set, expected) in [
-        ("adapter.lora_alpha=32", "did you mean `alpha`?"),
-        ("adapter.lora_dropout=0.1", "did you mean `dropout`?"),
+        ("adapter.lora_alpha=32", "hint: `lora_alpha` of other tools is `adapter.alpha` here"),
+        ("lora_r=16", "hint: `lora_r` of other tools is `adapter.rank` here"),
+        ("adapter.my_alpha=32", "did you mean `alpha`?"),
         ("train.steps=150.0", "`train.steps`: expected a whole number, found `150.0`"),
     ] {
         let told = refused(&place, &["check", "recipe.toml", "--set", set]);

@@ -45,6 +45,36 @@ fn refused(name: &str, bytes: &[u8]) -> String {
     told(&place, &place.command(&["check", "recipe.toml", "--set", &data]).output().unwrap())
 }
 
+/// A folder and a pattern are all files that they stand for, and the run's recipe keeps what was written.
+#[test]
+fn folders_and_patterns_are_trained_on() {
+    let place = Place::new();
+    fs::create_dir(place.path("parts")).unwrap();
+    for name in ["b.jsonl", "a.jsonl", "c.json"] {
+        let record = format!("{{\"text\": \"This is {name}.\"}}\n");
+        fs::write(place.path("parts").join(name), record.repeat(4)).unwrap();
+    }
+    let sets = |train: &str| [format!("data.train={train}"), "data.eval=data.jsonl".to_string()];
+    for (train, files) in [
+        ("parts", &["parts/a.jsonl", "parts/b.jsonl", "parts/c.json"][..]),
+        ("parts/*.jsonl", &["parts/a.jsonl", "parts/b.jsonl"]),
+        ("[\"parts/c.json\", \"parts/a.*\"]", &["parts/c.json", "parts/a.jsonl"]),
+    ] {
+        let [data, eval] = sets(train);
+        let report = place.json(&["check", "recipe.toml", "--json", "--set", &data, "--set", &eval]);
+        let counted = report["train"].as_array().unwrap().iter();
+        let paths: Vec<_> = counted.map(|counts| counts["path"].as_str().unwrap()).collect();
+        assert_eq!(paths, files);
+    }
+    let [data, eval] = sets("parts/*.jsonl");
+    place.run(&["finetune", "recipe.toml", "--set", &data, "--set", &eval, "--set", "train.steps=1"]);
+    let recipe = fs::read_to_string(place.path("run/recipe.toml")).unwrap();
+    assert!(recipe.contains("path = \"parts/*.jsonl\""), "{recipe}");
+    let into = ["finetune", "recipe.toml", "--output", "parts", "--set", &data];
+    let said = told(&place, &place.command(&into).output().unwrap());
+    assert!(said.contains("the output `parts` is the folder of the data `parts/a.jsonl`"), "{said}");
+}
+
 #[test]
 fn all_that_a_row_says_is_trained_on() {
     let talk = json!([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]);

@@ -13,6 +13,8 @@ mod broken;
 mod cli;
 /// Every command on a tiny model, from the recipe to the run directory.
 mod commands;
+/// Configurations of other tools become recipes, and nothing of them is dropped in silence.
+mod converted;
 /// Copies are the dense model however many are active; experts more leave a mixture what it is where its choice has a bias.
 mod copies;
 /// Conversations, labels and order of training data, as transformers has them.

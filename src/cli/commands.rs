@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use candle_core::DType;
 
 use super::builtin::{self, Builtin};
+use super::convert;
 use super::interrupt::{self, BeginsWithTraining};
 use super::overrides::{lay_over, lay_string};
 use super::reference;
@@ -19,7 +20,7 @@ use crate::run::{self, Segment, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
 
 /// The most bytes of a recipe: 16 MiB.
-const LARGEST_RECIPE: u64 = 16 << 20;
+pub(super) const LARGEST_RECIPE: u64 = 16 << 20;
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
     let plan = match work(&arguments.recipe, arguments.output.as_deref(), terminal)? {
@@ -171,6 +172,7 @@ pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()
         },
         Some(RecipesAction::Keys { key }) => reference::keys(key.as_deref(), terminal),
         Some(RecipesAction::Schema) => terminal.write_json(&recipe::schema()),
+        Some(RecipesAction::Convert { file, output }) => convert::run(file, output.as_deref(), terminal),
     }
 }
 
@@ -178,6 +180,7 @@ pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()
 fn work(arguments: &RecipeArguments, output: Option<&str>, terminal: &Terminal) -> Result<Work> {
     let (path, text) = recipe_text(&arguments.recipe)?;
     let name = path.file_stem().map_or_else(|| "run".into(), |stem| stem.to_string_lossy().into_owned());
+    convert::refuse_other_tool(&path, &text)?;
     let mut document = Document::parse(path, &text)?;
     for set in &arguments.set {
         if let Some(replaced) = lay_over(&mut document, set)? {

@@ -14,6 +14,7 @@ use crate::weights::report_downloads;
 
 mod builtin;
 mod commands;
+mod convert;
 mod downloads;
 mod faults;
 mod inspect;
@@ -76,7 +77,7 @@ enum Command {
     Eval(Eval),
     /// Describe a model, an adapter, a data file or a run
     Inspect(Inspect),
-    /// Show recipes, and what they can say: built-in recipes, keys, a schema
+    /// Show recipes and what they can say, or convert the configuration of another tool
     Recipes(Recipes),
 }
 
@@ -251,6 +252,17 @@ enum RecipesAction {
     },
     /// Print a JSON Schema of recipes, which editors check and complete keys with
     Schema,
+    /// Turn a configuration of axolotl, LLaMA-Factory or mlx-lm into a recipe
+    ///
+    /// The tool is told by the keys. The recipe goes to stdout; what it does not say is listed on stderr, with its line
+    /// and the reason.
+    Convert {
+        /// A YAML or JSON file
+        file: PathBuf,
+        /// The file to write; must not exist yet [default: stdout]
+        #[arg(long, value_name = "RECIPE.toml")]
+        output: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -54,7 +54,7 @@ impl Dataset {
         let mut parts = Vec::new();
         let mut train_counts = Vec::new();
         let mut first = 0;
-        for source in train {
+        for source in &files_of(train)? {
             let weight = mix::check_weight(source.weight)?;
             let (rows, counts) = load(source, text, preparation.max_length, preparation.train_on, first)?;
             mix::check_seen(weight, rows.len()).at(&source.path)?;
@@ -71,7 +71,7 @@ impl Dataset {
         let mut warnings = Vec::new();
         let mut eval_rows = Vec::new();
         let mut eval_counts = Vec::new();
-        for source in eval {
+        for source in &files_of(eval)? {
             let (rows, counts) = load(source, text, preparation.max_length, preparation.train_on, first)?;
             first += counts.records as u64;
             eval_rows.extend(rows);
@@ -141,6 +141,11 @@ impl Counts {
         }
         warnings
     }
+}
+
+/// The files of all sources.
+fn files_of(sources: &[Source]) -> Result<Vec<Source>> {
+    Ok(sources.iter().map(Source::files).collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// Collects the warnings about all sources; a file that is named twice is warned of once.

@@ -20,6 +20,7 @@ mod conversation;
 mod counts;
 mod dataset;
 mod encode;
+mod expand;
 mod foreign;
 mod lost;
 mod message;

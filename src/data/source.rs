@@ -23,7 +23,7 @@ use crate::error::{Context, Error, Json, Result, nearest_path, read_regular};
 /// A data file of the recipe.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Source {
-    /// A `.jsonl` or `.json` file.
+    /// A `.jsonl` or `.json` file; for training also a folder of them, or a pattern such as `data/*.jsonl`.
     pub path: PathBuf,
     /// How often each of its documents is seen per epoch: 2 is twice, 0.5 a seeded half.
     pub weight: f64,

@@ -23,6 +23,8 @@ pub enum Kind {
     List(Box<Self>),
     /// A table with these keys.
     Table(&'static [Key]),
+    /// One of several kinds.
+    OneOf(Vec<Self>),
     /// What these words say.
     Words(String),
 }
@@ -42,6 +44,10 @@ impl fmt::Display for Kind {
             Self::Table(keys) => {
                 let names: Vec<&str> = keys.iter().map(|key| key.name).collect();
                 write!(f, "a table with {}", names.join(", "))
+            }
+            Self::OneOf(kinds) => {
+                let kinds: Vec<String> = kinds.iter().map(ToString::to_string).collect();
+                f.write_str(&kinds.join(" or "))
             }
             Self::Words(words) => f.write_str(words),
         }

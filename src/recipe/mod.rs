@@ -32,6 +32,7 @@ mod document;
 mod keys;
 mod kind;
 mod mixture;
+pub mod other_tools;
 mod plan;
 mod reading;
 mod reference;

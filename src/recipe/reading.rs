@@ -17,6 +17,14 @@ pub(super) trait KeyValue: Sized {
 
     /// What it may be.
     fn kind() -> Kind;
+
+    /// Whether a value that is no list stands for a list of it alone.
+    fn stands_alone(_: &Value) -> bool {
+        false
+    }
+
+    /// What is expected where a list of such values should be.
+    const LIST: &str = "a list";
 }
 
 /// Types that serde reads by itself.
@@ -55,9 +63,13 @@ impl KeyValue for f64 {
 
 impl<T: KeyValue> KeyValue for Vec<T> {
     fn read(node: &Node, faults: &mut Faults) -> Option<Self> {
-        let Value::Array(nodes) = &node.value else {
-            faults.add(Fault::unfit("a list", node), &node.origin);
-            return None;
+        let nodes = match &node.value {
+            Value::Array(nodes) => nodes.as_slice(),
+            value if T::stands_alone(value) => std::slice::from_ref(node),
+            _ => {
+                faults.add(Fault::unfit(T::LIST, node), &node.origin);
+                return None;
+            }
         };
         // All are read before any is missed, so that every fault is found.
         let read: Vec<Option<T>> = nodes.iter().map(|node| T::read(node, faults)).collect();

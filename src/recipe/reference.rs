@@ -135,6 +135,8 @@ fn of_kind(kind: &Kind) -> Value {
         Kind::Names(names) => json!({ "enum": names }),
         Kind::List(inner) => json!({ "type": "array", "items": of_kind(inner) }),
         Kind::Table(keys) => of_keys(keys),
+        Kind::OneOf(kinds) => json!({ "anyOf": kinds.iter().map(of_kind).collect::<Vec<_>>() }),
+        Kind::Words(words) if words == "`false`" => json!({ "const": false }),
         Kind::Words(_) => json!({}),
     }
 }

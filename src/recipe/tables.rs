@@ -86,7 +86,7 @@ impl KeyValue for EvalFiles {
     }
 
     fn kind() -> Kind {
-        Kind::Words("`false`, or a list, each a table with path, weight, format".to_string())
+        Kind::OneOf(vec![Kind::Words("`false`".to_string()), Vec::<Source>::kind()])
     }
 }
 
@@ -167,7 +167,7 @@ keys! {
         special_tokens: Option<SpecialTokens>,
     }
 
-    /// Files to train on.
+    /// Files to train on: a list of tables or paths, or one path.
     train: Vec<Source>, "[{ path = \"train.jsonl\" }]";
     /// Files to evaluate on; `false`: no evaluation.
     eval: EvalFiles => "a share of `data.train`", "[{ path = \"eval.jsonl\" }]";
@@ -186,7 +186,7 @@ keys! {
 }
 
 keys! {
-    table "data.train" like "a table such as { path = \"data.jsonl\" }";
+    table "data.train" like "a path in a string, or a table such as { path = \"data.jsonl\" }";
 
     /// A file of `[data]`.
     written struct SourceKeys;
@@ -194,7 +194,7 @@ keys! {
     /// A file of `[data]` with its defaults.
     planned struct SourceValues {}
 
-    /// A `.jsonl` or `.json` file.
+    /// A `.jsonl` or `.json` file, a folder of them, or a pattern such as `data/*.jsonl`.
     path: PathBuf, "\"train.jsonl\"";
     /// How often each document is seen in an epoch.
     weight: f64 [Bound::Positive(1000.0)] = 1.0;
@@ -207,12 +207,27 @@ pub(super) const SOURCE: Table = SourceKeys::TABLE;
 
 impl KeyValue for Source {
     fn read(node: &Node, faults: &mut Faults) -> Option<Self> {
-        let SourceValues { path, weight, format } = SourceValues::of_keys(&SourceKeys::read(node, faults)?);
+        let SourceValues { path, weight, format } = match &node.value {
+            Value::String(path) => SourceValues::of_path(path),
+            _ => SourceValues::of_keys(&SourceKeys::read(node, faults)?),
+        };
         Some(Self { path, weight, format })
     }
 
     fn kind() -> Kind {
-        SourceKeys::kind()
+        Kind::OneOf(vec![Kind::Text, SourceKeys::kind()])
+    }
+
+    fn stands_alone(value: &Value) -> bool {
+        matches!(value, Value::String(_))
+    }
+
+    const LIST: &str = "a list of files, or a path in a string";
+}
+
+impl SourceValues {
+    fn of_path(path: &str) -> Self {
+        Self::of_keys(&SourceKeys { path: path.into(), weight: None, format: None })
     }
 }
 

@@ -14,6 +14,7 @@ use serde::de::{
 };
 
 use super::document::{Document, Node, Origin, Value};
+use super::other_tools;
 use crate::error::{Error, Result, nearest};
 
 /// Reads a value that serde knows.
@@ -25,7 +26,12 @@ impl Document {
     /// The error that a fault stands for, with its place.
     pub(super) fn error_of(&self, fault: Fault) -> Error {
         let origin = fault.origin.clone().unwrap_or(Origin::Document);
-        self.error_from(&origin, fault.into_error())
+        self.error_from(&origin, fault.into_error(self.upcycles()))
+    }
+
+    fn upcycles(&self) -> bool {
+        let Value::Table(table) = &self.root.value else { return false };
+        matches!(table.get("task"), Some(Node { value: Value::String(task), .. }) if task == "upcycle")
     }
 }
 
@@ -90,13 +96,17 @@ impl Fault {
         self
     }
 
-    fn into_error(self) -> Error {
+    /// The error, which names a key of ours where the unknown one is of another tool. Recipes that upcycle have no such keys.
+    fn into_error(self, upcycles: bool) -> Error {
         let keys: Vec<&str> = self.key.iter().rev().map(String::as_str).collect();
         let key = keys.join(".");
         let (message, hint) = match self.kind {
             FaultKind::UnknownKey(known) => {
-                let hint = keys.last().and_then(|wanted| did_you_mean(wanted, &known));
-                let hint = hint.or_else(|| Some(format!("expected {}", one_of(&known))));
+                let wanted = keys.last().copied().unwrap_or_default();
+                let foreign = if upcycles { None } else { other_tools::hint(wanted) };
+                let hint = foreign
+                    .or_else(|| did_you_mean(wanted, &known))
+                    .or_else(|| Some(format!("expected {}", one_of(&known))));
                 (format!("unknown key `{key}`"), hint)
             }
             FaultKind::MissingKey(missing) => {

@@ -255,7 +255,10 @@ fn refuse_sources(plan: &Plan, output: &Path) -> Result<()> {
         Trained::Full => None,
     };
     let teacher = plan.distill.as_ref().map(|distill| Path::new(&distill.teacher));
-    let data = plan.data.train.iter().chain(eval).map(|source| source.path.as_path());
+    // What cannot be found is refused where the data is read.
+    let data: Vec<Source> =
+        plan.data.train.iter().chain(eval).flat_map(|source| source.files().unwrap_or_default()).collect();
+    let data = data.iter().map(|source| source.path.as_path());
     let read = [("the model", model), ("the adapter", from), ("the teacher", teacher)];
     let read = read.into_iter().filter_map(|(what, path)| Some((what, path?)));
     for (what, path) in read.chain(data.map(|path| ("the data", path))) {
