@@ -72,6 +72,9 @@ fn help() {
               - never:  Never
 
               [default: auto]
+
+          --threads <N>
+              How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
     assert_eq!(told(&[]).replace("exit 2\n----- stderr", "exit 0\n----- stdout"), told(&["-h"]));
 }
@@ -127,6 +130,9 @@ fn help_of_finetune() {
               - never:  Never
 
               [default: auto]
+
+          --threads <N>
+              How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -150,6 +156,7 @@ fn help_of_check() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -172,6 +179,7 @@ fn help_of_merge() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -195,23 +203,26 @@ fn help_of_upcycle() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
 #[test]
 fn help_of_generate() {
-    insta::assert_snapshot!(told(&["generate", "-h"]), @"
+    insta::assert_snapshot!(told(&["generate", "-h"]), @r#"
     exit 0
     ----- stdout
     Continue a prompt
 
-    Usage: peft generate [OPTIONS] --model <MODEL> --prompt <TEXT>
+    Usage: peft generate [OPTIONS] --model <MODEL> <--prompt <TEXT>|--prompts <FILE>>
 
     Options:
           --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>           The folder of an adapter
           --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
-          --prompt <TEXT>           What to continue
+          --prompt <TEXT>           What to continue; `-` reads it from stdin, without the line break at its end
+          --prompts <FILE>          Answer each record of this file, `{"prompt": ".."}` or `{"messages": [..]}`, with a line of JSON
+          --system <TEXT>           What the model is to keep to: a system message before each prompt
           --max-new-tokens <N>      The most tokens to generate [default: 256]
           --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
           --top-k <K>               Sample among the K most likely tokens
@@ -224,7 +235,8 @@ fn help_of_generate() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
-    ");
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
+    "#);
 }
 
 #[test]
@@ -240,6 +252,7 @@ fn help_of_chat() {
           --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>           The folder of an adapter
           --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
+          --system <TEXT>           What the model is to keep to: the system message
           --max-new-tokens <N>      The most tokens of an answer [default: 1024]
           --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
           --top-k <K>               Sample among the K most likely tokens
@@ -251,6 +264,7 @@ fn help_of_chat() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -324,6 +338,9 @@ fn help_of_eval() {
               - never:  Never
 
               [default: auto]
+
+          --threads <N>
+              How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -346,6 +363,7 @@ fn help_of_inspect() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -369,6 +387,7 @@ fn help_of_recipes() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 

@@ -2,9 +2,11 @@
 
 mod batch;
 mod sampling;
+mod talk;
 
 pub use batch::{Completion, generate_all};
 pub use sampling::Sampling;
+pub use talk::{Fitted, Talk};
 
 use std::time::{Duration, Instant};
 
