@@ -327,3 +327,34 @@ fn a_chat_slides_and_keeps_its_system_message() {
     };
     assert!((1..=2).any(|exchanges| answers_seeing(exchanges).as_ref() == Some(answer)), "{answer}");
 }
+
+#[test]
+fn completions_and_manual_pages_are_those_of_the_commands() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let (script, said) = place.run(&["completions", shell]);
+        assert!(script.contains("finetune") && script.contains("max-new-tokens"), "{shell}: {script}");
+        assert!(!script.contains("choices"), "{shell}: what does not exist is not completed");
+        assert_eq!(said, "");
+    }
+    let refused = refusal(&place, &["completions", "tcsh"]);
+    assert!(
+        refused.starts_with("exit 2\n") && refused.contains("[possible values: bash, elvish, fish,"),
+        "{refused}"
+    );
+
+    let (stdout, said) = place.run(&["man", "pages/man1"]);
+    assert_eq!((stdout.as_str(), said.as_str()), ("", "wrote the manual pages to pages/man1\n"));
+    let pages = place.names_in("pages/man1");
+    for page in ["peft.1", "peft-finetune.1", "peft-generate.1", "peft-chat.1", "peft-man.1"] {
+        assert!(pages.iter().any(|name| name == page), "{pages:?}");
+    }
+    let page = fs::read_to_string(place.path("pages/man1/peft-generate.1")).unwrap();
+    assert!(page.contains("\\-\\-prompts") && page.contains("Answer each record of this file"), "{page}");
+    let eval = fs::read_to_string(place.path("pages/man1/peft-eval.1")).unwrap();
+    assert!(!eval.contains("choices"), "{eval}");
+    // Pages of an earlier version are replaced.
+    place.run(&["man", "pages/man1"]);
+    let refused = refusal(&place, &["man", "recipe.toml"]);
+    assert!(refused.starts_with("exit 1\nerror: recipe.toml: manual pages cannot be written: "), "{refused}");
+}

@@ -33,16 +33,18 @@ fn help() {
     Usage: peft [OPTIONS] <COMMAND>
 
     Commands:
-      finetune  Train an adapter, or all weights, as a recipe says
-      check     Say everything about a recipe that can be known before training
-      merge     Fold adapters into a model's weights
-      upcycle   Turn a dense model into a mixture of experts, as a recipe says
-      generate  Continue a prompt
-      chat      Talk to a model
-      eval      Measure a model on a data file
-      inspect   Describe a model, an adapter, a data file or a run
-      recipes   List the recipes built into this program, or show one
-      help      Print this message or the help of the given subcommand(s)
+      finetune     Train an adapter, or all weights, as a recipe says
+      check        Say everything about a recipe that can be known before training
+      merge        Fold adapters into a model's weights
+      upcycle      Turn a dense model into a mixture of experts, as a recipe says
+      generate     Continue a prompt
+      chat         Talk to a model
+      eval         Measure a model on a data file
+      inspect      Describe a model, an adapter, a data file or a run
+      recipes      List the recipes built into this program, or show one
+      completions  Print a script that completes commands and flags in a shell
+      man          Write a manual page for each command
+      help         Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help
@@ -399,8 +401,19 @@ fn version() {
 /// Help is a single sentence per line without its full stop, and belittles nothing.
 #[test]
 fn help_reads_well() {
-    for command in ["finetune", "check", "merge", "upcycle", "generate", "chat", "eval", "inspect", "recipes"]
-    {
+    for command in [
+        "finetune",
+        "check",
+        "merge",
+        "upcycle",
+        "generate",
+        "chat",
+        "eval",
+        "inspect",
+        "recipes",
+        "completions",
+        "man",
+    ] {
         let text = told(&[command, "-h"]);
         assert!(!text.contains("simply"), "{text}");
         let full_stop = text.lines().find(|line| line.ends_with('.'));
@@ -448,6 +461,21 @@ fn wrong_requests_exit_with_2_and_say_what_to_do() {
     Usage: peft [OPTIONS] <COMMAND>
 
     For more information, try '--help'.
+    ");
+    for (wrong, tip) in [
+        ("train", "'peft finetune' trains what a recipe says"),
+        ("run", "'peft finetune' trains what a recipe says"),
+        ("export", "'peft merge' folds an adapter into a model's weights; nothing else is exported yet"),
+    ] {
+        let refused = told(&[wrong, "quickstart"]);
+        let error = format!("error: unrecognized subcommand '{wrong}'\n\n  tip: {tip}\n\nUsage: peft");
+        assert!(refused.starts_with("exit 2\n") && refused.contains(&error), "{refused}");
+    }
+    let choices = ["eval", "choices", "--model", "m", "--data", "d"];
+    insta::assert_snapshot!(told(&choices), @"
+    exit 2
+    ----- stderr
+    error: `peft eval choices` is not built in this version
     ");
     insta::assert_snapshot!(told(&["finetune", "recipes/quikstart.toml"]), @"
     exit 2

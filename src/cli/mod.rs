@@ -24,12 +24,14 @@ mod models;
 mod overrides;
 mod report;
 mod routing;
+mod shell;
 mod terminal;
 
 use chat::Chat;
 pub use faults::out_of_memory;
 use generate::Generate;
 use report::Log;
+use shell::{Completions, Man};
 use terminal::{Colour, Terminal};
 
 /// Fine-tunes pretrained language models with small adapters, and folds the adapters back.
@@ -84,6 +86,10 @@ enum Command {
     Inspect(Inspect),
     /// List the recipes built into this program, or show one
     Recipes(Recipes),
+    /// Print a script that completes commands and flags in a shell
+    Completions(Completions),
+    /// Write a manual page for each command
+    Man(Man),
 }
 
 #[derive(Debug, Args)]
@@ -239,7 +245,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         // Help and version are "errors" of clap's too; it knows which stream and status each has.
-        Err(error) => error.exit(),
+        Err(error) => shell::with_tip(error).exit(),
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
     // As early as the form of messages is known. Commands that write files say later how they stop.
@@ -270,5 +276,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Eval(arguments) => models::eval(&arguments, terminal),
         Command::Inspect(arguments) => inspect::inspect(&arguments, terminal),
         Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
+        Command::Completions(arguments) => shell::completions(&arguments, terminal),
+        Command::Man(arguments) => shell::man(&arguments, terminal),
     }
 }
