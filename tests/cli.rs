@@ -33,16 +33,18 @@ fn help() {
     Usage: peft [OPTIONS] <COMMAND>
 
     Commands:
-      finetune  Train an adapter, or all weights, as a recipe says
-      check     Say everything about a recipe that can be known before training
-      merge     Fold adapters into a model's weights
-      upcycle   Turn a dense model into a mixture of experts, as a recipe says
-      generate  Continue a prompt
-      chat      Talk to a model
-      eval      Measure a model on a data file
-      inspect   Describe a model, an adapter, a data file or a run
-      recipes   Show recipes and what they can say, or convert the configuration of another tool
-      help      Print this message or the help of the given subcommand(s)
+      finetune     Train an adapter, or all weights, as a recipe says
+      check        Say everything about a recipe that can be known before training
+      merge        Fold adapters into a model's weights
+      upcycle      Turn a dense model into a mixture of experts, as a recipe says
+      generate     Continue a prompt
+      chat         Talk to a model
+      eval         Measure a model on a data file
+      inspect      Describe a model, an adapter, a data file or a run
+      recipes      Show recipes and what they can say, or convert the configuration of another tool
+      completions  Print a script that completes commands and flags in a shell
+      man          Write a manual page for each command
+      help         Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help
@@ -72,6 +74,9 @@ fn help() {
               - never:  Never
 
               [default: auto]
+
+          --threads <N>
+              How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
     assert_eq!(told(&[]).replace("exit 2\n----- stderr", "exit 0\n----- stdout"), told(&["-h"]));
 }
@@ -127,6 +132,9 @@ fn help_of_finetune() {
               - never:  Never
 
               [default: auto]
+
+          --threads <N>
+              How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -150,6 +158,7 @@ fn help_of_check() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -172,6 +181,7 @@ fn help_of_merge() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -195,23 +205,26 @@ fn help_of_upcycle() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
 #[test]
 fn help_of_generate() {
-    insta::assert_snapshot!(told(&["generate", "-h"]), @"
+    insta::assert_snapshot!(told(&["generate", "-h"]), @r#"
     exit 0
     ----- stdout
     Continue a prompt
 
-    Usage: peft generate [OPTIONS] --model <MODEL> --prompt <TEXT>
+    Usage: peft generate [OPTIONS] --model <MODEL> <--prompt <TEXT>|--prompts <FILE>>
 
     Options:
           --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>           The folder of an adapter
           --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
-          --prompt <TEXT>           What to continue
+          --prompt <TEXT>           What to continue; `-` reads it from stdin, without the line break at its end
+          --prompts <FILE>          Answer each record of this file, `{"prompt": ".."}` or `{"messages": [..]}`, with a line of JSON
+          --system <TEXT>           What the model is to keep to: a system message before each prompt
           --max-new-tokens <N>      The most tokens to generate [default: 256]
           --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
           --top-k <K>               Sample among the K most likely tokens
@@ -224,7 +237,8 @@ fn help_of_generate() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
-    ");
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
+    "#);
 }
 
 #[test]
@@ -240,6 +254,7 @@ fn help_of_chat() {
           --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>           The folder of an adapter
           --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
+          --system <TEXT>           What the model is to keep to: the system message
           --max-new-tokens <N>      The most tokens of an answer [default: 1024]
           --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
           --top-k <K>               Sample among the K most likely tokens
@@ -251,6 +266,7 @@ fn help_of_chat() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -324,6 +340,9 @@ fn help_of_eval() {
               - never:  Never
 
               [default: auto]
+
+          --threads <N>
+              How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -346,6 +365,7 @@ fn help_of_inspect() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -372,6 +392,7 @@ fn help_of_recipes() {
     Global options:
           --log <FORM>    How progress is told on stderr [default: auto] [possible values: auto, lines, json, silent]
           --color <WHEN>  Whether messages are coloured [default: auto] [possible values: auto, always, never]
+          --threads <N>   How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
     ");
 }
 
@@ -383,8 +404,19 @@ fn version() {
 /// Help is a single sentence per line without its full stop, and belittles nothing.
 #[test]
 fn help_reads_well() {
-    for command in ["finetune", "check", "merge", "upcycle", "generate", "chat", "eval", "inspect", "recipes"]
-    {
+    for command in [
+        "finetune",
+        "check",
+        "merge",
+        "upcycle",
+        "generate",
+        "chat",
+        "eval",
+        "inspect",
+        "recipes",
+        "completions",
+        "man",
+    ] {
         let text = told(&[command, "-h"]);
         assert!(!text.contains("simply"), "{text}");
         let full_stop = text.lines().find(|line| line.ends_with('.'));
@@ -432,6 +464,21 @@ fn wrong_requests_exit_with_2_and_say_what_to_do() {
     Usage: peft [OPTIONS] <COMMAND>
 
     For more information, try '--help'.
+    ");
+    for (wrong, tip) in [
+        ("train", "'peft finetune' trains what a recipe says"),
+        ("run", "'peft finetune' trains what a recipe says"),
+        ("export", "'peft merge' folds an adapter into a model's weights; nothing else is exported yet"),
+    ] {
+        let refused = told(&[wrong, "quickstart"]);
+        let error = format!("error: unrecognized subcommand '{wrong}'\n\n  tip: {tip}\n\nUsage: peft");
+        assert!(refused.starts_with("exit 2\n") && refused.contains(&error), "{refused}");
+    }
+    let choices = ["eval", "choices", "--model", "m", "--data", "d"];
+    insta::assert_snapshot!(told(&choices), @"
+    exit 2
+    ----- stderr
+    error: `peft eval choices` is not built in this version
     ");
     insta::assert_snapshot!(told(&["finetune", "recipes/quikstart.toml"]), @"
     exit 2

@@ -3,8 +3,8 @@
 use std::fs;
 
 use candle_core::{DType, Device, Tensor};
-use peft::generate::{Ended, Limits, Sampling, Session};
-use peft::model::{Decoder, Pretrained};
+use peft::generate::{Completion, Ended, Limits, Sampling, Session, generate_all};
+use peft::model::{Cache, Decoder, Pretrained};
 use peft::ops::Documents;
 
 use crate::fixture::{ALL, Fixture, relative};
@@ -139,4 +139,99 @@ fn hidden_states_behind_a_cache_are_those_of_a_forward_over_everything() {
         let relative = relative(&wide(&Tensor::cat(&rows, 0).unwrap()), &wide(&whole));
         assert!(relative <= most, "{dtype:?}: {relative}");
     }
+}
+
+/// Prompts of all lengths, more of them than are computed together, that end at different steps.
+pub(crate) fn assert_alike_together_and_alone(model: &Decoder, what: &str) {
+    let vocab = model.config().vocab_size as u32;
+    let prompt =
+        |number: u32| (0..1 + 5 * number % 17).map(|i| (7 * i * i + 11 * number + 3) % vocab).collect();
+    let prompts: Vec<Vec<u32>> = (0..11).map(prompt).collect();
+    let limits = Limits { max_new_tokens: 14, stop: (0..vocab).step_by(9).collect() };
+    let hot = Sampling { temperature: 1.5, repetition_penalty: 1.2, ..Sampling::default() };
+    for sampling in [Sampling::default(), hot] {
+        let mut found = Vec::new();
+        let (_, decoding) = generate_all(model, &prompts, &limits, sampling, |number, answer| {
+            assert_eq!(number, found.len(), "{what}: answers come in the order of their prompts");
+            found.push(answer);
+            Ok(())
+        })
+        .unwrap();
+        let mut decoded = 0;
+        for (prompt, found) in prompts.iter().zip(&found) {
+            let mut tokens = Vec::new();
+            let mut session = Session::new(model);
+            let outcome = session
+                .generate(prompt, &limits, sampling, |token| {
+                    tokens.push(token);
+                    Ok(true)
+                })
+                .unwrap();
+            decoded += outcome.decoding.tokens;
+            assert_eq!(found, &Completion { tokens, ended: outcome.ended }, "{what}");
+        }
+        assert_eq!(decoding.tokens, decoded, "{what}");
+    }
+
+    // Tokens may agree where sums do not: the bits of the logits, of as many as are computed together.
+    let bits = |logits: &Tensor| -> Vec<Vec<u32>> {
+        let rows = logits.to_vec2::<f32>().unwrap();
+        rows.into_iter().map(|row| row.into_iter().map(f32::to_bits).collect()).collect()
+    };
+    let cached = |prompt: &Vec<u32>| {
+        let mut cache = model.new_cache();
+        model.forward_cached(prompt, &mut cache).unwrap();
+        cache
+    };
+    let prompts = &prompts[..model.rows_alike().min(prompts.len())];
+    let (mut together, mut alone): (Vec<Cache>, Vec<Cache>) =
+        prompts.iter().map(|prompt| (cached(prompt), cached(prompt))).unzip();
+    for step in 0..4 {
+        let tokens: Vec<u32> = (0..prompts.len() as u32).map(|i| (13 * i + step) % vocab).collect();
+        let mut caches: Vec<&mut Cache> = together.iter_mut().collect();
+        let output = model.forward_next(&tokens, &mut caches).unwrap();
+        let found = bits(&model.logits(&output.hidden).unwrap());
+        for ((token, cache), found) in tokens.iter().zip(&mut alone).zip(found) {
+            let output = model.forward_cached(&[*token], cache).unwrap();
+            assert!(vec![found] == bits(&model.logits(&output.hidden).unwrap()), "{what}, step {step}");
+        }
+    }
+}
+
+#[test]
+fn answers_generated_together_have_the_bits_of_each_alone() {
+    for name in ALL {
+        let fixture = Fixture::open(name);
+        for dtype in [DType::F32, DType::BF16] {
+            let model = Decoder::open(&fixture.pretrained(), dtype, &Device::Cpu).unwrap();
+            assert_alike_together_and_alone(&model, &format!("{name} in {dtype:?}"));
+        }
+        if fixture.folder.join("adapter").exists() {
+            assert_alike_together_and_alone(&fixture.with_adapter().0, &format!("{name} with its adapter"));
+        }
+    }
+}
+
+#[test]
+fn many_prompts_are_refused_as_one_is() {
+    let model = Fixture::open("mistral").model();
+    let limits = Limits { max_new_tokens: 3, stop: Vec::new() };
+    let answer = |prompts: &[Vec<u32>]| {
+        let mut answers = Vec::new();
+        let all = generate_all(&model, prompts, &limits, Sampling::default(), |_, answer| {
+            answers.push((answer.ended, answer.tokens.len()));
+            Ok(())
+        });
+        all.map(|_| answers).map_err(|error| error.to_string())
+    };
+    assert_eq!(answer(&[vec![1], vec![]]), Err("the prompt has no tokens".into()));
+    assert_eq!(
+        answer(&[vec![1], vec![3; 64]]),
+        Err("the prompt has 64 tokens, and the model sees 64".into())
+    );
+    assert_eq!(
+        answer(&[vec![3; 63], vec![3; 62], vec![3; 5]]),
+        Ok(vec![(Ended::Context, 1), (Ended::Context, 2), (Ended::Limit, 3)])
+    );
+    assert_eq!(answer(&[]), Ok(Vec::new()));
 }

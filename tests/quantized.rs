@@ -16,7 +16,7 @@ use peft::ops::{Parameter, Quantized, Trainables, Weight};
 use peft::train::{StepGradients, step_gradients};
 
 use crate::fixture::{difference, logits, relative, values};
-use crate::generate::{generated, without_cache};
+use crate::generate::{assert_alike_together_and_alone, generated, without_cache};
 use crate::place::{Place, refusal};
 use crate::weights::gguf::tokenizers::byte_level;
 use crate::weights::gguf::write;
@@ -196,6 +196,20 @@ fn generating_from_quantized_weights_gives_the_logits_of_the_whole() {
             }
             let relative = relative(&Tensor::cat(&found, 0).unwrap(), &whole);
             assert!(relative <= most, "{format:?} in {dtype:?}: {relative}");
+        }
+    }
+}
+
+#[test]
+fn answers_from_quantized_weights_generated_together_have_the_bits_of_each_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.gguf");
+    for format in FORMATS {
+        model(&path, format, true);
+        for dtype in [DType::F32, DType::BF16] {
+            let mut model = Decoder::open(&open(&path), dtype, &CPU).unwrap();
+            adapted(&mut model);
+            assert_alike_together_and_alone(&model, &format!("{format:?} in {dtype:?}"));
         }
     }
 }

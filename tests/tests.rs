@@ -5,6 +5,8 @@
 mod account;
 /// Adapters made by PEFT are read as PEFT reads them; what cannot be is refused by name.
 mod adapter;
+/// Prompts from the command line, stdin, a file and a chat are answered, each as it is alone; and what shells and manuals get.
+mod answers;
 /// The page of attacks and accidents names tests that exist.
 mod attacks;
 /// A checkpoint that changed on disk is named, and the newest whole one is used.

@@ -10,7 +10,10 @@ use crate::error::{Error, Result, allocation_may_fail};
 
 /// Tells a user what to do when the system refuses threads.
 pub(super) const TOO_TIGHT: &str =
-    "allow more memory or processes (`ulimit -v`, `ulimit -u`), or set `RAYON_NUM_THREADS=1`";
+    "allow more memory or processes (`ulimit -v`, `ulimit -u`), or compute with `--threads 1`";
+
+/// The most threads that compute: more only wait for each other, and each has a stack.
+pub(super) const MOST_THREADS: usize = 1024;
 
 /// Whether messages are JSON.
 static AS_JSON: AtomicBool = AtomicBool::new(false);
@@ -35,8 +38,9 @@ pub fn out_of_memory(layout: Layout) {
 #[cfg(target_os = "linux")]
 const HANDLER: usize = 64 << 10;
 
-/// Listens for mapped files that cannot be read, and starts the threads that compute.
-pub(super) fn begin(log: Log) -> Result<()> {
+/// Listens for mapped files that cannot be read, and starts the threads that compute: as many as are asked for, else as many as
+/// the environment says.
+pub(super) fn begin(log: Log, threads: Option<u64>) -> Result<()> {
     AS_JSON.store(log == Log::Json, Ordering::Relaxed);
     // A file beyond the limit of its size is an error of the write then, and not the end of the program.
     #[cfg(unix)]
@@ -46,7 +50,8 @@ pub(super) fn begin(log: Log) -> Result<()> {
     }
     #[cfg(target_os = "linux")]
     bus::listen();
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(threads()?).start_handler(|_| {
+    let threads = threads.map_or_else(threads_of_environment, |threads| Ok(threads as usize))?;
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(|_| {
         #[cfg(target_os = "linux")]
         bus::make_room();
     });
@@ -59,19 +64,19 @@ pub(super) fn begin(log: Log) -> Result<()> {
 }
 
 /// The threads that `RAYON_NUM_THREADS` asks for; 0 where it is not set, which stands for one per processor.
-fn threads() -> Result<usize> {
-    /// More only wait for each other, and each has a stack.
-    const MOST: usize = 1024;
+fn threads_of_environment() -> Result<usize> {
     const VARIABLE: &str = "RAYON_NUM_THREADS";
 
     let Some(value) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) else { return Ok(0) };
     let value = value.to_string_lossy();
     match value.parse() {
-        Ok(threads) if threads <= MOST => Ok(threads),
+        Ok(threads) if threads <= MOST_THREADS => Ok(threads),
         _ => {
             let processors = std::thread::available_parallelism().map_or(1, usize::from);
-            Err(Error::request(format!("`{VARIABLE}` is `{value}`; expected a whole number up to {MOST}"))
-                .with_hint(format!("leave it unset to use all {processors} processors")))
+            Err(Error::request(format!(
+                "`{VARIABLE}` is `{value}`; expected a whole number up to {MOST_THREADS}"
+            ))
+            .with_hint(format!("leave it unset to use all {processors} processors")))
         }
     }
 }

@@ -13,10 +13,12 @@ use crate::ops::Kernels;
 use crate::weights::report_downloads;
 
 mod builtin;
+mod chat;
 mod commands;
 mod convert;
 mod downloads;
 mod faults;
+mod generate;
 mod inspect;
 mod interrupt;
 mod models;
@@ -24,10 +26,14 @@ mod overrides;
 mod reference;
 mod report;
 mod routing;
+mod shell;
 mod terminal;
 
+use chat::Chat;
 pub use faults::out_of_memory;
+use generate::Generate;
 use report::Log;
+use shell::{Completions, Man};
 use terminal::{Colour, Terminal};
 
 /// Fine-tunes pretrained language models with small adapters, and folds the adapters back.
@@ -48,6 +54,9 @@ struct Arguments {
     /// Whether messages are coloured
     #[arg(long, global = true, value_name = "WHEN", default_value = "auto", help_heading = "Global options")]
     color: Colour,
+    /// How many threads compute [default: `RAYON_NUM_THREADS`, else one for each processor]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=faults::MOST_THREADS as u64), help_heading = "Global options")]
+    threads: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -79,6 +88,10 @@ enum Command {
     Inspect(Inspect),
     /// Show recipes and what they can say, or convert the configuration of another tool
     Recipes(Recipes),
+    /// Print a script that completes commands and flags in a shell
+    Completions(Completions),
+    /// Write a manual page for each command
+    Man(Man),
 }
 
 #[derive(Debug, Args)]
@@ -136,25 +149,6 @@ struct ModelArguments {
 }
 
 #[derive(Debug, Args)]
-struct SamplingArguments {
-    /// Divides the logits before sampling; 0 takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative)]
-    temperature: f64,
-    /// Sample among the K most likely tokens
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u64).range(1..))]
-    top_k: Option<u64>,
-    /// Sample among the fewest tokens that have this probability together
-    #[arg(long, value_name = "P", value_parser = probability)]
-    top_p: Option<f64>,
-    /// Divides the logits of tokens that occurred; 1 changes nothing
-    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
-    repetition_penalty: f64,
-    /// The seed of sampling
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
-}
-
-#[derive(Debug, Args)]
 struct Merge {
     /// A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
     #[arg(long)]
@@ -168,34 +162,6 @@ struct Merge {
     /// The number format of the written weights [default: each tensor keeps its own]
     #[arg(long)]
     dtype: Option<WrittenDtype>,
-}
-
-#[derive(Debug, Args)]
-struct Generate {
-    #[command(flatten)]
-    model: ModelArguments,
-    /// What to continue
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
-    /// The most tokens to generate
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    max_new_tokens: usize,
-    #[command(flatten)]
-    sampling: SamplingArguments,
-    /// Give the prompt to the model as it is, without the chat template
-    #[arg(long)]
-    raw: bool,
-}
-
-#[derive(Debug, Args)]
-struct Chat {
-    #[command(flatten)]
-    model: ModelArguments,
-    /// The most tokens of an answer
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    max_new_tokens: usize,
-    #[command(flatten)]
-    sampling: SamplingArguments,
 }
 
 #[derive(Debug, Args)]
@@ -302,13 +268,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         // Help and version are "errors" of clap's too; it knows which stream and status each has.
-        Err(error) => error.exit(),
+        Err(error) => shell::with_tip(error).exit(),
     };
     let mut terminal = Terminal::new(arguments.log, arguments.color);
     // As early as the form of messages is known. Commands that write files say later how they stop.
     interrupt::end_at_once(&terminal);
     report_downloads(downloads::downloads(arguments.log));
-    let begin = faults::begin(arguments.log).and_then(|()| Kernels::forced());
+    let begin = faults::begin(arguments.log, arguments.threads).and_then(|()| Kernels::forced());
     match begin.and_then(|_| dispatch(arguments.command, &mut terminal)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if terminal.stdout_is_closed() => {
@@ -328,29 +294,12 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Check(arguments) => commands::check(&arguments, terminal),
         Command::Merge(arguments) => commands::merge(&arguments, terminal),
         Command::Upcycle(arguments) => commands::upcycle(&arguments, terminal),
-        Command::Generate(arguments) => models::generate(&arguments, terminal),
-        Command::Chat(arguments) => models::chat(&arguments, terminal),
+        Command::Generate(arguments) => generate::generate(&arguments, terminal),
+        Command::Chat(arguments) => chat::chat(&arguments, terminal),
         Command::Eval(arguments) => models::eval(&arguments, terminal),
         Command::Inspect(arguments) => inspect::inspect(&arguments, terminal),
         Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
-    }
-}
-
-fn not_negative(text: &str) -> Result<f64, String> {
-    number(text, "a number of at least 0", |x| x >= 0.0)
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    number(text, "a number above 0", |x| x > 0.0)
-}
-
-fn probability(text: &str) -> Result<f64, String> {
-    number(text, "a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)
-}
-
-fn number(text: &str, expected: &str, fits: fn(f64) -> bool) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(number) if number.is_finite() && fits(number) => Ok(number),
-        _ => Err(format!("expected {expected}")),
+        Command::Completions(arguments) => shell::completions(&arguments, terminal),
+        Command::Man(arguments) => shell::man(&arguments, terminal),
     }
 }

@@ -155,6 +155,12 @@ pub(super) fn message(text: Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "{}", in_message(&text.to_string()));
 }
 
+/// Writes a sign to stderr that asks for input; what is typed stands behind it.
+pub(super) fn sign(text: &str) {
+    let mut stderr = io::stderr().lock();
+    let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
+}
+
 /// Writes a message to stderr where the cursor may stand after a bar, or after the `^C` that the terminal echoes.
 pub(super) fn message_below(text: Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "\n{}", in_message(&text.to_string()));

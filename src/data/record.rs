@@ -18,7 +18,7 @@ const RESERVED: [&str; 6] = [
 ];
 
 /// The key of a record under which it sets variables of the chat template.
-const VARIABLES: &str = "chat_template_kwargs";
+pub(super) const VARIABLES: &str = "chat_template_kwargs";
 
 /// The form that the records of a data file have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

@@ -88,19 +88,7 @@ impl Key {
 
 /// Reads all records of a file. Without a format, the first record tells it.
 pub fn read(path: &Path, format: Format) -> Result<Records> {
-    let bytes = match read_regular(path, LARGEST) {
-        Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
-            let hint = match nearest_path(path, Path::is_file) {
-                Some(near) => format!("did you mean `{}`?", near.display()),
-                None => "relative paths are relative to the folder that the command runs in".to_string(),
-            };
-            return Err(Error::request("there is no such file").with_hint(hint)).at(path);
-        }
-        Err(_) if path.is_dir() => {
-            return Err(Error::request("is a folder, expected a `.jsonl` or `.json` file")).at(path);
-        }
-        read => read.at(path)?,
-    };
+    let bytes = bytes_of(path)?;
     let (mut unused, mut repeated) = (BTreeMap::new(), BTreeMap::new());
     let mut read = Records { records: Vec::new(), format, unused: Vec::new(), repeated: Vec::new() };
     let beside = container::each(&bytes, path, &mut |Json { value, repeated: keys }, line| {
@@ -125,6 +113,23 @@ pub fn read(path: &Path, format: Format) -> Result<Records> {
         return Err(Error::invalid("no records").with_hint(hint)).at(path);
     }
     Ok(read)
+}
+
+/// The bytes of a file of records.
+pub(super) fn bytes_of(path: &Path) -> Result<Vec<u8>> {
+    match read_regular(path, LARGEST) {
+        Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => {
+            let hint = match nearest_path(path, Path::is_file) {
+                Some(near) => format!("did you mean `{}`?", near.display()),
+                None => "relative paths are relative to the folder that the command runs in".to_string(),
+            };
+            Err(Error::request("there is no such file").with_hint(hint)).at(path)
+        }
+        Err(_) if path.is_dir() => {
+            Err(Error::request("is a folder, expected a `.jsonl` or `.json` file")).at(path)
+        }
+        read => read.at(path),
+    }
 }
 
 #[cfg(test)]

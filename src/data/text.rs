@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
 use super::conversation::Message;
@@ -30,7 +31,7 @@ pub struct TemplateParts {
     /// A run that is to be resumed keeps it fixed.
     pub now: Option<i64>,
     /// Further variables of templates, such as `enable_thinking`.
-    pub variables: serde_json::Map<String, serde_json::Value>,
+    pub variables: Map<String, Value>,
     /// Says whether control tokens in the data are encoded as tokens or as text.
     pub special_tokens: SpecialTokens,
     /// Rows of the embedding: tokens from this one on are refused; left out: none is.
@@ -174,20 +175,38 @@ impl Text {
 
     /// What the chat template makes of messages.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let rendered = self.rendered(messages, add_generation_prompt)?;
+        let rendered = self.rendered(messages, None, &Map::new(), add_generation_prompt)?;
         Ok(self.controls.readable(rendered))
     }
 
     /// Renders messages, with marks in their control tokens where these are to be text.
-    fn rendered(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    pub(super) fn rendered(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        extra: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let (mut tools, mut extra) = (tools.cloned(), extra.clone());
+        tools.iter_mut().chain(extra.values_mut()).try_for_each(|value| self.controls.mark(value))?;
         let marked = self.controls.marked_messages(messages)?;
         let messages = marked.as_deref().unwrap_or(messages);
-        self.template(None)?.render(messages, None, &serde_json::Map::new(), add_generation_prompt)
+        self.template(tools.as_ref())?.render(messages, tools.as_ref(), &extra, add_generation_prompt)
     }
 
     /// The tokens that ask the model for the next message.
     pub fn prompt_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        let rendered = self.rendered(messages, true)?;
+        self.prompt_tokens_with(messages, None, &Map::new())
+    }
+
+    /// The tokens that ask the model for the next message, where the template gets tools and further variables.
+    pub(super) fn prompt_tokens_with(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        extra: &Map<String, Value>,
+    ) -> Result<Vec<u32>> {
+        let rendered = self.rendered(messages, tools, extra, true)?;
         let mut tokens = self.encode_rendered(rendered, usize::MAX)?.tokens;
         self.refuse_unknown(&tokens)?;
         if let Some(bos) = self.missing_bos(&tokens) {
@@ -197,7 +216,7 @@ impl Text {
     }
 
     /// The template for a conversation with these tools.
-    pub(crate) fn template(&self, tools: Option<&serde_json::Value>) -> Result<&Template> {
+    pub(crate) fn template(&self, tools: Option<&Value>) -> Result<&Template> {
         let of_tools = self.tool_template.as_ref().filter(|_| tools.is_some());
         of_tools.or(self.template.as_ref()).ok_or_else(|| {
             Error::invalid("the data are conversations, but the model has no chat template").with_hint(

@@ -1,8 +1,12 @@
 //! Generation: tokens after a prompt, one at a time, with keys and values kept between them.
 
+mod batch;
 mod sampling;
+mod talk;
 
+pub use batch::{Completion, generate_all};
 pub use sampling::Sampling;
+pub use talk::{Fitted, Talk};
 
 use std::time::{Duration, Instant};
 
@@ -89,68 +93,108 @@ impl<'a> Session<'a> {
         sampling: Sampling,
         mut on_token: impl FnMut(u32) -> Result<bool>,
     ) -> Result<Outcome> {
-        let most = self.model.config().max_position_embeddings;
-        if prompt.is_empty() {
-            return Err(
-                Error::request("the prompt has no tokens").with_hint("write something with `--prompt`")
-            );
-        }
-        if prompt.len() >= most {
-            let len = prompt.len();
-            return Err(Error::request(format!("the prompt has {len} tokens, and the model sees {most}"))
-                .with_hint(
-                    "the model needs room for the answer too: take a shorter prompt, or look whether \
-                     `max_position_embeddings` in its `config.json` is right",
-                ));
-        }
+        check_prompt(self.model, prompt)?;
         let same = prompt.iter().zip(&self.seen).take_while(|(new, seen)| new == seen).count();
         // The last one is always computed: what follows it is asked for.
         self.seen.truncate(same.min(prompt.len() - 1));
         self.cache.truncate(self.seen.len());
-        let mut sampler = Sampler::new(sampling);
+        let mut chooser = Chooser::new(self.model, limits, sampling);
         let mut next = prompt[self.seen.len()..].to_vec();
         let mut outcome = Outcome { ended: Ended::Limit, prompt: Pace::default(), decoding: Pace::default() };
         for step in 0..limits.max_new_tokens {
             let start = Instant::now();
-            let logits = self.logits(&next)?;
+            let logits = logits_after(self.model, &next, &mut self.cache)?;
             let pace = if step == 0 { &mut outcome.prompt } else { &mut outcome.decoding };
             pace.tokens += next.len();
             self.seen.append(&mut next);
-            let token = sampler.next(logits, &self.seen);
+            let (token, ended) = chooser.choose(logits, &self.seen);
             pace.time += start.elapsed();
-            if limits.stop.contains(&token) {
-                outcome.ended = Ended::Stop;
+            if let Some(token) = token {
+                if !on_token(token)? {
+                    outcome.ended = Ended::Caller;
+                    break;
+                }
+                next = vec![token];
+            }
+            if let Some(ended) = ended {
+                outcome.ended = ended;
                 break;
             }
-            if !on_token(token)? {
-                outcome.ended = Ended::Caller;
-                break;
-            }
-            if self.seen.len() + 1 >= most {
-                outcome.ended = Ended::Context;
-                break;
-            }
-            next = vec![token];
         }
         Ok(outcome)
     }
+}
 
-    /// Those of the token after `next`, which follow what has been seen.
-    fn logits(&mut self, next: &[u32]) -> Result<Vec<f32>> {
-        // On a thread of the pool: hundreds of small products for a token would each wait until one has taken it over.
-        let logits = rayon::scope(|_| -> Result<Vec<f32>> {
-            let (before, last) = next.split_at((next.len() - 1) / PIECE * PIECE);
-            for piece in before.chunks(PIECE) {
-                self.model.forward_cached(piece, &mut self.cache)?;
-            }
-            let hidden = self.model.forward_cached(last, &mut self.cache)?.hidden;
-            let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?; // [1, hidden]
-            Ok(self.model.logits(&last)?.squeeze(0)?.to_vec1()?)
-        })?;
-        // All of them are looked at, which is faster than to stop at the first.
-        if logits.iter().fold(false, |any, logit| any | logit.is_nan()) {
-            return Err(Error::invalid("the model's logits are NaN"));
-        }
-        Ok(logits)
+/// Refuses a prompt that has no tokens, or leaves no room for an answer.
+pub fn check_prompt(model: &Decoder, prompt: &[u32]) -> Result<()> {
+    let most = model.config().max_position_embeddings;
+    if prompt.is_empty() {
+        return Err(Error::request("the prompt has no tokens").with_hint("write something with `--prompt`"));
     }
+    if prompt.len() >= most {
+        let len = prompt.len();
+        return Err(Error::request(format!("the prompt has {len} tokens, and the model sees {most}"))
+            .with_hint(
+                "the model needs room for the answer too: take a shorter prompt, or look whether \
+                 `max_position_embeddings` in its `config.json` is right",
+            ));
+    }
+    Ok(())
+}
+
+/// Chooses the tokens of one answer, and knows when it ends.
+#[derive(Debug)]
+struct Chooser<'l> {
+    sampler: Sampler,
+    limits: &'l Limits,
+    /// Tokens that the model sees.
+    most: usize,
+    chosen: usize,
+}
+
+impl<'l> Chooser<'l> {
+    fn new(model: &Decoder, limits: &'l Limits, sampling: Sampling) -> Self {
+        let most = model.config().max_position_embeddings;
+        Self { sampler: Sampler::new(sampling), limits, most, chosen: 0 }
+    }
+
+    /// The token after `seen`, unless it is one that ends the answer, and why the answer ends, if it does.
+    fn choose(&mut self, logits: Vec<f32>, seen: &[u32]) -> (Option<u32>, Option<Ended>) {
+        let token = self.sampler.next(logits, seen);
+        if self.limits.stop.contains(&token) {
+            return (None, Some(Ended::Stop));
+        }
+        self.chosen += 1;
+        let ended = if seen.len() + 1 >= self.most {
+            Some(Ended::Context)
+        } else {
+            (self.chosen >= self.limits.max_new_tokens).then_some(Ended::Limit)
+        };
+        (Some(token), ended)
+    }
+}
+
+/// The logits of the token after `next`, which follow what is in the cache.
+fn logits_after(model: &Decoder, next: &[u32], cache: &mut Cache) -> Result<Vec<f32>> {
+    let mut all = on_the_pool(|| {
+        let (before, last) = next.split_at((next.len() - 1) / PIECE * PIECE);
+        for piece in before.chunks(PIECE) {
+            model.forward_cached(piece, cache)?;
+        }
+        let hidden = model.forward_cached(last, cache)?.hidden;
+        let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?; // [1, hidden]
+        Ok(model.logits(&last)?.to_vec2()?)
+    })?;
+    Ok(all.pop().unwrap_or_default())
+}
+
+/// Computes logits on a thread of the pool: hundreds of small products for a token would each wait until one has taken it over.
+/// Refuses NaN.
+fn on_the_pool(compute: impl FnOnce() -> Result<Vec<Vec<f32>>> + Send) -> Result<Vec<Vec<f32>>> {
+    let logits = rayon::scope(|_| compute())?;
+    // All of them are looked at, which is faster than to stop at the first.
+    if logits.iter().flatten().fold(false, |any, logit| any | logit.is_nan()) {
+        return Err(Error::invalid("the model's logits are NaN"));
+    }
+    Ok(logits)
 }

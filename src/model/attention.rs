@@ -1,11 +1,13 @@
 //! The attention of a layer: projections, per-head norms where a family has them, rotation, attention, output.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 
 use super::cache::KeyValues;
 use super::linear::Linear;
 use super::norm::Norm;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::attention::{self, Heads};
 use crate::ops::rotary::{self, Angles};
 use crate::ops::{Gradients, Pass, linear, rms_norm};
@@ -28,7 +30,8 @@ pub(super) struct Saved {
     k: linear::Saved,
     v: linear::Saved,
     qk_norm: Option<(rms_norm::Saved, rms_norm::Saved)>,
-    attention: attention::Saved,
+    /// Nothing behind a cache, where nothing is trained.
+    attention: Option<attention::Saved>,
     o: linear::Saved,
 }
 
@@ -51,16 +54,17 @@ impl Saved {
 }
 
 impl Attention {
-    /// `[tokens, hidden] -> [tokens, hidden]`. With a cache, keys and values are appended to it and all of it is seen.
+    /// `[tokens, hidden] -> [tokens, hidden]`. With caches, one for each document, keys and values are appended to them, and a
+    /// document sees all of its own.
     pub(super) fn forward(
         &self,
         x: &Tensor,
         angles: &Angles,
         pass: &Pass<'_>,
-        cache: Option<&mut KeyValues>,
+        caches: &mut [&mut KeyValues],
     ) -> Result<(Tensor, Saved)> {
         // [tokens, heads * d] and twice [tokens, kv_heads * d]
-        let [(mut q, q_saved), (mut k, k_saved), (mut v, v_saved)] =
+        let [(mut q, q_saved), (mut k, k_saved), (v, v_saved)] =
             Linear::forward_of_all([&self.q, &self.k, &self.v], x, pass)?;
         let mut norms_saved = None;
         if let Some((q_norm, k_norm)) = &self.qk_norm {
@@ -70,10 +74,17 @@ impl Attention {
             norms_saved = Some((q_norm_saved, k_norm_saved));
         }
         (q, k) = (rotary::forward_in_place(q, angles)?, rotary::forward_in_place(k, angles)?);
-        if let Some(cache) = cache {
-            (k, v) = cache.append(&k, &v)?; // [past + tokens, kv_heads * d]
-        }
-        let (mixed, attention) = attention::forward(q, k, v, &self.heads, pass.documents)?;
+        let (mixed, attention) = if caches.is_empty() {
+            let (mixed, saved) = attention::forward(q, k, v, &self.heads, pass.documents)?;
+            (mixed, Some(saved))
+        } else {
+            let append = |(cache, range): (&mut &mut KeyValues, Range<usize>)| {
+                let rows = |x: &Tensor| x.narrow(0, range.start, range.len());
+                cache.append(&rows(&k)?, &rows(&v)?) // [past + tokens, kv_heads * d]
+            };
+            let all = caches.iter_mut().zip(pass.documents.ranges()).map(append).collect::<Result<_>>()?;
+            (attention::forward_behind(&q, all, &self.heads, pass.documents)?, None)
+        };
         let (y, o) = self.o.forward(&mixed, pass)?; // [tokens, hidden]
         Ok((y, Saved { q: q_saved, k: k_saved, v: v_saved, qk_norm: norms_saved, attention, o }))
     }
@@ -92,8 +103,11 @@ impl Attention {
         let Some(d_mixed) = self.o.backward(&saved.o, pass, dy, wants_mixed, gradients)? else {
             return Ok(None);
         };
-        let (dq, dk, dv) = attention::backward(&saved.attention, &self.heads, pass.documents, &d_mixed)?;
-        drop((saved.attention, saved.o, d_mixed));
+        let Some(attention) = saved.attention else {
+            return Err(Error::invalid("keys that come from a cache have no gradient"));
+        };
+        let (dq, dk, dv) = attention::backward(&attention, &self.heads, pass.documents, &d_mixed)?;
+        drop((attention, saved.o, d_mixed));
         let (mut dq, mut dk) =
             (rotary::backward_in_place(dq, angles)?, rotary::backward_in_place(dk, angles)?);
         if let (Some((q_norm, k_norm)), Some((q_saved, k_saved))) = (&self.qk_norm, &saved.qk_norm) {

@@ -51,10 +51,10 @@ impl Block {
         x: &Tensor,
         angles: &Angles,
         pass: &Pass<'_>,
-        cache: Option<&mut KeyValues>,
+        caches: &mut [&mut KeyValues],
     ) -> Result<(Tensor, Option<Routing>, Saved)> {
         let (normalised, input_norm) = self.input_norm.forward(x)?;
-        let (mixed, attention) = self.attention.forward(&normalised, angles, pass, cache)?;
+        let (mixed, attention) = self.attention.forward(&normalised, angles, pass, caches)?;
         let (x, normalised, post_norm) = self.post_norm.forward_of_sum(x, &self.scaled(mixed)?)?;
         // A plain sum is the network's: a mixture adds it while it sums its rows.
         let plain = (self.residual == 1.0).then_some(&x);

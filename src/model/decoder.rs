@@ -133,33 +133,25 @@ impl Decoder {
         self.embedding.dtype()
     }
 
-    /// An empty cache for [`Decoder::forward_cached`].
-    #[must_use]
-    pub fn new_cache(&self) -> Cache {
-        Cache::new(self.blocks.len())
-    }
-
     /// Hidden states of a flat batch; nothing is saved.
     pub fn forward(&self, tokens: &[u32], documents: &Documents) -> Result<Output> {
-        self.run(tokens, documents, None)
+        self.run(tokens, documents, &mut [])
     }
 
-    /// Hidden states of the tokens that follow those in `cache`, which they are added to.
-    pub fn forward_cached(&self, tokens: &[u32], cache: &mut Cache) -> Result<Output> {
-        let documents = Documents::single(tokens.len(), cache.len);
-        let output = self.run(tokens, &documents, Some(cache))?;
-        cache.len += tokens.len();
-        Ok(output)
-    }
-
-    fn run(&self, tokens: &[u32], documents: &Documents, mut cache: Option<&mut Cache>) -> Result<Output> {
+    /// Hidden states of documents that follow those in `caches`, one for each; keys and values are added to them.
+    pub(super) fn run(
+        &self,
+        tokens: &[u32],
+        documents: &Documents,
+        caches: &mut [&mut Cache],
+    ) -> Result<Output> {
         let pass = Pass::inference(documents).with_ids(tokens);
         let (ids, angles) = self.begin(tokens, documents)?;
         let mut x = self.embed(&ids)?; // [tokens, hidden]
         let mut decided = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
-            let cache = cache.as_deref_mut().map(|cache| &mut cache.layers[index]);
-            let (y, routing, _) = block.forward(&x, &angles, &pass, cache)?;
+            let mut layers: Vec<_> = caches.iter_mut().map(|cache| &mut cache.layers[index]).collect();
+            let (y, routing, _) = block.forward(&x, &angles, &pass, &mut layers)?;
             decided.extend(routing);
             x = y;
         }
@@ -182,7 +174,7 @@ impl Decoder {
         let mut blocks = Vec::with_capacity(self.blocks.len());
         let mut decided = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
-            let (y, routing, mut saved) = block.forward(&x, &angles, pass, None)?;
+            let (y, routing, mut saved) = block.forward(&x, &angles, pass, &mut [])?;
             decided.extend(routing);
             saved.trim();
             blocks.push(match recompute {
@@ -228,7 +220,7 @@ impl Decoder {
         for (index, block) in self.blocks.iter().enumerate().rev() {
             let saved = match blocks.pop() {
                 Some(Kept::All(saved)) => *saved,
-                Some(Kept::Input(x)) => block.forward(&x, &angles, pass, None)?.2,
+                Some(Kept::Input(x)) => block.forward(&x, &angles, pass, &mut [])?.2,
                 Some(Kept::Nothing) | None => return Ok(()),
             };
             let wants_dx = index > lowest || wants_embedding;

@@ -51,7 +51,7 @@ impl Decoder {
         let block = &self.blocks[layer];
         let pass = Pass::inference(&stream.documents);
         let (normalised, _) = block.input_norm.forward(&stream.x)?;
-        let (mixed, _) = block.attention.forward(&normalised, &stream.angles, &pass, None)?;
+        let (mixed, _) = block.attention.forward(&normalised, &stream.angles, &pass, &mut [])?;
         let (x, normalised, _) =
             block.post_norm.forward_of_sum(&stream.x, &scaled(mixed, block.residual)?)?;
         stream.x = x;
@@ -81,7 +81,7 @@ impl Decoder {
         let mut x = self.embed(&ids)?; // [tokens, hidden]
         let mut inputs = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
-            let (y, _, _) = block.forward(&x, &angles, &pass, None)?;
+            let (y, _, _) = block.forward(&x, &angles, &pass, &mut [])?;
             inputs.push(std::mem::replace(&mut x, y));
         }
         let (hidden, norm) = self.norm.forward(&x)?;
@@ -91,7 +91,7 @@ impl Decoder {
         let mut dx = self.norm.backward(&norm, &d_hidden, None, &mut none)?;
         for (layer, block) in self.blocks.iter().enumerate().rev() {
             let Some(x) = inputs.pop() else { break };
-            let (_, _, saved) = block.forward(&x, &angles, &pass, None)?;
+            let (_, _, saved) = block.forward(&x, &angles, &pass, &mut [])?;
             visit(layer, &block.network_input(&saved)?, &scaled(dx.clone(), block.residual)?)?;
             if layer > 0
                 && let Some(below) = block.backward(saved, &angles, &pass, (&dx, None), true, &mut none)?

@@ -9,8 +9,8 @@ pub struct Documents {
     offsets: Vec<usize>,
     /// The stable number of each document in its data set; dropout masks depend on it, not on the batch.
     ids: Vec<u64>,
-    /// The position of each document's first token: 0 in training, the length of the cache in decoding.
-    start: usize,
+    /// The position of each document's first token: 0 in training, the length of its cache in decoding.
+    starts: Vec<usize>,
 }
 
 impl Documents {
@@ -30,13 +30,28 @@ impl Documents {
         );
         assert!(offsets[0] == 0, "the first document begins at token {}, expected 0", offsets[0]);
         assert!(offsets.is_sorted(), "the offsets of documents must never fall");
-        Self { offsets, ids, start: 0 }
+        let starts = vec![0; ids.len()];
+        Self { offsets, ids, starts }
     }
 
     /// One document of `len` tokens whose first token stands at position `start`.
     #[must_use]
     pub fn single(len: usize, start: usize) -> Self {
-        Self { offsets: vec![0, len], ids: vec![0], start }
+        Self { offsets: vec![0, len], ids: vec![0], starts: vec![start] }
+    }
+
+    /// Documents of one token each, which stand at these positions. Their numbers are those of [`Documents::single`], so that
+    /// what depends on the number is the same for one of many.
+    #[must_use]
+    pub fn next_of_each(starts: Vec<usize>) -> Self {
+        Self { offsets: (0..=starts.len()).collect(), ids: vec![0; starts.len()], starts }
+    }
+
+    /// Each document on its own, with its token range.
+    pub fn singles(&self) -> impl ExactSizeIterator<Item = (Range<usize>, Self)> + '_ {
+        self.ranges()
+            .zip(&self.starts)
+            .map(|(range, start)| (range.clone(), Self::single(range.len(), *start)))
     }
 
     /// Tokens in all documents together.
@@ -45,10 +60,10 @@ impl Documents {
         self.offsets.last().copied().unwrap_or(0)
     }
 
-    /// The position of each document's first token.
+    /// The position of the first token of a single document; of several the largest of their positions.
     #[must_use]
     pub fn start(&self) -> usize {
-        self.start
+        self.starts.iter().copied().max().unwrap_or(0)
     }
 
     /// The token range of each document.
@@ -58,17 +73,17 @@ impl Documents {
 
     /// For each token its document's number and its position there.
     pub fn places(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
-        self.ranges().zip(&self.ids).flat_map(move |(range, &id)| {
-            let start = self.start;
-            (0..range.len()).map(move |i| (id, (start + i) as u32))
-        })
+        let begins = self.ids.iter().zip(&self.starts);
+        self.ranges()
+            .zip(begins)
+            .flat_map(|(range, (&id, &start))| (0..range.len()).map(move |i| (id, (start + i) as u32)))
     }
 
     /// Returns the document number of one token and its position there. Panics for a token that is in no document.
     fn place(&self, token: usize) -> (u64, u32) {
         assert!(token < self.num_tokens(), "token {token} of {}", self.num_tokens());
         let document = self.offsets.partition_point(|offset| *offset <= token) - 1;
-        (self.ids[document], (self.start + token - self.offsets[document]) as u32)
+        (self.ids[document], (self.starts[document] + token - self.offsets[document]) as u32)
     }
 
     /// The position of each token in its document.

@@ -4,7 +4,7 @@
 use candle_core::{DType, Tensor};
 use half::bf16;
 
-use super::kernel::{Element, Factor, Values, multiply, to_tensor, written};
+use super::kernel::{self, Element, Factor, Values, multiply, to_tensor, written};
 use super::{Quantized, Weight};
 use crate::error::{Error, Result};
 
@@ -96,11 +96,23 @@ pub fn sum_of_products(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Result
     }
 }
 
+/// The most rows whose products with a weight as stored, and with a low-rank term beside it where `adapted`, have each the bits
+/// that they have alone.
+#[must_use]
+pub fn rows_alike(weight: &Weight, adapted: bool) -> usize {
+    let of_weight = match weight {
+        Weight::Quantized(_) => FEW,
+        Weight::Dense(parameter) if !parameter.tensor().device().is_cpu() => 1,
+        Weight::Dense(_) => kernel::rows_alike(weight.dtype() == DType::BF16),
+    };
+    if adapted { of_weight.min(kernel::rows_alike(false)) } else { of_weight }
+}
+
+/// Rows for which dequantizing a weight once for each is faster than packing it.
+const FEW: usize = 2;
+
 /// A few rows times a quantized weight, as in generating token by token, and the other terms added to that.
 fn product_of_few(terms: &[(&Tensor, Operand<'_>)], dtype: DType) -> Option<Result<Tensor>> {
-    /// Rows for which dequantizing the weight once for each is faster than packing it.
-    const FEW: usize = 2;
-
     let [(a, Operand { values: Right::Quantized(weight), transposed: true }), rest @ ..] = terms else {
         return None;
     };

@@ -37,7 +37,7 @@ pub use glu::Activation;
 pub use gradients::{Gradients, Trainables};
 pub use groups::Groups;
 pub use kernel::{KernelRate, Kernels};
-pub use matmul::{Operand, matmul, matmul_f32, scaled_matmul_f32, sum_of_products};
+pub use matmul::{Operand, matmul, matmul_f32, rows_alike, scaled_matmul_f32, sum_of_products};
 pub use quantized::{Quantized, SharedBytes};
 pub use reference::differentiate;
 pub use scores::{largest, scores};

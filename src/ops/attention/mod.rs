@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{D, DType, Tensor};
+use rayon::prelude::*;
 
 use super::kernel::{Element, Matrix, dispatch, vectorized};
 use super::{Documents, Op, differentiate};
@@ -71,6 +72,34 @@ pub fn forward(
         (reference(&q, &k, &v, heads, documents)?, Vec::new())
     };
     Ok((o.clone(), Saved { q, k, v, o, logsumexp }))
+}
+
+/// `o` of documents that each continue behind keys and values of their own: `caches` are all rows of each that are there by
+/// now. A document's values are those that it has alone.
+///
+/// # Errors
+///
+/// Where shapes, heads and documents do not belong together.
+pub fn forward_behind(
+    q: &Tensor,
+    caches: Vec<(Tensor, Tensor)>,
+    heads: &Heads,
+    documents: &Documents,
+) -> Result<Tensor> {
+    let singles: Vec<_> = documents.singles().collect();
+    if singles.len() != caches.len() {
+        let (documents, caches) = (singles.len(), caches.len());
+        return Err(Error::invalid(format!("{documents} documents continue behind {caches} caches")));
+    }
+    let one = |((range, document), (k, v)): ((Range<usize>, Documents), (Tensor, Tensor))| {
+        let q = q.narrow(0, range.start, range.len())?;
+        Ok(forward(q, k, v, heads, &document)?.0)
+    };
+    let of_each = singles.into_par_iter().zip(caches).map(one).collect::<Result<Vec<_>>>()?;
+    match &of_each[..] {
+        [only] => Ok(only.clone()),
+        all => Ok(Tensor::cat(all, 0)?),
+    }
 }
 
 /// `(dq, dk, dv)`.

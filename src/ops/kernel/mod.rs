@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use multiply::{Choice, Path, candidates, measure};
 
 pub(super) use element::{Element, Values, dispatch, into_values, to_tensor};
-pub(super) use multiply::{Factor, Fill, multiply};
+pub(super) use multiply::{Factor, Fill, multiply, rows_alike};
 pub(super) use product::{Matrix, product};
 pub(super) use quantized::{Kind, PART, Row};
 pub(super) use rows::{

@@ -162,6 +162,22 @@ fn exchange(sides: &[(Side<'_>, Side<'_>)], m: usize, n: usize) -> bool {
     }
 }
 
+/// The most left rows whose sums do not depend on how many there are, with weights as stored, in bf16 where `narrow`. Beside bf16,
+/// weights in f32 take its path.
+pub(crate) fn rows_alike(narrow: bool) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let Choice { wide, narrow: of_bf16 } = Choice::current();
+        let paths = if narrow { [of_bf16, of_bf16] } else { [wide, of_bf16] };
+        paths.into_iter().map(|path| decode::most_rows(path, narrow)).min().unwrap_or(1).max(1)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = narrow;
+        1
+    }
+}
+
 /// The path for these terms.
 fn best(terms: &[(Factor<'_>, Factor<'_>)]) -> Path {
     let choice = Choice::current();

@@ -24,19 +24,21 @@ const TASK: usize = 32;
 /// Weight rows at once.
 const LINES: usize = 4;
 
-/// Whether the product is one of these: few rows, all lines as stored. From four rows on, tiles with a weight in bf16 as their
-/// left side keep up with the memory better; to pack any other weight costs more than a few products.
+/// Whether the product is one of these: few rows, all lines as stored.
 pub(super) fn takes(path: Path, sides: &[(Side<'_>, Side<'_>)], m: usize) -> bool {
-    if path == Path::Portable {
-        return false;
-    }
     let narrow = sides.iter().all(|(_, right)| right.factor.is_bf16());
-    let most = match (narrow, path) {
+    m <= most_rows(path, narrow) && sides.iter().all(|(left, right)| left.along && right.along)
+}
+
+/// The most rows that are a few, with weights all in bf16 where `narrow`. From four rows on, tiles with a weight in bf16 as their
+/// left side keep up with the memory better; to pack any other weight costs more than a few products.
+pub(super) fn most_rows(path: Path, narrow: bool) -> usize {
+    match (narrow, path) {
+        (_, Path::Portable) => 0,
         (true, Path::Amx) => 3,
         (true, Path::Avx512Bf16) => 16,
         _ => 8,
-    };
-    m <= most && sides.iter().all(|(left, right)| left.along && right.along)
+    }
 }
 
 /// Instructions that sum a few rows by a few columns.
