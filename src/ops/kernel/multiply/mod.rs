@@ -33,6 +33,7 @@ mod out;
 mod pack;
 mod path;
 mod portable;
+mod source;
 #[cfg(target_arch = "x86_64")]
 mod split;
 mod target;
@@ -41,10 +42,11 @@ mod task;
 #[cfg(target_arch = "x86_64")]
 mod thirds;
 
-pub(crate) use factor::{Factor, Fill};
+pub(crate) use factor::Factor;
 pub(crate) use measure::{candidates, measure};
 pub(crate) use out::{Crew, Out};
 pub(crate) use path::{Choice, Path};
+pub(crate) use source::Fill;
 pub(crate) use target::Target;
 
 use factor::Side;
