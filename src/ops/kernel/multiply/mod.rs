@@ -41,6 +41,8 @@ mod target;
 mod task;
 #[cfg(target_arch = "x86_64")]
 mod thirds;
+#[cfg(target_arch = "x86_64")]
+mod work;
 
 pub(crate) use factor::Factor;
 pub(crate) use measure::{candidates, measure};
@@ -133,7 +135,7 @@ pub(crate) fn multiply_by<T: Target>(
                 }
             }
             let (rows, columns) = if exchanged { (n, m) } else { (m, n) };
-            let work = split::Work { terms: &sides, rows, columns, exchanged, alpha, beta };
+            let work = work::Work { terms: &sides, rows, columns, exchanged, alpha, beta };
             // SAFETY: the machine has the path.
             unsafe {
                 if path == Path::Amx && wide {
