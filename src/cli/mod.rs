@@ -26,8 +26,7 @@ mod routing;
 mod terminal;
 
 pub use faults::out_of_memory;
-use report::Log;
-use terminal::{Colour, Terminal};
+use terminal::{Colour, Log, Terminal};
 
 /// Fine-tunes pretrained language models with small adapters, and folds the adapters back.
 #[derive(Debug, Parser)]
@@ -315,7 +314,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Upcycle(arguments) => commands::upcycle(&arguments, terminal),
         Command::Generate(arguments) => models::generate(&arguments, terminal),
         Command::Chat(arguments) => models::chat(&arguments, terminal),
-        Command::Eval(arguments) => models::eval(&arguments, terminal),
+        Command::Eval(arguments) => commands::eval(&arguments, terminal),
         Command::Inspect(arguments) => inspect::inspect(&arguments, terminal),
         Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
     }

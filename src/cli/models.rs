@@ -3,7 +3,7 @@
 use std::io::{BufRead, ErrorKind, IsTerminal};
 
 use super::terminal::{Terminal, message};
-use super::{Chat, Dtype, Eval, Generate, Measure, ModelArguments, SamplingArguments};
+use super::{Chat, Dtype, Eval, Generate, ModelArguments, SamplingArguments};
 use crate::data::{self, Layout, Message, Role, Row, Source, Text, eval_batches};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
@@ -196,20 +196,7 @@ fn fitting(
     Ok(Some(prompt))
 }
 
-pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
-    if arguments.svg.is_some() && arguments.measure != Measure::Routing {
-        return Err(
-            Error::request("`--svg` is a picture of routing").with_hint("`peft eval routing` draws it")
-        );
-    }
-    match arguments.measure {
-        Measure::Perplexity => perplexity(arguments, terminal),
-        Measure::Choices => Err(Error::request("`peft eval choices` is not built in this version")),
-        Measure::Routing => super::routing::eval(arguments, terminal),
-    }
-}
-
-fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
+pub(super) fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     let loaded = open(&arguments.model, terminal)?;
     let rows = rows(arguments, &loaded, terminal)?;
     let evaluation = evaluate(&loaded.model, &eval_batches(&rows, EVAL_TOKENS))?;
