@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -35,6 +35,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("main", &["cli", "ops"]),
 ];
 
+/// Rooms in which some files still use each other in a circle.
+const WITH_CIRCLES: [&str; 2] = ["recipe", "run"];
+
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: [&str; 5] = ["utils", "common", "helpers", "misc", "core"];
 
@@ -46,6 +49,8 @@ struct File {
     room: String,
     /// The text without its tests.
     text: String,
+    /// The files with nothing but tests that this one declares.
+    test_modules: Vec<Vec<String>>,
 }
 
 fn files() -> Vec<File> {
@@ -69,6 +74,7 @@ fn collect(root: &Path, folder: &Path, files: &mut Vec<File>) {
         files.push(File {
             room: first.trim_end_matches(".rs").to_string(),
             text: without_tests(&text),
+            test_modules: test_modules(&module_of(&below), &text),
             path: below,
         });
     }
@@ -82,42 +88,81 @@ fn without_tests(text: &str) -> String {
     }
 }
 
-/// The rooms that a file names: `crate::room` and `peft::room`, also inside `use crate::{a::B, c}`.
-fn rooms_used(text: &str) -> BTreeSet<String> {
-    let code: String =
-        text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
-    let mut rooms = BTreeSet::new();
-    for root in ["crate::", "peft::"] {
-        for (at, _) in code.match_indices(root) {
-            let after = &code[at + root.len()..];
-            match after.strip_prefix('{') {
-                Some(list) => rooms.extend(heads_of(list)),
-                None => rooms.extend(identifier(after)),
-            }
-        }
-    }
-    rooms
+/// A file's path from the crate: `["model", "config"]` for `model/config.rs` and for `model/config/mod.rs`.
+fn module_of(path: &Path) -> Vec<String> {
+    let module = path.with_extension("");
+    let parts = module.iter().map(|part| part.to_str().unwrap().to_string());
+    parts.filter(|part| part != "mod").collect()
 }
 
-/// The first identifier of each entry of a `use` list.
-fn heads_of(list: &str) -> Vec<String> {
-    let mut heads = Vec::new();
-    let mut depth = 0;
-    let mut entry = true;
-    for (at, c) in list.char_indices() {
-        match c {
-            '{' => depth += 1,
-            '}' if depth == 0 => break,
-            '}' => depth -= 1,
-            ',' if depth == 0 => entry = true,
-            _ if entry && !c.is_whitespace() => {
-                heads.extend(identifier(&list[at..]));
-                entry = false;
+/// The modules that a text declares as `#[cfg(test)] mod x;`.
+fn test_modules(module: &[String], text: &str) -> Vec<Vec<String>> {
+    let declared = text.split("#[cfg(test)]\nmod ").skip(1).filter_map(|after| {
+        let name = identifier(after)?;
+        after[name.len()..].starts_with(';').then_some(name)
+    });
+    declared.map(|name| [module, &[name]].concat()).collect()
+}
+
+/// The rooms that a file names.
+fn rooms_used(text: &str) -> BTreeSet<String> {
+    let from_the_top = paths_named(text).into_iter().filter(|named| named.root == Root::Crate);
+    from_the_top.filter_map(|named| named.names.into_iter().next()).collect()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Root {
+    Crate,
+    Super,
+}
+
+/// A path as it is written: `super::super::x::Y` has the names `super`, `x` and `Y` below the root `super`.
+struct Named {
+    root: Root,
+    names: Vec<String>,
+}
+
+/// The paths that a text names from `crate`, `peft` or `super`, each entry of a `use` list as one.
+fn paths_named(text: &str) -> Vec<Named> {
+    let code: String =
+        text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+    let mut paths = Vec::new();
+    for (word, root) in [("crate::", Root::Crate), ("peft::", Root::Crate), ("super::", Root::Super)] {
+        for (at, _) in code.match_indices(word) {
+            let inside = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
+            if !code[..at].ends_with(inside) {
+                let mut ends = Vec::new();
+                read_path(&code[at + word.len()..], &[], &mut ends);
+                paths.extend(ends.into_iter().map(|names| Named { root, names }));
             }
-            _ => {}
         }
     }
-    heads
+    paths
+}
+
+/// Reads what follows a `::`, a name or a list in braces, and returns the text behind it.
+fn read_path<'a>(text: &'a str, before: &[String], ends: &mut Vec<Vec<String>>) -> &'a str {
+    if let Some(mut rest) = text.strip_prefix('{') {
+        loop {
+            rest = rest.trim_start_matches(|c: char| c.is_whitespace() || c == ',');
+            if rest.is_empty() || rest.starts_with('}') {
+                return rest.get(1..).unwrap_or_default();
+            }
+            rest = read_path(rest, before, ends);
+            // A name of its own (`as x`) says nothing about the file.
+            rest = &rest[rest.find([',', '}']).unwrap_or(rest.len())..];
+        }
+    }
+    let name = identifier(text).unwrap_or_default();
+    let rest = &text[name.len()..];
+    let path = [before, &[name]].concat();
+    match rest.strip_prefix("::") {
+        Some(below) => read_path(below, &path, ends),
+        None => {
+            ends.push(path);
+            rest
+        }
+    }
 }
 
 fn identifier(text: &str) -> Option<String> {
@@ -144,6 +189,80 @@ fn rooms_use_only_what_their_line_names() {
         }
     }
     assert!(forbidden.is_empty(), "{}", forbidden.join("\n"));
+}
+
+/// The file that each path of a text leads to; a module is named by its path from the crate.
+fn modules_used(module: &[String], text: &str, modules: &BTreeSet<Vec<String>>) -> BTreeSet<Vec<String>> {
+    let mut used = BTreeSet::new();
+    for Named { root, names } in paths_named(text) {
+        let above = names.iter().take_while(|name| *name == "super").count();
+        let start = match root {
+            Root::Crate => &[],
+            Root::Super => &module[..module.len().saturating_sub(above + 1)],
+        };
+        let whole = [start, &names[above..]].concat();
+        let file = (1..=whole.len()).rev().map(|end| &whole[..end]).find(|path| modules.contains(*path));
+        used.extend(file.map(<[String]>::to_vec));
+    }
+    used
+}
+
+/// Which file uses which, without the uses between a file and the modules it lies in.
+fn uses_between(files: &[(Vec<String>, String)]) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
+    let modules: BTreeSet<Vec<String>> = files.iter().map(|(module, _)| module.clone()).collect();
+    let related = |a: &[String], b: &[String]| a.starts_with(b) || b.starts_with(a);
+    files
+        .iter()
+        .map(|(module, text)| {
+            let mut used = modules_used(module, text, &modules);
+            used.retain(|other| !related(module, other));
+            (module.clone(), used)
+        })
+        .collect()
+}
+
+/// The shortest circle through each file that is on one; a circle is told once.
+fn circles(uses: &BTreeMap<Vec<String>, BTreeSet<Vec<String>>>) -> Vec<String> {
+    let mut told = BTreeSet::new();
+    let mut circles = Vec::new();
+    for start in uses.keys() {
+        let mut ways = VecDeque::from([vec![start]]);
+        let mut seen = BTreeSet::new();
+        while let Some(way) = ways.pop_front() {
+            let last = way[way.len() - 1];
+            if last == start && way.len() > 1 {
+                if told.insert(way.iter().copied().collect::<BTreeSet<_>>()) {
+                    let names: Vec<String> = way.iter().map(|module| module.join("/")).collect();
+                    circles.push(names.join(" -> "));
+                }
+                break;
+            }
+            let next = uses[last].iter().filter(|next| seen.insert(*next));
+            ways.extend(next.map(|next| [way.as_slice(), &[next]].concat()));
+        }
+    }
+    circles
+}
+
+/// Files in a circle can be read, tested and changed only together.
+#[test]
+fn files_use_each_other_in_no_circle() {
+    let files = files();
+    let for_tests: BTreeSet<Vec<String>> = files.iter().flat_map(|file| file.test_modules.clone()).collect();
+    let files: Vec<_> = files
+        .into_iter()
+        .filter(|file| file.room != "lib" && file.room != "main")
+        .map(|file| (module_of(&file.path), file.text))
+        .filter(|(module, _)| !for_tests.contains(module))
+        .collect();
+    let (known, new): (Vec<String>, Vec<String>) = circles(&uses_between(&files))
+        .into_iter()
+        .partition(|circle| WITH_CIRCLES.iter().any(|room| circle.starts_with(&format!("{room}/"))));
+    assert!(new.is_empty(), "files that use each other in a circle:\n{}", new.join("\n"));
+    for room in WITH_CIRCLES {
+        let is_there = known.iter().any(|circle| circle.starts_with(&format!("{room}/")));
+        assert!(is_there, "no files of `{room}` use each other in a circle: take it off `WITH_CIRCLES`");
+    }
 }
 
 #[test]
@@ -197,4 +316,29 @@ fn uses_are_found_in_every_spelling() {
     let used: Vec<String> = rooms_used(text).into_iter().collect();
     assert_eq!(used, ["adapter", "error", "model", "ops", "weights"]);
     assert_eq!(without_tests("a\n\n#[cfg(test)]\nmod tests {\n}\n"), "a\n\n");
+}
+
+/// The reader of files sees a circle through a folder, and none where a file names what it lies in or what it holds.
+#[test]
+fn circles_between_files_are_found() {
+    let file = |module: &str, text: &str| -> (Vec<String>, String) {
+        (module.split('/').map(str::to_string).collect(), text.to_string())
+    };
+    let files = [
+        file("model", "mod rule;\npub use rule::Rule;\nuse crate::model::router::Router;"),
+        file("model/rule", "use super::{Router, config::{self, Size as S}, router};"),
+        file("model/router", "use super::Rule;\n// use super::rule::CHANCE;"),
+        file("model/config", "fn f() { crate::model::config::size::g() }"),
+        file("model/config/size", "use super::Size;\nuse super::super::walk;"),
+        file(
+            "model/walk",
+            "use crate::{error::Error, model::router};\nfn f(_: super::config::size::Size) {}",
+        ),
+    ];
+    let uses = uses_between(&files);
+    let of_rule: Vec<String> = uses[&files[1].0].iter().map(|used| used.join("/")).collect();
+    assert_eq!(of_rule, ["model/config", "model/router"]);
+    assert_eq!(circles(&uses), ["model/config/size -> model/walk -> model/config/size"]);
+    let declared = test_modules(&files[0].0, "#[cfg(test)]\nmod accuracy;\n#[cfg(test)]\nmod tests {\n}\n");
+    assert_eq!(declared, [file("model/accuracy", "").0]);
 }

@@ -42,7 +42,7 @@ mod heal;
 mod hub;
 /// Instructions are chosen by name, and all of them compute the same models to rounding.
 mod kernels;
-/// Who may use whom, and how long a file may be.
+/// Who may use whom, that no files use each other in a circle, and how long a file may be.
 mod layering;
 /// Ten optimizer steps against ten golden losses.
 mod losses;

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::patterns::Patterns;
-use super::target::is_special;
 use crate::error::{Error, Result};
 use crate::model::config::DecoderConfig;
 
@@ -153,7 +152,7 @@ impl Targets {
             }
             Self::AllLinear => {
                 let linears = model.linears();
-                let all = linears.iter().filter(|linear| !is_special(linear.projection));
+                let all = linears.iter().filter(|linear| !linear.projection.is_special());
                 let names: BTreeSet<String> = all.map(|linear| linear.name().to_string()).collect();
                 Self::Names(names.into_iter().chain([router]).collect())
             }

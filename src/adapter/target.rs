@@ -200,7 +200,7 @@ impl<'c> Rules<'c> {
                 names.iter().enumerate().filter(|(_, n)| names_linear(n, linear)).map(|(i, _)| i).collect()
             }
             Targets::Pattern(_) if matches(self.target.as_ref(), &linear.path)? => vec![0],
-            Targets::AllLinear if !is_special(linear.projection) => {
+            Targets::AllLinear if !linear.projection.is_special() => {
                 vec![0]
             }
             Targets::Pattern(_) | Targets::AllLinear => vec![],
@@ -252,11 +252,6 @@ impl<T: Copy> FirstMatch<T> {
     fn first(&self, path: &str) -> Result<Option<T>> {
         Ok(self.position(path)?.map(|index| self.0[index].1))
     }
-}
-
-/// Whether a layer gets an adapter only where a target names it: `all-linear` leaves it out.
-pub(super) fn is_special(projection: Projection) -> bool {
-    matches!(projection, Projection::Head | Projection::Router | Projection::SharedGate)
 }
 
 /// Whether a name selects a layer. The name ends the layer's path, or is the common name of an expert's projection, such as

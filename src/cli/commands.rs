@@ -8,10 +8,14 @@ use candle_core::DType;
 use super::builtin::{self, Builtin};
 use super::convert;
 use super::interrupt::{self, BeginsWithTraining};
+use super::models;
 use super::overrides::{lay_over, lay_string};
 use super::reference;
+use super::routing;
 use super::terminal::{Terminal, indented};
-use super::{Check, Finetune, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype};
+use super::{
+    Check, Eval, Finetune, Measure, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype,
+};
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
@@ -155,6 +159,19 @@ fn other_task(arguments: &RecipeArguments, task: &str) -> Error {
     let recipe = &arguments.recipe;
     Error::request(format!("`{recipe}` has `task = \"{task}\"`"))
         .with_hint(format!("`peft {task} {recipe}` runs it"))
+}
+
+pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
+    if arguments.svg.is_some() && arguments.measure != Measure::Routing {
+        return Err(
+            Error::request("`--svg` is a picture of routing").with_hint("`peft eval routing` draws it")
+        );
+    }
+    match arguments.measure {
+        Measure::Perplexity => models::perplexity(arguments, terminal),
+        Measure::Choices => Err(Error::request("`peft eval choices` is not built in this version")),
+        Measure::Routing => routing::eval(arguments, terminal),
+    }
 }
 
 pub(super) fn recipes(arguments: &Recipes, terminal: &mut Terminal) -> Result<()> {

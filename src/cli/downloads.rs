@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::interrupt;
-use super::report::{Log, can_draw};
-use super::terminal::{escaped, message, note};
+use super::report::can_draw;
+use super::terminal::{Log, escaped, message, note};
 use crate::run::figures::{bytes, duration};
 use crate::weights::OnProgress;
 

@@ -5,7 +5,7 @@
 use std::alloc::Layout;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::report::Log;
+use super::terminal::Log;
 use crate::error::{Error, Result, allocation_may_fail};
 
 /// Tells a user what to do when the system refuses threads.

@@ -7,8 +7,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::faults::TOO_TIGHT;
-use super::report::Log;
-use super::terminal::{Terminal, message_below, note};
+use super::terminal::{Log, Terminal, message_below, note};
 use crate::error::{Error, Result};
 use crate::train::{Event, Reporter};
 

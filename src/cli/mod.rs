@@ -32,9 +32,8 @@ mod terminal;
 use chat::Chat;
 pub use faults::out_of_memory;
 use generate::Generate;
-use report::Log;
 use shell::{Completions, Man};
-use terminal::{Colour, Terminal};
+use terminal::{Colour, Log, Terminal};
 
 /// Fine-tunes pretrained language models with small adapters, and folds the adapters back.
 #[derive(Debug, Parser)]
@@ -296,7 +295,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
         Command::Upcycle(arguments) => commands::upcycle(&arguments, terminal),
         Command::Generate(arguments) => generate::generate(&arguments, terminal),
         Command::Chat(arguments) => chat::chat(&arguments, terminal),
-        Command::Eval(arguments) => models::eval(&arguments, terminal),
+        Command::Eval(arguments) => commands::eval(&arguments, terminal),
         Command::Inspect(arguments) => inspect::inspect(&arguments, terminal),
         Command::Recipes(arguments) => commands::recipes(&arguments, terminal),
         Command::Completions(arguments) => shell::completions(&arguments, terminal),

@@ -1,7 +1,7 @@
 //! Opening a model for the commands that run one, and measuring it.
 
 use super::terminal::Terminal;
-use super::{Dtype, Eval, Measure, ModelArguments};
+use super::{Dtype, Eval, ModelArguments};
 use crate::data::{self, Row, Source, eval_batches};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
@@ -11,20 +11,7 @@ use crate::run::Loaded;
 /// Tokens of a batch in evaluation.
 pub(super) const EVAL_TOKENS: usize = 2048;
 
-pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
-    if arguments.svg.is_some() && arguments.measure != Measure::Routing {
-        return Err(
-            Error::request("`--svg` is a picture of routing").with_hint("`peft eval routing` draws it")
-        );
-    }
-    match arguments.measure {
-        Measure::Perplexity => perplexity(arguments, terminal),
-        Measure::Choices => Err(Error::request("`peft eval choices` is not built in this version")),
-        Measure::Routing => super::routing::eval(arguments, terminal),
-    }
-}
-
-fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
+pub(super) fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     let loaded = open(&arguments.model, terminal)?;
     let rows = rows(arguments, &loaded, terminal)?;
     let evaluation = evaluate(&loaded.model, &eval_batches(&rows, EVAL_TOKENS))?;

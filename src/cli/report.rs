@@ -4,26 +4,24 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::routing::table;
-use super::terminal::{Label, in_message};
+use super::terminal::{Label, Log, Terminal, in_message};
 use crate::adapter::hf::shell_word;
 use crate::run::figures::{bytes, count, duration};
 use crate::train::{Event, FinalWeights, Reporter, Sample, StepReport};
 
-/// The form in which progress is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Log {
-    /// A live bar on a terminal, lines elsewhere
-    Auto,
-    /// Plain lines; for the steps about a hundred, and one a minute at least
-    Lines,
-    /// Every event as a line of JSON
-    Json,
-    /// Warnings and errors only
-    Silent,
+impl Terminal {
+    /// A new reporter in the form that was asked for.
+    pub(super) fn reporter(&self) -> Box<dyn Reporter> {
+        reporter(self.log, self.coloured)
+    }
+
+    /// A bar for work that is counted.
+    pub(super) fn counter(&self, what: &'static str) -> Counter {
+        Counter::new(self.log, what)
+    }
 }
 
 /// A reporter that writes to stderr.

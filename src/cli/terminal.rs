@@ -7,9 +7,7 @@ use std::io::{self, IsTerminal, Write};
 use clap::ValueEnum;
 use clap::builder::styling::{AnsiColor, Style};
 
-use super::report::{self, Counter, Log};
 use crate::error::{Error, Result};
-use crate::train::Reporter;
 
 /// Whether messages are coloured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -22,10 +20,23 @@ pub(super) enum Colour {
     Never,
 }
 
+/// The form in which progress is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Log {
+    /// A live bar on a terminal, lines elsewhere
+    Auto,
+    /// Plain lines; for the steps about a hundred, and one a minute at least
+    Lines,
+    /// Every event as a line of JSON
+    Json,
+    /// Warnings and errors only
+    Silent,
+}
+
 /// Where a command's output goes.
 pub(super) struct Terminal {
-    log: Log,
-    coloured: bool,
+    pub(super) log: Log,
+    pub(super) coloured: bool,
     stdout_is_closed: bool,
 }
 
@@ -40,16 +51,6 @@ impl Terminal {
             }
         };
         Self { log, coloured, stdout_is_closed: false }
-    }
-
-    /// A new reporter in the form that was asked for.
-    pub(super) fn reporter(&self) -> Box<dyn Reporter> {
-        report::reporter(self.log, self.coloured)
-    }
-
-    /// A bar for work that is counted.
-    pub(super) fn counter(&self, what: &'static str) -> Counter {
-        Counter::new(self.log, what)
     }
 
     /// Writes data to stdout and flushes it, so that streamed text is seen at once.

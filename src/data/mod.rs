@@ -15,6 +15,7 @@
 
 mod batch;
 mod chance;
+mod chat;
 mod container;
 mod conversation;
 mod counts;
@@ -35,10 +36,8 @@ mod stream;
 mod template;
 mod text;
 mod tokens;
-mod turns;
 mod value;
 mod warning;
-mod windows;
 
 pub(crate) use chance::{generator, shuffle};
 

@@ -6,17 +6,13 @@
 //! a completion is tokenised twice, alone and whole, and learned from where the two differ. Every document ends with
 //! the end token, which is learned: a model that never sees it never stops.
 
-use std::cell::OnceCell;
-
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::TrainOn;
-use super::conversation::{Conversation, Message, Role};
-use super::encode::Rendered;
+use super::chat::{Chat, Turn};
+use super::conversation::Conversation;
 use super::lost::lost;
 use super::text::Text;
-use super::turns::Turn;
-use super::windows::Window;
 use crate::error::{Error, Result};
 
 /// Token ids, and whether each is learned.
@@ -127,84 +123,7 @@ fn end(document: &mut Tokens, text: &Text) {
     }
 }
 
-/// A conversation, rendered and tokenised.
-pub(super) struct Chat<'a> {
-    pub(super) messages: &'a [Message],
-    pub(super) tools: Option<&'a Value>,
-    pub(super) extra: &'a Map<String, Value>,
-    pub(super) text: &'a Text,
-    pub(super) rendered: String,
-    pub(super) tokens: Vec<u32>,
-    /// Where each token's text begins and ends in `rendered`, without gaps: what a tokenizer trims belongs to the
-    /// token after it.
-    pub(super) spans: Vec<(usize, usize)>,
-    /// Whether both ends of the spans never go back from token to token.
-    pub(super) in_order: bool,
-    /// Whether the tokens may end before the text.
-    pub(super) is_cut: bool,
-    /// Where the text of the last token ends that is wanted; there may be many more tokens.
-    pub(super) wanted_to: usize,
-    /// Pieces of a long conversation, once they are asked for.
-    pub(super) windows: OnceCell<Vec<Window>>,
-}
-
-impl<'a> Chat<'a> {
-    fn new(
-        messages: &'a [Message],
-        tools: Option<&'a Value>,
-        extra: &'a Map<String, Value>,
-        text: &'a Text,
-        enough: usize,
-    ) -> Result<Self> {
-        let marked = text.controls.marked_messages(messages)?;
-        let mut marked_tools = tools.cloned();
-        marked_tools.as_mut().map_or(Ok(()), |tools| text.controls.mark(tools))?;
-        let mut marked_extra = extra.clone();
-        marked_extra.values_mut().try_for_each(|value| text.controls.mark(value))?;
-        let template = text.template(tools)?;
-        let said = marked.as_deref().unwrap_or(messages);
-        let rendered = template.render(said, marked_tools.as_ref(), &marked_extra, false).map_err(|error| {
-            let calls = messages.iter().position(|message| message.fields.contains_key("tool_calls"));
-            match calls.filter(|_| !template.mentions("tool_calls")) {
-                Some(i) => Error::invalid(format!(
-                    "message {} calls a tool (`tool_calls` or `function_call`), which the chat template does not read: {error}",
-                    i + 1
-                ))
-                .with_hint("take a model whose template knows `tool_calls`, or write the call as text into `content`"),
-                None => error,
-            }
-        })?;
-        let Rendered { rendered, tokens, spans, is_cut } = text.encode_rendered(rendered, enough)?;
-        let mut reached = 0;
-        let spans: Vec<(usize, usize)> = spans
-            .into_iter()
-            .map(|(start, end)| {
-                let span = (start.min(reached), end);
-                reached = reached.max(end);
-                span
-            })
-            .collect();
-        let in_order = spans.is_sorted_by(|one, next| one.0 <= next.0 && one.1 <= next.1);
-        let wanted_to = match spans.get(..enough) {
-            Some(wanted) => wanted.iter().map(|&(_, end)| end).max().unwrap_or(0),
-            None => usize::MAX,
-        };
-        let windows = OnceCell::new();
-        Ok(Self {
-            messages,
-            tools,
-            extra,
-            text,
-            rendered,
-            tokens,
-            spans,
-            in_order,
-            is_cut,
-            wanted_to,
-            windows,
-        })
-    }
-
+impl Chat<'_> {
     fn tokens(self, train_on: TrainOn, learn_from: usize) -> Result<Tokens> {
         let last = self.messages.len() - 1;
         let switched_off = |i: usize| self.messages[i].learn == Some(false);
@@ -254,16 +173,14 @@ impl<'a> Chat<'a> {
         }
         Ok(tokens)
     }
-
-    /// Whether message `i` is the model's own.
-    pub(super) fn speaks(&self, i: usize) -> bool {
-        self.messages[i].role == Role::Assistant
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Map;
+
     use super::*;
+    use crate::data::conversation::{Message, Role};
     use crate::data::template::RENDERED;
     use crate::data::text::TemplateParts;
     use crate::data::text::tests::{CHATML, chatml, text};

@@ -13,7 +13,6 @@ mod decoder;
 pub mod family;
 mod feed_forward;
 pub mod footprint;
-mod ledger;
 mod linear;
 mod load;
 mod moe;

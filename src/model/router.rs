@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 
 use super::config::{Overflow, RouterNoise, Scoring};
 use super::linear::Linear;
-use super::rule::Rule;
+use super::rule::{CHANCE, Rule};
 use crate::error::{Error, Result};
 use crate::ops::{Gradients, Groups, Parameter, Pass, Weight, cast, dropout, linear, scores};
 
@@ -259,9 +259,6 @@ impl Router {
         Ok(backs)
     }
 }
-
-/// The first number of the modules that draw chance here; those of linear layers are below.
-pub(super) const CHANCE: u64 = 1 << 40;
 
 /// Normal values of deviation one, `[tokens * experts]` (Box and Muller).
 fn normals(experts: usize, seed: u64, layer: usize, pass: &Pass<'_>) -> Vec<f32> {

@@ -3,8 +3,10 @@
 use rayon::prelude::*;
 
 use super::config::{MoeConfig, RoutingKind, RoutingVariant, Scoring};
-use super::router::CHANCE;
 use crate::ops::{Pass, dropout, largest};
+
+/// The first number of the modules in which routing draws chance; those of linear layers are below.
+pub(super) const CHANCE: u64 = 1 << 40;
 
 /// How logits become a choice and weights.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -20,7 +20,7 @@ use super::load::{Load, idle, idle_warning};
 use super::report::{Guarantee, NEEDLESS, Report, Untied};
 use super::settings::{Method, RouterKind, Settings, choose_format, dense_network};
 use super::solve::{matrix, values};
-use super::split::network;
+use super::statistics::network;
 use super::windows::{Origin, Text};
 use super::{Event, Job, Watch, verify};
 use crate::data::{generator, shuffle};

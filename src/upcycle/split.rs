@@ -11,12 +11,11 @@ use super::router::{Sight, exponent, router};
 use super::settings::{Partition, Refit, Settings, SplitShape};
 use super::slices::{Routing, Slices, fixed_mask, routed};
 use super::solve::values;
-use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, observe};
+use super::statistics::{Evidence, Moments, Observed, Scores, column_norms, network, observe, plain_values};
 use super::windows::{Calibration, Sample, Windows};
 use super::{Comparison, Event, Watch};
 use crate::error::{Context, Error, Result};
 use crate::model::{Decoder, FeedForward, Stream};
-use crate::ops::Weight;
 
 /// Tokens whose neurons are kept in memory: neurons are shared out by them, and routers fitted to them.
 const SAMPLE: usize = 65_536;
@@ -157,21 +156,6 @@ pub(super) fn split(
     }
     split.comparisons = rivals.into_iter().map(|rivals| rivals.finish(model)).collect::<Result<_>>()?;
     Ok(split)
-}
-
-pub(super) fn network(model: &Decoder, layer: usize) -> Result<&FeedForward> {
-    model
-        .feed_forward(layer)
-        .ok_or_else(|| Error::request(format!("layer {layer} of the model is a mixture of experts already")))
-}
-
-/// The values of a weight in f32.
-pub(super) fn plain_values(weight: &Weight) -> Result<Tensor> {
-    let tensor = match weight {
-        Weight::Dense(parameter) => parameter.tensor().clone(),
-        Weight::Quantized(quantized) => quantized.dequantize()?,
-    };
-    Ok(tensor.to_dtype(DType::F32)?)
 }
 
 /// All that is needed to cut one layer.

@@ -9,9 +9,9 @@ use rayon::prelude::*;
 
 use super::solve::{matrix, values};
 use super::windows::Windows;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Decoder, FeedForward, Stream};
-use crate::ops::{Pass, glu, matmul_f32};
+use crate::ops::{Pass, Weight, glu, matmul_f32};
 
 /// A neuron is guarded when it once gives more than so many median outputs.
 const GUARD: f32 = 4.0;
@@ -34,6 +34,22 @@ pub(super) struct Observed {
     /// Whether a token starts its window. Models use the first token as an attention sink, so its activations are not
     /// typical.
     pub(super) first: Vec<bool>,
+}
+
+/// The feed-forward network of a layer, which must be a dense one.
+pub(super) fn network(model: &Decoder, layer: usize) -> Result<&FeedForward> {
+    model
+        .feed_forward(layer)
+        .ok_or_else(|| Error::request(format!("layer {layer} of the model is a mixture of experts already")))
+}
+
+/// The values of a weight in f32.
+pub(super) fn plain_values(weight: &Weight) -> Result<Tensor> {
+    let tensor = match weight {
+        Weight::Dense(parameter) => parameter.tensor().clone(),
+        Weight::Quantized(quantized) => quantized.dequantize()?,
+    };
+    Ok(tensor.to_dtype(DType::F32)?)
 }
 
 /// `[tokens, neurons]` in f32: the network before its down projection.

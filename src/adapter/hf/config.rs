@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::config::{Exclude, Init, LoraConfig, Targets};
 use super::super::target::{Placements, check_patterns, few, is_named};
-use super::fields::{Fields, NamesOrText, is_neutral};
+use super::fields::{Fields, NamesOrText, is_neutral, number};
 use super::{MERGED_FORM, Provenance, experts};
 use crate::error::{Context, Error, Json, Result, first_lines, read_regular_text};
 
@@ -363,9 +363,4 @@ fn exclude_json(exclude: &Exclude, without: &[String]) -> Option<Value> {
             Some(json!(format!("(?:{pattern})|{}", paths.join("|"))))
         }
     }
-}
-
-/// Whole numbers without a point, as PEFT writes an alpha.
-pub(super) fn number(value: f64) -> Value {
-    if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }

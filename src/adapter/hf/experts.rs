@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::config::LoraConfig;
 use super::super::target::{Placement, Placements, is_named};
+use super::fields::number;
 use crate::model::config::{Bundle, InPeft, Projection, Site};
 
 /// PEFT joins the terms of gate and up, so that their ranks and alphas add up.
@@ -56,7 +57,7 @@ pub(super) fn join_patterns(
     let targets = |bundle| parameter_of(placements, bundle).is_some_and(|name| parameters.contains(&name));
     let mut insert = |pattern: &str, rank: usize, alpha: f64| {
         ranks.insert(pattern.to_string(), json!(rank));
-        alphas.insert(pattern.to_string(), super::config::number(alpha));
+        alphas.insert(pattern.to_string(), number(alpha));
     };
     if let (Some((gate, alpha)), Some((up, _))) = (first(Projection::Gate), first(Projection::Up))
         && targets(Bundle::GateUp)

@@ -1,6 +1,6 @@
-//! The keys of a JSON object, taken one by one with their types.
+//! The keys of a JSON object, taken one by one with their types, and numbers as PEFT writes them.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::super::patterns::Patterns;
 
@@ -108,4 +108,9 @@ pub(super) fn is_neutral(value: &Value) -> bool {
         Value::Object(map) => map.is_empty(),
         Value::Number(_) => false,
     }
+}
+
+/// Writes whole numbers without a point, as PEFT writes an alpha.
+pub(super) fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }

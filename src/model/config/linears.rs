@@ -44,6 +44,12 @@ impl Projection {
             Self::Head => "lm_head",
         }
     }
+
+    /// Whether a layer gets an adapter only where a target names it: `all-linear` leaves it out.
+    #[must_use]
+    pub fn is_special(self) -> bool {
+        matches!(self, Self::Head | Self::Router | Self::SharedGate)
+    }
 }
 
 /// Where in its layer a linear layer is.

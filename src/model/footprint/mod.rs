@@ -1,6 +1,7 @@
 //! What training holds in memory, from the configuration alone: the forward and the backward of [`super::Decoder`] gone
 //! through with sizes in place of tensors, buffer by buffer, to the moment at which most is held.
 
+mod ledger;
 mod sparse;
 
 use std::collections::BTreeMap;
@@ -9,8 +10,8 @@ use candle_core::DType;
 
 use super::config::{DecoderConfig, LayerConfig, Projection, Widths};
 use super::decoder::Recompute;
-use super::ledger::Ledger;
 use crate::ops::cross_entropy::chunk_rows;
+use ledger::Ledger;
 
 /// What is trained, as far as memory is concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]

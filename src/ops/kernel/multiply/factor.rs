@@ -1,24 +1,11 @@
-//! The factors of a product: a stored matrix, where its values come from, and which way round it is read.
+//! The factors of a product: a stored matrix, and which way round it is read.
 
 use std::ops::Range;
 
 use half::bf16;
 
+use super::source::{Fill, Source};
 use super::target::Target;
-
-/// Rows of a matrix that are not held in bf16, for instance quantized blocks: written where they are packed.
-pub(crate) trait Fill: Sync {
-    /// Writes the values of row `row` from `column` on into `out`; `column` is a multiple of 32, and `out` ends at one or
-    /// where the row ends.
-    fn fill(&self, row: usize, column: usize, out: &mut [f32]);
-}
-
-#[derive(Clone, Copy)]
-pub(crate) enum Source<'a> {
-    Bf16(&'a [bf16]),
-    F32(&'a [f32]),
-    Fill(&'a dyn Fill),
-}
 
 /// A matrix as one side of a product. Its constructors hold `(rows - 1) * stride + columns` to the values that are there,
 /// or, where these are produced, to `isize::MAX`: no offset of a value that it has can wrap.

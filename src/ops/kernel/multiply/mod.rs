@@ -33,6 +33,7 @@ mod out;
 mod pack;
 mod path;
 mod portable;
+mod source;
 #[cfg(target_arch = "x86_64")]
 mod split;
 mod target;
@@ -40,11 +41,14 @@ mod target;
 mod task;
 #[cfg(target_arch = "x86_64")]
 mod thirds;
+#[cfg(target_arch = "x86_64")]
+mod work;
 
-pub(crate) use factor::{Factor, Fill};
+pub(crate) use factor::Factor;
 pub(crate) use measure::{candidates, measure};
 pub(crate) use out::{Crew, Out};
 pub(crate) use path::{Choice, Path};
+pub(crate) use source::Fill;
 pub(crate) use target::Target;
 
 use factor::Side;
@@ -131,7 +135,7 @@ pub(crate) fn multiply_by<T: Target>(
                 }
             }
             let (rows, columns) = if exchanged { (n, m) } else { (m, n) };
-            let work = split::Work { terms: &sides, rows, columns, exchanged, alpha, beta };
+            let work = work::Work { terms: &sides, rows, columns, exchanged, alpha, beta };
             // SAFETY: the machine has the path.
             unsafe {
                 if path == Path::Amx && wide {

@@ -15,7 +15,8 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::factor::{Scratch, Side, Source};
+use super::factor::{Scratch, Side};
+use super::source::Source;
 
 /// Lines of a strip.
 pub(super) const STRIP: usize = 16;

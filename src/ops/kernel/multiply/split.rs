@@ -19,28 +19,10 @@ use super::out::{Crew, Out};
 use super::pack::{STEP, STRIP};
 use super::target::Target;
 use super::task::{Workspace, task};
+use super::work::{Part, Work, depth_of};
 
 /// Values of a panel.
 const PANEL: usize = 1 << 19;
-
-/// What is multiplied and where it goes: `out [left lines, right lines] = beta out + alpha sum of left right`.
-pub(super) struct Work<'a> {
-    pub(super) terms: &'a [(Side<'a>, Side<'a>)],
-    pub(super) rows: usize,
-    pub(super) columns: usize,
-    /// Whether the result is stored `[columns, rows]`.
-    pub(super) exchanged: bool,
-    pub(super) alpha: f32,
-    pub(super) beta: f32,
-}
-
-/// Part of a term inside a panel.
-pub(super) struct Part {
-    pub(super) term: usize,
-    pub(super) depth: Range<usize>,
-    /// Depth of the parts before it, filled up.
-    pub(super) before: usize,
-}
 
 thread_local! {
     /// Taken out while in use.
@@ -104,11 +86,6 @@ fn panels(terms: &[(Side<'_>, Side<'_>)], parts: usize) -> Vec<Vec<Part>> {
         }
     }
     panels
-}
-
-/// Depth of a panel, filled up.
-pub(super) fn depth_of(panel: &[Part]) -> usize {
-    panel.last().map_or(0, |part| part.before + part.depth.len().next_multiple_of(STEP))
 }
 
 /// Rows and columns of each task, which begin at multiples of 32.

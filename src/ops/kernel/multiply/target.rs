@@ -10,7 +10,7 @@ use std::arch::x86_64::{
     _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
-use super::factor::Source;
+use super::source::Source;
 
 /// A type of results: f32 or bf16.
 pub(crate) trait Target: Copy + Send + Sync {

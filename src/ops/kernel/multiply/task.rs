@@ -13,9 +13,9 @@ use super::block::{Block, Inner, LEFT, Previous, Segment};
 use super::factor::Scratch;
 use super::out::Out;
 use super::pack::{self, Blocks, STEP, STRIP};
-use super::split::{Part, Work, depth_of};
 use super::target::{Target, finish, finish_rows};
 use super::thirds;
+use super::work::{Part, Work, depth_of};
 
 /// Added to the length of a packed block, so that blocks do not all begin in the same set of a cache.
 const SKEW: usize = 32;

@@ -11,9 +11,10 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::factor::{Scratch, Side, Source};
+use super::factor::{Scratch, Side};
 use super::out::{Crew, Out};
 use super::path::Path;
+use super::source::Source;
 use super::target::{Target, round_to_bf16};
 
 pub(super) use narrow::Narrow;

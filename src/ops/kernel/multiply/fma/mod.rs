@@ -14,8 +14,9 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::aligned::Aligned;
-use super::factor::{Side, Source};
+use super::factor::Side;
 use super::out::{Crew, Out};
+use super::source::Source;
 use super::target::Target;
 pub(super) use tile::{Avx2, Avx512, Tile};
 
@@ -33,7 +34,7 @@ const SPAN: usize = 6;
 const FEW: usize = 64;
 /// Bytes: lines that are a multiple of this apart meet in one set of the L1 cache, so that copies of them are faster.
 const ALIAS: usize = 4096;
-/// Stored columns are read from multiples of this on, as [`Fill`](super::factor::Fill) asks.
+/// Stored columns are read from multiples of this on, as [`Fill`](super::source::Fill) asks.
 const UNIT: usize = 32;
 /// Between copied left lines, so that they do not all begin in the same set of a cache.
 const SKEW: usize = 16;

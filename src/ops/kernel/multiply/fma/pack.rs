@@ -11,7 +11,8 @@ use std::ops::Range;
 use half::bf16;
 
 use super::super::super::rows::ask_for;
-use super::super::factor::{Side, Source};
+use super::super::factor::Side;
+use super::super::source::Source;
 use super::super::target::{Target, round_to_bf16};
 
 /// Lines that are turned at once, and their depth.

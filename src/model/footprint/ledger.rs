@@ -1,6 +1,6 @@
-//! Memory over the course of a step: see [`super::footprint`].
+//! Memory over the course of a step: see [`super`].
 
-use super::footprint::Held;
+use super::Held;
 
 /// What is held now, and when it was most.
 #[derive(Default)]

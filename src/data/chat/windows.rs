@@ -2,9 +2,9 @@
 //! beginning, and of one with thousands of messages there are thousands. Where a template writes each message by what
 //! stands near it, a piece of the conversation is rendered in place of all that came before.
 
-use super::conversation::{Message, Role};
-use super::template::Template;
-use super::tokens::Chat;
+use super::Chat;
+use crate::data::conversation::{Message, Role};
+use crate::data::template::Template;
 
 /// Conversations of fewer messages are rendered whole each time.
 const LONG: usize = 128;

@@ -2,28 +2,25 @@
 
 use std::ops::Range;
 
-use super::conversation::{Message, Role};
-use super::template::Template;
-use super::tokens::Chat;
+use super::Chat;
 use super::windows::Window;
+use crate::data::conversation::Role;
+use crate::data::template::Template;
 use crate::error::{Error, Result};
-
-/// A character that data hardly holds, to find where a message's content goes.
-const PROBE: &str = "\u{10FFF0}";
 
 /// The place of one message in the rendered conversation, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Turn {
-    pub(super) start: usize,
-    pub(super) end: usize,
+pub(in crate::data) struct Turn {
+    pub(in crate::data) start: usize,
+    pub(in crate::data) end: usize,
     /// Whether it ends with an end token.
-    pub(super) closed: bool,
+    pub(in crate::data) closed: bool,
 }
 
 impl Chat<'_> {
     /// The turns of the messages that are `wanted`, in order. Of those that begin after all tokens that are wanted, only
     /// some are there: each is found by rendering, and a record may have thousands.
-    pub(super) fn turns(&self, wanted: impl Fn(usize) -> bool) -> Result<Vec<Turn>> {
+    pub(in crate::data) fn turns(&self, wanted: impl Fn(usize) -> bool) -> Result<Vec<Turn>> {
         if !(0..self.messages.len()).any(&wanted) {
             return Ok(Vec::new());
         }
@@ -83,7 +80,7 @@ impl Chat<'_> {
     }
 
     /// Finds the text that assistant message `i` added to the rendered conversation.
-    pub(super) fn turn(&self, i: usize) -> Result<Turn> {
+    pub(in crate::data) fn turn(&self, i: usize) -> Result<Turn> {
         let template = self.text.template(self.tools)?;
         let last = i + 1 == self.messages.len();
         let start = if i > 0 && template.prompts { self.prefix(template, i, true) } else { None };
@@ -191,34 +188,4 @@ impl Chat<'_> {
             .with_hint("set `data.train_on` = \"all\", or mark the answers in the template with `{% generation %}`")
         })
     }
-
-    /// Finds the content of message `i` as [`Self::probe`] does, in `rendered`, the text of these messages with or without a
-    /// prompt.
-    pub(super) fn probed(
-        &self,
-        template: &Template,
-        (messages, prompt): (&[Message], bool),
-        i: usize,
-        rendered: &str,
-    ) -> Option<(usize, usize, usize)> {
-        let mut probed = messages.to_vec();
-        probed[i].content = Some(PROBE.to_string());
-        let whole = template.tried(&probed, self.tools, self.extra, prompt)?;
-        let (before, after) = whole.split_once(PROBE)?;
-        if !rendered.starts_with(before)
-            || !rendered.ends_with(after)
-            || before.len() + after.len() > rendered.len()
-        {
-            return None;
-        }
-        let (content, content_end) = (before.len(), rendered.len() - after.len());
-        let alone = template.tried(&probed[..=i], self.tools, self.extra, false);
-        let suffix =
-            alone.as_deref().and_then(|alone| alone.split_once(PROBE)).map_or("", |(_, suffix)| suffix);
-        Some((content, content_end, content_end + common_prefix(suffix, after)))
-    }
-}
-
-fn common_prefix(x: &str, y: &str) -> usize {
-    x.chars().zip(y.chars()).take_while(|(x, y)| x == y).map(|(c, _)| c.len_utf8()).sum()
 }
