@@ -328,8 +328,12 @@ fn a_chat_slides_and_keeps_its_system_message() {
         let output = place.command(&[&GENERATE[..], &["--prompts", "seen.jsonl"]].concat()).output().unwrap();
         serde_json::from_slice::<Value>(&output.stdout).map(|found| found["completion"].clone()).ok()
     };
-    let is_the_answer =
-        |system: &[Value], exchanges| answers_seeing(system, exchanges).as_ref() == Some(answer);
+    // The chat may leave less room for an answer.
+    let is_the_answer = |system: &[Value], exchanges| {
+        let found = answers_seeing(system, exchanges).unwrap_or_default();
+        let (found, answer) = (found.as_str().unwrap_or_default(), answer.as_str().unwrap());
+        !answer.is_empty() && found.starts_with(answer)
+    };
     assert!((1..=2).any(|exchanges| is_the_answer(&all[..1], exchanges)), "{answer}");
     assert!(!(1..=2).any(|exchanges| is_the_answer(&[], exchanges)), "{answer}");
 }

@@ -359,6 +359,7 @@ fn help_of_inspect() {
       <PATH>  A model, an adapter, a data file or a run
 
     Options:
+          --csv   Print the metrics of a run as CSV
           --json  Print one JSON document
       -h, --help  Print help (see more with '--help')
 

@@ -332,7 +332,7 @@ fn everything_can_be_inspected() {
     assert_eq!((&adapter["kind"], &adapter["config"]["rank"]), (&"adapter".into(), &4.into()));
 
     insta::with_settings!({ filters => vec![(r"[\d,]+ tokens/s", "[SPEED]"), (r"[\d.]+ [KMG]iB\n", "[MEMORY]\n"),
-        (r"\d+\.\d{4}", "[LOSS]"), (r"step \d", "step [N]")] }, {
+        (r"\d+\.\d{4}", "[LOSS]"), (r"step \d", "step [N]"), (r"[▁-█]+", "[COURSE]")] }, {
         insta::assert_snapshot!(place.run(&["inspect", "model"]).0, @"
         model          model
         family         llama
@@ -380,7 +380,9 @@ fn everything_can_be_inspected() {
         steps          6 of 6
         tokens         177
         loss           [LOSS] at first, [LOSS] at last
+                       [COURSE]
         eval loss      [LOSS] at first, [LOSS] at last, [LOSS] at best after step [N]
+                       [COURSE]
         speed          [SPEED]
         peak memory    [MEMORY]
         checkpoints    4, 6

@@ -35,9 +35,6 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("main", &["cli", "ops"]),
 ];
 
-/// Rooms in which some files still use each other in a circle.
-const WITH_CIRCLES: [&str; 2] = ["recipe", "run"];
-
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: [&str; 5] = ["utils", "common", "helpers", "misc", "core"];
 
@@ -255,14 +252,8 @@ fn files_use_each_other_in_no_circle() {
         .map(|file| (module_of(&file.path), file.text))
         .filter(|(module, _)| !for_tests.contains(module))
         .collect();
-    let (known, new): (Vec<String>, Vec<String>) = circles(&uses_between(&files))
-        .into_iter()
-        .partition(|circle| WITH_CIRCLES.iter().any(|room| circle.starts_with(&format!("{room}/"))));
-    assert!(new.is_empty(), "files that use each other in a circle:\n{}", new.join("\n"));
-    for room in WITH_CIRCLES {
-        let is_there = known.iter().any(|circle| circle.starts_with(&format!("{room}/")));
-        assert!(is_there, "no files of `{room}` use each other in a circle: take it off `WITH_CIRCLES`");
-    }
+    let circles = circles(&uses_between(&files));
+    assert!(circles.is_empty(), "files that use each other in a circle:\n{}", circles.join("\n"));
 }
 
 #[test]

@@ -1,4 +1,5 @@
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -617,22 +618,30 @@ fn check_knows_the_run_that_is_there() {
 #[test]
 fn a_run_leaves_its_best_weights_or_its_last() {
     let place = Place::new();
-    let recipe = fs::read_to_string(place.path("recipe.toml")).unwrap();
-    // The learning rate grows at the end, so that the last evaluation is not the best.
-    let recipe = recipe.replace("learning_rate = 1e-2", "learning_rate = 2.0, warmup = 1.0");
-    fs::write(place.path("recipe.toml"), recipe.replace("eval_every = 3", "eval_every = 1")).unwrap();
-    let run = |output: &str, set: &str| {
-        place.run(&["finetune", "recipe.toml", "--output", output, "--set", set, "--log", "json"]).1
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // The learning rate grows to the end and is far too high there, so that the last evaluation is not the best.
+    let sets = [
+        format!("model.source={}", root.join("examples/tiny-llama").display()),
+        format!("data.train=[{{ path = {:?} }}]", root.join("tests/fixtures/run/data.jsonl")),
+        "adapter.dropout=0".to_string(),
+        "train.eval_every=1".to_string(),
+        "train.learning_rate=0.2".to_string(),
+        "train.warmup=1.0".to_string(),
+    ];
+    let run = |output: &str, r#final: &str| {
+        let mut arguments =
+            vec!["finetune", "recipe.toml", "--output", output, "--log", "json", "--set", r#final];
+        sets.iter().for_each(|set| arguments.extend(["--set", set]));
+        let said = place.run(&arguments).1;
+        serde_json::from_str::<Value>(said.lines().last().unwrap()).unwrap()
     };
-    let said = run("best", "train.final=best");
-    let end: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let end = run("best", "train.final=best");
     let step = end["result"]["step"].as_u64().unwrap();
     assert!(end["event"] == "end" && end["result"]["is_best"] == true && (1..6).contains(&step), "{end}");
     let weights = |path: &str| fs::read(place.path(path).join("adapter_model.safetensors")).unwrap();
     assert_eq!(weights("best"), weights("best/best"));
     assert_ne!(weights("best"), weights("best/checkpoint-6"));
-    let said = run("last", "train.final=last");
-    let end: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let end = run("last", "train.final=last");
     assert_eq!((&end["result"]["step"], &end["result"]["is_best"]), (&6.into(), &false.into()));
     assert_ne!(weights("last"), weights("last/best"));
 }

@@ -486,7 +486,10 @@ fn the_schema_has_every_key_with_its_bounds() {
         serde_json::json!(["constant", "linear", "cosine"])
     );
     assert_eq!(of_task["data"]["required"], serde_json::json!(["train"]));
-    assert_eq!(of_task["data"]["properties"]["train"]["items"]["required"], serde_json::json!(["path"]));
+    assert_eq!(
+        of_task["data"]["properties"]["train"]["items"]["anyOf"][1]["required"],
+        serde_json::json!(["path"])
+    );
 }
 
 #[test]

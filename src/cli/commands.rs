@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use candle_core::DType;
 
 use super::builtin::{self, Builtin};
-use super::convert;
+use super::convert::{self, LARGEST_RECIPE};
 use super::interrupt::{self, BeginsWithTraining};
 use super::models;
 use super::overrides::{lay_over, lay_string};
@@ -22,9 +22,6 @@ use crate::model::Pretrained;
 use crate::recipe::{self, Document, UpcyclePlan, Work};
 use crate::run::{self, Segment, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
-
-/// The most bytes of a recipe: 16 MiB.
-pub(super) const LARGEST_RECIPE: u64 = 16 << 20;
 
 pub(super) fn finetune(arguments: &Finetune, terminal: &mut Terminal) -> Result<()> {
     let plan = match work(&arguments.recipe, arguments.output.as_deref(), terminal)? {

@@ -4,11 +4,13 @@ use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 
-use super::commands::LARGEST_RECIPE;
 use super::terminal::Terminal;
 use crate::error::{Context, Error, Result, nearest_path, read_regular};
 use crate::recipe::Document;
 use crate::recipe::other_tools::{Remark, Tool, convert};
+
+/// The most bytes of a recipe: 16 MiB.
+pub(super) const LARGEST_RECIPE: u64 = 16 << 20;
 
 /// Converts `path`, and writes the recipe to stdout or into `output`, which must not exist yet.
 pub(super) fn run(path: &Path, output: Option<&Path>, terminal: &mut Terminal) -> Result<()> {

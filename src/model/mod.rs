@@ -10,6 +10,7 @@ mod buffers;
 mod cache;
 pub mod config;
 mod decoder;
+mod decoding;
 pub mod family;
 mod feed_forward;
 pub mod footprint;

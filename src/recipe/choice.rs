@@ -7,6 +7,8 @@ use candle_core::DType;
 use serde::de::{self, Deserialize, Deserializer};
 use serde::{Serialize, Serializer};
 
+use crate::data::Source;
+
 /// What a recipe is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -102,6 +104,67 @@ pub enum Final {
     Best,
     /// Those after the last step.
     Last,
+}
+
+/// What of the routers is trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RouterTraining {
+    /// Nothing.
+    #[default]
+    Frozen,
+    /// A low-rank term beside each, as the adapter has elsewhere.
+    Lora,
+    /// Their weights.
+    Full,
+}
+
+/// `adapter.experts`: all, none, or those with these numbers.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(untagged, expecting = "expected `true`, `false` or a list of experts")]
+pub enum ExpertChoice {
+    /// All or none.
+    All(bool),
+    /// Those with these numbers, in every layer.
+    Some(Vec<usize>),
+}
+
+/// What a model is evaluated on while it is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Evaluation {
+    /// Files of their own.
+    Files(Vec<Source>),
+    /// This share of the training documents, which is then not trained on.
+    Share(f64),
+    /// [`HELD_OUT`](Self::HELD_OUT) of the training documents, where there are [`MANY`](Self::MANY).
+    ShareOfMany,
+    /// Nothing.
+    Off,
+}
+
+impl Evaluation {
+    /// The share that is held out where a recipe says nothing.
+    pub const HELD_OUT: f64 = 0.05;
+    /// The fewest documents of which anything is held out where a recipe says nothing: of fewer, each counts.
+    pub const MANY: usize = 50;
+}
+
+/// How long a run trains.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Length {
+    /// Optimizer steps.
+    Steps(u64),
+    /// Passes over the training data.
+    Epochs(f64),
+}
+
+/// How much memory a run may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryBudget {
+    /// What the machine has free when the run begins.
+    Free,
+    /// This much.
+    Limit(Bytes),
 }
 
 /// An amount of memory: `4GiB` in a recipe.

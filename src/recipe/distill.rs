@@ -1,7 +1,8 @@
 //! `[distill]`: the teacher that the trained model is to be like.
 
 use super::bounds::Bound;
-use super::keys::{Written, keys};
+use super::declare::keys;
+use super::keys::Written;
 use crate::error::Error;
 use crate::ops::distillation::Terms;
 

@@ -1,12 +1,8 @@
-//! The keys of recipes, each written down once.
-//!
-//! One list of [`keys!`] makes three things of a table: the struct of what was written, the struct of what will happen, and the
-//! [`Key`]s that help, schema and conversions read. What a value may be is asked of its type.
+//! The keys of recipes, as help, schema and conversions read them: names, meanings, what values may be, defaults.
 
 use std::fmt;
 
 use super::bounds::Bound;
-use super::kind::Kind;
 
 /// A key of a recipe, as users are told of it.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +26,54 @@ pub(super) enum Default {
     Words(&'static str),
     /// It cannot be left out.
     Required,
+}
+
+/// What a value may be.
+#[derive(Debug, Clone)]
+pub enum Kind {
+    /// `true` or `false`.
+    Flag,
+    /// A whole number.
+    Whole,
+    /// A number.
+    Number,
+    /// A string.
+    Text,
+    /// One of these names.
+    Names(&'static [&'static str]),
+    /// A list of such values.
+    List(Box<Self>),
+    /// A table with these keys.
+    Table(&'static [Key]),
+    /// One of several kinds.
+    OneOf(Vec<Self>),
+    /// What these words say.
+    Words(String),
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag => f.write_str("`true` or `false`"),
+            Self::Whole => f.write_str("a whole number"),
+            Self::Number => f.write_str("a number"),
+            Self::Text => f.write_str("a string"),
+            Self::Names(names) => {
+                let names: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
+                f.write_str(&names.join(", "))
+            }
+            Self::List(inner) => write!(f, "a list, each {inner}"),
+            Self::Table(keys) => {
+                let names: Vec<&str> = keys.iter().map(|key| key.name).collect();
+                write!(f, "a table with {}", names.join(", "))
+            }
+            Self::OneOf(kinds) => {
+                let kinds: Vec<String> = kinds.iter().map(ToString::to_string).collect();
+                f.write_str(&kinds.join(" or "))
+            }
+            Self::Words(words) => f.write_str(words),
+        }
+    }
 }
 
 /// A table of a recipe with its keys.
@@ -107,6 +151,17 @@ impl Key {
     }
 }
 
+/// The name of a key as it is written: `final`, which is `r#final` in Rust.
+pub(super) const fn written_name(name: &'static str) -> &'static str {
+    match name.as_bytes() {
+        [b'r', b'#', rest @ ..] => match std::str::from_utf8(rest) {
+            Ok(written) => written,
+            Err(_) => name,
+        },
+        _ => name,
+    }
+}
+
 /// A value as TOML.
 pub(super) fn toml_of(value: &impl serde::Serialize) -> String {
     toml::Value::try_from(value).map_or_else(|_| String::new(), |value| value.to_string())
@@ -130,185 +185,3 @@ pub(super) trait Written {
     /// The keys that have a default; those that are resolved by hand are `None`.
     fn written(&self) -> Self::Table;
 }
-
-/// Declares the keys of a table.
-///
-/// | a key | in what was written | in the plan |
-/// |---|---|---|
-/// | `name: type [bound] = value;` | may be left out | has `value` then |
-/// | `name: type [bound] => "words", "example";` | may be left out | is resolved by hand; `words` say what happens then |
-/// | `name: type, "example";` | must be given | is there |
-///
-/// The doc comment of a key is its meaning. `of_keys` fills in the defaults, given the further fields of the plan, and
-/// [`Written`] goes back.
-macro_rules! keys {
-    (
-        table $table:literal like $like:literal;
-        $(#[$written_meta:meta])*
-        written $written_vis:vis struct $written:ident;
-        $(#[$planned_meta:meta])*
-        planned $planned_vis:vis struct $planned:ident { $($extra:tt)* }
-        $($keys:tt)*
-    ) => {
-        keys! {
-            @each
-            [$table] [$like] [$(#[$written_meta])* $written_vis $written]
-            [$(#[$planned_meta])* $planned_vis $planned { $($extra)* }]
-            [] [] [] []
-            $($keys)*
-        }
-    };
-    // `name: type [bound] = value;`
-    (
-        @each $table:tt $like:tt $written:tt $planned:tt [$($all:tt)*] [$($defaulted:tt)*] $required:tt $others:tt
-        $(#[doc = $doc:literal])+
-        $name:ident: $type:ty $([$bound:expr])? = $default:expr $(, $example:literal)?;
-        $($rest:tt)*
-    ) => {
-        keys! {
-            @each $table $like $written $planned
-            [
-                $($all)*
-                {
-                    [$($doc)+] $name (Option<$type>) ($type) optional [$($bound)?]
-                    [$crate::recipe::keys::Default::Value(|| {
-                        let value: $type = $default;
-                        $crate::recipe::keys::toml_of(&value)
-                    })]
-                    [$($example)?]
-                }
-            ]
-            [$($defaulted)* { [$($doc)+] $name ($type) ($default) }]
-            $required $others
-            $($rest)*
-        }
-    };
-    // `name: type [bound] => "words", "example";`
-    (
-        @each $table:tt $like:tt $written:tt $planned:tt [$($all:tt)*] $defaulted:tt $required:tt [$($others:tt)*]
-        $(#[doc = $doc:literal])+
-        $name:ident: $type:ty $([$bound:expr])? => $words:literal, $example:literal;
-        $($rest:tt)*
-    ) => {
-        keys! {
-            @each $table $like $written $planned
-            [
-                $($all)*
-                {
-                    [$($doc)+] $name (Option<$type>) ($type) optional [$($bound)?]
-                    [$crate::recipe::keys::Default::Words($words)] [$example]
-                }
-            ]
-            $defaulted $required [$($others)* $name]
-            $($rest)*
-        }
-    };
-    // `name: type, "example";`
-    (
-        @each $table:tt $like:tt $written:tt $planned:tt [$($all:tt)*] $defaulted:tt [$($required:tt)*] $others:tt
-        $(#[doc = $doc:literal])+
-        $name:ident: $type:ty, $example:literal;
-        $($rest:tt)*
-    ) => {
-        keys! {
-            @each $table $like $written $planned
-            [
-                $($all)*
-                {
-                    [$($doc)+] $name ($type) ($type) required []
-                    [$crate::recipe::keys::Default::Required] [$example]
-                }
-            ]
-            $defaulted [$($required)* { [$($doc)+] $name ($type) }] $others
-            $($rest)*
-        }
-    };
-    (
-        @each [$table:literal] [$like:literal] [$(#[$written_meta:meta])* $written_vis:vis $written:ident]
-        [
-            $(#[$planned_meta:meta])* $planned_vis:vis $planned:ident {
-                $($(#[doc = $extra_doc:literal])+ $extra:ident: $extra_type:ty,)*
-            }
-        ]
-        [$({
-            [$($doc:literal)+] $name:ident ($written_type:ty) ($type:ty) $read:ident [$($bound:expr)?] [$shown:expr]
-            [$($example:literal)?]
-        })*]
-        [$({ [$($default_doc:literal)+] $defaulted:ident ($default_type:ty) ($default:expr) })*]
-        [$({ [$($required_doc:literal)+] $required:ident ($required_type:ty) })*]
-        [$($other:ident)*]
-    ) => {
-        $(#[$written_meta])*
-        #[derive(Debug, Clone, PartialEq, serde::Serialize)]
-        $written_vis struct $written {
-            $($(#[doc = $doc])+ $written_vis $name: $written_type,)*
-        }
-
-        $(#[$planned_meta])*
-        #[derive(Debug, Clone, PartialEq)]
-        $planned_vis struct $planned {
-            $($(#[doc = $required_doc])+ $planned_vis $required: $required_type,)*
-            $($(#[doc = $default_doc])+ $planned_vis $defaulted: $default_type,)*
-            $($(#[doc = $extra_doc])+ $planned_vis $extra: $extra_type,)*
-        }
-
-        impl $written {
-            /// The table with its keys.
-            pub(super) const TABLE: $crate::recipe::keys::Table = $crate::recipe::keys::Table {
-                name: $table,
-                keys: &[$(
-                    $crate::recipe::keys::Key::new(
-                        (stringify!($name), &[$($doc),+]),
-                        <$type as $crate::recipe::reading::KeyValue>::kind,
-                        keys!(@bound $($bound)?),
-                        $shown,
-                        keys!(@example $($example)?),
-                    ),
-                )*],
-            };
-        }
-
-        impl $crate::recipe::reading::KeyValue for $written {
-            fn read(
-                node: &$crate::recipe::document::Node,
-                faults: &mut $crate::recipe::reading::Faults,
-            ) -> Option<Self> {
-                let entries = $crate::recipe::reading::Entries::of(node, $like, Self::TABLE.keys, faults)?;
-                $(let $name = entries.$read(stringify!($name), keys!(@bound $($bound)?), faults);)*
-                Some(Self { $($name: $name?,)* })
-            }
-
-            fn kind() -> $crate::recipe::kind::Kind {
-                $crate::recipe::kind::Kind::Table(Self::TABLE.keys)
-            }
-        }
-
-        impl $planned {
-            /// Fills in the defaults.
-            fn of_keys(recipe: &$written, $($extra: $extra_type),*) -> Self {
-                Self {
-                    $($required: Clone::clone(&recipe.$required),)*
-                    $($defaulted: Option::unwrap_or_else(Clone::clone(&recipe.$defaulted), || $default),)*
-                    $($extra,)*
-                }
-            }
-        }
-
-        impl $crate::recipe::keys::Written for $planned {
-            type Table = $written;
-
-            fn written(&self) -> $written {
-                $written {
-                    $($required: Clone::clone(&self.$required),)*
-                    $($defaulted: Some(Clone::clone(&self.$defaulted)),)*
-                    $($other: None,)*
-                }
-            }
-        }
-    };
-    (@bound) => { $crate::recipe::bounds::Bound::None };
-    (@bound $bound:expr) => { $bound };
-    (@example) => { None };
-    (@example $example:literal) => { Some($example) };
-}
-pub(super) use keys;

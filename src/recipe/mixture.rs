@@ -1,11 +1,10 @@
 //! The keys that are about mixtures of experts: `train.router`, `[routing]` and `[losses]`.
 
-use serde::{Deserialize, Serialize};
-
 use super::bounds::{self, Bound};
+use super::choice::{ExpertChoice, RouterTraining};
+use super::declare::keys;
 use super::document::Node;
-use super::keys::{Written, keys};
-use super::kind::Kind;
+use super::keys::{Kind, Written};
 use super::reading::{Faults, KeyValue, leaves};
 use super::tables::TrainRecipe;
 use super::typed::read_leaf;
@@ -14,19 +13,6 @@ use crate::model::RouterLosses;
 use crate::model::config::{
     DecoderConfig, MoeConfig, Overflow, RouterNoise, RoutingKind, RoutingVariant, Scoring,
 };
-
-/// What of the routers is trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum RouterTraining {
-    /// Nothing.
-    #[default]
-    Frozen,
-    /// A low-rank term beside each, as the adapter has elsewhere.
-    Lora,
-    /// Their weights.
-    Full,
-}
 
 /// Everything a plan says of a mixture of experts; the default is what a dense model allows.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -232,16 +218,6 @@ impl RoutingRecipe {
         }
         None
     }
-}
-
-/// `adapter.experts`: all, none, or those with these numbers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected `true`, `false` or a list of experts")]
-pub enum ExpertChoice {
-    /// All or none.
-    All(bool),
-    /// Those with these numbers, in every layer.
-    Some(Vec<usize>),
 }
 
 leaves!(RouterTraining, RouterNoise, Overflow, RoutingKind);

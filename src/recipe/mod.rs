@@ -27,13 +27,14 @@ use crate::error::{Error, Result};
 mod bounds;
 mod builder;
 mod choice;
+mod declare;
 mod distill;
 mod document;
 mod keys;
-mod kind;
 mod mixture;
 pub mod other_tools;
 mod plan;
+mod probe;
 mod reading;
 mod reference;
 mod tables;
@@ -42,15 +43,15 @@ mod typed;
 mod upcycle;
 
 pub use builder::PlanBuilder;
-pub use choice::{Bytes, DtypeChoice, Final, Method, RecomputeChoice, Task, Warmup};
+pub use choice::{
+    Bytes, DtypeChoice, Evaluation, ExpertChoice, Final, Length, MemoryBudget, Method, RecomputeChoice,
+    RouterTraining, Task, Warmup,
+};
 pub use distill::{DistillPlan, DistillRecipe};
 pub use document::Document;
-pub use keys::{Key, Table};
-pub use kind::Kind;
-pub use mixture::{ExpertChoice, LossesRecipe, MixturePlan, RouterTraining, RoutingRecipe};
-pub use plan::{
-    AdapterPlan, ContinuedAdapter, Evaluation, FreshAdapter, Length, MemoryBudget, Plan, Trained,
-};
+pub use keys::{Key, Kind, Table};
+pub use mixture::{LossesRecipe, MixturePlan, RoutingRecipe};
+pub use plan::{AdapterPlan, ContinuedAdapter, FreshAdapter, Plan, Trained};
 pub use reference::{commented, schema};
 pub use tables::{
     AdapterRecipe, DataPlan, DataRecipe, EvalFiles, ModelPlan, ModelRecipe, TrainPlan, TrainRecipe,
@@ -62,7 +63,7 @@ pub(crate) use document::written;
 pub(crate) use upcycle::name_of;
 
 use bounds::Bound;
-use keys::keys;
+use declare::keys;
 
 keys! {
     table "" like "a table";

@@ -2,14 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use super::choice::{Bytes, Method, Task};
+use super::choice::{ExpertChoice, Method, Task};
 use super::distill::DistillPlan;
 use super::document::written;
-use super::mixture::{ExpertChoice, MixturePlan, excluded};
+use super::mixture::{MixturePlan, excluded};
 use super::tables::{AdapterRecipe, AdapterValues, DataPlan, ModelPlan, TrainPlan, TrainRecipe};
 use super::{Recipe, Tables};
 use crate::adapter::{Exclude, LoraConfig};
-use crate::data::Source;
 use crate::error::Result;
 
 /// A fine-tuning run before it opens anything. Nothing in it means "the default".
@@ -74,44 +73,6 @@ pub struct ContinuedAdapter {
     /// The keys that the recipe says of it. Where it says rank, alpha, targets and the like, they have to be those of the
     /// adapter.
     pub expected: AdapterRecipe,
-}
-
-/// What a model is evaluated on while it is trained.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Evaluation {
-    /// Files of their own.
-    Files(Vec<Source>),
-    /// This share of the training documents, which is then not trained on.
-    Share(f64),
-    /// [`HELD_OUT`](Self::HELD_OUT) of the training documents, where there are [`MANY`](Self::MANY).
-    ShareOfMany,
-    /// Nothing.
-    Off,
-}
-
-impl Evaluation {
-    /// The share that is held out where a recipe says nothing.
-    pub const HELD_OUT: f64 = 0.05;
-    /// The fewest documents of which anything is held out where a recipe says nothing: of fewer, each counts.
-    pub const MANY: usize = 50;
-}
-
-/// How long a run trains.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Length {
-    /// Optimizer steps.
-    Steps(u64),
-    /// Passes over the training data.
-    Epochs(f64),
-}
-
-/// How much memory a run may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MemoryBudget {
-    /// What the machine has free when the run begins.
-    Free,
-    /// This much.
-    Limit(Bytes),
 }
 
 impl Plan {

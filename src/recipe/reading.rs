@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use super::bounds::Bound;
 use super::document::{Document, Node, Origin, Value};
-use super::keys::Key;
-use super::kind::{Kind, kind_of};
+use super::keys::{Key, Kind};
+use super::probe::kind_of;
 use super::typed::{Fault, read_leaf};
 use crate::error::{Error, Result, nearest};
 
@@ -39,8 +39,8 @@ macro_rules! leaves {
                     faults.kept($crate::recipe::typed::read_leaf(node), &node.origin)
                 }
 
-                fn kind() -> $crate::recipe::kind::Kind {
-                    $crate::recipe::kind::kind_of::<$type>()
+                fn kind() -> $crate::recipe::keys::Kind {
+                    $crate::recipe::probe::kind_of::<$type>()
                 }
             }
         )*

@@ -4,8 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::Task;
 use super::bounds::Bound;
-use super::keys::{Default, Key, Table};
-use super::kind::Kind;
+use super::keys::{Default, Key, Kind, Table};
 
 /// The width of a line of a comment.
 const WIDTH: usize = 78;

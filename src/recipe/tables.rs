@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use super::Task;
 use super::bounds::{self, Bound};
-use super::choice::{Bytes, DtypeChoice, Final, Method, RecomputeChoice, Warmup};
+use super::choice::{
+    Bytes, DtypeChoice, Evaluation, ExpertChoice, Final, Length, MemoryBudget, Method, RecomputeChoice,
+    RouterTraining, Warmup,
+};
+use super::declare::keys;
 use super::document::{Node, Value};
-use super::keys::{Table, Written, keys};
-use super::kind::Kind;
-use super::mixture::{ExpertChoice, RouterTraining};
-use super::plan::{Evaluation, Length, MemoryBudget};
+use super::keys::{Kind, Table, Written};
 use super::reading::{Faults, KeyValue, leaves};
 use super::template::TemplateVariables;
 use super::typed::{Fault, read_leaf};

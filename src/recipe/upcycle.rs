@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::bounds::{self, Bound};
 use super::choice::Task;
+use super::declare::keys;
 use super::document::{Document, written};
-use super::keys::keys;
 use super::reading::leaves;
 use super::tables::{ModelPlan, ModelRecipe};
 use crate::data::Source;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::directory::RESULT;
 use super::prepared::{PlacedAdapter, Prepared};
 use super::told::LAYOUT;
 use super::units::Units;
@@ -228,9 +229,6 @@ impl Artifact for Unchanged<'_> {
         self.artifact.is_exact()
     }
 }
-
-/// What the result is called until its files are in the run directory.
-pub(super) const RESULT: &str = "result";
 
 /// Writes the result of a run beside what the run directory holds already: each file whole, or not at all. With `best` the
 /// result is a copy of the best evaluation, else what is trained now. `written` has the digests of what the run wrote before

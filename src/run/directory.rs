@@ -6,7 +6,6 @@ use std::path::{Component, Path, PathBuf};
 
 use toml::{Table, Value};
 
-use super::artifact::RESULT;
 use crate::adapter::hf::shell_word;
 use crate::data::Source;
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular_text};
@@ -26,6 +25,9 @@ const NAMED_RUNS: usize = 3;
 
 /// This hint tells how to make room where a run directory holds files that the run did not make.
 const MOVE: &str = "move it to another folder, or choose another run directory with `--output`";
+
+/// What the result is called until its files are in the run directory.
+pub(super) const RESULT: &str = "result";
 
 /// What shows that a folder holds a run.
 const MARKS: [&str; 2] = [RECIPE, "metrics.jsonl"];

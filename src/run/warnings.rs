@@ -98,7 +98,7 @@ fn own_pieces(plan: &Plan, memory: &Memory) -> Option<String> {
 }
 
 /// Below so many updates, one at rate 0 is a good part of them.
-const FEW_UPDATES: u64 = 20;
+const FEW_UPDATES: u64 = 5;
 
 /// Warns of a course that is hardly what was meant.
 fn course(plan: &Plan, prepared: &Prepared) -> Vec<String> {

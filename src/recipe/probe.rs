@@ -4,55 +4,7 @@ use std::fmt;
 
 use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, Expected, SeqAccess, Unexpected, Visitor};
 
-use super::keys::Key;
-
-/// What a value may be.
-#[derive(Debug, Clone)]
-pub enum Kind {
-    /// `true` or `false`.
-    Flag,
-    /// A whole number.
-    Whole,
-    /// A number.
-    Number,
-    /// A string.
-    Text,
-    /// One of these names.
-    Names(&'static [&'static str]),
-    /// A list of such values.
-    List(Box<Self>),
-    /// A table with these keys.
-    Table(&'static [Key]),
-    /// One of several kinds.
-    OneOf(Vec<Self>),
-    /// What these words say.
-    Words(String),
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Flag => f.write_str("`true` or `false`"),
-            Self::Whole => f.write_str("a whole number"),
-            Self::Number => f.write_str("a number"),
-            Self::Text => f.write_str("a string"),
-            Self::Names(names) => {
-                let names: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
-                f.write_str(&names.join(", "))
-            }
-            Self::List(inner) => write!(f, "a list, each {inner}"),
-            Self::Table(keys) => {
-                let names: Vec<&str> = keys.iter().map(|key| key.name).collect();
-                write!(f, "a table with {}", names.join(", "))
-            }
-            Self::OneOf(kinds) => {
-                let kinds: Vec<String> = kinds.iter().map(ToString::to_string).collect();
-                f.write_str(&kinds.join(" or "))
-            }
-            Self::Words(words) => f.write_str(words),
-        }
-    }
-}
+use super::keys::Kind;
 
 /// Finds what values a type is read from: the type asks a deserializer for them.
 pub(super) fn kind_of<'de, T: Deserialize<'de>>() -> Kind {
