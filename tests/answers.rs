@@ -2,8 +2,12 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Output, Stdio};
 
+use peft::generate::{Fitted, Talk};
+use peft::model::Pretrained;
+use peft::run::text_of;
 use serde_json::{Value, json};
 
 use crate::place::{Place, refusal, told};
@@ -308,10 +312,7 @@ fn a_saved_chat_is_training_data() {
 #[test]
 fn a_chat_slides_and_keeps_its_system_message() {
     let place = Place::new();
-    // At the end, where weights of chance hear it best.
-    let heard = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
-                 {% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}";
-    put_template(&place, heard);
+    put_template(&place, WITH_SYSTEM);
     let long = "kite ".repeat(200);
     let lines = format!("Hello.\n{long}\n{long}\n{long}\nAnd now?\n/save chat.jsonl\n");
     let (_, stderr) = chat(&place, &lines, &["--system", "Be a pirate.", "--log", "silent"]);
@@ -321,21 +322,14 @@ fn a_chat_slides_and_keeps_its_system_message() {
     let all = saved["messages"].as_array().unwrap();
     let (question, answer) = (&all[all.len() - 2..all.len() - 1], &all[all.len() - 1]["content"]);
     // The last answer is that to the system message, the exchanges that have room, and the question.
-    let answers_seeing = |system: &[Value], exchanges: usize| {
+    let answers_seeing = |exchanges: usize| {
         let seen = &all[all.len() - 2 - 2 * exchanges..all.len() - 2];
-        let record = json!({ "messages": ([system, seen, question].concat()) });
+        let record = json!({ "messages": ([&all[..1], seen, question].concat()) });
         fs::write(place.path("seen.jsonl"), format!("{record}\n")).unwrap();
         let output = place.command(&[&GENERATE[..], &["--prompts", "seen.jsonl"]].concat()).output().unwrap();
         serde_json::from_slice::<Value>(&output.stdout).map(|found| found["completion"].clone()).ok()
     };
-    // The chat may leave less room for an answer.
-    let is_the_answer = |system: &[Value], exchanges| {
-        let found = answers_seeing(system, exchanges).unwrap_or_default();
-        let (found, answer) = (found.as_str().unwrap_or_default(), answer.as_str().unwrap());
-        !answer.is_empty() && found.starts_with(answer)
-    };
-    assert!((1..=2).any(|exchanges| is_the_answer(&all[..1], exchanges)), "{answer}");
-    assert!(!(1..=2).any(|exchanges| is_the_answer(&[], exchanges)), "{answer}");
+    assert!((1..=2).any(|exchanges| answers_seeing(exchanges).as_ref() == Some(answer)), "{answer}");
 }
 
 #[test]
@@ -367,4 +361,28 @@ fn completions_and_manual_pages_are_those_of_the_commands() {
     place.run(&["man", "pages/man1"]);
     let refused = refusal(&place, &["man", "recipe.toml"]);
     assert!(refused.starts_with("exit 1\nerror: recipe.toml: manual pages cannot be written: "), "{refused}");
+}
+
+/// The tokens of a question begin with the system message, whatever exchanges had to leave for it.
+#[test]
+fn the_oldest_exchanges_leave_and_the_system_message_stays() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-llama");
+    let base = Pretrained::open(model.to_str().unwrap()).unwrap();
+    let text = text_of(&base, &Default::default(), Default::default()).unwrap();
+    let mut talk = Talk::new(&text, 160, 16);
+    talk.set_system(Some("Be a pirate.".to_string())).unwrap();
+    let mut left = 0;
+    for number in 0..12 {
+        let Fitted::Prompt { tokens, forgotten } = talk.ask(&format!("Where is kite {number}?")).unwrap()
+        else {
+            panic!("question {number} has room");
+        };
+        left += forgotten;
+        let prompt = text.decode(&tokens, false).unwrap();
+        assert!(prompt.contains("Be a pirate.") && tokens.len() <= 144, "{prompt}");
+        let seen = (0..=number).filter(|earlier| prompt.contains(&format!("kite {earlier}?")));
+        assert_eq!(seen.collect::<Vec<_>>(), (left..=number).collect::<Vec<_>>(), "{prompt}");
+        talk.answer(format!("In box {number}."));
+    }
+    assert!(left > 2, "{left} exchanges left");
 }

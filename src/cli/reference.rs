@@ -2,7 +2,7 @@
 
 use super::terminal::Terminal;
 use crate::error::{Error, Result, nearest};
-use crate::recipe::{Key, Task, commented};
+use crate::recipe::{Key, Task, commented, other_tools};
 
 /// Lists all keys with their defaults, or describes the key, or the keys of the table, of this name.
 pub(super) fn keys(name: Option<&str>, terminal: &mut Terminal) -> Result<()> {
@@ -33,7 +33,10 @@ pub(super) fn keys(name: Option<&str>, terminal: &mut Terminal) -> Result<()> {
             all.iter().filter(|(_, key)| names.contains(&key.name)).map(|(path, _)| path.as_str()).collect();
         let error = Error::request(format!("there is no key `{name}`"));
         let near: Vec<String> = near.iter().take(3).map(|near| format!("`{near}`")).collect();
+        // Other tools write the table in front: `lora_r`.
+        let foreign = other_tools::hint(last).filter(|_| name == last);
         return Err(error.with_hint(match near.is_empty() {
+            _ if foreign.is_some() => foreign.unwrap_or_default(),
             true => "`peft recipes keys` lists all of them".to_string(),
             false => format!("did you mean {}?", near.join(" or ")),
         }));

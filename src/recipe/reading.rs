@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::bounds::Bound;
 use super::document::{Document, Node, Origin, Value};
 use super::keys::{Key, Kind};
+use super::other_tools;
 use super::probe::kind_of;
 use super::typed::{Fault, read_leaf};
 use crate::error::{Error, Result, nearest};
@@ -159,8 +160,11 @@ impl<'a> Entries<'a> {
         bound: Bound,
         faults: &mut Faults,
     ) -> Option<T> {
-        // A key that is nearly this one has been named already.
-        let is_misspelt = |found: &&String| nearest(found, [name], 1).first() == Some(&name);
+        // A key that is nearly this one, or is another tool's name of it, has been named already.
+        let stands_for =
+            |found: &str| other_tools::key_of(found).is_some_and(|key| key.rsplit('.').next() == Some(name));
+        let is_misspelt =
+            |found: &&String| nearest(found, [name], 1).first() == Some(&name) || stands_for(found);
         let mut strangers = self.nodes.keys().filter(|found| !self.keys.iter().any(|key| key.name == *found));
         if !self.nodes.contains_key(name) && !strangers.any(|found| is_misspelt(&found)) {
             faults.add(Fault::missing_key(name), self.origin);

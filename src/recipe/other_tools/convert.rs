@@ -312,11 +312,8 @@ impl Conversion<'_> {
             self.draft.demand(1, "no data is named: put the path of a file into `data.train`");
             self.draft.train.push(DataFile { path, format: None });
         }
-        if !self.tool.evaluates(self.entries) {
-            let name = self.tool.name();
-            self.draft.remark_of_all(format!(
-                "a twentieth of the documents is held out to evaluate on, and {name} would train on it too"
-            ));
+        if !self.tool.evaluates(self.entries) && self.draft.get("data.eval").is_none() {
+            self.draft.put("data.eval", false);
         }
         let mlx_layers = ["num_layers", "lora_layers"];
         if self.tool == Tool::MlxLm && mlx_layers.iter().all(|key| find(self.entries, key).is_none()) {

@@ -72,7 +72,7 @@ impl Reading {
             Self::Same | Self::MaxSteps => "",
             Self::Share => ", a share of the documents such as 0.05",
             Self::Interval => ", a number of steps",
-            Self::WarmupSteps => ", a share of the steps: 0.05 is the first twentieth",
+            Self::WarmupSteps => ", a share of the steps such as 0.05 or their number",
             Self::Strategy => ", a number of steps; 0 is only at the end",
             Self::Schedule => ": \"constant\", \"linear\" or \"cosine\"",
             Self::Dtype | Self::Bf16 => ": \"auto\", \"f32\" or \"bf16\"",
@@ -109,8 +109,16 @@ pub(super) fn sentence(name: &str) -> Option<&'static str> {
     }
 }
 
+/// The key of ours that a key of another tool means.
+pub(in crate::recipe) fn key_of(name: &str) -> Option<&'static str> {
+    match meaning_of(name)? {
+        Key(ours, _) => Some(ours),
+        Said(..) | NotBuilt(..) => None,
+    }
+}
+
 /// Says what to write instead of a key of another tool, or where a key of ours belongs.
-pub(in crate::recipe) fn hint(name: &str) -> Option<String> {
+pub fn hint(name: &str) -> Option<String> {
     let said = match meaning_of(name)? {
         Key(ours, _) if ours == name => format!("`{name}` stands above the first table of a recipe"),
         Key(ours, reading) => match ours.rsplit_once('.') {

@@ -13,6 +13,6 @@ mod yaml;
 
 pub use convert::{Converted, convert};
 pub use draft::Remark;
-pub(super) use keys::hint;
-pub use keys::{ForeignKey, Meaning, Reading, foreign_keys};
+pub(super) use keys::key_of;
+pub use keys::{ForeignKey, Meaning, Reading, foreign_keys, hint};
 pub use tool::Tool;
