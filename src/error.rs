@@ -10,9 +10,10 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
+#[cfg(feature = "cli")]
+pub(crate) use files::allocation_may_fail;
 pub(crate) use files::{
-    allocation_may_fail, is_there, open_regular, open_to_lock, read_regular, read_regular_text,
-    refuse_irregular,
+    is_there, open_regular, open_to_lock, read_regular, read_regular_text, refuse_irregular,
 };
 pub(crate) use json::Json;
 

@@ -40,6 +40,7 @@
 //! without training it.
 
 pub mod adapter;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
 pub mod error;

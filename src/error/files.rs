@@ -91,6 +91,7 @@ fn may_fail<T>(work: impl FnOnce() -> T) -> T {
 }
 
 /// Whether the calling thread gives an error of its own where the system has no memory.
+#[cfg(feature = "cli")]
 pub(crate) fn allocation_may_fail() -> bool {
     // An allocator may be called when a thread has ended; nothing may fail then.
     MAY_FAIL.try_with(Cell::get).unwrap_or(false)

@@ -36,6 +36,7 @@ pub fn is_companion(name: &str) -> bool {
 }
 
 /// The name of a file that holds a chat template beside the default, written as its path in the model's folder.
+#[cfg(feature = "hub")]
 pub(super) fn template_name(path: &str) -> Option<&str> {
     let name = path.strip_prefix(TEMPLATES)?.strip_prefix('/')?;
     (name.ends_with(".jinja") && !name.contains('/')).then_some(name)

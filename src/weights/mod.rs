@@ -23,6 +23,7 @@ mod gguf;
 mod gguf_header;
 mod gguf_text;
 mod header;
+#[cfg(feature = "hub")]
 mod hub;
 mod json;
 mod mapped;
@@ -49,6 +50,7 @@ use folder::Folder;
 use gguf::Gguf;
 pub use gguf::{GgufMetadata, MappedBytes};
 pub use header::refuse_repeated_names;
+#[cfg(feature = "hub")]
 pub use hub::{HubSettings, OnProgress, report_downloads};
 use json::{LARGEST_JSON, LARGEST_TOKENIZER, read_json, read_json_if_there, warnings_of_repeated_keys};
 pub use mapped::mapped_path_at;
@@ -84,11 +86,23 @@ impl Store {
 impl Checkpoint {
     /// Opens a folder, a `.gguf` file or a Hub id (`org/name[@revision]`). Reads no values.
     pub fn open(source: &str) -> Result<Self> {
-        Self::open_with(source, &HubSettings::from_env())
+        #[cfg(feature = "hub")]
+        return Self::open_with(source, &HubSettings::from_env());
+        #[cfg(not(feature = "hub"))]
+        Self::opened(source, |source| {
+            Err(Error::request(format!("`{source}` is neither a folder nor a .gguf file"))
+                .with_hint("ids of the Hub need a build with the cargo feature `hub`"))
+        })
     }
 
     /// The same with settings of one's own. The Hub is only asked where no such path exists.
+    #[cfg(feature = "hub")]
     pub fn open_with(source: &str, settings: &HubSettings) -> Result<Self> {
+        Self::opened(source, |source| hub::find(source, settings))
+    }
+
+    /// Opens what is at a path, or in the folder that `elsewhere` finds.
+    fn opened(source: &str, elsewhere: impl FnOnce(&str) -> Result<PathBuf>) -> Result<Self> {
         let path = Path::new(source);
         let (store, tensors) = if path.is_dir() {
             Store::folder(path)?
@@ -99,7 +113,7 @@ impl Checkpoint {
             let (gguf, tensors) = Gguf::open(path)?;
             (Store::Gguf(gguf), tensors)
         } else {
-            Store::folder(&hub::find(source, settings)?)?
+            Store::folder(&elsewhere(source)?)?
         };
         Ok(Self { source: source.to_string(), store, tensors })
     }
