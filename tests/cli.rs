@@ -176,6 +176,7 @@ fn help_of_merge() {
           --adapter <DIR>  The folder of an adapter; given again, the sum of all is folded in
           --output <DIR>   The folder to write; must not exist yet
           --dtype <DTYPE>  The number format of the written weights [default: each tensor keeps its own] [possible values: f32, bf16, f16]
+          --data <FILE>    Print the loss of base, adapter and merged model on the records of this file
       -h, --help           Print help (see more with '--help')
 
     Global options:

@@ -679,3 +679,37 @@ fn the_metrics_of_a_run_are_drawn_and_printed_as_csv() {
     assert!(said.chars().filter(|c| ('▁'..='█').contains(c)).count() == 6 + 3, "{said}");
     assert!(refusal(&place, &["inspect", "model", "--csv"]).contains("`model` is none"));
 }
+
+/// What a merge keeps is measured on data, before and after.
+#[test]
+fn a_merge_prints_the_loss_of_base_adapter_and_merged_model() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent"]);
+    let merge = ["merge", "--model", "model", "--adapter", "run", "--output", "merged", "--data"];
+    let said = refusal(&place, &[&merge[..], &["none.jsonl"]].concat());
+    assert!(said.contains("none.jsonl") && !place.path("merged").exists(), "{said}");
+    let (losses, _) = place.run(&[&merge[..], &["data.jsonl"]].concat());
+    let losses: Vec<(&str, f64)> = losses
+        .lines()
+        .map(|line| line.rsplit_once(' ').unwrap())
+        .map(|(name, loss)| (name.trim(), loss.parse().unwrap()))
+        .collect();
+    let [("base", base), ("with the adapter", adapter), ("merged", merged)] = losses[..] else {
+        panic!("{losses:?}")
+    };
+    assert!(adapter < base - 0.1 && (adapter - merged).abs() < 1e-4, "{losses:?}");
+    let eval = ["eval", "perplexity", "--model", "merged", "--data", "data.jsonl", "--json"];
+    assert!((place.json(&eval)["nll"].as_f64().unwrap() - merged).abs() < 1e-6);
+}
+
+#[test]
+fn an_adapter_of_a_local_folder_names_the_model_by_its_id() {
+    let place = Place::new();
+    place.run(&["finetune", "recipe.toml", "--log", "silent", "--set", "model.id=org/name@v1"]);
+    let config: Value =
+        serde_json::from_slice(&fs::read(place.path("run/adapter_config.json")).unwrap()).unwrap();
+    assert_eq!((&config["base_model_name_or_path"], &config["revision"]), (&"org/name".into(), &"v1".into()));
+    let card = fs::read_to_string(place.path("run/README.md")).unwrap();
+    assert!(card.contains("org/name"), "{card}");
+    assert!(fs::read_to_string(place.path("run/recipe.toml")).unwrap().contains("id = \"org/name@v1\""));
+}

@@ -1003,7 +1003,7 @@ proptest! {
         mixture in mixture(),
         distill in option::of(distill()),
     ) {
-        let model = ModelPlan { source, dtype };
+        let model = ModelPlan { source, dtype, id: None };
         let plan = Plan { seed, output: output.into(), model, trained, data, train, mixture, distill };
         let text = plan.to_toml().unwrap();
         let recipe = Recipe::read(&Document::parse("again.toml", &text).unwrap());

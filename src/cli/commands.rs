@@ -3,8 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-use candle_core::DType;
-
 use super::builtin::{self, Builtin};
 use super::convert::{self, LARGEST_RECIPE};
 use super::interrupt::{self, BeginsWithTraining};
@@ -13,12 +11,8 @@ use super::overrides::{lay_over, lay_string};
 use super::reference;
 use super::routing;
 use super::terminal::{Terminal, indented};
-use super::{
-    Check, Eval, Finetune, Measure, Merge, RecipeArguments, Recipes, RecipesAction, Upcycle, WrittenDtype,
-};
+use super::{Check, Eval, Finetune, Measure, RecipeArguments, Recipes, RecipesAction, Upcycle};
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
-use crate::merge::{self, RECEIPT_FILE};
-use crate::model::Pretrained;
 use crate::recipe::{self, Document, UpcyclePlan, Work};
 use crate::run::{self, Segment, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
@@ -59,49 +53,6 @@ pub(super) fn check(arguments: &Check, terminal: &mut Terminal) -> Result<()> {
     for warning in &report.warnings {
         terminal.warn(warning);
     }
-    Ok(())
-}
-
-pub(super) fn merge(arguments: &Merge, terminal: &mut Terminal) -> Result<()> {
-    let base = Pretrained::open(&arguments.model)?;
-    let adapters = arguments.adapter.iter().map(|folder| run::read_adapter(folder)?.for_model(base.config()));
-    let adapters = adapters.collect::<Result<Vec<_>>>()?;
-    let dtype = arguments.dtype.map(|dtype| match dtype {
-        WrittenDtype::F32 => DType::F32,
-        WrittenDtype::Bf16 => DType::BF16,
-        WrittenDtype::F16 => DType::F16,
-    });
-    let counter = terminal.counter("folding and reading back");
-    let promise = "removing what was written; press Ctrl-C again to stop at once";
-    let interrupted = interrupt::listen(terminal, promise)?;
-    interrupt::begin();
-    let mut progress = |now: merge::Progress| {
-        counter.at(now.done as u64, now.total as u64);
-        !interrupted.load(Ordering::SeqCst)
-    };
-    let receipt = merge::merge(&base, &adapters, &arguments.output, dtype, &mut progress)?;
-    drop(counter);
-    for warning in &receipt.warnings {
-        terminal.warn(warning);
-    }
-    let folded = receipt.tensors.len();
-    let share = 100.0 * receipt.changed as f64 / receipt.values.max(1) as f64;
-    let adapters = match adapters.len() {
-        1 => "the adapter".to_string(),
-        many => format!("{many} adapters"),
-    };
-    terminal
-        .say(format_args!("folded {adapters} into {folded} tensors; {share:.1}% of their values changed"));
-    terminal.say(format_args!("{:.1}% of the delta survived rounding", 100.0 * receipt.survived));
-    terminal.say(format_args!(
-        "{} other tensors are byte-identical to the base, {} were converted",
-        receipt.identical, receipt.converted
-    ));
-    if let Some(text) = &receipt.text {
-        terminal.say(format_args!("{text}"));
-    }
-    let output = arguments.output.display();
-    terminal.say(format_args!("wrote {output}, with the receipt in {output}/{}", RECEIPT_FILE));
     Ok(())
 }
 

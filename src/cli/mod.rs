@@ -21,6 +21,7 @@ mod faults;
 mod generate;
 mod inspect;
 mod interrupt;
+mod merge;
 mod models;
 mod overrides;
 mod reference;
@@ -161,6 +162,9 @@ struct Merge {
     /// The number format of the written weights [default: each tensor keeps its own]
     #[arg(long)]
     dtype: Option<WrittenDtype>,
+    /// Print the loss of base, adapter and merged model on the records of this file
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -291,7 +295,7 @@ fn dispatch(command: Command, terminal: &mut Terminal) -> Result<()> {
     match command {
         Command::Finetune(arguments) => commands::finetune(&arguments, terminal),
         Command::Check(arguments) => commands::check(&arguments, terminal),
-        Command::Merge(arguments) => commands::merge(&arguments, terminal),
+        Command::Merge(arguments) => merge::merge(&arguments, terminal),
         Command::Upcycle(arguments) => commands::upcycle(&arguments, terminal),
         Command::Generate(arguments) => generate::generate(&arguments, terminal),
         Command::Chat(arguments) => chat::chat(&arguments, terminal),

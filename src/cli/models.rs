@@ -1,5 +1,7 @@
 //! Opening a model for the commands that run one, and measuring it.
 
+use std::path::Path;
+
 use super::terminal::Terminal;
 use super::{Dtype, Eval, ModelArguments};
 use crate::data::{self, Row, Source, eval_batches};
@@ -13,7 +15,7 @@ pub(super) const EVAL_TOKENS: usize = 2048;
 
 pub(super) fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
     let loaded = open(&arguments.model, terminal)?;
-    let rows = rows(arguments, &loaded, terminal)?;
+    let rows = rows(&arguments.data, arguments.max_length, &loaded, terminal)?;
     let evaluation = evaluate(&loaded.model, &eval_batches(&rows, EVAL_TOKENS))?;
     let (nll, perplexity, tokens) = (evaluation.nll(), evaluation.perplexity(), evaluation.tokens);
     if !nll.is_finite() {
@@ -27,10 +29,15 @@ pub(super) fn perplexity(arguments: &Eval, terminal: &mut Terminal) -> Result<()
 }
 
 /// The records of the data as the model sees them.
-pub(super) fn rows(arguments: &Eval, loaded: &Loaded, terminal: &Terminal) -> Result<Vec<Row>> {
+pub(super) fn rows(
+    data: &Path,
+    max_length: Option<u64>,
+    loaded: &Loaded,
+    terminal: &Terminal,
+) -> Result<Vec<Row>> {
     let most = loaded.model.config().max_position_embeddings;
-    let max_length = arguments.max_length.map_or(most, |length| (length as usize).min(most));
-    let source = Source { path: arguments.data.clone(), weight: 1.0, format: data::Format::Auto };
+    let max_length = max_length.map_or(most, |length| (length as usize).min(most));
+    let source = Source { path: data.to_path_buf(), weight: 1.0, format: data::Format::Auto };
     let (rows, counts) = data::load_for_perplexity(&source, &loaded.text, max_length)?;
     if counts.truncated > 0 {
         terminal.warn(&format!("{} records are cut to {max_length} tokens", counts.truncated));

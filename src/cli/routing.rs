@@ -30,7 +30,7 @@ pub(super) fn eval(arguments: &Eval, terminal: &mut Terminal) -> Result<()> {
         refuse_unwritable(folder.unwrap_or(Path::new("."))).at(path)?;
     }
     let loaded = open(&arguments.model, terminal)?;
-    let rows = rows(arguments, &loaded, terminal)?;
+    let rows = rows(&arguments.data, arguments.max_length, &loaded, terminal)?;
     let spreads = routing(&loaded.model, &eval_batches(&rows, super::models::EVAL_TOKENS))?;
     if let Some(path) = &arguments.svg {
         write_atomic(path, heatmap(&spreads).as_bytes())?;

@@ -35,7 +35,7 @@ impl Plan {
                 task: Task::Finetune,
                 seed: None,
                 output: None,
-                model: ModelRecipe { source: model.into(), dtype: None },
+                model: ModelRecipe { source: model.into(), id: None, dtype: None },
                 adapter: Some(AdapterRecipe::default()),
                 data: DataRecipe {
                     train: Vec::new(),

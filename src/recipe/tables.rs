@@ -108,10 +108,15 @@ keys! {
     written pub struct ModelRecipe;
 
     /// The model to train.
-    planned pub struct ModelPlan {}
+    planned pub struct ModelPlan {
+        /// What cards and PEFT's configuration call the model, where that is not its source.
+        id: Option<String>,
+    }
 
     /// A folder, a `.gguf` file or a Hub id.
     source: String, "\"HuggingFaceTB/SmolLM2-135M\"";
+    /// What the adapter's card and PEFT's configuration call the model, so that others find it: an id of the Hub.
+    id: String => "the name in `model.source`", "\"HuggingFaceTB/SmolLM2-135M\"";
     /// The number format of the frozen weights.
     dtype: DtypeChoice = DtypeChoice::default();
 }
@@ -334,12 +339,12 @@ impl TrainPlan {
 
 impl ModelPlan {
     pub(super) fn of(recipe: &ModelRecipe) -> Self {
-        Self::of_keys(recipe)
+        Self::of_keys(recipe, recipe.id.clone())
     }
 
     /// The table that says it.
     pub(super) fn table(&self) -> ModelRecipe {
-        self.written()
+        ModelRecipe { id: self.id.clone(), ..self.written() }
     }
 }
 

@@ -40,9 +40,10 @@ impl<'a> AdapterFiles<'a> {
         trainables: &Trainables,
         writes_all: bool,
     ) -> Result<Self> {
-        let (base_model, revision) = match plan.model.source.rsplit_once('@') {
-            Some((name, revision)) if !Path::new(&plan.model.source).exists() => (name, Some(revision)),
-            _ => (plan.model.source.as_str(), None),
+        let name = plan.model.id.as_ref().unwrap_or(&plan.model.source);
+        let (base_model, revision) = match name.rsplit_once('@') {
+            Some((id, revision)) if !Path::new(name).exists() => (id, Some(revision)),
+            _ => (name.as_str(), None),
         };
         let mut metadata = BTreeMap::from([
             (hf::WRITER.to_string(), env!("CARGO_PKG_VERSION").to_string()),
