@@ -50,7 +50,7 @@ pub(super) fn check_best(
     // A record that is no JSON any more was one of this program before; reading it says what is wrong.
     if found.is_some() || record::is_foreign(&path) {
         let is_of_old = path.is_dir() && !is_there(&path.join(record::FILE)) && state.kernel.is_empty();
-        // Version 0.1.0 left no record in it: then `state` tells whether there was one.
+        // Earlier versions left no record in it: then `state` tells whether there was one.
         match state.best {
             Some(best) if is_of_old && best.step > 0 => {
                 // A process that was killed here before may have left half a record.
