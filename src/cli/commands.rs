@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use candle_core::DType;
 
 use super::builtin::{self, Builtin};
-use super::convert::{self, LARGEST_RECIPE};
+use super::convert;
 use super::interrupt::{self, BeginsWithTraining};
 use super::models;
 use super::overrides::{lay_over, lay_string};
@@ -19,7 +19,7 @@ use super::{
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
 use crate::merge::{self, RECEIPT_FILE};
 use crate::model::Pretrained;
-use crate::recipe::{self, Document, UpcyclePlan, Work};
+use crate::recipe::{self, Document, LARGEST_RECIPE, UpcyclePlan, Work};
 use crate::run::{self, Segment, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
 
