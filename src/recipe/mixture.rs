@@ -21,15 +21,15 @@ pub struct MixturePlan {
     pub router: RouterTraining,
     /// Experts of a token; `None`: as many as the model's configuration says.
     pub active: Option<usize>,
-    /// What logits get in training.
+    /// The noise that the router's logits get in training.
     pub noise: RouterNoise,
-    /// The most tokens of an expert by an equal share; `None`: no limit.
+    /// The most tokens of an expert, as a multiple of an equal share; `None`: there is no limit.
     pub capacity_factor: Option<f64>,
-    /// Steps until the limit is that.
+    /// The steps in which the limit comes down to `capacity_factor`.
     pub capacity_warmup: u64,
-    /// Where the others go.
+    /// Says where tokens go whose expert is full.
     pub overflow: Overflow,
-    /// By what experts are chosen.
+    /// Says what experts are chosen by.
     pub kind: RoutingKind,
     /// How much each loss on routers counts.
     pub losses: RouterLosses,

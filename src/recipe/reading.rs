@@ -187,9 +187,7 @@ impl Document {
             }
         }
     }
-}
 
-impl Document {
     /// Reads one key that stands above all tables and cannot be left out; `hint` says how to begin.
     pub(super) fn key<T: KeyValue>(&self, name: &'static str, hint: &str) -> Result<T> {
         let mut faults = Faults::default();
