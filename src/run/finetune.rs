@@ -102,8 +102,10 @@ pub fn finetune(
         is_failure.then(|| prepared.refuse_changed().err()).flatten().unwrap_or(error)
     })?;
     directory.refuse_moved()?;
-    let result = final_weights(plan, &summary);
-    publish(&artifact, &plan.output, &written, result.is_best)?;
+    let mut result = final_weights(plan, &summary);
+    if let Some(best) = publish(&artifact, &plan.output, &written, result.is_best)? {
+        (result.step, result.eval_loss) = (best.step, Some(best.eval_loss));
+    }
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     if !summary.routing.is_empty() {
         reporter.report(&Event::Routing { routing: summary.routing.clone() });

@@ -23,8 +23,9 @@ pub(super) fn save_best(
     })
 }
 
-/// Copies the files of the best evaluation of the run in `output`, as its record has them, to a new folder.
-pub fn copy_best(output: &Path, to: &Path) -> Result<()> {
+/// Copies the files of the best evaluation of the run in `output`, as its record has them, to a new folder; tells which one it
+/// is. A run that was killed may have found it after the checkpoint that it went on from.
+pub fn copy_best(output: &Path, to: &Path) -> Result<Option<Best>> {
     let best = output.join(BEST);
     let record = Record::read(&best)?;
     record.verify_files(&best)?;
@@ -35,7 +36,7 @@ pub fn copy_best(output: &Path, to: &Path) -> Result<()> {
         }
         fs::copy(&from, &to).at(&from)?;
     }
-    Ok(())
+    Ok(record.state.best)
 }
 
 /// Finds out whether the best evaluation that `state` tells of is on disk as it was written. One that is missing is written
