@@ -36,8 +36,8 @@
 //! ```
 //!
 //! [`ops`] holds the arithmetic, each operation a forward and the backward that belongs to it; [`model`] composes them;
-//! [`recipe`] is the text of an experiment, and [`run`] does its work; [`cli`] alone knows the terminal. [`generate`] and [`eval`] use a decoder
-//! without training it.
+//! [`recipe`] is the text of an experiment, and [`run`] does its work; [`cli`] alone knows the terminal. [`generate`] and
+//! [`eval`] use a decoder without training it.
 
 pub mod adapter;
 #[cfg(feature = "cli")]

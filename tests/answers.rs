@@ -257,7 +257,7 @@ fn a_chat_says_what_its_commands_did() {
     insta::assert_snapshot!(said("/hlep\n/whatever it is\n/clear now\n/undo\n/save\n/save x\n/exit\n"), @r#"
     warning: there is no command `/hlep`; did you mean `/help`?
     warning: there is no command `/whatever`; `/help` lists the commands, and a question that begins with `/` stands between lines of `"""`
-    warning: nothing stands behind `/clear`, and there is `now`: the command is left out
+    warning: `/clear` stands alone, and `now` follows it here: nothing is done
     warning: nothing has been answered, so there is nothing to take back
     warning: `/save` needs the name of a file to write
     warning: nothing has been answered, so there is nothing to save

@@ -184,7 +184,7 @@ fn when_no_checkpoint_is_whole_each_is_named() {
     assert_same(&tree(&place.path("run")), &before);
 }
 
-/// Version 0.1.0 wrote no record of the best evaluation. It gets one, and is replaced by a better one, but for what a user put
+/// Earlier versions wrote no record of the best evaluation. It gets one, and is replaced by a better one, but for what a user put
 /// there.
 #[test]
 fn a_best_evaluation_without_a_record_goes_on() {
@@ -207,7 +207,7 @@ fn a_best_evaluation_without_a_record_goes_on() {
     assert_same(&of_best(results(&place.path("run"))), &of_best(whole));
 }
 
-/// Version 0.1.0 wrote neither digests nor the instructions that were computed with.
+/// Earlier versions wrote neither digests nor the instructions that were computed with.
 #[test]
 fn checkpoints_without_digests_go_on() {
     let (place, whole) = place_with_run();

@@ -283,9 +283,13 @@ fn numbers_have_largest_values() {
     for (key, most, more) in finetune {
         let read = |value: &str| {
             let adapter = if key.starts_with("adapter.") { "" } else { "adapter = {}" };
-            let capacity = if key == "routing.capacity_warmup" { "routing.capacity_factor = 2" } else { "" };
+            let needed = match key {
+                "routing.capacity_warmup" => "routing.capacity_factor = 2",
+                _ if key.starts_with("distill.") => "distill.teacher = \"t\"",
+                _ => "",
+            };
             let text = SHORTEST.replace("adapter = {}", adapter);
-            plan(&format!("{text}{key} = {value}\n{capacity}"))
+            plan(&format!("{text}{key} = {value}\n{needed}"))
         };
         read(most).unwrap_or_else(|error| panic!("{key}: {error}"));
         let error = read(more).unwrap_err().to_string();
@@ -504,6 +508,22 @@ fn keys_of_earlier_versions_are_read() {
     insta::assert_snapshot!(refusal_of("train.checkpoint = \"blok\""), @"
     test.toml:6: `train.recompute`: expected one of `auto`, `none`, `block`, found `blok`
     hint: did you mean `block`?
+    ");
+}
+
+#[test]
+fn keys_that_do_nothing_without_another_are_refused() {
+    insta::assert_snapshot!(refusal_of("distill.hidden = 0.1"), @"
+    test.toml:6: `distill.hidden` is for a teacher, and there is none
+    hint: name the teacher in `distill.teacher`, or leave the key out
+    ");
+    insta::assert_snapshot!(refusal_of("routing.overflow = \"reroute\""), @"
+    test.toml:6: `routing.overflow` is for experts that are full, and no capacity is given
+    hint: set `routing.capacity_factor` too
+    ");
+    insta::assert_snapshot!(refusal_of("losses.pooled = true"), @"
+    test.toml:6: `losses.pooled` says how losses on routers are computed, and there is none
+    hint: set `losses.switch` too, or leave it out
     ");
 }
 
@@ -965,7 +985,10 @@ fn mixture() -> impl Strategy<Value = MixturePlan> {
         let (capacity_factor, capacity_warmup) =
             capacity.map_or((None, 0), |(factor, steps)| (Some(factor), steps));
         let (switch, importance, load, load_std, z, bias_update, pooled) = losses;
-        let losses = RouterLosses { switch, importance, load, load_std, z, pooled };
+        let losses = RouterLosses { switch, importance, load, load_std, z, pooled: false };
+        // Neither means anything alone.
+        let losses = RouterLosses { pooled: pooled && losses.are_on(), ..losses };
+        let overflow = if capacity_factor.is_some() { overflow } else { Overflow::default() };
         MixturePlan {
             router,
             active,

@@ -121,9 +121,8 @@ fn obey(name: &str, rest: &str, talk: &mut Talk<'_>, text: &Text, terminal: &Ter
         return terminal.warn(&format!("there is no command `{name}`; {hint}"));
     };
     if takes.is_empty() && !rest.is_empty() {
-        return terminal.warn(&format!(
-            "nothing stands behind `{name}`, and there is `{rest}`: the command is left out"
-        ));
+        return terminal
+            .warn(&format!("`{name}` stands alone, and `{rest}` follows it here: nothing is done"));
     }
     match name {
         "/clear" => {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use super::builtin::{self, Builtin};
-use super::convert::{self, LARGEST_RECIPE};
+use super::convert;
 use super::interrupt::{self, BeginsWithTraining};
 use super::models;
 use super::overrides::{lay_over, lay_string};
@@ -13,7 +13,7 @@ use super::routing;
 use super::terminal::{Terminal, indented};
 use super::{Check, Eval, Finetune, Measure, RecipeArguments, Recipes, RecipesAction, Upcycle};
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular};
-use crate::recipe::{self, Document, UpcyclePlan, Work};
+use crate::recipe::{self, Document, LARGEST_RECIPE, UpcyclePlan, Work};
 use crate::run::{self, Segment, figures};
 use crate::upcycle::{Event, REPORT_TEXT};
 

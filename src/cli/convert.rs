@@ -1,16 +1,14 @@
 //! `peft recipes convert`: reads a configuration of another tool, and writes the recipe that it comes to.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use super::terminal::Terminal;
+use crate::adapter::hf::shell_word;
 use crate::error::{Context, Error, Result, nearest_path, read_regular};
-use crate::recipe::Document;
 use crate::recipe::other_tools::{Remark, Tool, convert};
-
-/// The most bytes of a recipe: 16 MiB.
-pub(super) const LARGEST_RECIPE: u64 = 16 << 20;
+use crate::recipe::{Document, LARGEST_RECIPE};
 
 /// Converts `path`, and writes the recipe to stdout or into `output`, which must not exist yet.
 pub(super) fn run(path: &Path, output: Option<&Path>, terminal: &mut Terminal) -> Result<()> {
@@ -33,8 +31,8 @@ pub(super) fn run(path: &Path, output: Option<&Path>, terminal: &mut Terminal) -
         terminal.say(format_args!("off or empty, so a recipe leaves them out: {}", off.join(", ")));
     }
     if let Some(output) = output {
-        let output = output.display();
-        terminal.say(format_args!("wrote {output}; `peft check {output}` says what it will do"));
+        let (output, word) = (output.display(), shell_word(&output.to_string_lossy()));
+        terminal.say(format_args!("wrote {output}; `peft check {word}` says what it will do"));
     }
     Ok(())
 }
@@ -52,10 +50,10 @@ pub(super) fn refuse_other_tool(path: &Path, text: &str) -> Result<()> {
         None if is_other => "by its ending YAML or JSON".to_string(),
         None => return Ok(()),
     };
-    let (from, to) = (path.display(), path.with_extension("toml"));
+    let word = |path: &Path| shell_word(&path.to_string_lossy());
+    let (from, to) = (word(path), word(&path.with_extension("toml")));
     let hint = format!(
-        "`peft recipes convert {from} --output {}` makes a recipe of a configuration of axolotl, LLaMA-Factory or mlx-lm",
-        to.display()
+        "`peft recipes convert {from} --output {to}` makes a recipe of a configuration of axolotl, LLaMA-Factory or mlx-lm"
     );
     Err(Error::request(format!("{found}, expected a recipe in TOML")).with_hint(hint)).at(path)
 }
@@ -75,6 +73,7 @@ fn text(path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| Error::request("not valid UTF-8, expected YAML")).at(path)
 }
 
+/// Writes a file that must not exist yet, whole or not at all.
 fn write_new(path: &Path, text: &str) -> Result<()> {
     let mut file = match File::create_new(path) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
@@ -83,5 +82,9 @@ fn write_new(path: &Path, text: &str) -> Result<()> {
         }
         created => created.at(path)?,
     };
-    file.write_all(text.as_bytes()).at(path)
+    file.write_all(text.as_bytes())
+        .inspect_err(|_| {
+            let _ = fs::remove_file(path);
+        })
+        .at(path)
 }

@@ -53,10 +53,10 @@ pub fn generate_all(
     prompts.iter().try_for_each(|prompt| check_prompt(model, prompt))?;
     let (mut reading, mut decoding) = (Pace::default(), Pace::default());
     let (mut done, mut given) = (BTreeMap::new(), 0);
-    let mut waiting = prompts.iter().enumerate();
+    let (mut waiting, together) = (prompts.iter().enumerate(), model.rows_alike());
     let mut running: Vec<Sequence<'_>> = Vec::new();
     loop {
-        while running.len() < model.rows_alike()
+        while running.len() < together
             && let Some((number, prompt)) = waiting.next()
         {
             let (cache, chooser) = (model.new_cache(), Chooser::new(model, limits, sampling));

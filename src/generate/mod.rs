@@ -49,7 +49,7 @@ pub enum Ended {
     Context,
 }
 
-/// What came of it.
+/// How a generation ended, and how fast it was.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outcome {
     /// Why it ended.

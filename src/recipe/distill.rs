@@ -27,13 +27,25 @@ keys! {
 }
 
 impl DistillRecipe {
-    /// A teacher of whom nothing is learned.
-    pub(super) fn contradiction(&self) -> Option<Error> {
-        let plan = DistillPlan::of(self)?;
-        (plan.terms.kl == 0.0 && plan.terms.hidden == 0.0).then(|| {
-            Error::request("`distill.teacher` has nothing to say: `distill.kl` and `distill.hidden` are 0")
-                .with_hint("leave the teacher out, or set `distill.kl = 1.0`")
-        })
+    /// Finds a teacher of whom nothing is learned, or a key that asks for something of a teacher who is not there.
+    pub(super) fn contradiction(&self) -> Option<(&'static str, Error)> {
+        let values = DistillValues::of_keys(self);
+        if self.teacher.is_some() {
+            return (values.kl == 0.0 && values.hidden == 0.0).then(|| {
+                let message = "`distill.teacher` has nothing to say: `distill.kl` and `distill.hidden` are 0";
+                let hint = "leave the teacher out, or set `distill.kl = 1.0`";
+                ("distill.kl", Error::request(message).with_hint(hint))
+            });
+        }
+        let nothing = DistillValues::of_keys(&Self::default());
+        let asked = [
+            ("distill.kl", values.kl != nothing.kl),
+            ("distill.temperature", values.temperature != nothing.temperature),
+            ("distill.hidden", values.hidden != nothing.hidden),
+        ];
+        let (key, _) = asked.into_iter().find(|(_, is_asked)| *is_asked)?;
+        let error = Error::request(format!("`{key}` is for a teacher, and there is none"));
+        Some((key, error.with_hint("name the teacher in `distill.teacher`, or leave the key out")))
     }
 }
 

@@ -11,6 +11,9 @@ use toml::de::{DeTable, DeValue};
 
 use crate::error::{Context, Error, Result};
 
+/// The most bytes of a recipe: 16 MiB.
+pub(crate) const LARGEST_RECIPE: u64 = 16 << 20;
+
 /// Keys of earlier versions, and what they are called now.
 const OLD_KEYS: [(&str, &str); 1] = [("train.checkpoint", "train.recompute")];
 

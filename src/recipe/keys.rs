@@ -91,9 +91,7 @@ impl Table {
     pub fn path(&self, key: &Key) -> String {
         if self.name.is_empty() { key.name.to_string() } else { format!("{}.{}", self.name, key.name) }
     }
-}
 
-impl Table {
     /// Whether it is an element of a list, and stands in the value of another key.
     pub(super) fn is_of_list(&self) -> bool {
         self.name.contains('.')
@@ -144,10 +142,7 @@ impl Key {
     /// A value as it is written in TOML.
     #[must_use]
     pub fn example(&self) -> String {
-        match (self.example, self.default) {
-            (Some(example), _) => example.to_string(),
-            (None, _) => self.default(),
-        }
+        self.example.map_or_else(|| self.default(), str::to_string)
     }
 }
 

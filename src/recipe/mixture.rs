@@ -21,15 +21,15 @@ pub struct MixturePlan {
     pub router: RouterTraining,
     /// Experts of a token; `None`: as many as the model's configuration says.
     pub active: Option<usize>,
-    /// What logits get in training.
+    /// The noise that the router's logits get in training.
     pub noise: RouterNoise,
-    /// The most tokens of an expert by an equal share; `None`: no limit.
+    /// The most tokens of an expert, as a multiple of an equal share; `None`: there is no limit.
     pub capacity_factor: Option<f64>,
-    /// Steps until the limit is that.
+    /// The steps in which the limit comes down to `capacity_factor`.
     pub capacity_warmup: u64,
-    /// Where the others go.
+    /// Says where tokens go whose expert is full.
     pub overflow: Overflow,
-    /// By what experts are chosen.
+    /// Says what experts are chosen by.
     pub kind: RoutingKind,
     /// How much each loss on routers counts.
     pub losses: RouterLosses,
@@ -208,6 +208,11 @@ impl RoutingRecipe {
             let error = Error::request("`routing.capacity_warmup` leads to a capacity that is not given");
             return Some(("routing.capacity_warmup", error.with_hint("set `routing.capacity_factor` too")));
         }
+        if self.overflow.unwrap_or_default() != Overflow::default() && capacity_factor.is_none() {
+            let error =
+                Error::request("`routing.overflow` is for experts that are full, and no capacity is given");
+            return Some(("routing.overflow", error.with_hint("set `routing.capacity_factor` too")));
+        }
         let trains_routers =
             train.router.unwrap_or_default() != RouterTraining::Frozen || train.full == Some(true);
         if noise == RouterNoise::Learned && !trains_routers {
@@ -217,6 +222,20 @@ impl RoutingRecipe {
             return Some(("routing.noise", error.with_hint(hint)));
         }
         None
+    }
+}
+
+impl LossesRecipe {
+    /// A key that does nothing without another.
+    pub(super) fn contradiction(&self) -> Option<(&'static str, Error)> {
+        let LossesValues { switch, importance, load, load_std, z, pooled, .. } = LossesValues::of_keys(self);
+        let losses = RouterLosses { switch, importance, load, load_std, z, pooled };
+        if !pooled || losses.are_on() {
+            return None;
+        }
+        let error =
+            Error::request("`losses.pooled` says how losses on routers are computed, and there is none");
+        Some(("losses.pooled", error.with_hint("set `losses.switch` too, or leave it out")))
     }
 }
 

@@ -59,7 +59,7 @@ pub use tables::{
 pub use template::{Date, TemplateVariables};
 pub use upcycle::{CalibrationRecipe, FormatChoice, MethodRecipe, UpcyclePlan, UpcycleRecipe};
 
-pub(crate) use document::written;
+pub(crate) use document::{LARGEST_RECIPE, written};
 pub(crate) use upcycle::name_of;
 
 use bounds::Bound;
@@ -143,7 +143,7 @@ impl Work {
         })
     }
 
-    /// The files that it names, and the keys that name them.
+    /// The models, the adapter and the data that it names, and the keys that name them.
     #[must_use]
     pub fn files(&self) -> Vec<(&'static str, PathBuf)> {
         let of = |key, sources: &[crate::data::Source]| -> Vec<(&'static str, PathBuf)> {
@@ -156,6 +156,9 @@ impl Work {
                 files.extend(
                     plan.distill.iter().map(|distill| ("distill.teacher", PathBuf::from(&distill.teacher))),
                 );
+                if let Trained::Adapter(adapter) = &plan.trained {
+                    files.extend(adapter.earlier().map(|from| ("adapter.from", from.to_path_buf())));
+                }
                 files.extend(of("data.train", &plan.data.train));
                 if let Evaluation::Files(eval) = &plan.data.eval {
                     files.extend(of("data.eval", eval));
@@ -189,12 +192,11 @@ impl Recipe {
 
     /// Keys that other keys forbid, each with what is wrong.
     fn contradictions(&self) -> Vec<(&'static str, Error)> {
-        let Tables { train, adapter, data, routing, distill, .. } = Tables::of(self, "");
+        let Tables { train, adapter, data, routing, losses, distill, .. } = Tables::of(self, "");
         let full = train.full.unwrap_or(false);
         let mut found = Vec::from_iter(routing.contradiction(&train));
-        if let Some(error) = distill.contradiction() {
-            found.push(("distill.kl", error));
-        }
+        found.extend(losses.contradiction());
+        found.extend(distill.contradiction());
         if train.steps.is_some() && train.epochs.is_some() {
             let error = Error::request("`train.steps` and `train.epochs` both say how long to train");
             found.push(("train.epochs", error.with_hint("leave one of them out")));

@@ -18,17 +18,17 @@ pub struct Plan {
     pub seed: u64,
     /// The run directory.
     pub output: PathBuf,
-    /// What is trained.
+    /// The model that is trained.
     pub model: ModelPlan,
-    /// Which part of it.
+    /// Says whether an adapter is trained or all weights.
     pub trained: Trained,
-    /// On what.
+    /// The data that the model is trained and evaluated on.
     pub data: DataPlan,
-    /// How.
+    /// Says how long and how fast the model is trained.
     pub train: TrainPlan,
-    /// How experts are chosen, and what is trained of that.
+    /// Says how experts are chosen, and what of routers is trained.
     pub mixture: MixturePlan,
-    /// The model that the trained one is to be like; `None`: none.
+    /// The teacher that the model learns from; `None`: there is none.
     pub distill: Option<DistillPlan>,
 }
 

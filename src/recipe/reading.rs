@@ -16,7 +16,7 @@ pub(super) trait KeyValue: Sized {
     /// Reads a value. Where it cannot be read, the fault is added to `faults`.
     fn read(node: &Node, faults: &mut Faults) -> Option<Self>;
 
-    /// What it may be.
+    /// What its values may be.
     fn kind() -> Kind;
 
     /// Whether a value that is no list stands for a list of it alone.
@@ -187,9 +187,7 @@ impl Document {
             }
         }
     }
-}
 
-impl Document {
     /// Reads one key that stands above all tables and cannot be left out; `hint` says how to begin.
     pub(super) fn key<T: KeyValue>(&self, name: &'static str, hint: &str) -> Result<T> {
         let mut faults = Faults::default();

@@ -246,7 +246,7 @@ keys! {
 
     /// How a run trains.
     planned pub struct TrainPlan {
-        /// How long.
+        /// Says how long the run trains.
         length: Length,
         /// The memory that recomputation and pieces are chosen for.
         memory_budget: MemoryBudget,

@@ -79,7 +79,7 @@ keys! {
     refit: Refit => "\"local\" for slices, \"none\" for copies", "\"stream\"";
     /// Which layers stay dense.
     keep_dense: KeepDense = KeepDense::default();
-    /// Share of the values of each copy that is drawn anew.
+    /// Share of the neurons of each copy whose weights are drawn anew.
     drop_ratio: f64 [Bound::Share] => "0.5; 0 for `expand`", "0.3";
     /// Groups of virtual experts.
     groups: usize [Bound::Whole(1, bounds::EXPERTS)] => "4 for `virtual-groups`, else 1", "4";

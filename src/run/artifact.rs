@@ -16,7 +16,7 @@ use crate::error::{Context, Error, Result, is_there};
 use crate::model::Pretrained;
 use crate::ops::Trainables;
 use crate::recipe::Plan;
-use crate::train::{self, Artifact};
+use crate::train::{self, Artifact, Best};
 use crate::weights::{DEFAULT_SHARD_BYTES, ShardedWriter, Staged, TensorSpec, record_told};
 
 /// The files of an adapter.
@@ -232,22 +232,24 @@ impl Artifact for Unchanged<'_> {
 }
 
 /// Writes the result of a run beside what the run directory holds already: each file whole, or not at all. With `best` the
-/// result is a copy of the best evaluation, else what is trained now. `written` has the digests of what the run wrote before
+/// result is a copy of the best evaluation, which is returned, else what is trained now. `written` has the digests of what the run wrote before
 /// it went on.
 pub(super) fn publish(
     artifact: &dyn Artifact,
     output: &Path,
     written: &BTreeSet<String>,
     best: bool,
-) -> Result<()> {
+) -> Result<Option<Best>> {
     let staged = Staged::replacing(output.join(RESULT))?;
-    if best {
-        train::copy_best(output, staged.path())?;
+    let copied = if best {
+        train::copy_best(output, staged.path())?
     } else {
         artifact.write_result(staged.path())?;
-    }
+        None
+    };
     refuse_to_replace(output, staged.path(), written)?;
-    staged.commit_files()
+    staged.commit_files()?;
+    Ok(copied)
 }
 
 /// Refuses to write a result over files that somebody else put into its directory, or changed there. What is the same, or

@@ -145,7 +145,7 @@ fn wrapped(head: &str, parts: impl IntoIterator<Item = String>) -> Vec<String> {
     for part in parts {
         line += comma;
         comma = ",";
-        // And a comma.
+        // A space goes before the part, and a comma may follow it.
         if line.len() + part.len() + 2 > 80 {
             lines.push(std::mem::replace(&mut line, " ".to_string()));
         }

@@ -9,13 +9,12 @@ use toml::{Table, Value};
 use crate::adapter::hf::shell_word;
 use crate::data::Source;
 use crate::error::{Context, Error, Result, is_there, nearest, read_regular_text};
-use crate::recipe::{Date, Document, Evaluation, Plan, Recipe, TemplateVariables, Trained, written};
+use crate::recipe::{
+    Date, Document, Evaluation, LARGEST_RECIPE, Plan, Recipe, TemplateVariables, Trained, written,
+};
 use crate::train::{self, BEST};
 use crate::weights::output::{OpenPath, output_folder, refuse_below_file, refuse_unwritable};
 use crate::weights::{remove_stale, write_atomic};
-
-/// No recipe has more bytes than this.
-const LARGEST_RECIPE: u64 = 16 << 20;
 
 /// The resolved recipe.
 const RECIPE: &str = "recipe.toml";

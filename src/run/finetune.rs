@@ -10,8 +10,7 @@ use super::artifact::{AdapterFiles, ModelFiles, Unchanged, publish};
 use super::describe::describe;
 use super::directory::RunDirectory;
 use super::disk::Disk;
-use super::memory::Memory;
-use super::memory::Way;
+use super::memory::{Memory, Way};
 use super::prepared::{PlacedAdapter, Prepared, Trainee};
 use super::units::Units;
 use super::warnings::warnings;
@@ -103,8 +102,10 @@ pub fn finetune(
         is_failure.then(|| prepared.refuse_changed().err()).flatten().unwrap_or(error)
     })?;
     directory.refuse_moved()?;
-    let result = final_weights(plan, &summary);
-    publish(&artifact, &plan.output, &written, result.is_best)?;
+    let mut result = final_weights(plan, &summary);
+    if let Some(best) = publish(&artifact, &plan.output, &written, result.is_best)? {
+        (result.step, result.eval_loss) = (best.step, Some(best.eval_loss));
+    }
     sample(&prepared, &model, sample_row, summary.state.step, reporter)?;
     if !summary.routing.is_empty() {
         reporter.report(&Event::Routing { routing: summary.routing.clone() });
@@ -137,7 +138,10 @@ fn refuse_other(plan: &Plan, now: &Identity) -> Result<()> {
     let has = |part: Difference| differences.contains(&part);
     let keys = differences.iter().filter_map(|difference| match difference {
         Difference::Key(key, then, now) => Some(format!("`{key}` was {then} and is {now} now")),
-        _ => None,
+        Difference::Config(key, then, now) => {
+            Some(format!("`{key}` of the model's configuration was {then} and is {now} now"))
+        }
+        Difference::Data | Difference::Weights | Difference::Teacher => None,
     });
     let what = match (has(Difference::Data), has(Difference::Weights)) {
         _ if differences.is_empty() => return Ok(()),

@@ -145,7 +145,7 @@ impl Prepared {
     /// What a resumed run must have in common with its beginning.
     pub fn identity(&self, plan: &Plan) -> Result<Identity> {
         let mut plan = Plan { output: "".into(), ..plan.clone() };
-        // Where the date matters, it is in the data; where nothing else is said, nothing is written of it.
+        // A date that a template uses shows in the data's digest, so that any date counts here as the same one.
         let says_nothing = plan.data.template.others.is_empty();
         plan.data.template.date = (!says_nothing).then_some(Date::FIXED);
         let mut config = self.base.config_json().as_object().cloned().unwrap_or_default();

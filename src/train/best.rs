@@ -23,8 +23,9 @@ pub(super) fn save_best(
     })
 }
 
-/// Copies the files of the best evaluation of the run in `output`, as its record has them, to a new folder.
-pub fn copy_best(output: &Path, to: &Path) -> Result<()> {
+/// Copies the files of the best evaluation of the run in `output`, as its record has them, to a new folder; tells which one it
+/// is. A run that was killed may have found it after the checkpoint that it went on from.
+pub fn copy_best(output: &Path, to: &Path) -> Result<Option<Best>> {
     let best = output.join(BEST);
     let record = Record::read(&best)?;
     record.verify_files(&best)?;
@@ -35,7 +36,7 @@ pub fn copy_best(output: &Path, to: &Path) -> Result<()> {
         }
         fs::copy(&from, &to).at(&from)?;
     }
-    Ok(())
+    Ok(record.state.best)
 }
 
 /// Finds out whether the best evaluation that `state` tells of is on disk as it was written. One that is missing is written
@@ -50,7 +51,7 @@ pub(super) fn check_best(
     // A record that is no JSON any more was one of this program before; reading it says what is wrong.
     if found.is_some() || record::is_foreign(&path) {
         let is_of_old = path.is_dir() && !is_there(&path.join(record::FILE)) && state.kernel.is_empty();
-        // Version 0.1.0 left no record in it: then `state` tells whether there was one.
+        // Earlier versions left no record in it: then `state` tells whether there was one.
         match state.best {
             Some(best) if is_of_old && best.step > 0 => {
                 // A process that was killed here before may have left half a record.

@@ -2,7 +2,7 @@
 //!
 //! `checkpoint-N/` holds the adapter (or the model), `optimizer.safetensors` and `trainer_state.json`. Data order,
 //! schedule and dropout are pure functions of the step, so the step is all that has to be remembered of them. `best/` has
-//! `trainer_state.json` too. Only folders with the fingerprint of the run are written over or removed.
+//! `trainer_state.json` too. Only folders with the identity of the run are written over or removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};

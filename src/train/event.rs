@@ -110,7 +110,7 @@ pub enum Event {
         path: PathBuf,
         /// Seconds spent in steps and evaluation.
         seconds: f64,
-        /// Which weights it is.
+        /// Which weights the run left.
         result: FinalWeights,
     },
 }

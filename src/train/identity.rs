@@ -17,12 +17,12 @@ pub struct Identity {
     /// A digest of the teacher's weights; `None` without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<String>,
-    /// The type that products are computed in; version 0.1.0 wrote none.
+    /// The type that products are computed in; earlier versions wrote none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<String>,
-    /// The keys of the model's configuration; version 0.1.0 wrote none.
+    /// The keys of the model's configuration; earlier versions wrote none.
     pub config: Map<String, Value>,
-    /// The keys of the resolved recipe, with their values as TOML; version 0.1.0 wrote none.
+    /// The keys of the resolved recipe, with their values as TOML; earlier versions wrote none.
     pub settings: BTreeMap<String, String>,
 }
 
@@ -35,7 +35,9 @@ pub enum Difference {
     Weights,
     /// The teacher.
     Teacher,
-    /// This key of the model's configuration or of the recipe, or the type of products: what it was and what it is.
+    /// This key of the model's configuration: what it was and what it is.
+    Config(String, String, String),
+    /// This key of the recipe: what it was and what it is.
     Key(String, String, String),
 }
 
@@ -50,20 +52,20 @@ impl Identity {
         ];
         let mut found: Vec<Difference> =
             whole.into_iter().filter(|(differs, _)| *differs).map(|(_, part)| part).collect();
-        let mut compare = |key: &str, then: &dyn fmt::Display, now: &dyn fmt::Display| {
-            let (then, now) = (then.to_string(), now.to_string());
-            if then != now {
-                found.push(Difference::Key(key.to_string(), then, now));
-            }
-        };
-        if let (Some(then), Some(now)) = (&self.dtype, &now.dtype) {
-            compare("model.dtype", then, now);
+        if let (Some(then), Some(now)) = (&self.dtype, &now.dtype)
+            && then != now
+        {
+            found.push(Difference::Key("model.dtype".to_string(), then.clone(), now.clone()));
         }
         for (key, then) in &self.config {
-            now.config.get(key).into_iter().for_each(|now| compare(key, then, now));
+            if let Some(now) = now.config.get(key).filter(|now| *now != then) {
+                found.push(Difference::Config(key.clone(), then.to_string(), now.to_string()));
+            }
         }
         for (key, then) in &self.settings {
-            now.settings.get(key).into_iter().for_each(|now| compare(key, then, now));
+            if let Some(now) = now.settings.get(key).filter(|now| *now != then) {
+                found.push(Difference::Key(key.clone(), then.clone(), now.clone()));
+            }
         }
         found
     }
@@ -74,7 +76,7 @@ impl Identity {
         self.differences(now).is_empty()
     }
 
-    /// Reads the words of version 0.1.0: `data`, `weights` and `teacher`, each with its digest behind it.
+    /// Reads the words of earlier versions: `data`, `weights` and `teacher`, each with its digest behind it.
     fn of_words(text: &str) -> Self {
         let words: Vec<&str> = text.split(' ').collect();
         let part = |name: &str| {
@@ -175,7 +177,7 @@ mod tests {
         let found = differences(|later| later.dtype = Some("f32".to_string()));
         assert_eq!(found, key("model.dtype", "bf16", "f32"));
         let found = differences(|later| later.config["rope_theta"] = Value::from(5));
-        assert_eq!(found, key("rope_theta", "10000", "5"));
+        assert_eq!(found, [Difference::Config("rope_theta".into(), "10000".into(), "5".into())]);
         let found = differences(|later| drop(later.settings.insert("train.steps".into(), "6".into())));
         assert_eq!(found, key("train.steps", "5", "6"));
     }

@@ -27,7 +27,7 @@ pub(super) const FILE: &str = "trainer_state.json";
 /// The optimizer's state in the folder of a checkpoint. Its header repeats the identity of the run.
 pub(super) const OPTIMIZER: &str = "optimizer.safetensors";
 
-/// The identity is under this key in both files.
+/// The identity is under this key in both files, as it was when it was one digest.
 pub(super) const IDENTITY: &str = "fingerprint";
 
 /// Files of an adapter or a model, beside its shards and companions.
@@ -65,7 +65,7 @@ pub struct TrainerState {
     /// What must not change when the run continues: data, weights and settings.
     #[serde(rename = "fingerprint")]
     pub identity: Identity,
-    /// The instructions that the run was computed with, which decide its last bits; version 0.1.0 wrote none.
+    /// The instructions that the run was computed with, which decide its last bits; earlier versions wrote none.
     #[serde(default)]
     pub kernel: String,
 }
@@ -84,7 +84,7 @@ pub struct Best {
 pub(super) struct Record {
     #[serde(flatten)]
     pub(super) state: TrainerState,
-    /// SHA-256 of the other files of the checkpoint by their paths from there; version 0.1.0 wrote none.
+    /// SHA-256 of the other files of the checkpoint by their paths from there; earlier versions wrote none.
     #[serde(default)]
     files: BTreeMap<String, String>,
     /// Whether `files` has the further chat templates too; records of earlier builds left them out.
@@ -245,7 +245,7 @@ pub(super) fn is_of(folder: &Path, run: &Identity) -> bool {
     identity(folder).or_else(|| identity_of_optimizer(folder)).is_some_and(|found| found.is_same(run))
 }
 
-/// The identity in the header of the optimizer's state; version 0.1.0 wrote none.
+/// The identity in the header of the optimizer's state; earlier versions wrote none.
 fn identity_of_optimizer(folder: &Path) -> Option<Identity> {
     let path = folder.join(OPTIMIZER);
     // Opening anything but a regular file may wait for ever.

@@ -35,7 +35,7 @@ pub struct Settings {
     pub accumulate: u64,
     /// The highest learning rate.
     pub learning_rate: f64,
-    /// How it changes.
+    /// How the learning rate changes after the warmup.
     pub schedule: Schedule,
     /// Updates of the warmup.
     pub warmup: u64,

@@ -47,8 +47,8 @@ impl Draft {
         match refusal(key, &value) {
             None => self.settings.push((key, value)),
             // Quoted numbers are numbers to other tools.
-            Some(reason) => match value.as_str().and_then(|text| text.parse().ok()) {
-                Some(number) => self.set(key, Value::Float(number), from, line),
+            Some(reason) => match value.as_str().and_then(number) {
+                Some(number) => self.set(key, number, from, line),
                 None => self.remark(line, format!("`{from}`: {reason}")),
             },
         }
@@ -128,6 +128,11 @@ impl Draft {
         }
         text
     }
+}
+
+/// The number that a text says.
+fn number(text: &str) -> Option<Value> {
+    text.parse().map(Value::Integer).or_else(|_| text.parse().map(Value::Float)).ok()
 }
 
 /// The lines of a list of files; none where there are none.

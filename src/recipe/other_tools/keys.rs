@@ -13,7 +13,7 @@ use Meaning::{Key, NotBuilt, Said};
 pub struct ForeignKey {
     /// The names; one that ends with `*` stands for all that begin like it.
     pub names: &'static [&'static str],
-    /// What means it here.
+    /// What means the same here.
     pub meaning: Meaning,
 }
 

@@ -30,7 +30,7 @@ impl Tool {
     }
 
     /// Keys that its configurations have, and those of the others have not.
-    pub(super) fn telltales(self) -> &'static [&'static str] {
+    fn telltales(self) -> &'static [&'static str] {
         match self {
             Self::Axolotl => &[
                 "base_model",

@@ -22,11 +22,11 @@ const SMALL: usize = 256;
 pub struct Memory {
     /// Bytes at the peak.
     pub peak_bytes: u64,
-    /// When that is.
+    /// The moment of the peak.
     pub moment: Moment,
-    /// Of what.
+    /// What the peak consists of.
     pub components: Components,
-    /// Bytes that it may be.
+    /// Bytes that the peak may have.
     pub budget_bytes: u64,
     /// Whether the recipe says that budget; otherwise it is nine tenths of what the machine has free.
     pub budget_is_asked_for: bool,
