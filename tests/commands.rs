@@ -729,6 +729,8 @@ fn merged_adapters_with_other_templates_are_said() {
     let warning = "the adapter `own` has tokenizer files of its own, and this run uses the model's: its chat template is another";
     assert!(place.run(&from).1.contains(warning), "{}", place.run(&from).1);
     assert!(!place.run(&["check", "recipe.toml", "--set", "adapter.from=run"]).1.contains("tokenizer files"));
+    let (_, said) = place.run(&[&from[..], &["--set", "adapter.init=gaussian"]].concat());
+    assert!(said.contains("`adapter.init` does nothing beside `adapter.from`"), "{said}");
 }
 
 #[test]

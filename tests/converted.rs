@@ -205,6 +205,7 @@ fn a_configuration_of_llama_factory_becomes_a_recipe() {
     ]
     max_length = 1024
     pack = false
+    eval = false
 
     [train]
     save_every = 500
@@ -221,7 +222,6 @@ fn a_configuration_of_llama_factory_becomes_a_recipe() {
     12: `overwrite_output_dir: true`: files that a run did not write are never written over; choose another `output`
     13: `logging_steps: 10`: every step is a line of `metrics.jsonl` in the run directory
     left out, and written as LLaMA-Factory would do it: `data.pack = false`, `adapter.alpha = 16.0`
-    a twentieth of the documents is held out to evaluate on, and LLaMA-Factory would train on it too
     off:
     "#);
 }

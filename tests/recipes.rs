@@ -161,7 +161,7 @@ fn keys_of_other_tools_lead_to_those_that_mean_them() {
     ");
     insta::assert_snapshot!(refusal_of("train.warmup_steps = 100"), @"
     test.toml:6: unknown key `train.warmup_steps`
-    hint: `warmup_steps` of other tools is `train.warmup` here, a share of the steps: 0.05 is the first twentieth
+    hint: `warmup_steps` of other tools is `train.warmup` here, a share of the steps such as 0.05 or their number
     ");
     insta::assert_snapshot!(refusal_of("per-device-train-batch-size = 2"), @"
     test.toml:6: unknown key `per-device-train-batch-size`

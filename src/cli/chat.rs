@@ -1,7 +1,6 @@
 //! `peft chat`: lines from stdin are questions or commands, answers go to stdout.
 
-use std::fs::OpenOptions;
-use std::io::{self, BufRead, ErrorKind, IsTerminal, StdinLock, Write};
+use std::io::{self, BufRead, ErrorKind, IsTerminal, StdinLock};
 use std::path::Path;
 
 use clap::Args;
@@ -11,9 +10,10 @@ use super::generate::{
     SamplingArguments, TRAINED_PLAIN, not_blank, stream, warn_if_full, warn_of_control_tokens, without_system,
 };
 use super::models::open;
+use super::new_file::write_new;
 use super::terminal::{Terminal, message, sign};
 use crate::data::{Layout, Text};
-use crate::error::{Context, Error, Result, nearest};
+use crate::error::{Error, Result, nearest};
 use crate::generate::{Fitted, Limits, Session, Talk};
 
 #[derive(Debug, Args)]
@@ -164,15 +164,8 @@ fn save(file: &str, talk: &Talk<'_>) -> Result<String> {
     let Some(record) = record else {
         return Err(Error::request("nothing has been answered, so there is nothing to save"));
     };
-    let path = Path::new(file);
-    let written = OpenOptions::new().write(true).create_new(true).open(path);
-    match written.and_then(|mut file| writeln!(file, "{record}")) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            return Err(Error::request("exists already, and `/save` writes a new file")).at(path);
-        }
-        Err(error) => return Err(Error::invalid(format!("cannot be written: {error}"))).at(path),
-    }
+    let taken = Error::request("exists already, and `/save` writes a new file");
+    write_new(Path::new(file), &format!("{record}\n"), taken)?;
     Ok(match left_out {
         0 => format!("wrote {file}"),
         1 => format!("wrote {file}, without an exchange whose answer is empty"),

@@ -1,9 +1,9 @@
 //! `peft recipes convert`: reads a configuration of another tool, and writes the recipe that it comes to.
 
-use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::path::Path;
 
+use super::new_file::write_new;
 use super::terminal::Terminal;
 use crate::adapter::hf::shell_word;
 use crate::error::{Context, Error, Result, nearest_path, read_regular};
@@ -18,7 +18,10 @@ pub(super) fn run(path: &Path, output: Option<&Path>, terminal: &mut Terminal) -
     terminal.say(format_args!("`{shown}` is a configuration of {}", converted.tool.name()));
     match output {
         None => terminal.write(format_args!("{}", converted.recipe))?,
-        Some(output) => write_new(output, &converted.recipe)?,
+        Some(output) => {
+            let taken = Error::request("exists already").with_hint("choose another `--output`, or remove it");
+            write_new(output, &converted.recipe, taken)?;
+        }
     }
     for Remark { line, text } in &converted.remarks {
         match line {
@@ -71,20 +74,4 @@ fn text(path: &Path) -> Result<String> {
         read => read.at(path)?,
     };
     String::from_utf8(bytes).map_err(|_| Error::request("not valid UTF-8, expected YAML")).at(path)
-}
-
-/// Writes a file that must not exist yet, whole or not at all.
-fn write_new(path: &Path, text: &str) -> Result<()> {
-    let mut file = match File::create_new(path) {
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            return Err(Error::request("exists already").with_hint("choose another `--output`, or remove it"))
-                .at(path);
-        }
-        created => created.at(path)?,
-    };
-    file.write_all(text.as_bytes())
-        .inspect_err(|_| {
-            let _ = fs::remove_file(path);
-        })
-        .at(path)
 }

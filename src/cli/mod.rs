@@ -23,6 +23,7 @@ mod inspect;
 mod interrupt;
 mod merge;
 mod models;
+mod new_file;
 mod overrides;
 mod reference;
 mod report;

@@ -5,9 +5,10 @@ use std::path::Path;
 use super::figures;
 use super::memory::Memory;
 use super::prepared::{Prepared, Trainee};
+use crate::adapter::Init;
 use crate::data::Warning;
 use crate::model::family;
-use crate::recipe::{Length, Plan, Trained, Warmup};
+use crate::recipe::{AdapterPlan, ContinuedAdapter, Length, Plan, Trained, Warmup};
 
 /// What to look at before starting.
 pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec<String> {
@@ -21,7 +22,15 @@ pub(super) fn warnings(plan: &Plan, prepared: &Prepared, memory: &Memory) -> Vec
     let of_mixture = [own_number(plan, prepared), own_pieces(plan, memory)].into_iter().flatten();
     let (rate, of_text) = (high_rate(plan), other_text(prepared));
     let course = course(plan, prepared);
-    model.chain(data).chain(excess).chain(of_mixture).chain(rate).chain(course).chain(of_text).collect()
+    model
+        .chain(data)
+        .chain(idle_init(plan))
+        .chain(excess)
+        .chain(of_mixture)
+        .chain(rate)
+        .chain(course)
+        .chain(of_text)
+        .collect()
 }
 
 /// What there is to say of the data, with the key of the recipe that changes it.
@@ -95,6 +104,16 @@ fn own_pieces(plan: &Plan, memory: &Memory) -> Option<String> {
          `train.memory_budget` for a run that can be repeated",
         figures::count(memory.piece_tokens as u64)
     ))
+}
+
+/// First values are for a new adapter.
+fn idle_init(plan: &Plan) -> Option<String> {
+    let Trained::Adapter(adapter) = &plan.trained else { return None };
+    let AdapterPlan::Continue(ContinuedAdapter { expected, .. }) = &**adapter else { return None };
+    expected.init.filter(|init| *init != Init::default()).map(|_| {
+        "`adapter.init` does nothing beside `adapter.from`: training goes on from the values of that adapter"
+            .to_string()
+    })
 }
 
 /// Below so many updates, one at rate 0 is a good part of them.

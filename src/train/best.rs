@@ -29,8 +29,8 @@ pub fn copy_best(output: &Path, to: &Path) -> Result<Option<Best>> {
     let best = output.join(BEST);
     let record = Record::read(&best)?;
     record.verify_files(&best)?;
-    for name in record.files() {
-        let (from, to) = (best.join(name), to.join(name));
+    for path in record::results(&best)? {
+        let (from, to) = (best.join(&path), to.join(&path));
         if let Some(folder) = to.parent() {
             fs::create_dir_all(folder).at(folder)?;
         }

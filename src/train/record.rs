@@ -106,11 +106,6 @@ impl Record {
         write_atomic(folder.join(FILE), text.as_bytes())
     }
 
-    /// The paths of the other files.
-    pub(super) fn files(&self) -> impl Iterator<Item = &str> {
-        self.files.keys().map(String::as_str)
-    }
-
     /// Reads the record in `folder` and finds out whether it is as it was written.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         if fs::read_dir(folder).at(folder)?.next().is_none() {
@@ -203,6 +198,13 @@ pub(super) fn strangers(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut strangers = entries(folder)?;
     strangers.retain(|path| !is_of_system(path) && !path.to_str().is_some_and(is_ours));
     Ok(strangers)
+}
+
+/// Lists the files of the result in `folder`, as sorted paths from there: what the run wrote into it but for its record.
+pub(super) fn results(folder: &Path) -> Result<Vec<PathBuf>> {
+    let (mut files, strangers) = (entries(folder)?, strangers(folder)?);
+    files.retain(|path| !strangers.contains(path) && path != Path::new(FILE) && folder.join(path).is_file());
+    Ok(files)
 }
 
 /// Lists what is in `folder`, as sorted paths from there. The folder of further chat templates is the only one that a run
