@@ -223,9 +223,9 @@ fn help_of_generate() {
           --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>           The folder of an adapter
           --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
-          --prompt <TEXT>           What to continue; `-` reads it from stdin, without the line break at its end
+          --prompt <TEXT>           Continue this text; `-` reads it from stdin, without the line break at its end
           --prompts <FILE>          Answer each record of this file, `{"prompt": ".."}` or `{"messages": [..]}`, with a line of JSON
-          --system <TEXT>           What the model is to keep to: a system message before each prompt
+          --system <TEXT>           Put this system message before each prompt
           --max-new-tokens <N>      The most tokens to generate [default: 256]
           --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
           --top-k <K>               Sample among the K most likely tokens
@@ -255,7 +255,7 @@ fn help_of_chat() {
           --model <MODEL>           A folder, a `.gguf` file or a Hub id (`org/name[@revision]`)
           --adapter <DIR>           The folder of an adapter
           --dtype <DTYPE>           The number format of the weights [default: auto] [possible values: auto, f32, bf16]
-          --system <TEXT>           What the model is to keep to: the system message
+          --system <TEXT>           Set the system message, which the model keeps to
           --max-new-tokens <N>      The most tokens of an answer [default: 1024]
           --temperature <T>         Divides the logits before sampling; 0 takes the most likely token [default: 0]
           --top-k <K>               Sample among the K most likely tokens

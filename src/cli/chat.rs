@@ -20,7 +20,7 @@ use crate::generate::{Fitted, Limits, Session, Talk};
 pub(super) struct Chat {
     #[command(flatten)]
     model: ModelArguments,
-    /// What the model is to keep to: the system message
+    /// Set the system message, which the model keeps to
     #[arg(long, value_name = "TEXT", value_parser = not_blank)]
     system: Option<String>,
     /// The most tokens of an answer
@@ -173,7 +173,7 @@ fn save(file: &str, talk: &Talk<'_>) -> Result<String> {
     })
 }
 
-/// What a user said.
+/// A line that a user typed is a question or a command.
 enum Said {
     Question(String),
     Command { name: String, rest: String },
@@ -192,7 +192,7 @@ impl Input {
         Self { lines: stdin.lock().split(b'\n'), is_terminal }
     }
 
-    /// What is said next; none at the end of the input.
+    /// Reads the next question or command; returns none at the end of the input.
     fn next(&mut self, terminal: &Terminal) -> Result<Option<Said>> {
         loop {
             let Some(line) = self.line("> ", terminal)? else { return Ok(None) };

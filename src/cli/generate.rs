@@ -22,7 +22,7 @@ const LARGEST_PROMPT: u64 = 16 << 20;
 pub(super) struct Generate {
     #[command(flatten)]
     model: ModelArguments,
-    /// What to continue; `-` reads it from stdin, without the line break at its end
+    /// Continue this text; `-` reads it from stdin, without the line break at its end
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
     /// Answer each record of this file, `{"prompt": ".."}` or `{"messages": [..]}`, with a line of JSON
@@ -31,7 +31,7 @@ pub(super) struct Generate {
     /// `finish_reason` (`stop` or `length`). Several prompts are answered at once; each answer is what it is alone.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// What the model is to keep to: a system message before each prompt
+    /// Put this system message before each prompt
     #[arg(long, value_name = "TEXT", value_parser = not_blank, conflicts_with = "raw")]
     system: Option<String>,
     /// The most tokens to generate
@@ -126,7 +126,7 @@ fn warn_of_layout(loaded: &Loaded, raw: bool, terminal: &Terminal) {
     }
 }
 
-/// What is said of a prompt that goes through the template all the same.
+/// Warns that a prompt goes through the template although the adapter was trained without it.
 pub(super) const TRAINED_PLAIN: &str =
     "the adapter was trained on plain text, and what is said goes through the chat template";
 

@@ -346,18 +346,13 @@ mod tests {
             step(2, 2),
             Event::Evaluation { step: 2, eval_loss: 2.1, best: false },
             Event::Checkpoint { step: 2, path: "runs/quickstart/checkpoint-2".into() },
-            Event::End {
-                path: "runs/quickstart".into(),
-                seconds: 61.2,
-                result: FinalWeights {
-                    step: 1,
-                    eval_loss: Some(2.0),
-                    last_eval_loss: Some(2.1),
-                    is_best: true,
-                    base: Some("model".into()),
-                },
-            },
+            Event::End { path: "runs/quickstart".into(), seconds: 61.2, result: best_weights() },
         ]
+    }
+
+    fn best_weights() -> FinalWeights {
+        let (eval_loss, last_eval_loss) = (Some(2.0), Some(2.1));
+        FinalWeights { step: 1, eval_loss, last_eval_loss, is_best: true, base: Some("model".into()) }
     }
 
     #[test]
@@ -389,17 +384,7 @@ mod tests {
             Event::Warning { text: text.clone() },
             Event::Sample { step: 1, sample },
             Event::Checkpoint { step: 1, path: text.clone().into() },
-            Event::End {
-                path: text.into(),
-                seconds: 1.0,
-                result: FinalWeights {
-                    step: 1,
-                    eval_loss: Some(2.0),
-                    last_eval_loss: Some(2.1),
-                    is_best: true,
-                    base: Some("model".into()),
-                },
-            },
+            Event::End { path: text.into(), seconds: 1.0, result: best_weights() },
         ];
         let mut lines = Lines::new(Vec::new(), false);
         told(|event| lines.report(event), &events);

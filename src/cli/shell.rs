@@ -1,4 +1,4 @@
-//! What a shell and a reader of manuals get: completions, manual pages, and the right name for a command that other programs have.
+//! Prints completions for shells, writes manual pages, and names the right command for those of other programs.
 
 use std::path::PathBuf;
 

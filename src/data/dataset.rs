@@ -77,15 +77,16 @@ impl Dataset {
             eval_rows.extend(rows);
             eval_counts.push(counts);
         }
-        let documents = all_rows(&parts).count();
-        if eval.is_empty() && preparation.eval_share > 0.0 && documents < preparation.eval_least {
-            // Of so few documents each counts, and a loss on one or two of them says little.
-        } else if eval.is_empty() && preparation.eval_share > 0.0 {
+        // Of too few documents each counts, and a loss on one or two of them says little.
+        let holds_out = eval.is_empty()
+            && preparation.eval_share > 0.0
+            && all_rows(&parts).count() >= preparation.eval_least;
+        if holds_out {
             eval_rows = mix::hold_out(&mut parts, preparation.eval_share, preparation.seed);
             if eval_rows.is_empty() {
                 warnings.push(Warning::NothingToHoldOut);
             }
-        } else {
+        } else if !eval_rows.is_empty() {
             let trained: std::collections::HashSet<[u8; 32]> = all_rows(&parts).map(Row::digest).collect();
             let both = eval_rows.iter().filter(|row| trained.contains(&row.digest())).count();
             if both > 0 {

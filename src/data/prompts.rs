@@ -21,7 +21,7 @@ const ANSWER: [&str; 3] = ["completion", "tokens", "finish_reason"];
 pub struct Asked {
     /// All of it, as it was read.
     pub record: Map<String, Value>,
-    /// What is asked: a text or a conversation.
+    /// The model answers this text or conversation.
     pub prompt: Conversation,
     /// Where it stands in the file.
     pub line: usize,
